@@ -1,0 +1,41 @@
+// The last line of argument checks, shared by the CPU and CUDA operators; users meet the ones in sprand/ops.py first.
+#pragma once
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace sprand {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool long_indices(const char* op, const Tensor& indices) {
+  const ScalarType type = indices.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": expected indices of int32 or int64");
+  STD_TORCH_CHECK(indices.dim() == 1 && indices.is_contiguous(), op, ": expected contiguous indices [nnz]");
+  return type == ScalarType::Long;
+}
+
+inline ScalarType sum_type(const Tensor& weight) { return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+inline void check_entries(const char* op, const char* name, const Tensor& value, const Tensor& indices, ScalarType type) {
+  STD_TORCH_CHECK(value.scalar_type() == type && value.numel() == indices.numel() && value.is_contiguous(), op, ": expected contiguous ", name,
+                  " [nnz] of the accumulation or weight dtype");
+}
+
+inline void check_weight(const char* op, const Tensor& weight, const Tensor& indices) {
+  STD_TORCH_CHECK(weight.is_contiguous(), op, ": expected a contiguous weight");
+  STD_TORCH_CHECK(indices.numel() <= weight.numel(), op, ": more indices than the weight has entries");
+}
+
+inline void check_sddmm(const Tensor& grad_output, const Tensor& input) {
+  STD_TORCH_CHECK(grad_output.dim() == 2 && input.dim() == 2 && grad_output.size(0) == input.size(0),
+                  "sddmm: expected grad_output [T, out] and input [T, in]");
+  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "sddmm: expected one dtype");
+}
+
+}  // namespace sprand

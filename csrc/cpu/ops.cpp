@@ -1,0 +1,191 @@
+// The CPU operators: unpack tensors, choose types, split the work over torch's threads.
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/core/Dispatch_v2.h>
+
+#include "../checks.h"
+#include "entries.h"
+#include "sddmm.h"
+
+namespace sprand::cpu {
+namespace {
+
+constexpr int64_t kGrain = 16384;         // entries worth a thread in a pass over entries
+constexpr int64_t kAdamWEntries = 4096;   // entries updated, then patched while they are in the first-level cache
+constexpr int64_t kDrawGrain = 2048;      // positions worth a thread in a draw
+
+// Calls f with a null pointer of the element type of `type`.
+template <class F>
+void with_weight_type(ScalarType type, F&& f) {
+  THO_DISPATCH_V2(type, "sprand", AT_WRAP([&] { f(static_cast<scalar_t*>(nullptr)); }), AT_EXPAND(AT_FLOATING_TYPES), ScalarType::Half, ScalarType::BFloat16);
+}
+
+template <class F>
+void with_index_type(const char* op, const Tensor& indices, F&& f) {
+  if (long_indices(op, indices)) f(indices.const_data_ptr<int64_t>());
+  else f(indices.const_data_ptr<int32_t>());
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
+}
+
+void run_parallel(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
+  torch::stable::parallel_for(begin, end, grain, f);
+}
+
+DType sddmm_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "sddmm: expected float32, float64, bfloat16 or float16");
+  }
+  return DType::f32;
+}
+
+Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
+  check_sddmm(grad_output, input);
+  const bool is_long = long_indices("sddmm", indices);
+  const Tensor g = torch::stable::contiguous(grad_output), x = torch::stable::contiguous(input);
+  Tensor result = torch::stable::new_empty(g, {indices.numel()}, sum_type(g));
+  sddmm({g.const_data_ptr(), x.const_data_ptr(), indices.const_data_ptr(), result.mutable_data_ptr(), g.size(0), g.size(1), x.size(1), indices.numel(),
+         is_long, sddmm_type(g.scalar_type())},
+        run_parallel);
+  return result;
+}
+
+Tensor gather_op(const Tensor& weight, const Tensor& indices) {
+  check_weight("gather", weight, indices);
+  Tensor out = torch::stable::new_empty(weight, {indices.numel()});
+  with_weight_type(weight.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    with_index_type("gather", indices, [&](const auto* index) {
+      run_parallel(0, indices.numel(), kGrain,
+                   [&](int64_t begin, int64_t end) { gather(data<T>(weight), index + begin, data<T>(out) + begin, end - begin); });
+    });
+  });
+  return out;
+}
+
+void patch_op(Tensor weight, const Tensor& indices, const Tensor& base, std::optional<Tensor> delta, double scale) {
+  check_weight("patch_", weight, indices);
+  check_entries("patch_", "base", base, indices, weight.scalar_type());
+  if (delta) check_entries("patch_", "delta", *delta, indices, sum_type(weight));
+  with_weight_type(weight.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Sum<T>* change = delta ? data<Sum<T>>(*delta) : nullptr;
+    with_index_type("patch_", indices, [&](const auto* index) {
+      run_parallel(0, indices.numel(), kGrain, [&](int64_t begin, int64_t end) {
+        patch(data<T>(weight), index + begin, data<T>(base) + begin, change ? change + begin : nullptr, static_cast<Sum<T>>(scale), end - begin);
+      });
+    });
+  });
+}
+
+void scatter_add_op(Tensor weight, const Tensor& indices, const Tensor& values, double scale) {
+  check_weight("scatter_add_", weight, indices);
+  check_entries("scatter_add_", "values", values, indices, sum_type(weight));
+  with_weight_type(weight.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    with_index_type("scatter_add_", indices, [&](const auto* index) {
+      run_parallel(0, indices.numel(), kGrain, [&](int64_t begin, int64_t end) {
+        scatter_add(data<T>(weight), index + begin, data<Sum<T>>(values) + begin, static_cast<Sum<T>>(scale), end - begin);
+      });
+    });
+  });
+}
+
+double number(const Tensor& t) {
+  double value = 0;
+  THO_DISPATCH_V2(t.scalar_type(), "sparse_adamw_", AT_WRAP([&] { value = *t.const_data_ptr<scalar_t>(); }), AT_EXPAND(AT_FLOATING_TYPES));
+  return value;
+}
+
+void sparse_adamw_op(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<Tensor> bases, std::vector<Tensor> deltas,
+                     std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
+                     std::vector<double> scales, double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                     std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_coef, std::optional<Tensor> found_inf) {
+  if (found_inf && number(*found_inf) != 0) return;
+  if (lr_tensor) lr = number(*lr_tensor);
+  const double coef = (maximize ? -1.0 : 1.0) * (grad_coef ? number(*grad_coef) : 1.0);
+  const size_t targets = weights.size();
+  std::vector<std::pair<size_t, int64_t>> blocks;  // (target, first entry)
+  for (size_t i = 0; i < targets; ++i) {
+    check_weight("sparse_adamw_", weights[i], indices[i]);
+    check_entries("sparse_adamw_", "base", bases[i], indices[i], weights[i].scalar_type());
+    for (const Tensor* t : {&deltas[i], &grads[i], &exp_avgs[i], &exp_avg_sqs[i]})
+      check_entries("sparse_adamw_", "delta, grad, exp_avg and exp_avg_sq", *t, indices[i], sum_type(weights[i]));
+    for (int64_t p = 0; p < indices[i].numel(); p += kAdamWEntries) blocks.emplace_back(i, p);
+  }
+  run_parallel(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const auto [i, first] = blocks[b];
+      const int64_t p = first, n = std::min(kAdamWEntries, indices[i].numel() - p);
+      const double step = number(steps[i]);
+      with_weight_type(weights[i].scalar_type(), [&, i = i](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using S = Sum<T>;
+        const AdamW<S> a{S(beta1), S(beta2), S(eps), S(1 - lr * weight_decay), S(lr / (1 - std::pow(beta1, step))), S(1 / std::sqrt(1 - std::pow(beta2, step))),
+                         S(coef)};
+        adamw(a, data<S>(deltas[i]) + p, data<S>(grads[i]) + p, data<S>(exp_avgs[i]) + p, data<S>(exp_avg_sqs[i]) + p, n);
+        with_index_type("sparse_adamw_", indices[i], [&](const auto* index) {
+          patch(data<T>(weights[i]), index + p, data<T>(bases[i]) + p, data<S>(deltas[i]) + p, S(scales[i]), n);
+        });
+      });
+    }
+  });
+}
+
+// Writes entry(p) to indices[p] for every p.
+template <class Entry>
+void fill(const char* op, Tensor& indices, Entry&& entry) {
+  with_index_type(op, indices, [&](const auto* index) {
+    auto* out = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(index)>>*>(index);
+    run_parallel(0, indices.numel(), kDrawGrain, [&](int64_t begin, int64_t end) { entry(out, begin, end); });
+  });
+}
+
+void stratified_indices_op(Tensor indices, int64_t rows, int64_t cols, int64_t key) {
+  const Stratified draw(rows, cols, indices.numel(), static_cast<uint64_t>(key));
+  fill("stratified_indices_", indices, [&](auto* out, int64_t begin, int64_t end) {
+    uint64_t row = draw.row_of(begin), first = draw.row_begin(row), next = draw.row_begin(row + 1);
+    for (uint64_t p = begin; p < static_cast<uint64_t>(end); ++p) {
+      while (p >= next) {
+        first = next;
+        next = draw.row_begin(++row + 1);
+      }
+      out[p] = row * draw.cols + draw.column(row, next - first, p - first);
+    }
+  });
+}
+
+void uniform_indices_op(Tensor indices, int64_t numel, int64_t key) {
+  fill("uniform_indices_", indices, [&](auto* out, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) out[p] = uniform_entry(numel, static_cast<uint64_t>(key), p);
+  });
+}
+
+std::string instruction_set_op() { return instruction_set(); }
+
+}  // namespace
+}  // namespace sprand::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sprand, m) { m.def("_instruction_set() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(sprand, CompositeExplicitAutograd, m) { m.impl("_instruction_set", TORCH_BOX(&sprand::cpu::instruction_set_op)); }
+
+STABLE_TORCH_LIBRARY_IMPL(sprand, CPU, m) {
+  m.impl("sddmm", TORCH_BOX(&sprand::cpu::sddmm_op));
+  m.impl("gather", TORCH_BOX(&sprand::cpu::gather_op));
+  m.impl("patch_", TORCH_BOX(&sprand::cpu::patch_op));
+  m.impl("scatter_add_", TORCH_BOX(&sprand::cpu::scatter_add_op));
+  m.impl("sparse_adamw_", TORCH_BOX(&sprand::cpu::sparse_adamw_op));
+  m.impl("stratified_indices_", TORCH_BOX(&sprand::cpu::stratified_indices_op));
+  m.impl("uniform_indices_", TORCH_BOX(&sprand::cpu::uniform_indices_op));
+}

@@ -1,0 +1,42 @@
+// The CPU SDDMM: what its driver (sddmm.cpp) asks of the inner kernels that exist once per instruction set.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace sprand::cpu {
+
+enum class DType { f32, f64, bf16, f16 };
+
+// Bytes of one packed column or row of a token block: 256 float, 128 double or 512 bf16 tokens, sixteen AVX-512 registers.
+constexpr int64_t kPanelBytes = 1024;
+
+// The kernels of one panel type. A panel holds columns of a token-major matrix one after the other, kPanelBytes each,
+// tokens contiguous and padded with zeros to a multiple of `lanes`.
+struct SddmmKernels {
+  int64_t tokens;  // tokens of a full block
+  int64_t lanes;   // tokens of a vector
+  // panel[c] = src[0 .. tokens)[c] for c in [0, cols); src has row stride `stride` in elements.
+  void (*pack)(const void* src, int64_t stride, int64_t tokens, int64_t cols, void* panel);
+  // out[p] += <row, panel[indices[p] - origin]> over `vectors` vectors, for p in [0, n).
+  void (*dots)(const void* row, const void* panel, const int32_t* indices, int64_t n, int64_t origin, int64_t vectors, void* out);
+  void (*dots_long)(const void* row, const void* panel, const int64_t* indices, int64_t n, int64_t origin, int64_t vectors, void* out);
+};
+
+SddmmKernels sddmm_kernels(DType dtype);
+const char* instruction_set();
+
+using ParallelFor = std::function<void(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>&)>;
+
+struct SddmmArgs {
+  const void* grad_output;  // [T, out], contiguous
+  const void* input;        // [T, in], contiguous
+  const void* indices;      // [nnz], sorted; int32, or int64 if long_indices
+  void* result;             // [nnz], float, or double for f64
+  int64_t tokens, out, in, nnz;
+  bool long_indices;
+  DType dtype;
+};
+
+void sddmm(const SddmmArgs& args, const ParallelFor& parallel_for);
+
+}  // namespace sprand::cpu

@@ -1,0 +1,261 @@
+"""The operators: one schema, one fake, one checked wrapper each. The dispatcher picks C++, CUDA or `reference.py`.
+
+Sizes used below: `T` tokens, `out` and `in` features, `nnz` chosen entries. `indices` are flat positions in the
+row-major weight, sorted, unique, int32 (int64 where the weight has 2**31 entries or more). They are proven once, when
+a pattern is built or loaded; the operators check only what costs O(1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+SCHEMAS = {
+    "sddmm": "(Tensor grad_output, Tensor input, Tensor indices) -> Tensor",
+    "gather": "(Tensor weight, Tensor indices) -> Tensor",
+    "patch_": "(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? delta, float scale=1.0) -> ()",
+    "scatter_add_": "(Tensor(a!) weight, Tensor indices, Tensor values, float scale=1.0) -> ()",
+    "sparse_adamw_": (
+        "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor(b!)[] deltas, Tensor[] grads, "
+        "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor[] steps, float[] scales, float lr, float beta1, "
+        "float beta2, float eps, float weight_decay, bool maximize, Tensor? lr_tensor=None, Tensor? grad_coef=None, "
+        "Tensor? found_inf=None) -> ()"
+    ),
+    "stratified_indices_": "(Tensor(a!) indices, int rows, int cols, int key) -> ()",
+    "uniform_indices_": "(Tensor(a!) indices, int numel, int key) -> ()",
+}
+
+LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("sprand", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over `dtype` are kept: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("sprand::sddmm")
+def _(grad_output, input, indices):
+    return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
+
+
+@torch.library.register_fake("sprand::gather")
+def _(weight, indices):
+    return weight.new_empty(indices.shape)
+
+
+for _name in ("patch_", "scatter_add_", "sparse_adamw_", "stratified_indices_", "uniform_indices_"):
+    torch.library.register_fake(f"sprand::{_name}", lambda *args, **kwargs: None)
+
+
+def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
+    """Sampled dense-dense matmul: the chosen entries of `grad_output.T @ input`, and no others.
+
+    Args:
+        grad_output: `[T, out]`, float32, bfloat16, float16, or float64 on the CPU.
+        input: `[T, in]`, same dtype and device.
+        indices: `[nnz]`, flat positions `row * in + column`, sorted.
+
+    Returns:
+        `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
+        raise ValueError(
+            f"sddmm: expected grad_output [T, out] and input [T, in], got {list(grad_output.shape)} and {list(input.shape)}"
+        )
+    _check_values("sddmm", "input", input, grad_output)
+    _check_indices("sddmm", indices, grad_output)
+    return torch.ops.sprand.sddmm(grad_output, input, indices)
+
+
+def gather(weight: Tensor, indices: Tensor) -> Tensor:
+    """`weight.flatten()[indices]`.
+
+    Args:
+        weight: contiguous, any shape.
+        indices: `[nnz]`, flat positions, sorted.
+
+    Returns:
+        `[nnz]` in the dtype of `weight`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    _check_weight("gather", weight, indices)
+    return torch.ops.sprand.gather(weight, indices)
+
+
+def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, scale: float = 1.0) -> None:
+    """Set `weight.flatten()[indices] = cast(base + scale * delta)`, rounding once, from float32.
+
+    A zero change writes the bits of `base` (also those of -0.0). With `delta=None` all of `base` is put back.
+
+    Args:
+        weight: contiguous, any shape; changed in place.
+        indices: `[nnz]`, flat positions, sorted.
+        base: `[nnz]`, the original entries, dtype of `weight`.
+        delta: `[nnz]` float32 (float64 for a float64 weight), or None.
+        scale: factor on `delta`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    _check_weight("patch_", weight, indices)
+    _check_entries("patch_", "base", base, indices, weight.dtype)
+    if delta is not None:
+        _check_entries("patch_", "delta", delta, indices, accumulation_dtype(weight.dtype))
+    torch.ops.sprand.patch_(weight, indices, base, delta, scale)
+
+
+def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
+    """`weight.flatten()[indices] += scale * values`, in float32, rounded once to the dtype of `weight`.
+
+    Args:
+        weight: contiguous, any shape; changed in place.
+        indices: `[nnz]`, flat positions, sorted.
+        values: `[nnz]` float32 (float64 for a float64 weight).
+        scale: factor on `values`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    _check_weight("scatter_add_", weight, indices)
+    _check_entries("scatter_add_", "values", values, indices, accumulation_dtype(weight.dtype))
+    torch.ops.sprand.scatter_add_(weight, indices, values, scale)
+
+
+def sparse_adamw_(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdamW step of all deltas and the patch of their weights, in one pass over memory (arXiv 1711.05101).
+
+    Every list has one element per target. `steps[i]` (float32, one element) counts this step already. Weight decay
+    pulls a delta to zero, that is its weight to the pre-trained value.
+
+    Args:
+        weights: contiguous, any shape; patched in place.
+        indices: `[nnz]` each.
+        bases: `[nnz]` each, dtype of the weight.
+        deltas, grads, exp_avgs, exp_avg_sqs: `[nnz]` each, float32 (float64 for float64 weights).
+        steps: one element each, float32, on the device of the delta.
+        scales: the factor between delta and weight.
+        lr: a float, or a one-element float32 tensor on the device.
+        beta1, beta2, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
+        grad_coef: one float32 on the device, multiplied into every gradient as it is read (clipping, loss scale).
+        found_inf: one float32 on the device; when it is not zero nothing is changed.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or lists of different length.
+    """
+    if len({len(weights), len(indices), len(bases), len(deltas), len(grads), len(exp_avgs), len(exp_avg_sqs), len(steps), len(scales)}) != 1:
+        raise ValueError("sparse_adamw_: expected lists of one length, one element per target")
+    for weight, index, base, *entries in zip(weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, strict=True):
+        _check_weight("sparse_adamw_", weight, index)
+        _check_entries("sparse_adamw_", "base", base, index, weight.dtype)
+        for name, value in zip(("delta", "grad", "exp_avg", "exp_avg_sq"), entries, strict=True):
+            _check_entries("sparse_adamw_", name, value, index, accumulation_dtype(weight.dtype))
+    lr_tensor = lr if isinstance(lr, Tensor) else None
+    torch.ops.sprand.sparse_adamw_(
+        weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, steps, scales,
+        0.0 if lr_tensor is not None else lr, beta1, beta2, eps, weight_decay, maximize, lr_tensor, grad_coef, found_inf,
+    )  # fmt: skip
+
+
+def stratified_indices_(indices: Tensor, rows: int, cols: int, key: int) -> None:
+    """Fill `indices` with a stratified draw of positions in a `[rows, cols]` matrix, ascending.
+
+    Args:
+        indices: `[nnz]`, int32 or int64, written.
+        rows, cols: below 2**32.
+        key: 64 bits (as a signed int) that name the draw.
+
+    Raises:
+        ValueError: more entries than the matrix has, or an integer type too small for its positions.
+    """
+    _check_draw("stratified_indices_", indices, rows * cols)
+    if max(rows, cols) >= 2**32:
+        raise ValueError(f"stratified_indices_: expected rows and cols below 2**32, got {rows} and {cols}")
+    torch.ops.sprand.stratified_indices_(indices, rows, cols, key)
+
+
+def uniform_indices_(indices: Tensor, numel: int, key: int) -> None:
+    """Fill `indices` with distinct uniform positions below `numel`, in no order (a keyed permutation of `0..numel-1`).
+
+    Args:
+        indices: `[nnz]`, int32 or int64, written.
+        numel: below 2**62.
+        key: 64 bits (as a signed int) that name the draw.
+
+    Raises:
+        ValueError: more entries than `numel`, or an integer type too small for its positions.
+    """
+    _check_draw("uniform_indices_", indices, numel)
+    torch.ops.sprand.uniform_indices_(indices, numel, key)
+
+
+def _check_values(op: str, name: str, value: Tensor, other: Tensor) -> None:
+    allowed = (*LOW_PRECISION, torch.float64) if value.device.type in ("cpu", "meta") else LOW_PRECISION
+    if value.dtype not in allowed:
+        raise ValueError(f"{op}: expected {name} of {', '.join(map(str, allowed))} on {value.device.type}, got {value.dtype}")
+    if value.dtype != other.dtype or value.device != other.device:
+        raise ValueError(f"{op}: expected {name} as {other.dtype} on {other.device}, got {value.dtype} on {value.device}")
+
+
+def _check_indices(op: str, indices: Tensor, other: Tensor) -> None:
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64) or not indices.is_contiguous():
+        raise ValueError(f"{op}: expected contiguous indices [nnz] of int32 or int64, got {list(indices.shape)} of {indices.dtype}")
+    if indices.device != other.device:
+        raise ValueError(f"{op}: expected indices on {other.device}, got {indices.device}")
+
+
+def _check_weight(op: str, weight: Tensor, indices: Tensor) -> None:
+    _check_values(op, "weight", weight, weight)
+    _check_indices(op, indices, weight)
+    if not weight.is_contiguous():
+        raise ValueError(f"{op}: expected a contiguous weight, got strides {weight.stride()} for shape {list(weight.shape)}")
+    if indices.numel() > weight.numel():
+        raise ValueError(f"{op}: expected at most {weight.numel()} indices for a weight of that size, got {indices.numel()}")
+
+
+def _check_entries(op: str, name: str, value: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
+    if value.shape != indices.shape or value.dtype != dtype or value.device != indices.device or not value.is_contiguous():
+        raise ValueError(
+            f"{op}: expected contiguous {name} {list(indices.shape)} of {dtype} on {indices.device}, "
+            f"got {list(value.shape)} of {value.dtype} on {value.device}"
+        )
+
+
+def _check_draw(op: str, indices: Tensor, numel: int) -> None:
+    _check_indices(op, indices, indices)
+    if indices.numel() > numel:
+        raise ValueError(f"{op}: expected at most {numel} entries, got {indices.numel()}")
+    if numel > torch.iinfo(indices.dtype).max + 1:
+        raise ValueError(f"{op}: expected int64 indices for {numel} positions, got {indices.dtype}")
