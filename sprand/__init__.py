@@ -1,0 +1,37 @@
+"""sprand: fine-tune a model by training a small set of its own scalar weights.
+
+model = sprand.apply(model, density=0.01, seed=0)   # freeze it, let 1 % of the entries train
+opt = sprand.SparseAdamW(model, lr=1e-3)            # or any torch optimizer over sprand.parameters(model)
+sprand.save(model, "adapter/")                      # values and a seed; sprand.load(model, "adapter/") brings them back
+sprand.merge(model)                                 # keep the trained weights, drop the rest; sprand.unmerge: bit for bit back
+"""
+
+from . import native  # registers the operators and their compiled kernels
+from .adapter import load, save
+from .config import SparseConfig
+from .layers import SparseLinear, SparseModule
+from .model import apply, disabled, merge, named_parameters, parameters, switch, unmerge, write
+from .optim import SparseAdamW
+from .summary import print_trainable_parameters, summary
+from .version import __version__
+
+__all__ = [
+    "SparseAdamW",
+    "SparseConfig",
+    "SparseLinear",
+    "SparseModule",
+    "__version__",
+    "apply",
+    "disabled",
+    "load",
+    "merge",
+    "named_parameters",
+    "native",
+    "parameters",
+    "print_trainable_parameters",
+    "save",
+    "summary",
+    "switch",
+    "unmerge",
+    "write",
+]

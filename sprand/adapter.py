@@ -1,0 +1,284 @@
+"""Adapters on disk: values, a seed or indices, and a fingerprint of the base they were trained on.
+
+A folder holds `adapter_model.safetensors`, which is complete by itself (its header carries the description as JSON),
+and `adapter_config.json`, a copy of that description for people and tools. Saving replaces the first file in one
+atomic step, so that a crash or a full disk leaves the old adapter. Loading proves everything before it changes a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import ops, pattern
+from .config import GIVEN, SparseConfig
+from .layers import SparseModule
+from .model import Adapter, Place, State, _places, disabled, install, sparse_modules, state_of, switch, write
+from .version import __version__
+
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+FORMAT_VERSION = 1
+NARROWER = {torch.float64: (torch.float32, torch.bfloat16, torch.float16), torch.float32: (torch.bfloat16, torch.float16)}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the active adapter to a folder: 4 bytes per trained weight for a random pattern, 8 for another.
+
+    Args:
+        model: a model with trained entries.
+        path: the folder; made if it is not there, an adapter in it is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model has no trained entries, or a value is not finite.
+        OSError: the folder cannot be written; an adapter that was there is untouched.
+    """
+    state = state_of(model)
+    adapter = state.current
+    if adapter is None:
+        raise ValueError("save: no adapter is active; call sprand.switch(model, name) first")
+    tensors, targets, given = {}, {}, adapter.config.strategy not in pattern.RANDOM_STRATEGIES or state.mixed is not None
+    shapes = {}
+    for name, module, parameter in attached(model):
+        entries, weight = module.sparse_entries(parameter), module._parameters[parameter]
+        delta, shape = entries.delta.detach().cpu(), list(weight.shape)
+        if not torch.isfinite(delta).all():
+            raise ValueError(f"save: the trained values of {name} are not finite; load the last good checkpoint")
+        tensors[f"delta.{name}"], shapes[name] = delta, shape
+        targets[name] = {"shape": shape, "dtype": _name(weight.dtype), "nnz": delta.numel(), "fingerprint": fingerprints(entries.base)}
+        given = given or not torch.equal(entries.indices.cpu(), _draw(adapter.config, name, shape, delta.numel()))
+    if given:
+        tensors |= {f"indices.{name}": module.sparse_entries(p).indices.cpu() for name, module, p in attached(model)}
+    heads = {name: p.detach().cpu() for name, p in model.named_parameters() if name in adapter.saved}
+    tensors |= {f"saved.{name}": value for name, value in heads.items()}
+    tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    config = adapter.config.to_dict() | ({"strategy": GIVEN, "density": None, "budget": None} if given else {})
+    description = {
+        "format_version": FORMAT_VERSION,
+        "pattern_version": pattern.PATTERN_VERSION,
+        "sprand_version": __version__,
+        "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "config": config,
+        "targets": targets,
+        "saved": {name: {"shape": list(value.shape), "dtype": _name(value.dtype)} for name, value in heads.items()},
+        "checksum": checksum(tensors),
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _replacing(folder / WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "sprand": json.dumps(description)})
+    with _replacing(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:
+    """Put a saved adapter on its base model and make it the active one.
+
+    Args:
+        model: the base model, or one that holds other adapters. If adapter `name` is there with the same entries, its
+            values are replaced (an optimizer stays valid).
+        path: folder written by `save`, or its safetensors file.
+        name: what to call it in `switch`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: it is damaged, made by a newer sprand, or for another base. The model is as it was then.
+    """
+    description, tensors = read(path)
+    state = getattr(model, "_sprand", None)
+    with contextlib.nullcontext() if state is None else disabled(model):
+        adapter, places = _prove(model, Path(path), description, tensors)
+    if state is None:
+        trained = {key for key, p in model.named_parameters() if p.requires_grad}
+        install(model, State(trained_before=trained), name, adapter, places)
+        return model
+    if name in state.adapters:
+        return _replace_values(model, state, name, adapter)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key in adapter.saved:
+        state.base_saved.setdefault(key, parameters[key].data.clone())
+    state.adapters[name] = adapter
+    return switch(model, name)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a saved adapter, proven to be undamaged.
+
+    Args:
+        path: folder written by `save`, or its safetensors file.
+
+    Returns:
+        The description, and the tensors `delta.*`, `indices.*`, `saved.*` by name.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: the file is damaged, no sprand adapter, or of a newer format.
+    """
+    file = Path(path)
+    file = file / WEIGHTS_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter at {path}: expected {WEIGHTS_FILE} there, as written by sprand.save")
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}); take another copy of the adapter") from error
+    if "sprand" not in metadata:
+        raise ValueError(f"{file} was not written by sprand.save: its header has no description")
+    description = json.loads(metadata["sprand"])
+    if description["format_version"] > FORMAT_VERSION or description["pattern_version"] != pattern.PATTERN_VERSION:
+        raise ValueError(
+            f"{file} has format {description['format_version']} and pattern {description['pattern_version']} (sprand "
+            f"{description['sprand_version']}); this sprand {__version__} reads format {FORMAT_VERSION} and pattern {pattern.PATTERN_VERSION}"
+        )
+    if description["checksum"] != checksum(tensors):
+        raise ValueError(f"{file} is damaged: its values do not match their checksum; take another copy of the adapter")
+    return description, tensors
+
+
+def attached(model: nn.Module) -> Iterable[tuple[str, SparseModule, str]]:
+    """Every targeted parameter once: its full name, its module, and its name there."""
+    seen: set[int] = set()
+    for prefix, module in sparse_modules(model):
+        for parameter in module._sprand_targets:
+            key = id(module._parameters[parameter])
+            if key not in seen:
+                seen.add(key)
+                yield (f"{prefix}.{parameter}" if prefix else parameter), module, parameter
+
+
+def fingerprints(base: Tensor) -> dict[str, str]:
+    """Hashes of base entries, in their dtype and as they would be in narrower ones, so that a base may be cast."""
+    return {_name(dtype): _hash([base.to(dtype)]) for dtype in (base.dtype, *NARROWER.get(base.dtype, ()))}
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """One hash of names, shapes and values."""
+    return _hash([part for name in sorted(tensors) for part in (f"{name} {list(tensors[name].shape)}", tensors[name])])
+
+
+def _prove(model: nn.Module, path: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Adapter, dict[str, Place]]:
+    """The adapter and its places in the model, after every check; the model holds its base values now."""
+    config = SparseConfig.from_dict(description["config"])
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    adapter = Adapter(config)
+    for name, target in description["targets"].items():
+        weight = _matching(path, parameters, name, target["shape"])
+        delta = tensors.get(f"delta.{name}")
+        if delta is None or list(delta.shape) != [target["nnz"]]:
+            raise ValueError(f"{path}: expected {target['nnz']} values for {name}, got {None if delta is None else list(delta.shape)}")
+        if not torch.isfinite(delta).all():
+            raise ValueError(f"{path}: the values of {name} are not finite")
+        if config.strategy == GIVEN:
+            indices = tensors.get(f"indices.{name}")
+            if indices is None or indices.shape != delta.shape or indices.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"{path}: expected {target['nnz']} integer indices for {name}")
+            pattern.check_indices(f"{path}: {name}", indices, weight.numel())
+        else:
+            indices = _draw(config, name, target["shape"], target["nnz"])
+        indices = indices.to(device=weight.device, dtype=pattern.index_dtype(weight.numel()))
+        _check_base(path, name, ops.gather(weight.data.contiguous(), indices), target["fingerprint"])
+        adapter.indices[name] = indices
+        adapter.deltas[name] = nn.Parameter(delta.to(device=weight.device, dtype=ops.accumulation_dtype(weight.dtype)))
+    for name, entry in description["saved"].items():
+        p, value = _matching(path, parameters, name, entry["shape"]), tensors.get(f"saved.{name}")
+        if value is None or list(value.shape) != entry["shape"]:
+            raise ValueError(f"{path}: expected values of shape {entry['shape']} for {name}")
+        adapter.saved[name] = value.to(device=p.device, dtype=p.dtype)
+    return adapter, {place.name: place for place in _places(model, set(adapter.indices))}
+
+
+def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]) -> nn.Parameter:
+    if name not in parameters:
+        raise ValueError(f"{path} was made for another model: this one has no parameter {name!r}")
+    if list(parameters[name].shape) != shape:
+        raise ValueError(f"{path} was made for another model: {name} is {list(parameters[name].shape)} here and {shape} there")
+    return parameters[name]
+
+
+def _check_base(path: Path, name: str, base: Tensor, stored: Mapping[str, str]) -> None:
+    """Compare in the narrower of the two dtypes: a checkpoint may be loaded in another one than it was trained in."""
+    trained = next(iter(stored))
+    here = fingerprints(base)
+    common = [dtype for dtype in stored if dtype in here]
+    same = stored[trained] == here[trained] if trained in here else bool(common) and stored[common[0]] == here[common[0]]
+    if not same:
+        raise ValueError(
+            f"{path} was trained on another base: the entries it changes in {name} have other values in this model; load the base "
+            "checkpoint it was trained on (and no merged or further trained one)"
+        )
+
+
+def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter) -> nn.Module:
+    there = state.adapters[name]
+    same = there.indices.keys() == adapter.indices.keys() and there.saved.keys() == adapter.saved.keys()
+    if not same or not all(torch.equal(there.indices[key].cpu(), adapter.indices[key].cpu()) for key in adapter.indices):
+        raise ValueError(f"adapter {name!r} is loaded already, with other entries; choose another name")
+    for key, delta in adapter.deltas.items():
+        there.deltas[key].data.copy_(delta.data)
+    if state.active != name:
+        there.saved = adapter.saved
+        return switch(model, name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, value in adapter.saved.items():
+        parameters[key].data.copy_(value)
+    write(model)
+    return model
+
+
+def _draw(config: SparseConfig, name: str, shape: list[int], nnz: int) -> Tensor:
+    if config.strategy not in pattern.RANDOM_STRATEGIES:
+        return torch.empty(0)
+    return pattern.draw(config.strategy, name, shape, nnz, config.seed)
+
+
+def _hash(parts: Iterable[str | Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        elif part.numel():
+            part = part.detach().cpu().contiguous()
+            digest.update((ctypes.c_char * part.nbytes).from_address(part.data_ptr()))
+    return digest.hexdigest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def _replacing(file: Path) -> Iterable[Path]:
+    """A temporary file beside `file` that takes its place when the block ends well, and is gone when it does not."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

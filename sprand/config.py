@@ -1,0 +1,142 @@
+"""`SparseConfig`: what to train, how much of it, and how it is chosen. Validated when made, to and from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .pattern import RANDOM_STRATEGIES
+
+GIVEN = "given"  # how a strategy of explicit masks or indices is named in JSON
+SPARTA_TARGETS = ("v_proj", "o_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig:
+    """Configuration of `sprand.apply`.
+
+    Attributes:
+        density: fraction of the entries of the targeted weights that train, in (0, 1].
+        budget: instead of density: an int is the exact number of trained entries, a float the fraction of all model
+            parameters (those of `modules_to_save` not counted).
+        target_modules: modules whose `weight` is targeted: names or suffixes of names, one regular expression (a str,
+            matched in full), or `"all-linear"` (every linear layer but the output head). None with `target_parameters`.
+        exclude_modules: modules left out again: names or suffixes, or one regular expression.
+        modules_to_save: modules trained in full and saved with the adapter: names or suffixes; `"auto"` takes a
+            classification head named `score` or `classifier` if there is one.
+        target_parameters: further weights by parameter name or suffix: embeddings, biases, norms, 3-D experts.
+        strategy: `"random"` (stratified), `"uniform"`, or `{parameter name: bool mask or flat indices}`.
+        layout: how positions may fall: `"unstructured"`.
+        scope: `"local"`: each target gets its share of the entries.
+        seed: of the random draw.
+
+    Raises:
+        ValueError: a value outside of what is allowed, named with what was expected.
+    """
+
+    density: float | None = None
+    budget: int | float | None = None
+    target_modules: str | Sequence[str] | None = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
+    strategy: str | Mapping[str, Tensor] = "random"
+    layout: str = "unstructured"
+    scope: str = "local"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = isinstance(self.strategy, Mapping) or self.strategy == GIVEN
+        if not given and self.strategy not in RANDOM_STRATEGIES:
+            raise ValueError(f"strategy: expected one of {', '.join(RANDOM_STRATEGIES)} or a dict of masks or indices, got {self.strategy!r}")
+        if self.layout != "unstructured":
+            raise ValueError(f"layout: expected 'unstructured', got {self.layout!r}")
+        if self.scope != "local":
+            raise ValueError(f"scope: expected 'local' (random draws have no scores to compare over layers), got {self.scope!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
+            raise ValueError(f"seed: expected an int, got {self.seed!r}")
+        if given:
+            if self.density is not None or self.budget is not None:
+                raise ValueError("strategy: a dict of masks or indices fixes the count; leave out density and budget")
+        elif self.budget is None:
+            object.__setattr__(self, "density", 0.01 if self.density is None else _fraction("density", self.density))
+        elif self.density is not None:
+            raise ValueError("give density or budget, not both")
+        elif isinstance(self.budget, numbers.Integral) and not isinstance(self.budget, bool):
+            if self.budget < 1:
+                raise ValueError(f"budget: expected at least 1 entry, got {self.budget}")
+            object.__setattr__(self, "budget", int(self.budget))
+        else:
+            object.__setattr__(self, "budget", _fraction("budget", self.budget))
+        for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+            value = getattr(self, field)
+            if value is None or isinstance(value, str):
+                continue
+            if not all(isinstance(name, str) and name for name in value):
+                raise ValueError(f"{field}: expected names, got {value!r}")
+            object.__setattr__(self, field, tuple(value))
+        if isinstance(self.target_parameters, str):
+            object.__setattr__(self, "target_parameters", (self.target_parameters,))
+
+    @classmethod
+    def sparta(cls, sparsity: float = 0.99, **fields: Any) -> SparseConfig:
+        """The recipe of SpaRTA (arXiv 2502.15975): random entries of the value and output projections.
+
+        The budget is the fraction `1 - sparsity` of the whole model; a classification head trains in full.
+
+        Args:
+            sparsity: fraction of the model's parameters that stay frozen, in [0, 1).
+            **fields: any field of `SparseConfig`, for example `target_modules` for a model with other names.
+
+        Raises:
+            ValueError: sparsity outside of [0, 1), or another field out of range.
+        """
+        if not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity: expected a fraction in [0, 1), got {sparsity!r}")
+        return cls(**{"budget": 1.0 - sparsity, "target_modules": SPARTA_TARGETS, "modules_to_save": "auto"} | fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types; explicit masks are named, not stored (the adapter holds their indices)."""
+        fields = dataclasses.asdict(dataclasses.replace(self, strategy=GIVEN) if isinstance(self.strategy, Mapping) else self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SparseConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown field, or a value out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"config: unknown field {', '.join(unknown)}; expected some of {', '.join(sorted(known))} (a newer sprand?)")
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> SparseConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: no JSON object, an unknown field, or a value out of range.
+        """
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"config: expected a JSON object, got {type(fields).__name__}")
+        return cls.from_dict(fields)
+
+
+def _fraction(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or not 0 < value <= 1:
+        raise ValueError(f"{name}: expected a fraction in (0, 1], got {value!r}")
+    return float(value)

@@ -1,0 +1,227 @@
+"""Layers as functions: patch the weight, use it as it is, and give its chosen entries a gradient.
+
+Each function writes `weight.flatten()[indices] = cast(base + scale * delta)` before it uses the weight, in forward and
+again in backward (a sharded weight is gathered anew there). The write goes through `weight.data`, which has a version
+counter of its own: two forwards before one backward are legal. What backward keeps is the input and references.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+
+
+class Written:
+    """Remembers that a weight holds its delta, so that a write can be left out.
+
+    Only `SparseAdamW` declares it, since it has just written the weight. It ends when delta's version moves, at a
+    forward without gradients (so an evaluation always writes) and at the next backward (so any other optimizer, also
+    one that does not move the version, is followed by a write).
+    """
+
+    __slots__ = ("version",)
+
+    def __init__(self) -> None:
+        self.version: int | None = None
+
+    def declare(self, delta: Tensor) -> None:
+        self.version = delta._version
+
+    def forget(self) -> None:
+        self.version = None
+
+    def holds(self, delta: Tensor) -> bool:
+        return self.version is not None and self.version == delta._version
+
+
+@dataclass
+class Entries:
+    """The chosen entries of one weight.
+
+    Attributes:
+        delta: `[nnz]`, float32 (float64 for a float64 weight), the trained change.
+        indices: `[nnz]`, flat positions, sorted.
+        base: `[nnz]`, the original entries, in the weight's dtype.
+        scale: factor on delta.
+        written: shared by all uses of the weight, or None to write every time.
+    """
+
+    delta: Tensor
+    indices: Tensor
+    base: Tensor
+    scale: float = 1.0
+    written: Written | None = None
+
+    def write(self, weight: Tensor) -> None:
+        """Make the chosen entries of `weight` hold base + scale * delta."""
+        delta = self.delta.detach()
+        ops.patch_(weight.data, self.indices, self.base, delta.to(ops.accumulation_dtype(weight.dtype)), self.scale)
+
+    def restore(self, weight: Tensor) -> None:
+        """Make the chosen entries of `weight` hold base, bit for bit."""
+        if self.written is not None:
+            self.written.forget()
+        ops.patch_(weight.data, self.indices, self.base, None)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, transposed: bool = False) -> Tensor:
+    """`torch.nn.functional.linear` with a patched weight; the gradient of delta is sampled, never dense.
+
+    Args:
+        input: `[..., in]`.
+        weight: `[out, in]`, frozen; `[in, out]` if transposed (Hugging Face's `Conv1D`).
+        bias: `[out]` or None.
+        entries: the chosen entries of weight.
+        transposed: see weight.
+
+    Returns:
+        `[..., out]`.
+    """
+    cast = None
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        cast = torch.get_autocast_dtype(device)
+        input = input.to(cast)
+        bias = None if bias is None else bias.to(cast)
+    return _Linear.apply(input, weight, bias, entries.delta, entries.indices, entries.base, entries.scale, cast, transposed, _written(entries))
+
+
+def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int | None = None) -> Tensor:
+    """`torch.nn.functional.embedding` with a patched weight; the gradient walks the tokens, never the vocabulary.
+
+    Args:
+        input: token numbers, any shape.
+        weight: `[vocabulary, features]`, frozen.
+        entries: the chosen entries of weight.
+        padding_idx: this token gives no gradient.
+
+    Returns:
+        `[*input.shape, features]`.
+    """
+    return _Embedding.apply(input, weight, entries.delta, entries.indices, entries.base, entries.scale, padding_idx, _written(entries))
+
+
+def alias(weight: Tensor, entries: Entries) -> Tensor:
+    """The patched weight itself, as a tensor whose dense gradient is gathered into delta: for any operation.
+
+    Args:
+        weight: any shape, frozen.
+        entries: the chosen entries of weight.
+
+    Returns:
+        A view of weight. Its dense gradient exists while backward passes through this one weight.
+    """
+    return _Alias.apply(weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries))
+
+
+def _written(entries: Entries) -> Written | None:
+    if torch.compiler.is_compiling():
+        return None
+    if entries.written is not None and not torch.is_grad_enabled():
+        entries.written.forget()
+    return entries.written
+
+
+def _write(weight: Tensor, delta: Tensor, indices: Tensor, base: Tensor, scale: float, written: Written | None) -> None:
+    if written is None or not written.holds(delta):
+        Entries(delta, indices, base, scale).write(weight)
+
+
+class _Linear(torch.autograd.Function):
+    """Forward: y = x W^T + b.  Backward: dx = dy W, ddelta = scale * (dy^T x)[indices] (SDDMM), db = sum dy.
+
+    Shapes: x [..., in], W [out, in], dy [..., out], delta, indices, base [nnz].
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, delta, indices, base, scale, cast, transposed, written):
+        _write(weight, delta, indices, base, scale, written)
+        ctx.save_for_backward(input, weight, delta, indices, base)
+        ctx.scale, ctx.cast, ctx.transposed, ctx.written = scale, cast, transposed, written
+        used = weight if cast is None else weight.to(cast)
+        return F.linear(input, used.t() if transposed else used, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        input, weight, delta, indices, base = ctx.saved_tensors
+        _write(weight, delta, indices, base, ctx.scale, ctx.written)
+        if ctx.written is not None:
+            ctx.written.forget()
+        used = weight if ctx.cast is None else weight.to(ctx.cast)
+        grad_input = grad_bias = grad_delta = None
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[0]:
+            grad_input = (rows @ (used.t() if ctx.transposed else used)).view(input.shape)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        if ctx.needs_input_grad[3]:
+            columns = input.reshape(-1, input.shape[-1])
+            left, right = (columns, rows) if ctx.transposed else (rows, columns)
+            grad_delta = _to_delta(ops.sddmm(left, right, indices), delta, ctx.scale)
+        return grad_input, None, grad_bias, grad_delta, None, None, None, None, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    """Forward: y = W[tokens].  Backward: dy is summed per distinct token, then sampled at the chosen entries.
+
+    Shapes: tokens any, W [vocabulary, features], dy [*tokens.shape, features], delta, indices, base [nnz].
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, weight, delta, indices, base, scale, padding_idx, written):
+        _write(weight, delta, indices, base, scale, written)
+        ctx.save_for_backward(tokens, delta, indices)
+        ctx.scale, ctx.padding_idx, ctx.written, ctx.features = scale, padding_idx, written, weight.shape[1]
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        tokens, delta, indices = ctx.saved_tensors
+        if ctx.written is not None:
+            ctx.written.forget()
+        if not ctx.needs_input_grad[2]:
+            return (None,) * 8
+        dtype = ops.accumulation_dtype(grad_output.dtype)
+        distinct, place = torch.unique(tokens.flatten(), return_inverse=True)
+        sums = grad_output.new_zeros((distinct.numel(), ctx.features), dtype=dtype)
+        sums.index_add_(0, place, grad_output.reshape(-1, ctx.features).to(dtype))
+        if ctx.padding_idx is not None:
+            sums[distinct == ctx.padding_idx] = 0
+        rows, columns = indices // ctx.features, indices % ctx.features
+        slot = torch.searchsorted(distinct, rows.to(distinct.dtype)).clamp_(max=max(distinct.numel() - 1, 0))
+        met = (distinct[slot] == rows) if distinct.numel() else torch.zeros_like(rows, dtype=torch.bool)
+        sampled = torch.where(met, sums[slot, columns], 0) if distinct.numel() else sums.new_zeros(rows.shape)
+        return None, None, _to_delta(sampled, delta, ctx.scale), None, None, None, None, None
+
+
+class _Alias(torch.autograd.Function):
+    """Forward: W itself.  Backward: ddelta = scale * dW.flatten()[indices].  Shapes: W any, delta, indices, base [nnz]."""
+
+    @staticmethod
+    def forward(ctx, weight, delta, indices, base, scale, written):
+        _write(weight, delta, indices, base, scale, written)
+        ctx.save_for_backward(delta, indices)
+        ctx.scale, ctx.written = scale, written
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        delta, indices = ctx.saved_tensors
+        if ctx.written is not None:
+            ctx.written.forget()
+        sampled = ops.gather(grad_output.contiguous(), indices)
+        return None, _to_delta(sampled, delta, ctx.scale), None, None, None, None
+
+
+def _to_delta(grad: Tensor, delta: Tensor, scale: float) -> Tensor:
+    grad = grad.to(ops.accumulation_dtype(grad.dtype))
+    return (grad if scale == 1.0 else grad * scale).to(delta.dtype)

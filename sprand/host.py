@@ -1,0 +1,96 @@
+"""Host-side work on sorted index lists: in C++ where `sprand._host` is built, else in PyTorch, with the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _host
+except ImportError:
+    _host = None
+
+
+def has_extension() -> bool:
+    """Whether the compiled module serves CPU tensors."""
+    return _host is not None
+
+
+def compiler() -> str | None:
+    """The compiler that built the native modules, where that is known."""
+    return getattr(_host, "compiler", None)
+
+
+def first_bad_index(indices: Tensor, numel: int) -> int:
+    """Prove a list of positions: ascending, unique, within `0..numel-1`.
+
+    Args:
+        indices: `[nnz]`, int32 or int64, any device.
+        numel: the number of positions there are.
+
+    Returns:
+        The place of the first entry that is out of range or not above its predecessor, or -1.
+
+    Raises:
+        ValueError: `indices` is not a vector of int32 or int64.
+    """
+    _check("first_bad_index", indices)
+    if _host is not None and indices.device.type == "cpu":
+        indices = indices.contiguous()
+        limit = min(numel, 2**63 - 1)
+        return _host.first_bad_index(indices.data_ptr(), indices.numel(), indices.element_size(), limit)
+    bad = indices < 0
+    if numel <= torch.iinfo(indices.dtype).max:
+        bad |= indices >= numel
+    bad[1:] |= indices[1:] <= indices[:-1]
+    where = bad.nonzero()
+    return int(where[0]) if len(where) else -1
+
+
+def merge_indices(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The sorted union of several index lists, and where each list's entries stand in it.
+
+    Args:
+        lists: one or more `[nnz_i]`, ascending, unique, of one dtype (int32 or int64) and device.
+
+    Returns:
+        The union `[n]` in that dtype, and for each list its positions in the union, `[nnz_i]` int64:
+        `union[positions[i]] == lists[i]`.
+
+    Raises:
+        ValueError: no list, lists of different dtype or device, or one that is not ascending and unique.
+    """
+    if not lists:
+        raise ValueError("merge_indices: expected at least one list of indices, got none")
+    for number, indices in enumerate(lists):
+        _check("merge_indices", indices)
+        if indices.dtype != lists[0].dtype or indices.device != lists[0].device:
+            raise ValueError(
+                f"merge_indices: expected all lists as {lists[0].dtype} on {lists[0].device}, "
+                f"got list {number} as {indices.dtype} on {indices.device}"
+            )
+        bad = first_bad_index(indices, 2**63 - 1)
+        if bad >= 0:
+            raise ValueError(
+                f"merge_indices: expected ascending, unique indices from 0, got {int(indices[bad])} at {bad} of list {number}"
+            )
+    if _host is None or lists[0].device.type != "cpu":
+        union = torch.unique(torch.cat(list(lists)))
+        return union, [torch.searchsorted(union, indices.contiguous()) for indices in lists]
+    kept = [indices.contiguous() for indices in lists]
+    union = torch.empty(sum(indices.numel() for indices in kept), dtype=kept[0].dtype)
+    positions = [torch.empty(indices.numel(), dtype=torch.int64) for indices in kept]
+    count = _host.merge_indices(
+        [(indices.data_ptr(), indices.numel()) for indices in kept],
+        union.element_size(),
+        union.data_ptr(),
+        [place.data_ptr() for place in positions],
+    )
+    return union[:count].clone(), positions
+
+
+def _check(name: str, indices: Tensor) -> None:
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: expected indices [nnz] of int32 or int64, got {list(indices.shape)} of {indices.dtype}")

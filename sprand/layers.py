@@ -1,0 +1,275 @@
+"""Sparse modules: a module keeps its class (as a subclass), its weight and its names, and gains a delta to train.
+
+`attach` turns `layer` into a sparse module that also holds, for its parameter `weight`, the trained parameter
+`sprand_delta` and the buffers `sprand_indices` and `sprand_base` (for another parameter `name`: `sprand_delta_name`
+and so on). `detach` turns it back.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional, ops
+from .functional import Entries, Written
+
+DELTA, INDICES, BASE = "sprand_delta", "sprand_indices", "sprand_base"
+
+_live: weakref.WeakSet[SparseModule] = weakref.WeakSet()
+
+
+@dataclass
+class Target:
+    """One targeted parameter of one module.
+
+    Attributes:
+        parameter: its name in the module, for example `"weight"`.
+        scale: factor between delta and weight.
+        redraw: makes the indices on a device; needed when a module leaves the meta device.
+        written: whether the weight holds its delta already.
+    """
+
+    parameter: str
+    scale: float = 1.0
+    redraw: Callable[[torch.device], Tensor] | None = None
+    written: Written = field(default_factory=Written)
+
+    def name(self, kind: str) -> str:
+        """Name of the module's delta, indices or base tensor for this parameter."""
+        return kind if self.parameter == "weight" else f"{kind}_{self.parameter}"
+
+
+class SparseModule(nn.Module):
+    """Mixed into the class of a module by `attach`; works for any module that reads its parameters by attribute."""
+
+    _sprand_class: type[nn.Module]
+    _sprand_targets: dict[str, Target]
+    _sprand_active: bool
+
+    def sparse_entries(self, parameter: str = "weight") -> Entries:
+        """The trained entries of one targeted parameter."""
+        target = self._sprand_targets[parameter]
+        delta, indices, base = (getattr(self, target.name(kind)) for kind in (DELTA, INDICES, BASE))
+        return Entries(delta, indices, base, target.scale, target.written)
+
+    def write_weights(self) -> None:
+        """Make every targeted parameter hold its trained values now (its base values while disabled)."""
+        for parameter in self._sprand_targets:
+            entries, weight = self.sparse_entries(parameter), self._parameters[parameter]
+            entries.write(weight) if self._sprand_active else entries.restore(weight)
+
+    def set_active(self, active: bool) -> None:
+        """Switch the trained entries on or off, and write the weights accordingly."""
+        self._sprand_active = active
+        for target in self._sprand_targets.values():
+            target.written.forget()
+        self.write_weights()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._sprand_active:
+            self.write_weights()
+            return super().forward(*args, **kwargs)
+        with self._aliases(self._sprand_targets):
+            return super().forward(*args, **kwargs)
+
+    def _value(self, parameter: str) -> Tensor | None:
+        """The parameter as the forward pass must see it."""
+        value = self._parameters[parameter]
+        return functional.alias(value, self.sparse_entries(parameter)) if parameter in self._sprand_targets else value
+
+    @contextmanager
+    def _aliases(self, parameters: Any) -> Iterator[None]:
+        """Let attribute access find aliases that pass gradients on to the deltas."""
+        aliases = {name: self._value(name) for name in parameters}
+        outer = {name: self.__dict__[name] for name in aliases if name in self.__dict__}
+        flat = self.__dict__.get("_flat_weights")  # torch.nn.RNNBase reads its parameters from this list
+        self.__dict__.update(aliases)
+        if flat is not None:
+            self.__dict__["_flat_weights"] = [aliases.get(name, weight) for name, weight in zip(self._flat_weights_names, flat, strict=True)]
+        try:
+            yield
+        finally:
+            for name in aliases:
+                del self.__dict__[name]
+            self.__dict__.update(outer)
+            if flat is not None:
+                self.__dict__["_flat_weights"] = flat
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts like any module; deltas stay in their accumulation dtype, indices and base stay right."""
+        before = {name: getattr(self, target.name(DELTA)).data for name, target in self._sprand_targets.items()}
+        was_meta = {name: self._parameters[name].is_meta for name in self._sprand_targets}
+        super()._apply(fn, recurse)
+        for name, target in self._sprand_targets.items():
+            weight, delta = self._parameters[name], getattr(self, target.name(DELTA))
+            target.written.forget()
+            dtype = ops.accumulation_dtype(weight.dtype)
+            if delta.dtype != dtype:
+                delta.data = before[name].to(device=delta.device, dtype=dtype)
+            if was_meta[name] and not weight.is_meta:
+                delta.data.zero_()
+                if target.redraw is not None:
+                    getattr(self, target.name(INDICES)).copy_(target.redraw(weight.device))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.write_weights()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint with the entries is taken as it is; one without them is a new base."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, target in self._sprand_targets.items():
+            target.written.forget()
+            if prefix + name in state_dict and prefix + target.name(BASE) not in state_dict:
+                weight = self._parameters[name].data
+                setattr(self, target.name(BASE), ops.gather(weight, getattr(self, target.name(INDICES))))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _live.add(self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new_sparse_module, (self._sprand_class,), self.__getstate__()
+
+    def extra_repr(self) -> str:
+        counts = ", ".join(f"{getattr(self, target.name(INDICES)).numel():,} of {name}" for name, target in self._sprand_targets.items())
+        inherited = super().extra_repr()
+        return f"{inherited}, trains {counts}" if inherited else f"trains {counts}"
+
+
+class _SparseLinear(SparseModule):
+    """A linear layer: the gradient of the chosen entries is sampled, no dense gradient exists."""
+
+    _transposed = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._sprand_active or "weight" not in self._sprand_targets:
+            return super().forward(input)
+        return functional.linear(input, self.weight, self._value("bias"), self.sparse_entries(), self._transposed)
+
+
+class _SparseConv1D(_SparseLinear):
+    """Hugging Face's `Conv1D`, a linear layer whose weight is stored transposed."""
+
+    _transposed = True
+
+
+class _SparseEmbedding(SparseModule):
+    """An embedding: the gradient of the chosen entries walks the tokens, no gradient of the vocabulary exists."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
+        if not self._sprand_active or not plain:
+            return super().forward(input)
+        return functional.embedding(input, self.weight, self.sparse_entries(), self.padding_idx)
+
+
+def _kind_of(cls: type[nn.Module]) -> type[SparseModule]:
+    if cls.forward is nn.Linear.forward:
+        return _SparseLinear
+    if cls.forward is nn.Embedding.forward:
+        return _SparseEmbedding
+    if any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in cls.__mro__):
+        return _SparseConv1D
+    return SparseModule
+
+
+@functools.cache
+def sparse_class(cls: type[nn.Module]) -> type[SparseModule]:
+    """The subclass of `cls` that `attach` gives to a module: `Linear` becomes `SparseLinear`."""
+    return type(f"Sparse{cls.__name__}", (_kind_of(cls), cls), {"_sprand_class": cls, "__module__": __name__})
+
+
+SparseLinear = sparse_class(nn.Linear)
+
+
+def _new_sparse_module(cls: type[nn.Module]) -> SparseModule:
+    sparse = sparse_class(cls)
+    return sparse.__new__(sparse)
+
+
+def attach(
+    module: nn.Module,
+    parameter: str,
+    indices: Tensor,
+    delta: nn.Parameter | None = None,
+    base: Tensor | None = None,
+    scale: float = 1.0,
+    redraw: Callable[[torch.device], Tensor] | None = None,
+) -> Entries:
+    """Freeze a parameter of `module` and let the given entries of it train.
+
+    Args:
+        module: changed in place; keeps its class as a subclass.
+        parameter: name of the parameter in the module.
+        indices: `[nnz]`, flat, sorted, distinct, on the parameter's device.
+        delta: `[nnz]`, kept as it is; made of zeros if None.
+        base: `[nnz]`, the original entries; read from the parameter if None.
+        scale: factor between delta and weight.
+        redraw: makes the indices anew when the module leaves the meta device.
+
+    Returns:
+        The entries now attached.
+
+    Raises:
+        ValueError: no such parameter, one that is attached already, or a weight whose memory is not contiguous.
+    """
+    weight = module._parameters.get(parameter)
+    if weight is None:
+        raise ValueError(f"expected a parameter {parameter!r} in {type(module).__name__}, found {', '.join(module._parameters) or 'none'}")
+    if isinstance(module, SparseModule) and parameter in module._sprand_targets:
+        raise ValueError(f"{parameter!r} of this {type(module).__name__} already has trained entries; unmerge or merge them first")
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"{parameter!r} of {type(module).__name__}: expected contiguous memory, got strides {weight.stride()} for shape "
+            f"{list(weight.shape)}; call model.to(memory_format=torch.contiguous_format) first"
+        )
+    weight.requires_grad_(False)
+    if base is None:
+        base = ops.gather(weight.data, indices)
+    if delta is None:
+        delta = nn.Parameter(torch.zeros(indices.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device))
+    if not isinstance(module, SparseModule):
+        module.__class__ = sparse_class(type(module))
+        module._sprand_targets, module._sprand_active = {}, True
+        _live.add(module)
+    target = Target(parameter, scale, redraw)
+    module._sprand_targets[parameter] = target
+    module.register_parameter(target.name(DELTA), delta)
+    module.register_buffer(target.name(INDICES), indices)
+    module.register_buffer(target.name(BASE), base)
+    return module.sparse_entries(parameter)
+
+
+def detach(module: SparseModule, parameter: str, keep: bool) -> None:
+    """Take the trained entries of one parameter away; the module gets its class back with its last one.
+
+    Args:
+        module: changed in place.
+        parameter: name of the parameter in the module.
+        keep: leave the trained values in the weight (merge), or put the base back bit for bit.
+    """
+    entries, target = module.sparse_entries(parameter), module._sprand_targets[parameter]
+    weight = module._parameters[parameter]
+    entries.write(weight) if keep else entries.restore(weight)
+    for kind in (DELTA, INDICES, BASE):
+        delattr(module, target.name(kind))
+    del module._sprand_targets[parameter]
+    if not module._sprand_targets:
+        _live.discard(module)
+        module.__class__ = module._sprand_class
+        del module._sprand_targets, module._sprand_active
+
+
+def targets_by_delta() -> dict[int, tuple[SparseModule, str]]:
+    """Every live delta parameter by its `id`, with the module and parameter it belongs to."""
+    return {id(getattr(module, target.name(DELTA))): (module, name) for module in _live for name, target in module._sprand_targets.items()}

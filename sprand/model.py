@@ -1,0 +1,458 @@
+"""Assembly: find the targets of a model, let their chosen entries train, switch adapters, merge and unmerge."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import host, native, ops, pattern
+from .config import SparseConfig
+from .layers import SparseModule, attach, detach
+
+HEADS = ("score", "classifier")  # how Hugging Face names classification heads
+OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection", *HEADS)
+
+
+@dataclass
+class Place:
+    """A targeted parameter of the model: every module that holds it (several where weights are tied)."""
+
+    name: str
+    parameter: nn.Parameter
+    owners: list[tuple[nn.Module, str]]
+
+
+@dataclass
+class Adapter:
+    """A set of trained entries, attached to the model or set aside.
+
+    Attributes:
+        config: what it was made from.
+        indices: flat positions by parameter name.
+        deltas: trained changes by parameter name.
+        saved: values of the parameters of `modules_to_save` by name.
+    """
+
+    config: SparseConfig
+    indices: dict[str, Tensor] = field(default_factory=dict)
+    deltas: dict[str, nn.Parameter] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """What sprand keeps with a model: its adapters, which one is active, and what the model was before."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: str | None = None
+    mixed: Adapter | None = None
+    trained_before: set[str] = field(default_factory=set)
+    base_saved: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def current(self) -> Adapter | None:
+        """The adapter whose entries are attached now."""
+        return self.mixed or (self.adapters[self.active] if self.active is not None else None)
+
+
+def apply(model: nn.Module, config: SparseConfig | None = None, **fields: Any) -> nn.Module:
+    """Freeze a model and let a small set of its own entries train.
+
+    Args:
+        model: any module; changed in place, it keeps its class and all its names. Each targeted module gains a
+            parameter `sprand_delta` and the buffers `sprand_indices` and `sprand_base`.
+        config: what to train; or its fields as keywords, `apply(model, density=0.01, seed=0)`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: nothing is targeted, a name matches nothing, the budget does not fit, or the model has entries already.
+    """
+    if config is not None and fields:
+        raise ValueError(f"give a config or its fields, not both (got a config and {', '.join(fields)})")
+    config = config or SparseConfig(**fields)
+    if hasattr(model, "_sprand"):
+        raise ValueError("this model already trains entries; call sprand.merge(model) or sprand.unmerge(model) first")
+    native.warn_if_slow()
+    heads = _saved_parameters(model, config)
+    places = [place for place in find_targets(model, config) if place.name not in heads]
+    indices = choose(model, config, places, heads)
+    places = [place for place in places if indices[place.name].numel()]
+    adapter = Adapter(config, {place.name: indices[place.name] for place in places}, saved={name: p.data for name, p in heads.items()})
+    state = State(trained_before={name for name, p in model.named_parameters() if p.requires_grad})
+    install(model, state, "default", adapter, {place.name: place for place in places})
+    return model
+
+
+def install(model: nn.Module, state: State, name: str, adapter: Adapter, places: Mapping[str, Place]) -> None:
+    """Attach an adapter, as the active one, to a model that has none attached; everything else is frozen."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key in adapter.saved:
+        state.base_saved.setdefault(key, parameters[key].data.clone())
+    state.adapters[name], state.active, state.mixed = adapter, name, None
+    model._sprand = state
+    _attach(model, adapter, places)
+
+
+def _attach(model: nn.Module, adapter: Adapter, places: Mapping[str, Place]) -> None:
+    for name, indices in adapter.indices.items():
+        place = places[name]
+        device, redraw, base, delta = place.parameter.device, None, None, adapter.deltas.get(name)
+        if adapter.config.strategy in pattern.RANDOM_STRATEGIES:
+            shape = tuple(place.parameter.shape)
+            redraw = functools.partial(pattern.draw, adapter.config.strategy, name, shape, indices.numel(), adapter.config.seed)
+        if delta is not None and delta.device != device:
+            delta.data = delta.data.to(device)
+        indices = adapter.indices[name] = indices.to(device)
+        for module, parameter in place.owners:
+            entries = attach(module, parameter, indices, delta, base, redraw=redraw)
+            delta, base = entries.delta, entries.base
+        adapter.deltas[name] = delta
+    _set_saved(model, adapter.saved)
+    for name, p in model.named_parameters():
+        if name in adapter.saved:
+            p.requires_grad_(True)
+    _ignore_in_ddp(model)
+    write(model)
+
+
+def _detach(model: nn.Module, state: State, keep: bool) -> None:
+    """Take the active adapter off the model and, unless kept, put the base back; its own tensors are up to date then."""
+    adapter = state.current
+    for prefix, module in list(sparse_modules(model)):
+        if not module._sprand_active:
+            module.set_active(True)
+        for parameter in list(module._sprand_targets):
+            name = f"{prefix}.{parameter}" if prefix else parameter
+            if name in adapter.indices:
+                entries = module.sparse_entries(parameter)
+                adapter.indices[name], adapter.deltas[name] = entries.indices, entries.delta
+            detach(module, parameter, keep)
+    if adapter is not None and not keep:
+        adapter.saved = {name: value for name, value in _set_saved(model, state.base_saved).items() if name in adapter.saved}
+        for name, p in model.named_parameters():
+            if name in state.base_saved:
+                p.requires_grad_(False)
+
+
+def find_targets(model: nn.Module, config: SparseConfig) -> list[Place]:
+    """The parameters that a configuration targets, in the order of the model, tied ones once.
+
+    Raises:
+        ValueError: nothing matches, or a name in the configuration matches nothing.
+    """
+    if isinstance(config.strategy, Mapping):
+        wanted = set(config.strategy)
+        unknown = sorted(wanted - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+        if unknown:
+            raise ValueError(f"strategy: the model has no parameter {unknown[0]!r}; {_closest(unknown[0], _parameter_names(model))}")
+        return _places(model, wanted)
+    wanted = {f"{name}.weight" if name else "weight" for name in _matching_modules(model, config)}
+    if config.target_parameters:
+        wanted |= _match_all("target_parameters", config.target_parameters, _parameter_names(model))
+    if not wanted:
+        raise ValueError(f"target_modules={config.target_modules!r} matches no module of this model; {_module_hint(model, config.target_modules)}")
+    return _places(model, wanted)
+
+
+def choose(model: nn.Module, config: SparseConfig, places: Sequence[Place], heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The indices of every target, by parameter name.
+
+    Raises:
+        ValueError: the budget is larger than the targets hold or rounds to nothing, or a given mask does not fit.
+    """
+    if isinstance(config.strategy, Mapping):
+        given = {place.name: pattern.from_user(place.name, config.strategy[place.name], place.parameter.shape) for place in places}
+        if not any(indices.numel() for indices in given.values()):
+            raise ValueError("strategy: the given masks or indices choose no entry at all")
+        return {name: indices.to(place.parameter.device) for (name, indices), place in zip(given.items(), places, strict=True)}
+    sizes = [place.parameter.numel() for place in places]
+    if config.budget is None:
+        total = round(config.density * sum(sizes))
+    elif isinstance(config.budget, float):
+        total = round(config.budget * sum(p.numel() for name, p in model.named_parameters() if name not in heads))
+    else:
+        total = config.budget
+    if total == 0:
+        raise ValueError(f"density {config.density or config.budget} of the {sum(sizes):,} targeted entries rounds to 0 entries; raise it or target more")
+    counts = pattern.shares(sizes, total)
+    return {
+        place.name: pattern.draw(config.strategy, place.name, place.parameter.shape, count, config.seed, place.parameter.device)
+        for place, count in zip(places, counts, strict=True)
+    }
+
+
+def state_of(model: nn.Module) -> State:
+    """What sprand keeps with a model.
+
+    Raises:
+        ValueError: nothing was applied to or loaded into this model.
+    """
+    state = getattr(model, "_sprand", None)
+    if state is None:
+        raise ValueError("this model has no trained entries; call sprand.apply(model, ...) or sprand.load(model, path) first (and pass the "
+                         "model itself, not its DataParallel wrapper)")  # fmt: skip
+    return state
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that train: the deltas, and those of `modules_to_save`.
+
+    Raises:
+        ValueError: the model trains nothing.
+    """
+    state_of(model)
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train, for any torch optimizer.
+
+    Raises:
+        ValueError: the model trains nothing.
+    """
+    return [p for _, p in named_parameters(model)]
+
+
+def sparse_modules(model: nn.Module) -> Iterator[tuple[str, SparseModule]]:
+    """The modules that hold trained entries, with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseModule))
+
+
+def write(model: nn.Module) -> None:
+    """Make every weight hold its trained values now, for code that reads weights without a forward."""
+    state_of(model)
+    for _, module in sparse_modules(model):
+        module.set_active(module._sprand_active)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Keep the trained weights and drop all else: the model is as it was, with other values.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model has no trained entries.
+    """
+    state = state_of(model)
+    _detach(model, state, keep=True)
+    return _leave(model, state)
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put the base weights back, bit for bit, and drop all else.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model has no trained entries.
+    """
+    state = state_of(model)
+    _detach(model, state, keep=False)
+    return _leave(model, state)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The base model, exactly, inside of a `with` block.
+
+    Raises:
+        ValueError: the model has no trained entries.
+    """
+    state = state_of(model)
+    modules = [(module, module._sprand_active) for _, module in sparse_modules(model)]
+    trained = _set_saved(model, state.base_saved)
+    for module, _ in modules:
+        module.set_active(False)
+    try:
+        yield model
+    finally:
+        _set_saved(model, trained)
+        for module, active in modules:
+            module.set_active(active)
+
+
+def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Module:
+    """Make another loaded adapter the active one, by as many writes as it has entries.
+
+    Args:
+        model: a model with loaded adapters.
+        name: the adapter; or `{name: weight}` for a weighted sum of several, for inference; or None for the base.
+
+    Returns:
+        The same object. An optimizer made for one adapter goes on when that adapter is active again.
+
+    Raises:
+        ValueError: no such adapter, or a mixture of adapters with modules trained in full.
+    """
+    state = state_of(model)
+    wanted = {name: 1.0} if isinstance(name, str) else dict(name or {})
+    unknown = sorted(set(wanted) - set(state.adapters))
+    if unknown:
+        raise ValueError(f"switch: no adapter {unknown[0]!r} is loaded; there are {', '.join(sorted(state.adapters))}")
+    mixed = None if name is None or isinstance(name, str) else mix(state, wanted)
+    _detach(model, state, keep=False)
+    state.active, state.mixed = (name if isinstance(name, str) else None), mixed
+    if state.current is not None:
+        _attach(model, state.current, {place.name: place for place in _places(model, set(state.current.indices))})
+    return model
+
+
+def mix(state: State, weights: Mapping[str, float]) -> Adapter:
+    """The weighted sum of several adapters as one: the union of their entries, summed in float32 and rounded once."""
+    for name in weights:
+        if state.adapters[name].saved:
+            raise ValueError(f"switch: adapter {name!r} trained whole modules ({', '.join(state.adapters[name].saved)}), which cannot be mixed")
+    chosen = [(state.adapters[name], float(weight)) for name, weight in weights.items()]
+    result = Adapter(chosen[0][0].config)
+    for target in dict.fromkeys(name for adapter, _ in chosen for name in adapter.indices):
+        parts = [(adapter, weight) for adapter, weight in chosen if target in adapter.indices]
+        device = parts[0][0].deltas[target].device
+        union, positions = host.merge_indices([adapter.indices[target].cpu() for adapter, _ in parts])
+        total = torch.zeros(union.shape, dtype=parts[0][0].deltas[target].dtype, device=device)
+        for (adapter, weight), position in zip(parts, positions, strict=True):
+            ops.scatter_add_(total, position.to(device), adapter.deltas[target].detach(), weight)
+        result.indices[target], result.deltas[target] = union.to(device), nn.Parameter(total, requires_grad=False)
+    return result
+
+
+def _leave(model: nn.Module, state: State) -> nn.Module:
+    del model._sprand
+    if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
+        del model._ddp_params_and_buffers_to_ignore
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in state.trained_before)
+    return model
+
+
+def _set_saved(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the parameters of `modules_to_save` other memory, and return what they had."""
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if values else {}
+    before = {}
+    for name, value in values.items():
+        p = parameters[name]
+        before[name] = p.data
+        p.data = value.data.to(device=p.device, dtype=p.dtype)
+    return before
+
+
+def _saved_parameters(model: nn.Module, config: SparseConfig) -> dict[str, nn.Parameter]:
+    """The parameters of the modules that train in full, by name."""
+    if config.modules_to_save is None:
+        return {}
+    names = [name for name, _ in model.named_modules() if name]
+    if config.modules_to_save == "auto":
+        chosen = {name for name in names if name.rpartition(".")[2] in HEADS}
+    else:
+        wanted = (config.modules_to_save,) if isinstance(config.modules_to_save, str) else config.modules_to_save
+        chosen = _match_all("modules_to_save", wanted, names)
+    return {name: p for name, p in model.named_parameters() if any(name.startswith(f"{module}.") for module in chosen)}
+
+
+def _matching_modules(model: nn.Module, config: SparseConfig) -> list[str]:
+    if config.target_modules is None:
+        return []
+    linear = _linear_names(model)
+    if config.target_modules == "all-linear":
+        names = [name for name in linear if not _is_output_head(model, name)]
+    else:
+        weighted = [name for name, module in model.named_modules() if isinstance(module._parameters.get("weight"), Tensor)]
+        if isinstance(config.target_modules, str):
+            names = [name for name in weighted if re.fullmatch(config.target_modules, name)]
+        else:
+            for wanted in config.target_modules:
+                if not any(_is_suffix(wanted, name) for name in weighted):
+                    raise ValueError(f"target_modules: {wanted!r} matches no module with a weight; {_module_hint(model, wanted)}")
+            names = [name for name in weighted if any(_is_suffix(wanted, name) for wanted in config.target_modules)]
+    if config.exclude_modules is None:
+        return names
+    if isinstance(config.exclude_modules, str):
+        return [name for name in names if not re.fullmatch(config.exclude_modules, name)]
+    return [name for name in names if not any(_is_suffix(wanted, name) for wanted in config.exclude_modules)]
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Linear layers that are called; MultiheadAttention reads the weight of its `out_proj` without calling it."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and not isinstance(module, _READ_NOT_CALLED)
+    ]
+
+
+_READ_NOT_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
+
+
+def _is_output_head(model: nn.Module, name: str) -> bool:
+    module = model.get_submodule(name)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return module is output or (bool(name) and name.rpartition(".")[2] in OUTPUT_HEADS)
+
+
+def _places(model: nn.Module, names: set[str]) -> list[Place]:
+    places: dict[int, Place] = {}
+    chosen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for parameter, value in module._parameters.items():
+            if value is None:
+                continue
+            name = f"{prefix}.{parameter}" if prefix else parameter
+            place = places.setdefault(id(value), Place(name, value, []))
+            place.owners.append((module, parameter))
+            if name in names:
+                chosen.add(id(value))
+                if isinstance(module, _READ_NOT_CALLED):
+                    raise ValueError(f"{name}: torch.nn.MultiheadAttention reads this weight without calling its layer, so it cannot be trained "
+                                     "sparsely; target the attention's in_proj_weight by target_parameters instead")  # fmt: skip
+    return [place for key, place in places.items() if key in chosen]
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
+
+
+def _match_all(field_name: str, wanted: Sequence[str], names: Sequence[str]) -> set[str]:
+    chosen: set[str] = set()
+    for pattern_ in wanted:
+        found = {name for name in names if _is_suffix(pattern_, name)}
+        if not found:
+            raise ValueError(f"{field_name}: {pattern_!r} matches nothing in this model; {_closest(pattern_, names)}")
+        chosen |= found
+    return chosen
+
+
+def _is_suffix(wanted: str, name: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _module_hint(model: nn.Module, wanted: Any) -> str:
+    return f'{_closest(str(wanted), _linear_names(model))}, or "all-linear"'
+
+
+def _closest(wanted: str, names: Sequence[str]) -> str:
+    last = {name.rpartition(".")[2] for name in names}
+    near = difflib.get_close_matches(wanted, [*last, *names], n=5, cutoff=0.0)
+    return f"the closest names are {', '.join(near)}" if near else "it has none of that kind"
+
+
+def _ignore_in_ddp(model: nn.Module) -> None:
+    """Indices and base never change: DistributedDataParallel need not broadcast them before every forward."""
+    model._ddp_params_and_buffers_to_ignore = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in sparse_modules(model)
+        for target in module._sprand_targets.values()
+        for name in (target.name("sprand_indices"), target.name("sprand_base"))
+    ]

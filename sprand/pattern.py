@@ -1,0 +1,121 @@
+"""Patterns: which entries of a weight train. Random draws from a seed, and indices or masks given by the user."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import host, ops
+
+RANDOM_STRATEGIES = ("random", "uniform")
+PATTERN_VERSION = 1  # changes with csrc/pattern_math.h: an adapter that stores a seed names the version it was drawn with
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """int32 for weights below 2**31 entries, int64 from there on."""
+    return torch.int32 if numel < 2**31 else torch.int64
+
+
+def draw(strategy: str, name: str, shape: Sequence[int], nnz: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draw `nnz` positions of a weight at random: the same ones on every device, rank and version of torch.
+
+    `"random"` is stratified: every entry is drawn with the same probability, rows differ by at most one entry, and one
+    entry falls into each of a row's equal strata. `"uniform"` is a simple random sample without replacement.
+
+    Args:
+        strategy: `"random"` or `"uniform"`.
+        name: name of the parameter; other names give independent draws.
+        shape: shape of the weight.
+        nnz: number of entries.
+        seed: any int.
+        device: where the indices are made.
+
+    Returns:
+        `[nnz]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
+
+    Raises:
+        ValueError: an unknown strategy, or more entries than the weight has.
+    """
+    if strategy not in RANDOM_STRATEGIES:
+        raise ValueError(f"expected a random strategy, one of {', '.join(RANDOM_STRATEGIES)}, got {strategy!r}")
+    numel = math.prod(shape)
+    indices = torch.empty(nnz, dtype=index_dtype(numel), device=device)
+    key = draw_key(strategy, name, shape, seed)
+    if strategy == "uniform":
+        ops.uniform_indices_(indices, numel, key)
+        return indices if indices.is_meta else indices.sort().values
+    rows = shape[0] if len(shape) > 1 else 1
+    ops.stratified_indices_(indices, rows, numel // max(rows, 1), key)
+    return indices
+
+
+def draw_key(strategy: str, name: str, shape: Sequence[int], seed: int) -> int:
+    """The 64 bits, as a signed int, that name one draw."""
+    text = f"sprand {PATTERN_VERSION} {strategy} {seed} {name} {tuple(shape)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def from_user(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Indices from a boolean mask of the weight's shape, or from flat indices in any order.
+
+    Args:
+        name: name of the parameter, for the messages.
+        value: a mask, bool, `shape`; or distinct flat indices, an integer type, one dimension.
+        shape: shape of the weight.
+
+    Returns:
+        `[nnz]`, flat, sorted, int32 or int64.
+
+    Raises:
+        ValueError: a wrong shape or type, an index out of range, or one that appears twice.
+    """
+    numel = math.prod(shape)
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value)
+    if value.dtype == torch.bool:
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(f"{name}: expected a mask of shape {list(shape)}, got {list(value.shape)}")
+        indices = value.flatten().nonzero().flatten()
+    elif value.dim() == 1 and not value.is_floating_point() and not value.is_complex():
+        indices = value.long().sort().values
+    else:
+        raise ValueError(f"{name}: expected a bool mask {list(shape)} or flat integer indices, got {list(value.shape)} of {value.dtype}")
+    check_indices(name, indices, numel)
+    return indices.to(index_dtype(numel))
+
+
+def check_indices(name: str, indices: Tensor, numel: int) -> None:
+    """Prove that `indices` are sorted, distinct and in range.
+
+    Raises:
+        ValueError: they are not; the message names the first entry that is wrong.
+    """
+    bad = host.first_bad_index(indices.cpu(), numel)
+    if bad >= 0:
+        value = int(indices[bad])
+        if not 0 <= value < numel:
+            raise ValueError(f"{name}: index {value} (entry {bad}) is out of range for a weight of {numel} entries")
+        relation = "appears twice" if value == int(indices[bad - 1]) else "is not above the one before it"
+        raise ValueError(f"{name}: index {value} (entry {bad}) {relation}; expected sorted, distinct indices")
+
+
+def shares(sizes: Sequence[int], total: int) -> list[int]:
+    """Divide `total` entries over targets in proportion to their sizes, exactly (largest remainders, then order).
+
+    Raises:
+        ValueError: `total` is more than all targets hold.
+    """
+    everything = sum(sizes)
+    if total > everything:
+        raise ValueError(f"budget: {total:,} entries were asked for, but the targets hold {everything:,}; lower it or target more modules")
+    if everything == 0:
+        return [0] * len(sizes)
+    counts = [total * size // everything for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % everything), i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts

@@ -1,0 +1,218 @@
+"""The operators of `ops.py` in plain PyTorch: what every device falls back to, and what the kernels are tested against.
+
+Each function has the parameters of its schema. The formulas are those of `csrc/entry_math.h` and `csrc/pattern_math.h`;
+the positions equal the C++ ones bit for bit, with 32-bit unsigned arithmetic carried out in int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+PRODUCTS_AT_ONCE = 1 << 21  # sddmm holds this many products of the sum over tokens at a time
+DRAWS_AT_ONCE = 1 << 20
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over `dtype` are kept: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
+    """`(grad_output.T @ input).flatten()[indices]`, a bounded number of columns at a time."""
+    tokens, cols = input.shape
+    dtype = accumulation_dtype(input.dtype)
+    result = input.new_empty(indices.shape, dtype=dtype)
+    for part in _parts(indices.numel(), max(1, PRODUCTS_AT_ONCE // max(1, tokens))):
+        left = grad_output.index_select(1, indices[part] // cols).to(dtype)
+        right = input.index_select(1, indices[part] % cols).to(dtype)
+        result[part] = left.mul_(right).sum(0)
+    return result
+
+
+@torch.no_grad()
+def gather(weight: Tensor, indices: Tensor) -> Tensor:
+    """`weight.flatten()[indices]`."""
+    return weight.view(-1).index_select(0, indices)
+
+
+@torch.no_grad()
+def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, scale: float = 1.0) -> None:
+    """`weight.flatten()[indices] = cast(base + scale * delta)`; the bits of `base` where nothing is added."""
+    _set(weight, indices, base if delta is None else _patched(base, delta, scale))
+
+
+@torch.no_grad()
+def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
+    """`weight.flatten()[indices] = cast(weight.flatten()[indices] + scale * values)`."""
+    _set(weight, indices, _patched(gather(weight, indices), values, scale))
+
+
+@torch.no_grad()
+def sparse_adamw_(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    scales: Sequence[float],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    lr_tensor: Tensor | None = None,
+    grad_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdamW step of every delta, then the patch of its weight; nothing at all where `found_inf` is not zero."""
+    for weight, index, base, delta, grad, exp_avg, exp_avg_sq, step, scale in zip(
+        weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, steps, scales, strict=True
+    ):
+        wide = torch.float32 if delta.device.type == "mps" else torch.float64
+        count = step.reshape(()).to(wide)
+        rate = lr if lr_tensor is None else lr_tensor.reshape(()).to(wide)
+        step_size = rate / (1 - beta1**count)
+        inv_sqrt_bias2 = 1 / (1 - beta2**count).sqrt()
+
+        g = -grad if maximize else grad
+        if grad_coef is not None:
+            g = g * grad_coef.reshape(())
+        new_exp_avg = exp_avg.lerp(g, 1 - beta1)
+        new_exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * (g * g)
+        denominator = new_exp_avg_sq.sqrt() * inv_sqrt_bias2 + eps
+        new_delta = delta * (1 - rate * weight_decay) - step_size * (new_exp_avg / denominator)
+        new_entries = _patched(base, new_delta, scale)
+
+        if found_inf is not None:
+            skip = found_inf.reshape(()) != 0
+            new_exp_avg = torch.where(skip, exp_avg, new_exp_avg)
+            new_exp_avg_sq = torch.where(skip, exp_avg_sq, new_exp_avg_sq)
+            new_delta = torch.where(skip, delta, new_delta)
+            new_entries = torch.where(skip, gather(weight, index), new_entries)
+        exp_avg.copy_(new_exp_avg)
+        exp_avg_sq.copy_(new_exp_avg_sq)
+        delta.copy_(new_delta)
+        _set(weight, index, new_entries)
+
+
+@torch.no_grad()
+def stratified_indices_(indices: Tensor, rows: int, cols: int, key: int) -> None:
+    """A stratified draw of `len(indices)` positions of a `[rows, cols]` matrix, ascending."""
+    nnz = indices.numel()
+    if nnz == 0:
+        return
+    per_row, extra = divmod(nnz, rows)
+    granule = 8 if cols % 8 == 0 and (per_row + (extra > 0)) * 8 <= cols else 1
+    row_begin = _row_begin(rows, per_row, extra, key, indices.device)
+    for part in _parts(nnz, DRAWS_AT_ONCE):
+        entry = torch.arange(part.start, part.stop, device=indices.device)
+        row = torch.searchsorted(row_begin, entry, right=True) - 1
+        count = row_begin[row + 1] - row_begin[row]
+        column = _column(row, count, entry - row_begin[row], granule, cols // granule, key)
+        indices[part] = row * cols + column
+
+
+@torch.no_grad()
+def uniform_indices_(indices: Tensor, numel: int, key: int) -> None:
+    """Distinct uniform positions below `numel`: entry `p` is the image of `p` under a keyed permutation."""
+    half = 1
+    while half < 31 and 1 << (2 * half) < numel:
+        half += 1
+    for part in _parts(indices.numel(), DRAWS_AT_ONCE):
+        drawn = _feistel(torch.arange(part.start, part.stop, device=indices.device), half, key)
+        while (outside := drawn >= numel).any():
+            drawn[outside] = _feistel(drawn[outside], half, key)
+        indices[part] = drawn
+
+
+def _parts(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _set(weight: Tensor, indices: Tensor, values: Tensor) -> None:
+    # .data: the write leaves weight's autograd version alone, as a C++ kernel does
+    weight.data.view(-1).index_copy_(0, indices.long(), values)
+
+
+def _patched(base: Tensor, delta: Tensor, scale: float) -> Tensor:
+    change = delta * scale
+    return torch.where(change != 0, (base.to(change.dtype) + change).to(base.dtype), base)
+
+
+# Streams of the hash, as in csrc/pattern_math.h.
+ENTRY, ROW_TURN, EXTRA_ROW, EXTRA_TURN, RESIDUE, FEISTEL = (
+    0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0,
+)  # fmt: skip
+LOW32 = 0xFFFFFFFF
+
+
+def _mix32(x):
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & LOW32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & LOW32
+    return x ^ (x >> 16)
+
+
+def _hash(key: int, stream: int, a, b):
+    h = _mix32((key & LOW32) ^ stream)
+    h = _mix32((h + (key >> 32 & LOW32)) & LOW32)
+    h = _mix32(h ^ (a & LOW32))
+    return _mix32((h + 0x9E3779B9 * b) & LOW32)
+
+
+def _below(h, n):
+    # floor(h * n / 2**32) for h < 2**32 and n <= 2**32, in parts that stay below 2**63
+    return ((h >> 16) * n + (((h & 0xFFFF) * n) >> 16)) >> 16
+
+
+def _stratum_begin(size, parts, s):
+    return s * size // parts
+
+
+def _position(size, parts, s, h):
+    begin = _stratum_begin(size, parts, s)
+    return begin + _below(h, _stratum_begin(size, parts, s + 1) - begin)
+
+
+def _row_begin(rows: int, per_row: int, extra: int, key: int, device: torch.device) -> Tensor:
+    """`[rows + 1]`: the number of entries before each row; `extra` rows, a stratified draw of their own, have one more."""
+    counts = torch.full((rows,), per_row, dtype=torch.int64, device=device)
+    if extra:
+        s = torch.arange(extra, device=device)
+        chosen = _position(rows, extra, s, _hash(key, EXTRA_ROW, s, 0))
+        counts[(chosen + _below(_hash(key, EXTRA_TURN, 0, 0), rows)) % rows] += 1
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _column(row: Tensor, count: Tensor, rank: Tensor, granule: int, granules: int, key: int) -> Tensor:
+    """The column of the entry of ascending `rank` among the `count` entries of its `row`."""
+
+    def unturned(s: Tensor) -> Tensor:
+        return _position(granules, count, s, _hash(key, ENTRY, row, s))
+
+    turn = _below(_hash(key, ROW_TURN, row, 0), granules)
+    edge = granules - turn  # positions from here on wrap to the front of the row
+    s = ((edge + 1) * count - 1) // granules
+    first_wrapped = torch.where(turn > 0, s + (unturned(s) < edge), count)
+    s = (rank + first_wrapped) % count
+    column = (unturned(s) + turn) % granules
+    if granule == 1:
+        return column
+    return column * granule + ((row >> 1 & 7) ^ (_hash(key, RESIDUE, row >> 4, rank) & 7))
+
+
+def _feistel(p: Tensor, half: int, key: int) -> Tensor:
+    mask = (1 << half) - 1
+    left, right = p >> half & mask, p & mask
+    for turn in range(6):
+        left, right = right, left ^ (_hash(key, FEISTEL, right, turn) & mask)
+    return left << half | right

@@ -1,0 +1,109 @@
+"""The self test: every operator, as the dispatcher serves it on a device, against `reference.py`, in a second or two."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native, ops, reference
+
+TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
+ROUNDED = ("sddmm", "sparse_adamw_")  # sums in another order, or other roundings on the way; the rest is exact to the bit
+
+
+def run(devices: Sequence[str]) -> list[dict[str, Any]]:
+    """Test every operator.
+
+    Args:
+        devices: for example `["cpu", "cuda"]`.
+
+    Returns:
+        One dict per operator, device and dtype: `op`, `device`, `dtype`, `kernel`, `ok`, `problem` (a sentence or None),
+        `seconds`.
+    """
+    results = []
+    for device in devices:
+        for op in ops.SCHEMAS:
+            for dtype in (torch.int32, torch.int64) if op.endswith("indices_") else ops.LOW_PRECISION:
+                start = time.perf_counter()
+                try:
+                    problem = _compare(op, torch.device(device), dtype)
+                except Exception as error:
+                    problem = f"{type(error).__name__}: {error}"
+                results.append({
+                    "op": op,
+                    "device": device,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "kernel": native.kernel_of(op, device),
+                    "ok": problem is None,
+                    "problem": problem,
+                    "seconds": round(time.perf_counter() - start, 4),
+                })  # fmt: skip
+    return results
+
+
+def _compare(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with an operator on one small problem; None where nothing is."""
+    here, expected = _arguments(op, dtype), _arguments(op, dtype)
+    there = {name: _to(value, device) for name, value in here.items()}
+    outputs = _written(there, getattr(torch.ops.sprand, op)(**there))
+    wanted = _written(expected, getattr(reference, op)(**expected))
+    for (name, got), (_, want) in zip(outputs, wanted, strict=True):
+        got = got.cpu()
+        if got.dtype != want.dtype or got.shape != want.shape:
+            return f"{name}: expected {list(want.shape)} of {want.dtype}, got {list(got.shape)} of {got.dtype}"
+        allowed = 0.0
+        if op in ROUNDED and got.is_floating_point():
+            allowed = 16 * torch.finfo(got.dtype).eps * want.double().abs().max().item()
+        error = (got.double() - want.double()).abs().max().item()
+        if not error <= allowed:
+            return f"{name}: off by {error:.3g} (allowed {allowed:.3g})"
+    return None
+
+
+def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The same small problem at every call."""
+    if op == "stratified_indices_":
+        return {"indices": torch.zeros(NNZ, dtype=dtype), "rows": ROWS, "cols": COLS, "key": 1}
+    if op == "uniform_indices_":
+        return {"indices": torch.zeros(NNZ, dtype=dtype), "numel": ROWS * COLS, "key": 1}
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(kind)
+
+    indices = torch.empty(NNZ, dtype=torch.int32)
+    reference.stratified_indices_(indices, ROWS, COLS, 7)
+    weight = normal(ROWS, COLS, kind=dtype)
+    base = reference.gather(weight, indices)
+    if op == "sddmm":
+        return {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype), "indices": indices}
+    if op == "gather":
+        return {"weight": weight, "indices": indices}
+    if op == "patch_":
+        return {"weight": weight, "indices": indices, "base": base, "delta": normal(NNZ), "scale": 0.5}
+    if op == "scatter_add_":
+        return {"weight": weight, "indices": indices, "values": normal(NNZ), "scale": 0.5}
+    return {
+        "weights": [weight], "indices": [indices], "bases": [base], "deltas": [normal(NNZ)], "grads": [normal(NNZ)],
+        "exp_avgs": [normal(NNZ)], "exp_avg_sqs": [normal(NNZ).square()], "steps": [torch.tensor([3.0])], "scales": [1.0],
+        "lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False,
+    }  # fmt: skip
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return [_to(item, device) for item in value] if isinstance(value, list) else value
+
+
+def _written(arguments: dict[str, Any], result: Tensor | None) -> list[tuple[str, Tensor]]:
+    """The result and every tensor among the arguments, which also shows a write to the wrong one."""
+    found = [] if result is None else [("result", result)]
+    for name, value in arguments.items():
+        found += [(name, item) for item in (value if isinstance(value, list) else [value]) if isinstance(item, Tensor)]
+    return found
