@@ -56,6 +56,7 @@ class State:
     mixed: Adapter | None = None
     trained_before: set[str] = field(default_factory=set)
     base_saved: dict[str, Tensor] = field(default_factory=dict)
+    fast_paths: list[tuple[nn.Module, int]] = field(default_factory=list)
 
     @property
     def current(self) -> Adapter | None:
@@ -101,6 +102,10 @@ def install(model: nn.Module, state: State, name: str, adapter: Adapter, places:
     for key in adapter.saved:
         state.base_saved.setdefault(key, parameters[key].data.clone())
     state.adapters[name], state.active, state.mixed = adapter, name, None
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):  # its inference path reads weights without calling the layers
+            state.fast_paths.append((module, module.activation_relu_or_gelu))
+            module.activation_relu_or_gelu = 0
     model._sprand = state
     _attach(model, adapter, places)
 
@@ -333,6 +338,8 @@ def _leave(model: nn.Module, state: State) -> nn.Module:
     del model._sprand
     if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
         del model._ddp_params_and_buffers_to_ignore
+    for module, activation in state.fast_paths:
+        module.activation_relu_or_gelu = activation
     for name, p in model.named_parameters():
         p.requires_grad_(name in state.trained_before)
     return model

@@ -169,7 +169,8 @@ def sparse_adamw_(
         scales: the factor between delta and weight.
         lr: a float, or a one-element float32 tensor on the device.
         beta1, beta2, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
-        grad_coef: one float32 on the device, multiplied into every gradient as it is read (clipping, loss scale).
+        grad_coef: one float32 (float64 for float64 weights) on the device, multiplied into every gradient as it is read
+            (clipping, loss scale).
         found_inf: one float32 on the device; when it is not zero nothing is changed.
 
     Raises:

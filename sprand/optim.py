@@ -121,11 +121,12 @@ class SparseAdamW(torch.optim.AdamW):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads or (grad_scale is None and self.max_grad_norm is None):
             return {}
-        factor = torch.ones((), device=grads[0].device) if grad_scale is None else grad_scale.to(grads[0].device).reciprocal()
+        factor = torch.ones((), dtype=torch.float64, device=grads[0].device) if grad_scale is None else grad_scale.to(device=grads[0].device, dtype=torch.float64).reciprocal()
         if self.max_grad_norm is not None:
             self.grad_norm = torch.nn.utils.get_total_norm(grads) * factor
             factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        return {device: factor.to(device=device, dtype=torch.float32) for device in {g.device for g in grads}}
+        dtype = torch.float64 if all(g.dtype == torch.float64 for g in grads) else torch.float32
+        return {device: factor.to(device=device, dtype=dtype) for device in {g.device for g in grads}}
 
     def _sparse_step(
         self, items: list[tuple[nn.Parameter, SparseModule, str]], group: dict[str, Any], coef: Tensor | None, found_inf: Tensor | None

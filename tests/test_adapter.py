@@ -1,0 +1,285 @@
+"""Adapters on disk: small, exact, atomic; damaged ones and wrong bases are refused before anything changes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import sprand
+from models import EVERY_TARGET, MLP, EveryLayer, built, points_and_labels, tokens_and_labels
+from sprand import adapter as adapter_module
+from sprand.adapter import CONFIG_FILE, WEIGHTS_FILE, checksum
+
+
+def random_deltas(model):
+    generator = torch.Generator().manual_seed(1)
+    for p in sprand.parameters(model):
+        p.data.add_(0.1 * torch.randn(p.shape, generator=generator))
+    sprand.write(model)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = random_deltas(sprand.apply(built(MLP), density=0.3, seed=5))
+    sprand.save(model, tmp_path / "adapter")
+    return model, tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("fields", [{"density": 0.2}, {"density": 0.2, "strategy": "uniform"}, {"density": 1.0}], ids=["random", "uniform", "all"])
+def test_round_trip_is_exact(tmp_path, fields):
+    model = random_deltas(sprand.apply(built(EveryLayer), **fields, **EVERY_TARGET))
+    x, _ = tokens_and_labels()
+    sprand.save(model, tmp_path)
+    fresh = sprand.load(built(EveryLayer), tmp_path)
+    assert torch.equal(fresh(x), model(x))
+    for (name, p), (other, q) in zip(sprand.named_parameters(fresh), sprand.named_parameters(model), strict=True):
+        assert name == other
+        assert torch.equal(p, q)
+    base = built(EveryLayer)
+    sprand.unmerge(fresh)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), base.state_dict().values(), strict=True))
+
+
+def test_given_indices_round_trip(tmp_path):
+    mask = torch.rand(24, 24) < 0.2
+    model = random_deltas(sprand.apply(built(MLP), strategy={"second.weight": mask}))
+    sprand.save(model, tmp_path)
+    fresh = sprand.load(built(MLP), tmp_path)
+    assert torch.equal(fresh.second.sprand_indices, model.second.sprand_indices)
+    assert torch.equal(fresh.second.weight, model.second.weight)
+
+
+def test_a_random_pattern_stores_its_seed_and_values_alone(tmp_path):
+    model = sprand.apply(torch.nn.Sequential(torch.nn.Linear(1024, 1024)), density=0.1)
+    file = sprand.save(model, tmp_path) / WEIGHTS_FILE
+    assert file.stat().st_size < 4.1 * sprand.parameters(model)[0].numel()
+    with safe_open(file, framework="pt") as content:
+        assert list(content.keys()) == ["delta.0.weight"]
+    description = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert description["config"]["seed"] == 0
+    assert description["targets"]["0.weight"]["nnz"] == sprand.parameters(model)[0].numel()
+
+
+def test_loading_replaces_values_and_keeps_parameters(saved):
+    _, path = saved
+    model = sprand.load(built(MLP), path)
+    before, values = sprand.parameters(model), [p.detach().clone() for p in sprand.parameters(model)]
+    for p in before:
+        p.data.zero_()
+    sprand.load(model, path)
+    assert all(a is b for a, b in zip(sprand.parameters(model), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(sprand.parameters(model), values, strict=True))
+    assert torch.equal(model.second.weight, saved[0].second.weight)
+    sprand.unmerge(model)
+    sprand.apply(model, density=0.3, seed=6)
+    with pytest.raises(ValueError, match="loaded already, with other entries"):
+        sprand.load(model, path)
+
+
+@pytest.mark.parametrize(("trained", "used"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16")])
+def test_the_base_may_be_loaded_in_another_dtype(tmp_path, trained, used):
+    """The same checkpoint in another precision is the same base; another checkpoint is not."""
+    trained, used = getattr(torch, trained), getattr(torch, used)
+    model = random_deltas(sprand.apply(built(MLP).to(trained), density=0.3))
+    sprand.save(model, tmp_path)
+    assert sprand.load(built(MLP).to(used), tmp_path).second.weight.dtype == used
+    with pytest.raises(ValueError, match="trained on another base"):
+        sprand.load(built(MLP, seed=1).to(used), tmp_path)
+
+
+def edited(path, change):
+    """Write the adapter again with changed tensors or description; the checksum is made right."""
+    with safe_open(path / WEIGHTS_FILE, framework="pt") as content:
+        description = json.loads(content.metadata()["sprand"])
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    change(tensors, description)
+    description["checksum"] = checksum(tensors)
+    save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt", "sprand": json.dumps(description)})
+
+
+def with_indices(indices):
+    def change(tensors, description):
+        description["config"] |= {"strategy": "given", "density": None}
+        for name, target in description["targets"].items():
+            tensors[f"indices.{name}"] = torch.arange(target["nnz"], dtype=torch.int32)
+        name = next(iter(description["targets"]))
+        indices(tensors[f"indices.{name}"])
+
+    return change
+
+
+def setting(position, value):
+    return with_indices(lambda indices: indices.__setitem__(position, value))
+
+
+def shape(tensors, description):
+    description["targets"]["second.weight"]["shape"] = [24, 25]
+
+
+def count(tensors, description):
+    tensors["delta.second.weight"] = tensors["delta.second.weight"][:-1].clone()
+
+
+def not_finite(tensors, description):
+    tensors["delta.second.weight"][0] = float("nan")
+
+
+def renamed(tensors, description):
+    description["targets"]["fourth.weight"] = description["targets"].pop("second.weight")
+
+
+def newer(tensors, description):
+    description["format_version"] = 99
+
+
+EDITS = {
+    "duplicate index": (setting(1, 0), "index 0 .* appears twice"),
+    "unsorted index": (setting(5, 2), "index 2 .* not above"),
+    "negative index": (setting(0, -1), "index -1 .* out of range"),
+    "index out of range": (setting(-1, 10**6), "out of range"),
+    "shape": (shape, r"second.weight is \[24, 24\] here and \[24, 25\] there"),
+    "count": (count, "expected 173 values for second.weight, got"),
+    "not finite": (not_finite, "not finite"),
+    "another model": (renamed, "no parameter 'fourth.weight'"),
+    "newer format": (newer, "has format 99"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), EDITS.values(), ids=EDITS.keys())
+def test_bad_adapters_are_refused_and_change_nothing(saved, change, message):
+    _, path = saved
+    edited(path, change)
+    model = built(MLP)
+    with pytest.raises(ValueError, match=message):
+        sprand.load(model, path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), built(MLP).state_dict().values(), strict=True))
+    assert not any(isinstance(m, sprand.SparseModule) for m in model.modules())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_damaged_files_are_refused(saved, damage):
+    _, path = saved
+    file = path / WEIGHTS_FILE
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[-3] ^= 0x10
+    elif damage == "empty":
+        content = bytearray()
+    else:
+        content = bytearray(b"not a safetensors file at all")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        sprand.load(built(MLP), path)
+
+
+def test_a_wrong_base_is_refused(saved):
+    _, path = saved
+    model = built(MLP, seed=1)
+    with pytest.raises(ValueError, match="trained on another base"):
+        sprand.load(model, path)
+    merged = sprand.merge(sprand.load(built(MLP), path))
+    with pytest.raises(ValueError, match="trained on another base"):
+        sprand.load(merged, path)
+
+
+def test_no_adapter(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected adapter_model.safetensors"):
+        sprand.load(built(MLP), tmp_path)
+    save_file({"a": torch.zeros(3)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match="not written by sprand"):
+        sprand.load(built(MLP), tmp_path)
+
+
+def test_a_failed_load_leaves_a_trained_model_trained(saved):
+    model, path = saved
+    x, _ = points_and_labels()
+    out = model(x)
+    edited(path, not_finite)
+    with pytest.raises(ValueError, match="not finite"):
+        sprand.load(model, path, name="second")
+    assert torch.equal(model(x), out)
+
+
+def test_values_that_are_not_finite_are_not_saved(saved):
+    model, path = saved
+    before = (path / WEIGHTS_FILE).read_bytes()
+    model.second.sprand_delta.data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"second.weight are not finite"):
+        sprand.save(model, path)
+    assert (path / WEIGHTS_FILE).read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch):
+    model, path = saved
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+
+    def full(tensors, name, metadata):
+        Path(name).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapter_module, "save_file", full)
+    model.second.sprand_delta.data.add_(1.0)
+    with pytest.raises(OSError, match="No space left"):
+        sprand.save(model, path)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_a_kill_during_save_leaves_the_old_adapter(saved):
+    """The process dies with the new file written but not yet in place."""
+    model, path = saved
+    before = (path / WEIGHTS_FILE).read_bytes()
+    script = textwrap.dedent(
+        f"""
+        import os, signal, sys
+        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+        import sprand
+        from models import MLP, built
+        model = sprand.load(built(MLP), {str(path)!r})
+        os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        sprand.parameters(model)[0].data.zero_()
+        sprand.save(model, {str(path)!r})
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (path / WEIGHTS_FILE).read_bytes() == before
+    assert torch.equal(sprand.load(built(MLP), path).second.weight, model.second.weight)
+
+
+def test_saving_over_an_adapter_replaces_it(saved):
+    model, path = saved
+    model.second.sprand_delta.data.add_(1.0)
+    sprand.save(model, path)
+    assert sorted(file.name for file in path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    sprand.write(model)
+    assert torch.equal(sprand.load(built(MLP), path).second.weight, model.second.weight)
+
+
+def test_nothing_is_active(saved):
+    model, path = saved
+    sprand.switch(model, None)
+    with pytest.raises(ValueError, match="no adapter is active"):
+        sprand.save(model, path)
+
+
+def test_copies_save_on_their_own(saved, tmp_path):
+    model, _ = saved
+    other = copy.deepcopy(model)
+    other.second.sprand_delta.data.zero_()
+    sprand.save(other, tmp_path / "other")
+    sprand.write(model)
+    assert torch.equal(sprand.load(built(MLP), tmp_path / "other").second.weight, built(MLP).second.weight)

@@ -1,0 +1,106 @@
+"""Gradients of the functional layers against finite differences and against dense autograd, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sprand import functional, ops, pattern
+from sprand.functional import Entries
+
+
+def entries_for(weight, nnz, scale=1.0):
+    indices = pattern.draw("random", "weight", weight.shape, nnz, 0)
+    delta = (0.1 * torch.randn(nnz, dtype=weight.dtype)).requires_grad_(True)
+    return Entries(delta, indices, ops.gather(weight, indices), scale)
+
+
+def dense_weight(weight, entries):
+    """The patched weight by index_put, differentiable in delta."""
+    return weight.flatten().index_put((entries.indices.long(),), entries.base + entries.scale * entries.delta).view_as(weight)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (6,)])
+def test_linear_gradcheck(shape, transposed):
+    weight = torch.randn((6, 7) if transposed else (7, 6), dtype=torch.float64)
+    entries = entries_for(weight, 11, scale=0.5)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+
+    def run(x, delta, bias):
+        return functional.linear(x, weight, bias, Entries(delta, entries.indices, entries.base, 0.5), transposed)
+
+    assert torch.autograd.gradcheck(run, (x, entries.delta, bias))
+
+
+def test_embedding_gradcheck():
+    weight = torch.randn(9, 4, dtype=torch.float64)
+    entries = entries_for(weight, 13)
+    tokens = torch.tensor([[0, 3, 3], [8, 0, 5]])
+    assert torch.autograd.gradcheck(lambda d: functional.embedding(tokens, weight, Entries(d, entries.indices, entries.base)), (entries.delta,))
+
+
+@pytest.mark.parametrize("tokens", [torch.empty(0, dtype=torch.long), torch.empty(2, 0, dtype=torch.long)])
+def test_embedding_of_no_tokens(tokens):
+    weight = torch.randn(9, 4)
+    entries = entries_for(weight, 13)
+    functional.embedding(tokens, weight, entries).sum().backward()
+    assert torch.equal(entries.delta.grad, torch.zeros(13))
+
+
+def test_alias_gradcheck_through_a_convolution():
+    weight = torch.randn(3, 2, 3, dtype=torch.float64)
+    entries = entries_for(weight, 7)
+    x = torch.randn(2, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, d: F.conv1d(x, functional.alias(weight, Entries(d, entries.indices, entries.base))), (x, entries.delta)
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.25])
+def test_linear_equals_index_put(scale):
+    weight = torch.randn(30, 20, dtype=torch.float64)
+    entries = entries_for(weight, 70, scale)
+    x = torch.randn(11, 20, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(F.linear(x, dense_weight(weight, entries)).square().sum(), (x, entries.delta))
+    got = torch.autograd.grad(functional.linear(x, weight, None, entries).square().sum(), (x, entries.delta))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_no_tokens_and_no_entries():
+    weight = torch.randn(4, 3)
+    entries = entries_for(weight, 0)
+    assert functional.linear(torch.randn(5, 3), weight, None, entries).shape == (5, 4)
+    entries = entries_for(weight, 5)
+    functional.linear(torch.randn(0, 3), weight, None, entries).sum().backward()
+    assert torch.equal(entries.delta.grad, torch.zeros(5))
+
+
+def test_second_derivative_is_refused():
+    weight = torch.randn(4, 3, dtype=torch.float64)
+    entries = entries_for(weight, 5)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(functional.linear(x, weight, None, entries).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_patch_leaves_the_version_of_the_weight_alone():
+    weight = torch.randn(4, 3)
+    before = weight._version
+    functional.linear(torch.randn(2, 3), weight, None, entries_for(weight, 5))
+    assert weight._version == before
+
+
+def test_a_changed_delta_is_seen_by_autograd():
+    """An update between forward and backward would give the gradient of other weights: autograd refuses."""
+    weight = torch.randn(4, 3)
+    entries = entries_for(weight, 5)
+    loss = functional.linear(torch.randn(2, 3), weight, None, entries).sum()
+    with torch.no_grad():
+        entries.delta.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

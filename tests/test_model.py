@@ -1,0 +1,419 @@
+"""What `apply` targets, counts and refuses; merge, unmerge, switching, moving, copying: exact to the bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sprand
+from models import EVERY_TARGET, MLP, EveryLayer, Tied, built, points_and_labels, tokens_and_labels
+from sprand.adapter import attached
+
+
+def trained(model, steps=3, lr=1e-2):
+    x, y = tokens_and_labels() if isinstance(model, EveryLayer) else points_and_labels()
+    optimizer = sprand.SparseAdamW(model, lr=lr)
+    for _ in range(steps):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items() if "sprand" not in name}
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name].contiguous().view(torch.uint8), b[name].contiguous().view(torch.uint8)), name
+
+
+def test_apply_returns_the_same_object_with_the_same_names():
+    model = built(MLP)
+    names = [name for name, _ in model.named_parameters()]
+    assert sprand.apply(model) is model
+    assert type(model) is MLP
+    assert isinstance(model.first, nn.Linear)
+    assert [name for name, _ in model.named_parameters() if "sprand" not in name] == names
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {f"{m}.sprand_delta" for m in ("first", "second", "third")}
+
+
+@pytest.mark.parametrize("density", [0.0007, 0.01, 0.37, 1.0])
+def test_count_is_exact(density):
+    model = sprand.apply(built(MLP), density=density)
+    total = 16 * 24 + 24 * 24 + 24 * 4
+    assert sum(p.numel() for p in sprand.parameters(model)) == round(density * total)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 100, 1056])
+def test_budget_is_exact(budget):
+    model = sprand.apply(built(MLP), budget=budget)
+    assert sum(p.numel() for p in sprand.parameters(model)) == budget
+
+
+def test_budget_as_a_fraction_counts_all_parameters():
+    model = built(MLP)
+    everything = sum(p.numel() for p in model.parameters())
+    sprand.apply(model, budget=0.05, target_modules=["second"])
+    assert sum(p.numel() for p in sprand.parameters(model)) == round(0.05 * everything)
+
+
+def test_a_weight_without_entries_costs_nothing():
+    model = sprand.apply(built(MLP), budget=1)
+    assert sum(isinstance(m, sprand.SparseModule) for m in model.modules()) == 1
+
+
+def test_targets():
+    model = built(MLP)
+    sprand.apply(model, target_modules=r"(first|third)", density=0.5)
+    assert [n for n, _, _ in attached(model)] == ["first.weight", "third.weight"]
+    model = sprand.apply(built(MLP), target_modules="all-linear", exclude_modules=["second"], density=0.5)
+    assert [n for n, _, _ in attached(model)] == ["first.weight", "third.weight"]
+    model = sprand.apply(built(MLP), target_modules=None, target_parameters=["bias"], density=0.5)
+    assert [n for n, _, _ in attached(model)] == ["first.bias", "third.bias"]
+
+
+def test_given_masks_and_indices():
+    mask = torch.zeros(24, 24, dtype=torch.bool)
+    mask[3, 5] = mask[0, 0] = True
+    model = sprand.apply(built(MLP), strategy={"second.weight": mask, "first.weight": torch.tensor([9, 2, 40])})
+    assert model.second.sprand_indices.tolist() == [0, 3 * 24 + 5]
+    assert model.first.sprand_indices.tolist() == [2, 9, 40]
+
+
+def test_same_seed_same_positions_and_names_make_them_independent():
+    one, two = (sprand.apply(built(MLP, seed=s), density=0.1, seed=7) for s in (0, 1))
+    other = sprand.apply(built(MLP), density=0.1, seed=8)
+    assert torch.equal(one.second.sprand_indices, two.second.sprand_indices)
+    assert not torch.equal(one.second.sprand_indices, other.second.sprand_indices)
+    model = sprand.apply(nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}), density=0.1)
+    assert not torch.equal(model["a"].sprand_indices, model["b"].sprand_indices)
+
+
+BAD = {
+    "nothing matches": ({"target_modules": ["q_prj"]}, r"'q_prj' matches no module.*closest.*all-linear"),
+    "regex matches nothing": ({"target_modules": "nope.*"}, "matches no module.*all-linear"),
+    "no such parameter": ({"target_parameters": ["secnd.weight"]}, "'secnd.weight' matches nothing.*second.weight"),
+    "no such head": ({"modules_to_save": ["clasifier"]}, "'clasifier' matches nothing"),
+    "density zero": ({"density": 0}, r"density: expected a fraction in \(0, 1\], got 0"),
+    "density negative": ({"density": -0.1}, "density: expected"),
+    "density above one": ({"density": 1.01}, "density: expected"),
+    "density nan": ({"density": float("nan")}, "density: expected"),
+    "density a word": ({"density": "1%"}, "density: expected"),
+    "density so small": ({"density": 1e-9}, "rounds to 0 entries"),
+    "both": ({"density": 0.1, "budget": 5}, "density or budget, not both"),
+    "budget too large": ({"budget": 10**6}, "1,000,000 entries were asked for, but the targets hold 1,056"),
+    "budget zero": ({"budget": 0}, "at least 1"),
+    "strategy": ({"strategy": "lottery"}, "strategy: expected one of random, uniform"),
+    "layout": ({"layout": "run2"}, "layout: expected 'unstructured'"),
+    "scope": ({"scope": "global"}, "scope: expected 'local'"),
+    "seed": ({"seed": 1.5}, "seed: expected an int"),
+    "mask shape": ({"strategy": {"second.weight": torch.ones(3, 3, dtype=torch.bool)}}, r"second.weight: expected a mask of shape \[24, 24\]"),
+    "index twice": ({"strategy": {"second.weight": torch.tensor([3, 3])}}, "index 3 .* appears twice"),
+    "index out of range": ({"strategy": {"second.weight": torch.tensor([576])}}, "index 576 .* out of range"),
+    "empty mask": ({"strategy": {"second.weight": torch.zeros(24, 24, dtype=torch.bool)}}, "choose no entry"),
+    "mask of nothing": ({"strategy": {"nope.weight": torch.tensor([3])}}, "no parameter 'nope.weight'"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_configurations_are_refused_and_leave_the_model_alone(fields, message):
+    model = built(MLP)
+    before, flags = bits(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        sprand.apply(model, **fields)
+    assert not any(isinstance(m, sprand.SparseModule) for m in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert_same_bits(bits(model), before)
+
+
+def test_misuse_is_refused():
+    model = built(MLP)
+    for call in (sprand.merge, sprand.unmerge, sprand.parameters, sprand.summary, lambda m: sprand.switch(m, "a")):
+        with pytest.raises(ValueError, match="no trained entries"):
+            call(model)
+    sprand.apply(model)
+    with pytest.raises(ValueError, match="already trains entries"):
+        sprand.apply(model)
+    with pytest.raises(ValueError, match="no adapter 'b'"):
+        sprand.switch(model, "b")
+
+
+def test_multihead_attention_output_is_refused_not_ignored():
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    with pytest.raises(ValueError, match="MultiheadAttention reads this weight"):
+        sprand.apply(copy.deepcopy(model), target_modules=["out_proj"])
+    sprand.apply(model, target_parameters=["in_proj_weight"], density=0.2)
+    model(torch.randn(2, 5, 16)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in sprand.parameters(model))
+
+
+def test_encoder_layer_in_evaluation_uses_the_trained_weights():
+    """torch's inference path of TransformerEncoderLayer reads weights without calling the layers."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    x = torch.randn(2, 5, 16)
+    sprand.apply(model, density=0.5)
+    with torch.no_grad():
+        for p in sprand.parameters(model):
+            p.add_(0.3)
+    expected = model(x).detach()
+    for p in sprand.parameters(model):
+        p.data.sub_(0.2)
+    changed = model(x).detach()
+    assert not torch.allclose(expected, changed)
+    for p in sprand.parameters(model):
+        p.data.add_(0.2)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fifty_unmerges_are_bit_exact(dtype):
+    model = built(MLP).to(dtype)
+    model.second.weight.data[0, :8] = -0.0
+    before = bits(model)
+    for seed in range(50):
+        sprand.apply(model, density=0.3, seed=seed)
+        for p in sprand.parameters(model):
+            p.data.normal_()
+        sprand.write(model)
+        sprand.unmerge(model)
+    assert_same_bits(bits(model), before)
+    assert type(model.second) is nn.Linear
+
+
+def test_merged_equals_trained():
+    model = trained(sprand.apply(built(EveryLayer), density=0.2, **EVERY_TARGET))
+    x, _ = tokens_and_labels()
+    expected = model(x)
+    sprand.merge(model)
+    assert torch.equal(model(x), expected)
+    assert not any("sprand" in name for name in model.state_dict())
+    assert all(p.requires_grad for p in model.parameters())
+    assert type(model.linear) is nn.Linear
+
+
+def test_merge_writes_what_the_last_step_left():
+    """Also after an optimizer that does not write weights."""
+    x, y = points_and_labels()
+    model = sprand.apply(built(MLP), density=0.5)
+    optimizer = torch.optim.AdamW(sprand.parameters(model), lr=0.1, fused=True)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    reference = copy.deepcopy(model)
+    saved = {k: v.clone() for k, v in model.state_dict().items() if "sprand" not in k}
+    sprand.merge(model)
+    assert_same_bits(saved, bits(model))
+    assert torch.equal(reference(x), model(x))
+
+
+def test_disabled_is_the_base_and_nothing_is_lost():
+    base = built(EveryLayer)
+    model = trained(sprand.apply(built(EveryLayer), density=0.2, **EVERY_TARGET))
+    x, _ = tokens_and_labels()
+    out, state = model(x), bits(model)
+    with pytest.raises(KeyError), sprand.disabled(model):
+        assert torch.equal(model(x), base(x))
+        with sprand.disabled(model):
+            assert torch.equal(model(x), base(x))
+        assert torch.equal(model(x), base(x))
+        raise KeyError
+    assert torch.equal(model(x), out)
+    assert_same_bits(bits(model), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_switching_back_and_forth(tmp_path, dtype):
+    base = built(EveryLayer).to(dtype)
+    x, _ = tokens_and_labels()
+    outputs, weights = {None: base(x)}, {None: bits(base)}
+    for seed, name in enumerate("ab"):
+        model = sprand.apply(copy.deepcopy(base), density=0.2, seed=seed, **EVERY_TARGET)
+        for p in sprand.parameters(model):
+            p.data.add_(torch.randn(p.shape).to(p.dtype))
+        outputs[name], weights[name] = model(x), bits(model)
+        sprand.save(model, tmp_path / name)
+    model = copy.deepcopy(base)
+    for name in "ab":
+        sprand.load(model, tmp_path / name, name=name)
+    for name in ["a", "b", None, "b", "a", None] * 8:
+        sprand.switch(model, name)
+        assert torch.equal(model(x), outputs[name])
+        assert_same_bits(bits(model), weights[name])
+
+
+def test_an_optimizer_survives_switching(tmp_path):
+    x, y = points_and_labels()
+    model = trained(sprand.apply(built(MLP), density=0.2, seed=1))
+    sprand.save(model, tmp_path)
+    optimizer = sprand.SparseAdamW(model, lr=1e-2)
+    sprand.load(model, tmp_path, name="other")
+    sprand.switch(model, "default")
+    before = [p.clone() for p in sprand.parameters(model)]
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert all(not torch.equal(p, b) for p, b in zip(sprand.parameters(model), before, strict=True))
+
+
+def test_weighted_sum_of_adapters(tmp_path):
+    base = built(MLP)
+    deltas = {}
+    for seed, name in enumerate("ab"):
+        model = sprand.apply(copy.deepcopy(base), density=0.4, seed=seed)
+        for p in sprand.parameters(model):
+            p.data.normal_()
+        sprand.write(model)
+        deltas[name] = model.second.weight.double() - base.second.weight.double()
+        dense = torch.zeros(24 * 24, dtype=torch.float64)
+        dense[model.second.sprand_indices.long()] = model.second.sprand_delta.detach().double()
+        deltas[name] = dense.view(24, 24)
+        sprand.save(model, tmp_path / name)
+    model = copy.deepcopy(base)
+    for name in "ab":
+        sprand.load(model, tmp_path / name, name=name)
+    sprand.switch(model, {"a": 0.5, "b": -2.0})
+    expected = base.second.weight.double() + 0.5 * deltas["a"] - 2.0 * deltas["b"]
+    torch.testing.assert_close(model.second.weight.double(), expected, rtol=2**-22, atol=2**-22)
+    sprand.save(model, tmp_path / "sum")
+    sprand.switch(model, None)
+    assert torch.equal(model.second.weight, base.second.weight)
+    fresh = sprand.load(copy.deepcopy(base), tmp_path / "sum")
+    sprand.switch(model, {"a": 0.5, "b": -2.0})
+    assert torch.equal(fresh.second.weight, model.second.weight)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_train_on_their_own(copied):
+    model = trained(sprand.apply(built(EveryLayer), density=0.2, **EVERY_TARGET))
+    x, y = tokens_and_labels()
+    out = model(x)
+    other = copied(model)
+    assert torch.equal(other(x), out)
+    trained(other)
+    assert not torch.equal(other(x), out)
+    assert torch.equal(model(x), out)
+    assert other.linear.sprand_delta is not model.linear.sprand_delta
+
+
+def test_moving_between_dtypes_keeps_deltas_in_float32():
+    model = trained(sprand.apply(built(MLP), density=0.3), lr=1e-4)
+    deltas = [p.detach().clone() for p in sprand.parameters(model)]
+    model.to(torch.bfloat16)
+    assert [p.dtype for p in sprand.parameters(model)] == [torch.float32] * 3
+    assert all(torch.equal(p, d) for p, d in zip(sprand.parameters(model), deltas, strict=True))
+    assert model.second.sprand_base.dtype == torch.bfloat16
+    x, _ = points_and_labels(dtype=torch.bfloat16)
+    base = built(MLP).to(torch.bfloat16)
+    with sprand.disabled(model):
+        assert torch.equal(model(x), base(x))
+
+
+def test_deltas_cast_by_others_still_train():
+    """TRL casts every trained parameter to bfloat16 on some paths."""
+    x, y = points_and_labels()
+    model = sprand.apply(built(MLP), density=0.3)
+    for p in sprand.parameters(model):
+        p.data = p.data.to(torch.bfloat16)
+    first = F.cross_entropy(model(x), y).item()
+    trained(model, steps=20)
+    assert F.cross_entropy(model(x), y).item() < 0.9 * first
+
+
+def test_state_dict_is_complete_and_loads_into_another_pattern():
+    x, _ = points_and_labels()
+    model = trained(sprand.apply(built(MLP), density=0.3))
+    other = sprand.apply(built(MLP, seed=9), density=0.3, seed=5)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+    base = built(MLP)
+    with sprand.disabled(other):
+        assert torch.equal(other(x), base(x))
+
+
+def test_a_checkpoint_without_entries_is_a_new_base():
+    x, _ = points_and_labels()
+    other = built(MLP, seed=4)
+    model = sprand.apply(built(MLP), density=0.3)
+    model.load_state_dict(other.state_dict(), strict=False)
+    assert torch.equal(model(x), other(x))
+
+
+def test_meta_device_counts_and_materialises():
+    with torch.device("meta"):
+        model = MLP()
+    sprand.apply(model, density=0.1, seed=2)
+    real = sprand.apply(built(MLP), density=0.1, seed=2)
+    assert [p.shape for p in sprand.parameters(model)] == [p.shape for p in sprand.parameters(real)]
+    model.to_empty(device="cpu")
+    assert torch.equal(model.second.sprand_indices, real.second.sprand_indices)
+    model.load_state_dict(built(MLP).state_dict(), strict=False)
+    x, _ = points_and_labels()
+    assert torch.equal(model(x), real(x))
+
+
+def test_tied_weights_stay_tied():
+    model = built(Tied)
+    sprand.apply(model, density=0.5, target_modules=["embed", "mix"])
+    tokens = torch.arange(12)
+    optimizer = sprand.SparseAdamW(model, lr=1e-1)
+    F.cross_entropy(model(tokens), tokens).backward()
+    optimizer.step()
+    assert model.out.weight is model.embed.weight
+    sprand.merge(model)
+    assert model.out.weight is model.embed.weight
+
+
+def test_summary_and_the_line_people_grep_for(capsys):
+    model = sprand.apply(built(MLP), density=0.1, modules_to_save=["third"])
+    sprand.print_trainable_parameters(model)
+    total = sum(p.numel() for p in built(MLP).parameters())
+    count = round(0.1 * (16 * 24 + 24 * 24)) + 24 * 4 + 4
+    assert capsys.readouterr().out == f"trainable params: {count:,} || all params: {total:,} || trainable%: {100 * count / total:.4f}\n"
+    table = sprand.summary(model)
+    assert "second.weight" in table
+    assert "24x24" in table
+    assert "in full" in table
+
+
+PAPER_COUNTS = {
+    "gemma-2b": (
+        "GemmaConfig",
+        {"vocab_size": 256000, "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8,
+         "num_key_value_heads": 1, "head_dim": 256},
+        25_061_724,
+    ),
+    "Qwen2.5-0.5B": (
+        "Qwen2Config",
+        {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+         "num_key_value_heads": 2, "tie_word_embeddings": True},
+        4_940_328,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "sizes", "expected"), PAPER_COUNTS.values(), ids=PAPER_COUNTS.keys())
+def test_sparta_recipe_trains_as_many_weights_as_the_paper(config, sizes, expected):
+    """arXiv 2502.15975: 1 % of the whole model, all of it in the value and output projections."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(getattr(transformers, config)(**sizes))
+    sprand.apply(model, sprand.SparseConfig.sparta(0.99))
+    deltas = {name: p for name, p in sprand.named_parameters(model) if name.endswith("sprand_delta")}
+    assert sum(p.numel() for p in deltas.values()) == expected
+    assert all(name.split(".")[-2] in ("v_proj", "o_proj") for name in deltas)
+    assert model.score.weight.requires_grad
+
+
+def test_config_survives_json():
+    config = sprand.SparseConfig(density=0.02, target_modules=["q", "v"], exclude_modules="x.*", seed=4)
+    assert sprand.SparseConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="unknown field alpha"):
+        sprand.SparseConfig.from_json('{"alpha": 16}')
