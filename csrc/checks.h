@@ -1,12 +1,12 @@
 // The last line of argument checks, shared by the CPU and CUDA operators; users meet the ones in sprand/ops.py first.
 #pragma once
-#include <optional>
-#include <vector>
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
 
 namespace sprand {
 
@@ -20,11 +20,13 @@ inline bool long_indices(const char* op, const Tensor& indices) {
   return type == ScalarType::Long;
 }
 
-inline ScalarType sum_type(const Tensor& weight) { return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType sum_type(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 inline void check_entries(const char* op, const char* name, const Tensor& value, const Tensor& indices, ScalarType type) {
-  STD_TORCH_CHECK(value.scalar_type() == type && value.numel() == indices.numel() && value.is_contiguous(), op, ": expected contiguous ", name,
-                  " [nnz] of the accumulation or weight dtype");
+  STD_TORCH_CHECK(value.scalar_type() == type && value.numel() == indices.numel() && value.is_contiguous(), op,
+                  ": expected contiguous ", name, " [nnz] of the accumulation or weight dtype");
 }
 
 inline void check_weight(const char* op, const Tensor& weight, const Tensor& indices) {

@@ -30,11 +30,11 @@ SPRAND_HD bool changes(F delta, F scale) {
 // What one AdamW step needs beside the entry itself, the same for all entries of a target.
 template <class F>
 struct AdamW {
-  F beta2, rest1, rest2;  // rest = 1 - beta
-  F eps, decay;           // decay = 1 - lr * weight_decay
-  F step_size;            // lr / (1 - beta1^step)
-  F inv_sqrt_bias2;       // 1 / sqrt(1 - beta2^step)
-  F grad_coef;            // factor on the gradient; negative to maximize
+  F beta1, beta2, rest1, rest2;  // rest = 1 - beta
+  F eps, decay;                  // decay = 1 - lr * weight_decay
+  F step_size;                   // lr / (1 - beta1^step)
+  F inv_sqrt_bias2;              // 1 / sqrt(1 - beta2^step)
+  F grad_coef;                   // factor on the gradient; negative to maximize
 };
 
 // From the options of the step, in double: 1 - float(0.999) is off by 1e-5, 1 - 0.999 rounded once is not.
@@ -42,6 +42,7 @@ template <class F>
 SPRAND_HD AdamW<F> adamw_step(double lr, double beta1, double beta2, double eps, double weight_decay, double step,
                               double grad_coef) {
   AdamW<F> a;
+  a.beta1 = F(beta1);
   a.beta2 = F(beta2);
   a.rest1 = F(1 - beta1);
   a.rest2 = F(1 - beta2);
@@ -60,7 +61,8 @@ SPRAND_HD double root(double x) { return sqrt(x); }
 template <class F>
 SPRAND_HD F adamw_entry(const AdamW<F>& a, F delta, F grad, F& exp_avg, F& exp_avg_sq) {
   F g = grad * a.grad_coef;
-  exp_avg += a.rest1 * (g - exp_avg);
+  F change = g - exp_avg;
+  exp_avg = a.rest1 < F(0.5) ? exp_avg + a.rest1 * change : g - a.beta1 * change;  // as torch.lerp: exact at beta1 = 0
   exp_avg_sq = a.beta2 * exp_avg_sq + a.rest2 * (g * g);
   F denominator = root(exp_avg_sq) * a.inv_sqrt_bias2 + a.eps;
   return delta * a.decay - a.step_size * (exp_avg / denominator);

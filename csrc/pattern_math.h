@@ -20,7 +20,14 @@
 namespace sprand {
 
 // Streams of the counter-based hash; a change of any constant here is a new pattern version.
-enum HashStream : uint32_t { kEntry = 0x243F6A88u, kRowTurn = 0x85A308D3u, kExtraRow = 0x13198A2Eu, kExtraTurn = 0x03707344u, kResidue = 0xA4093822u, kFeistel = 0x299F31D0u };
+enum HashStream : uint32_t {
+  kEntry = 0x243F6A88u,
+  kRowTurn = 0x85A308D3u,
+  kExtraRow = 0x13198A2Eu,
+  kExtraTurn = 0x03707344u,
+  kResidue = 0xA4093822u,
+  kFeistel = 0x299F31D0u
+};
 
 SPRAND_HD uint32_t mix32(uint32_t x) {
   x ^= x >> 16;
@@ -86,8 +93,10 @@ struct Stratified {
     uint64_t lo = 0, hi = rows;  // row_begin(lo) <= p < row_begin(hi)
     while (hi - lo > 1) {
       uint64_t mid = lo + (hi - lo) / 2;
-      if (row_begin(mid) <= p) lo = mid;
-      else hi = mid;
+      if (row_begin(mid) <= p)
+        lo = mid;
+      else
+        hi = mid;
     }
     return lo;
   }

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from . import ops, pattern
 from .config import GIVEN, SparseConfig
 from .layers import SparseModule
-from .model import Adapter, Place, State, _places, disabled, install, sparse_modules, state_of, switch, write
+from .model import Adapter, State, disabled, install, sparse_modules, state_of, switch, write
+from .targets import Place, places_of
 from .version import __version__
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -59,7 +60,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         if not torch.isfinite(delta).all():
             raise ValueError(f"save: the trained values of {name} are not finite; load the last good checkpoint")
         tensors[f"delta.{name}"], shapes[name] = delta, shape
-        targets[name] = {"shape": shape, "dtype": _name(weight.dtype), "nnz": delta.numel(), "fingerprint": fingerprints(entries.base)}
+        targets[name] = {
+            "shape": shape,
+            "dtype": _name(weight.dtype),
+            "nnz": delta.numel(),
+            "fingerprint": fingerprints(entries.base),
+        }
         given = given or not torch.equal(entries.indices.cpu(), _draw(adapter.config, name, shape, delta.numel()))
     if given:
         tensors |= {f"indices.{name}": module.sparse_entries(p).indices.cpu() for name, module, p in attached(model)}
@@ -147,8 +153,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     description = json.loads(metadata["sprand"])
     if description["format_version"] > FORMAT_VERSION or description["pattern_version"] != pattern.PATTERN_VERSION:
         raise ValueError(
-            f"{file} has format {description['format_version']} and pattern {description['pattern_version']} (sprand "
-            f"{description['sprand_version']}); this sprand {__version__} reads format {FORMAT_VERSION} and pattern {pattern.PATTERN_VERSION}"
+            f"{file} has format {description['format_version']} and pattern {description['pattern_version']} (of sprand "
+            f"{description['sprand_version']}); this sprand {__version__} reads format {FORMAT_VERSION} and pattern "
+            f"{pattern.PATTERN_VERSION}"
         )
     if description["checksum"] != checksum(tensors):
         raise ValueError(f"{file} is damaged: its values do not match their checksum; take another copy of the adapter")
@@ -176,7 +183,9 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return _hash([part for name in sorted(tensors) for part in (f"{name} {list(tensors[name].shape)}", tensors[name])])
 
 
-def _prove(model: nn.Module, path: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Adapter, dict[str, Place]]:
+def _prove(
+    model: nn.Module, path: Path, description: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[Adapter, dict[str, Place]]:
     """The adapter and its places in the model, after every check; the model holds its base values now."""
     config = SparseConfig.from_dict(description["config"])
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -185,7 +194,9 @@ def _prove(model: nn.Module, path: Path, description: dict[str, Any], tensors: d
         weight = _matching(path, parameters, name, target["shape"])
         delta = tensors.get(f"delta.{name}")
         if delta is None or list(delta.shape) != [target["nnz"]]:
-            raise ValueError(f"{path}: expected {target['nnz']} values for {name}, got {None if delta is None else list(delta.shape)}")
+            raise ValueError(
+                f"{path}: expected {target['nnz']} values for {name}, got {None if delta is None else list(delta.shape)}"
+            )
         if not torch.isfinite(delta).all():
             raise ValueError(f"{path}: the values of {name} are not finite")
         if config.strategy == GIVEN:
@@ -204,7 +215,7 @@ def _prove(model: nn.Module, path: Path, description: dict[str, Any], tensors: d
         if value is None or list(value.shape) != entry["shape"]:
             raise ValueError(f"{path}: expected values of shape {entry['shape']} for {name}")
         adapter.saved[name] = value.to(device=p.device, dtype=p.dtype)
-    return adapter, {place.name: place for place in _places(model, set(adapter.indices))}
+    return adapter, {place.name: place for place in places_of(model, set(adapter.indices))}
 
 
 def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]) -> nn.Parameter:
@@ -223,8 +234,8 @@ def _check_base(path: Path, name: str, base: Tensor, stored: Mapping[str, str]) 
     same = stored[trained] == here[trained] if trained in here else bool(common) and stored[common[0]] == here[common[0]]
     if not same:
         raise ValueError(
-            f"{path} was trained on another base: the entries it changes in {name} have other values in this model; load the base "
-            "checkpoint it was trained on (and no merged or further trained one)"
+            f"{path} was trained on another base: the entries it changes in {name} have other values in this model; load the "
+            "base checkpoint it was trained on (and no merged or further trained one)"
         )
 
 

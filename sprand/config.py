@@ -54,7 +54,9 @@ class SparseConfig:
     def __post_init__(self) -> None:
         given = isinstance(self.strategy, Mapping) or self.strategy == GIVEN
         if not given and self.strategy not in RANDOM_STRATEGIES:
-            raise ValueError(f"strategy: expected one of {', '.join(RANDOM_STRATEGIES)} or a dict of masks or indices, got {self.strategy!r}")
+            raise ValueError(
+                f"strategy: expected one of {', '.join(RANDOM_STRATEGIES)} or a dict of masks or indices, got {self.strategy!r}"
+            )
         if self.layout != "unstructured":
             raise ValueError(f"layout: expected 'unstructured', got {self.layout!r}")
         if self.scope != "local":
@@ -120,7 +122,9 @@ class SparseConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         if unknown:
-            raise ValueError(f"config: unknown field {', '.join(unknown)}; expected some of {', '.join(sorted(known))} (a newer sprand?)")
+            raise ValueError(
+                f"config: unknown field {', '.join(unknown)}; expected some of {', '.join(sorted(known))} (a newer sprand?)"
+            )
         return cls(**fields)
 
     @classmethod

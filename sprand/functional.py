@@ -89,7 +89,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         cast = torch.get_autocast_dtype(device)
         input = input.to(cast)
         bias = None if bias is None else bias.to(cast)
-    return _Linear.apply(input, weight, bias, entries.delta, entries.indices, entries.base, entries.scale, cast, transposed, _written(entries))
+    return _Linear.apply(
+        input, weight, bias, entries.delta, entries.indices, entries.base, entries.scale, cast, transposed, _written(entries)
+    )
 
 
 def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int | None = None) -> Tensor:
@@ -104,7 +106,9 @@ def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int 
     Returns:
         `[*input.shape, features]`.
     """
-    return _Embedding.apply(input, weight, entries.delta, entries.indices, entries.base, entries.scale, padding_idx, _written(entries))
+    return _Embedding.apply(
+        input, weight, entries.delta, entries.indices, entries.base, entries.scale, padding_idx, _written(entries)
+    )
 
 
 def alias(weight: Tensor, entries: Entries) -> Tensor:

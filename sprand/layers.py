@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional, ops
@@ -93,7 +92,9 @@ class SparseModule(nn.Module):
         flat = self.__dict__.get("_flat_weights")  # torch.nn.RNNBase reads its parameters from this list
         self.__dict__.update(aliases)
         if flat is not None:
-            self.__dict__["_flat_weights"] = [aliases.get(name, weight) for name, weight in zip(self._flat_weights_names, flat, strict=True)]
+            self.__dict__["_flat_weights"] = [
+                aliases.get(name, weight) for name, weight in zip(self._flat_weights_names, flat, strict=True)
+            ]
         try:
             yield
         finally:
@@ -141,7 +142,9 @@ class SparseModule(nn.Module):
         return _new_sparse_module, (self._sprand_class,), self.__getstate__()
 
     def extra_repr(self) -> str:
-        counts = ", ".join(f"{getattr(self, target.name(INDICES)).numel():,} of {name}" for name, target in self._sprand_targets.items())
+        counts = ", ".join(
+            f"{getattr(self, target.name(INDICES)).numel():,} of {name}" for name, target in self._sprand_targets.items()
+        )
         inherited = super().extra_repr()
         return f"{inherited}, trains {counts}" if inherited else f"trains {counts}"
 
@@ -225,9 +228,13 @@ def attach(
     """
     weight = module._parameters.get(parameter)
     if weight is None:
-        raise ValueError(f"expected a parameter {parameter!r} in {type(module).__name__}, found {', '.join(module._parameters) or 'none'}")
+        raise ValueError(
+            f"expected a parameter {parameter!r} in {type(module).__name__}, found {', '.join(module._parameters) or 'none'}"
+        )
     if isinstance(module, SparseModule) and parameter in module._sprand_targets:
-        raise ValueError(f"{parameter!r} of this {type(module).__name__} already has trained entries; unmerge or merge them first")
+        raise ValueError(
+            f"{parameter!r} of this {type(module).__name__} already has trained entries; unmerge or merge them first"
+        )
     if not weight.is_contiguous():
         raise ValueError(
             f"{parameter!r} of {type(module).__name__}: expected contiguous memory, got strides {weight.stride()} for shape "
@@ -272,4 +279,8 @@ def detach(module: SparseModule, parameter: str, keep: bool) -> None:
 
 def targets_by_delta() -> dict[int, tuple[SparseModule, str]]:
     """Every live delta parameter by its `id`, with the module and parameter it belongs to."""
-    return {id(getattr(module, target.name(DELTA))): (module, name) for module in _live for name, target in module._sprand_targets.items()}
+    return {
+        id(getattr(module, target.name(DELTA))): (module, name)
+        for module in _live
+        for name, target in module._sprand_targets.items()
+    }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,18 +14,7 @@ from torch import Tensor, nn
 from . import host, native, ops, pattern
 from .config import SparseConfig
 from .layers import SparseModule, attach, detach
-
-HEADS = ("score", "classifier")  # how Hugging Face names classification heads
-OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection", *HEADS)
-
-
-@dataclass
-class Place:
-    """A targeted parameter of the model: every module that holds it (several where weights are tied)."""
-
-    name: str
-    parameter: nn.Parameter
-    owners: list[tuple[nn.Module, str]]
+from .targets import Place, choose, find_targets, places_of, saved_parameters
 
 
 @dataclass
@@ -84,11 +71,13 @@ def apply(model: nn.Module, config: SparseConfig | None = None, **fields: Any) -
     if hasattr(model, "_sprand"):
         raise ValueError("this model already trains entries; call sprand.merge(model) or sprand.unmerge(model) first")
     native.warn_if_slow()
-    heads = _saved_parameters(model, config)
+    heads = saved_parameters(model, config)
     places = [place for place in find_targets(model, config) if place.name not in heads]
     indices = choose(model, config, places, heads)
     places = [place for place in places if indices[place.name].numel()]
-    adapter = Adapter(config, {place.name: indices[place.name] for place in places}, saved={name: p.data for name, p in heads.items()})
+    adapter = Adapter(
+        config, {place.name: indices[place.name] for place in places}, saved={name: p.data for name, p in heads.items()}
+    )
     state = State(trained_before={name for name, p in model.named_parameters() if p.requires_grad})
     install(model, state, "default", adapter, {place.name: place for place in places})
     return model
@@ -151,53 +140,6 @@ def _detach(model: nn.Module, state: State, keep: bool) -> None:
                 p.requires_grad_(False)
 
 
-def find_targets(model: nn.Module, config: SparseConfig) -> list[Place]:
-    """The parameters that a configuration targets, in the order of the model, tied ones once.
-
-    Raises:
-        ValueError: nothing matches, or a name in the configuration matches nothing.
-    """
-    if isinstance(config.strategy, Mapping):
-        wanted = set(config.strategy)
-        unknown = sorted(wanted - {name for name, _ in model.named_parameters(remove_duplicate=False)})
-        if unknown:
-            raise ValueError(f"strategy: the model has no parameter {unknown[0]!r}; {_closest(unknown[0], _parameter_names(model))}")
-        return _places(model, wanted)
-    wanted = {f"{name}.weight" if name else "weight" for name in _matching_modules(model, config)}
-    if config.target_parameters:
-        wanted |= _match_all("target_parameters", config.target_parameters, _parameter_names(model))
-    if not wanted:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no module of this model; {_module_hint(model, config.target_modules)}")
-    return _places(model, wanted)
-
-
-def choose(model: nn.Module, config: SparseConfig, places: Sequence[Place], heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The indices of every target, by parameter name.
-
-    Raises:
-        ValueError: the budget is larger than the targets hold or rounds to nothing, or a given mask does not fit.
-    """
-    if isinstance(config.strategy, Mapping):
-        given = {place.name: pattern.from_user(place.name, config.strategy[place.name], place.parameter.shape) for place in places}
-        if not any(indices.numel() for indices in given.values()):
-            raise ValueError("strategy: the given masks or indices choose no entry at all")
-        return {name: indices.to(place.parameter.device) for (name, indices), place in zip(given.items(), places, strict=True)}
-    sizes = [place.parameter.numel() for place in places]
-    if config.budget is None:
-        total = round(config.density * sum(sizes))
-    elif isinstance(config.budget, float):
-        total = round(config.budget * sum(p.numel() for name, p in model.named_parameters() if name not in heads))
-    else:
-        total = config.budget
-    if total == 0:
-        raise ValueError(f"density {config.density or config.budget} of the {sum(sizes):,} targeted entries rounds to 0 entries; raise it or target more")
-    counts = pattern.shares(sizes, total)
-    return {
-        place.name: pattern.draw(config.strategy, place.name, place.parameter.shape, count, config.seed, place.parameter.device)
-        for place, count in zip(places, counts, strict=True)
-    }
-
-
 def state_of(model: nn.Module) -> State:
     """What sprand keeps with a model.
 
@@ -206,8 +148,10 @@ def state_of(model: nn.Module) -> State:
     """
     state = getattr(model, "_sprand", None)
     if state is None:
-        raise ValueError("this model has no trained entries; call sprand.apply(model, ...) or sprand.load(model, path) first (and pass the "
-                         "model itself, not its DataParallel wrapper)")  # fmt: skip
+        raise ValueError(
+            "this model has no trained entries; call sprand.apply(model, ...) or sprand.load(model, path) first (and pass the "
+            "model itself, not its DataParallel wrapper)"
+        )
     return state
 
 
@@ -312,7 +256,7 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
     _detach(model, state, keep=False)
     state.active, state.mixed = (name if isinstance(name, str) else None), mixed
     if state.current is not None:
-        _attach(model, state.current, {place.name: place for place in _places(model, set(state.current.indices))})
+        _attach(model, state.current, {place.name: place for place in places_of(model, set(state.current.indices))})
     return model
 
 
@@ -320,7 +264,9 @@ def mix(state: State, weights: Mapping[str, float]) -> Adapter:
     """The weighted sum of several adapters as one: the union of their entries, summed in float32 and rounded once."""
     for name in weights:
         if state.adapters[name].saved:
-            raise ValueError(f"switch: adapter {name!r} trained whole modules ({', '.join(state.adapters[name].saved)}), which cannot be mixed")
+            raise ValueError(
+                f"switch: adapter {name!r} trained whole modules ({', '.join(state.adapters[name].saved)}), which cannot be mixed"
+            )
     chosen = [(state.adapters[name], float(weight)) for name, weight in weights.items()]
     result = Adapter(chosen[0][0].config)
     for target in dict.fromkeys(name for adapter, _ in chosen for name in adapter.indices):
@@ -354,105 +300,6 @@ def _set_saved(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tens
         before[name] = p.data
         p.data = value.data.to(device=p.device, dtype=p.dtype)
     return before
-
-
-def _saved_parameters(model: nn.Module, config: SparseConfig) -> dict[str, nn.Parameter]:
-    """The parameters of the modules that train in full, by name."""
-    if config.modules_to_save is None:
-        return {}
-    names = [name for name, _ in model.named_modules() if name]
-    if config.modules_to_save == "auto":
-        chosen = {name for name in names if name.rpartition(".")[2] in HEADS}
-    else:
-        wanted = (config.modules_to_save,) if isinstance(config.modules_to_save, str) else config.modules_to_save
-        chosen = _match_all("modules_to_save", wanted, names)
-    return {name: p for name, p in model.named_parameters() if any(name.startswith(f"{module}.") for module in chosen)}
-
-
-def _matching_modules(model: nn.Module, config: SparseConfig) -> list[str]:
-    if config.target_modules is None:
-        return []
-    linear = _linear_names(model)
-    if config.target_modules == "all-linear":
-        names = [name for name in linear if not _is_output_head(model, name)]
-    else:
-        weighted = [name for name, module in model.named_modules() if isinstance(module._parameters.get("weight"), Tensor)]
-        if isinstance(config.target_modules, str):
-            names = [name for name in weighted if re.fullmatch(config.target_modules, name)]
-        else:
-            for wanted in config.target_modules:
-                if not any(_is_suffix(wanted, name) for name in weighted):
-                    raise ValueError(f"target_modules: {wanted!r} matches no module with a weight; {_module_hint(model, wanted)}")
-            names = [name for name in weighted if any(_is_suffix(wanted, name) for wanted in config.target_modules)]
-    if config.exclude_modules is None:
-        return names
-    if isinstance(config.exclude_modules, str):
-        return [name for name in names if not re.fullmatch(config.exclude_modules, name)]
-    return [name for name in names if not any(_is_suffix(wanted, name) for wanted in config.exclude_modules)]
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    """Linear layers that are called; MultiheadAttention reads the weight of its `out_proj` without calling it."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and not isinstance(module, _READ_NOT_CALLED)
-    ]
-
-
-_READ_NOT_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
-
-
-def _is_output_head(model: nn.Module, name: str) -> bool:
-    module = model.get_submodule(name)
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return module is output or (bool(name) and name.rpartition(".")[2] in OUTPUT_HEADS)
-
-
-def _places(model: nn.Module, names: set[str]) -> list[Place]:
-    places: dict[int, Place] = {}
-    chosen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for parameter, value in module._parameters.items():
-            if value is None:
-                continue
-            name = f"{prefix}.{parameter}" if prefix else parameter
-            place = places.setdefault(id(value), Place(name, value, []))
-            place.owners.append((module, parameter))
-            if name in names:
-                chosen.add(id(value))
-                if isinstance(module, _READ_NOT_CALLED):
-                    raise ValueError(f"{name}: torch.nn.MultiheadAttention reads this weight without calling its layer, so it cannot be trained "
-                                     "sparsely; target the attention's in_proj_weight by target_parameters instead")  # fmt: skip
-    return [place for key, place in places.items() if key in chosen]
-
-
-def _parameter_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
-
-
-def _match_all(field_name: str, wanted: Sequence[str], names: Sequence[str]) -> set[str]:
-    chosen: set[str] = set()
-    for pattern_ in wanted:
-        found = {name for name in names if _is_suffix(pattern_, name)}
-        if not found:
-            raise ValueError(f"{field_name}: {pattern_!r} matches nothing in this model; {_closest(pattern_, names)}")
-        chosen |= found
-    return chosen
-
-
-def _is_suffix(wanted: str, name: str) -> bool:
-    return name == wanted or name.endswith(f".{wanted}")
-
-
-def _module_hint(model: nn.Module, wanted: Any) -> str:
-    return f'{_closest(str(wanted), _linear_names(model))}, or "all-linear"'
-
-
-def _closest(wanted: str, names: Sequence[str]) -> str:
-    last = {name.rpartition(".")[2] for name in names}
-    near = difflib.get_close_matches(wanted, [*last, *names], n=5, cutoff=0.0)
-    return f"the closest names are {', '.join(near)}" if near else "it has none of that kind"
 
 
 def _ignore_in_ddp(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import accumulation_dtype
 
 SCHEMAS = {
     "sddmm": "(Tensor grad_output, Tensor input, Tensor indices) -> Tensor",
@@ -35,11 +36,6 @@ _library = torch.library.Library("sprand", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over `dtype` are kept: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("sprand::sddmm")
@@ -76,6 +72,8 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
         )
     _check_values("sddmm", "input", input, grad_output)
     _check_indices("sddmm", indices, grad_output)
+    if indices.numel() > grad_output.shape[1] * input.shape[1]:
+        raise ValueError(f"sddmm: expected at most {grad_output.shape[1] * input.shape[1]} indices, got {indices.numel()}")
     return torch.ops.sprand.sddmm(grad_output, input, indices)
 
 
@@ -176,14 +174,25 @@ def sparse_adamw_(
     Raises:
         ValueError: a shape, dtype or device that does not fit, or lists of different length.
     """
-    if len({len(weights), len(indices), len(bases), len(deltas), len(grads), len(exp_avgs), len(exp_avg_sqs), len(steps), len(scales)}) != 1:
-        raise ValueError("sparse_adamw_: expected lists of one length, one element per target")
+    lengths = [len(part) for part in (weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, steps, scales)]
+    if len(set(lengths)) != 1:
+        raise ValueError(f"sparse_adamw_: expected nine lists of one length, one element per target, got lengths {lengths}")
     for weight, index, base, *entries in zip(weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, strict=True):
         _check_weight("sparse_adamw_", weight, index)
         _check_entries("sparse_adamw_", "base", base, index, weight.dtype)
         for name, value in zip(("delta", "grad", "exp_avg", "exp_avg_sq"), entries, strict=True):
             _check_entries("sparse_adamw_", name, value, index, accumulation_dtype(weight.dtype))
     lr_tensor = lr if isinstance(lr, Tensor) else None
+    for name, value in (
+        *(("step", step) for step in steps),
+        ("lr", lr_tensor),
+        ("grad_coef", grad_coef),
+        ("found_inf", found_inf),
+    ):
+        if value is not None and (value.numel() != 1 or value.dtype not in (torch.float32, torch.float64)):
+            raise ValueError(f"sparse_adamw_: expected {name} as one float32, got {list(value.shape)} of {value.dtype}")
+        if value is not None and weights and value.device != weights[0].device:
+            raise ValueError(f"sparse_adamw_: expected {name} on {weights[0].device}, got {value.device}")
     torch.ops.sprand.sparse_adamw_(
         weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, steps, scales,
         0.0 if lr_tensor is not None else lr, beta1, beta2, eps, weight_decay, maximize, lr_tensor, grad_coef, found_inf,
@@ -232,7 +241,9 @@ def _check_values(op: str, name: str, value: Tensor, other: Tensor) -> None:
 
 def _check_indices(op: str, indices: Tensor, other: Tensor) -> None:
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64) or not indices.is_contiguous():
-        raise ValueError(f"{op}: expected contiguous indices [nnz] of int32 or int64, got {list(indices.shape)} of {indices.dtype}")
+        raise ValueError(
+            f"{op}: expected contiguous indices [nnz] of int32 or int64, got {list(indices.shape)} of {indices.dtype}"
+        )
     if indices.device != other.device:
         raise ValueError(f"{op}: expected indices on {other.device}, got {indices.device}")
 

@@ -60,7 +60,9 @@ class SparseAdamW(torch.optim.AdamW):
         differentiable: bool = False,
     ) -> None:
         if amsgrad or differentiable:
-            raise ValueError("SparseAdamW has no amsgrad and no differentiable; use torch.optim.AdamW(sprand.parameters(model), ...)")
+            raise ValueError(
+                "SparseAdamW has no amsgrad and no differentiable; use torch.optim.AdamW(sprand.parameters(model), ...)"
+            )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm!r}")
         if isinstance(params, nn.Module):
@@ -73,11 +75,16 @@ class SparseAdamW(torch.optim.AdamW):
         deltas = targets_by_delta()
         if not any(id(p) in deltas for group in self.param_groups for p in group["params"]):
             raise ValueError(
-                "SparseAdamW: none of these parameters is a sprand delta; call sprand.apply(model, ...) first, or use torch.optim.AdamW"
+                "SparseAdamW: none of these parameters is a sprand delta; call sprand.apply(model, ...) first, or use "
+                "torch.optim.AdamW"
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"max_grad_norm": self.max_grad_norm, "grad_norm": None, "_step_supports_amp_scaling": True}
+        return super().__getstate__() | {
+            "max_grad_norm": self.max_grad_norm,
+            "grad_norm": None,
+            "_step_supports_amp_scaling": True,
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -104,7 +111,9 @@ class SparseAdamW(torch.optim.AdamW):
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
-                    raise RuntimeError("SparseAdamW: expected dense gradients, got a torch.sparse one; use torch.optim.SparseAdam for it")
+                    raise RuntimeError(
+                        "SparseAdamW: expected dense gradients, got a torch.sparse one; use torch.optim.SparseAdam for it"
+                    )
                 self._init_state(p, group)
                 if id(p) in targets:
                     sparse.append((p, *targets[id(p)]))
@@ -113,7 +122,9 @@ class SparseAdamW(torch.optim.AdamW):
             for device in {p.device for p in dense}:
                 self._dense_step([p for p in dense if p.device == device], group, coefs.get(device), _on(found_inf, device))
             for device in {p.device for p, _, _ in sparse}:
-                self._sparse_step([item for item in sparse if item[0].device == device], group, coefs.get(device), _on(found_inf, device))
+                self._sparse_step(
+                    [item for item in sparse if item[0].device == device], group, coefs.get(device), _on(found_inf, device)
+                )
         return loss
 
     def _gradient_factor(self, grad_scale: Tensor | None) -> dict[torch.device, Tensor]:
@@ -121,7 +132,11 @@ class SparseAdamW(torch.optim.AdamW):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads or (grad_scale is None and self.max_grad_norm is None):
             return {}
-        factor = torch.ones((), dtype=torch.float64, device=grads[0].device) if grad_scale is None else grad_scale.to(device=grads[0].device, dtype=torch.float64).reciprocal()
+        factor = (
+            torch.ones((), dtype=torch.float64, device=grads[0].device)
+            if grad_scale is None
+            else grad_scale.to(device=grads[0].device, dtype=torch.float64).reciprocal()
+        )
         if self.max_grad_norm is not None:
             self.grad_norm = torch.nn.utils.get_total_norm(grads) * factor
             factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
@@ -129,7 +144,11 @@ class SparseAdamW(torch.optim.AdamW):
         return {device: factor.to(device=device, dtype=dtype) for device in {g.device for g in grads}}
 
     def _sparse_step(
-        self, items: list[tuple[nn.Parameter, SparseModule, str]], group: dict[str, Any], coef: Tensor | None, found_inf: Tensor | None
+        self,
+        items: list[tuple[nn.Parameter, SparseModule, str]],
+        group: dict[str, Any],
+        coef: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
         deltas = [p for p, _, _ in items]
         states = [self.state[p] for p in deltas]
@@ -162,7 +181,9 @@ class SparseAdamW(torch.optim.AdamW):
             if entry.written is not None:
                 entry.written.declare(p) if found_inf is None else entry.written.forget()
 
-    def _dense_step(self, params: list[nn.Parameter], group: dict[str, Any], coef: Tensor | None, found_inf: Tensor | None) -> None:
+    def _dense_step(
+        self, params: list[nn.Parameter], group: dict[str, Any], coef: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         states = [self.state[p] for p in params]
         steps = [state["step"] for state in states]
         _advance(steps, found_inf)
@@ -193,12 +214,18 @@ class SparseAdamW(torch.optim.AdamW):
         elif state["step"].device != p.device:  # a state of torch.optim.AdamW keeps step on the CPU
             state["step"] = state["step"].to(p.device)
 
+
 def _sparse_targets() -> dict[int, tuple[SparseModule, str]]:
     """The deltas that the fused step can take; those that others cast, sharded or moved are dense parameters to it."""
     found = {}
     for key, (module, name) in targets_by_delta().items():
         delta, weight = module.sparse_entries(name).delta, module._parameters[name]
-        plain = type(delta.data) is Tensor and type(weight.data) is Tensor and weight.is_contiguous() and delta.device == weight.device
+        plain = (
+            type(delta.data) is Tensor
+            and type(weight.data) is Tensor
+            and weight.is_contiguous()
+            and delta.device == weight.device
+        )
         if plain and module._sprand_active and delta.dtype == ops.accumulation_dtype(weight.dtype):
             found[key] = (module, name)
     return found

@@ -83,7 +83,9 @@ def from_user(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
     elif value.dim() == 1 and not value.is_floating_point() and not value.is_complex():
         indices = value.long().sort().values
     else:
-        raise ValueError(f"{name}: expected a bool mask {list(shape)} or flat integer indices, got {list(value.shape)} of {value.dtype}")
+        raise ValueError(
+            f"{name}: expected a bool mask {list(shape)} or flat integer indices, got {list(value.shape)} of {value.dtype}"
+        )
     check_indices(name, indices, numel)
     return indices.to(index_dtype(numel))
 
@@ -111,7 +113,9 @@ def shares(sizes: Sequence[int], total: int) -> list[int]:
     """
     everything = sum(sizes)
     if total > everything:
-        raise ValueError(f"budget: {total:,} entries were asked for, but the targets hold {everything:,}; lower it or target more modules")
+        raise ValueError(
+            f"budget: {total:,} entries were asked for, but the targets hold {everything:,}; lower it or target more modules"
+        )
     if everything == 0:
         return [0] * len(sizes)
     counts = [total * size // everything for size in sizes]

@@ -67,10 +67,24 @@ def tokens_and_labels(seed: int = 0) -> tuple[Tensor, Tensor]:
 def points_and_labels(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """A batch for `MLP`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(32, 16, generator=generator, dtype=torch.float64).to(dtype), torch.randint(0, 4, (32,), generator=generator)
+    return torch.randn(32, 16, generator=generator, dtype=torch.float64).to(dtype), torch.randint(
+        0, 4, (32,), generator=generator
+    )
 
 
 def built(cls: type[nn.Module], seed: int = 0, **kwargs) -> nn.Module:
     """A model with the same weights every time."""
     torch.manual_seed(seed)
     return cls(**kwargs)
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's own tensors, without those of sprand."""
+    return {name: value.clone() for name, value in model.state_dict().items() if "sprand" not in name}
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """The same tensors to the bit: -0.0 is not 0.0."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name].contiguous().view(torch.uint8), b[name].contiguous().view(torch.uint8)), name

@@ -37,7 +37,9 @@ def saved(tmp_path):
     return model, tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("fields", [{"density": 0.2}, {"density": 0.2, "strategy": "uniform"}, {"density": 1.0}], ids=["random", "uniform", "all"])
+@pytest.mark.parametrize(
+    "fields", [{"density": 0.2}, {"density": 0.2, "strategy": "uniform"}, {"density": 1.0}], ids=["random", "uniform", "all"]
+)
 def test_round_trip_is_exact(tmp_path, fields):
     model = random_deltas(sprand.apply(built(EveryLayer), **fields, **EVERY_TARGET))
     x, _ = tokens_and_labels()

@@ -39,7 +39,9 @@ def test_embedding_gradcheck():
     weight = torch.randn(9, 4, dtype=torch.float64)
     entries = entries_for(weight, 13)
     tokens = torch.tensor([[0, 3, 3], [8, 0, 5]])
-    assert torch.autograd.gradcheck(lambda d: functional.embedding(tokens, weight, Entries(d, entries.indices, entries.base)), (entries.delta,))
+    assert torch.autograd.gradcheck(
+        lambda d: functional.embedding(tokens, weight, Entries(d, entries.indices, entries.base)), (entries.delta,)
+    )
 
 
 @pytest.mark.parametrize("tokens", [torch.empty(0, dtype=torch.long), torch.empty(2, 0, dtype=torch.long)])

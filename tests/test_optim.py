@@ -38,7 +38,15 @@ def run(model, optimizer, steps=6, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"maximize": True}, {"weight_decay": 0.3}, {"betas": (0.5, 0.99)}, {"eps": 1e-3}, {"lr": torch.tensor(0.02)}, {"capturable": True}],
+    [
+        {},
+        {"maximize": True},
+        {"weight_decay": 0.3},
+        {"betas": (0.5, 0.99)},
+        {"eps": 1e-3},
+        {"lr": torch.tensor(0.02)},
+        {"capturable": True},
+    ],
     ids=lambda o: next(iter(o), "default"),
 )
 def test_equals_adamw(options):
@@ -46,7 +54,12 @@ def test_equals_adamw(options):
     options = {"lr": 0.02} | options
     run(ours, sprand.SparseAdamW(ours, **options))
     options.pop("capturable", None)
-    run(theirs, torch.optim.AdamW(sprand.parameters(theirs), **{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}))
+    run(
+        theirs,
+        torch.optim.AdamW(
+            sprand.parameters(theirs), **{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        ),
+    )
     assert_equal_models(ours, theirs)
 
 
@@ -88,7 +101,10 @@ def test_add_param_group():
 def test_scheduler_closure_and_hooks():
     ours, theirs = pair()
     calls = []
-    for model, optimizer in ((ours, sprand.SparseAdamW(ours, lr=0.02)), (theirs, torch.optim.AdamW(sprand.parameters(theirs), lr=0.02))):
+    for model, optimizer in (
+        (ours, sprand.SparseAdamW(ours, lr=0.02)),
+        (theirs, torch.optim.AdamW(sprand.parameters(theirs), lr=0.02)),
+    ):
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=5)
         optimizer.register_step_pre_hook(lambda *args: calls.append("pre"))
         optimizer.register_step_post_hook(lambda *args: calls.append("post"))

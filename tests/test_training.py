@@ -98,7 +98,9 @@ class IndexPut(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model)
         self.chosen = {name: m for name, m in model.named_modules() if isinstance(m, sprand.SparseModule)}
-        self.deltas = nn.ParameterDict({name.replace(".", "_"): torch.zeros_like(m.sprand_delta) for name, m in self.chosen.items()})
+        self.deltas = nn.ParameterDict(
+            {name.replace(".", "_"): torch.zeros_like(m.sprand_delta) for name, m in self.chosen.items()}
+        )
         sprand.unmerge(self.model)
         for p in self.model.parameters():
             p.requires_grad_(False)
@@ -123,7 +125,10 @@ def test_same_losses_under_any_optimizer(name, make):
     else:
         holder = sprand.apply(built(MLP).double(), density=0.2, seed=3)
         made = make(holder)
-        other = type(made)(reference.deltas.parameters(), **{k: v for k, v in made.defaults.items() if k in ("lr", "weight_decay", "momentum", "fused", "foreach")})
+        other = type(made)(
+            reference.deltas.parameters(),
+            **{k: v for k, v in made.defaults.items() if k in ("lr", "weight_decay", "momentum", "fused", "foreach")},
+        )
     expected = sparse_losses(reference, 15, torch.float64, other)
     got = sparse_losses(model, 15, torch.float64, make(model))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
@@ -182,7 +187,11 @@ def test_two_forwards_then_one_backward():
         torch.testing.assert_close(p.grad, expected)
 
 
-@pytest.mark.parametrize("make", [sprand.SparseAdamW, lambda m, lr: torch.optim.AdamW(sprand.parameters(m), lr=lr, fused=True)], ids=["sparse", "fused"])
+@pytest.mark.parametrize(
+    "make",
+    [sprand.SparseAdamW, lambda m, lr: torch.optim.AdamW(sprand.parameters(m), lr=lr, fused=True)],
+    ids=["sparse", "fused"],
+)
 def test_reference_forward_between_forward_and_backward(make):
     """A disabled forward in the middle leaves the gradient of the trained model alone."""
     x, y = points_and_labels()

@@ -12,8 +12,8 @@
 namespace sprand::cpu {
 
 SPRAND_MULTIVERSION
-void adamw(const AdamW<float>& a, float* __restrict delta, const float* __restrict grad, float* __restrict exp_avg, float* __restrict exp_avg_sq,
-           int64_t n) {
+void adamw(const AdamW<float>& a, float* __restrict delta, const float* __restrict grad, float* __restrict exp_avg,
+           float* __restrict exp_avg_sq, int64_t n) {
 #pragma omp simd
   for (int64_t p = 0; p < n; ++p) delta[p] = adamw_entry(a, delta[p], grad[p], exp_avg[p], exp_avg_sq[p]);
 }

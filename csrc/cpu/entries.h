@@ -31,7 +31,8 @@ void patch(T* weight, const Index* indices, const T* base, const Sum<T>* delta, 
     return;
   }
   for (int64_t p = 0; p < n; ++p)
-    weight[indices[p]] = changes(delta[p], scale) ? static_cast<T>(patched(static_cast<Sum<T>>(base[p]), delta[p], scale)) : base[p];
+    weight[indices[p]] =
+        changes(delta[p], scale) ? static_cast<T>(patched(static_cast<Sum<T>>(base[p]), delta[p], scale)) : base[p];
 }
 
 template <class T, class Index>

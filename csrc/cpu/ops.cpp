@@ -1,10 +1,10 @@
 // The CPU operators: unpack tensors, choose types, split the work over torch's threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/core/Dispatch_v2.h>
+
 #include <algorithm>
 #include <cmath>
 #include <string>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/headeronly/core/Dispatch_v2.h>
 
 #include "../checks.h"
 #include "entries.h"
@@ -13,25 +13,32 @@
 namespace sprand::cpu {
 namespace {
 
-constexpr int64_t kGrain = 16384;         // entries worth a thread in a pass over entries
-constexpr int64_t kAdamWEntries = 4096;   // entries updated, then patched while they are in the first-level cache
-constexpr int64_t kDrawGrain = 2048;      // positions worth a thread in a draw
+constexpr int64_t kGrain = 16384;        // entries worth a thread in a pass over entries
+constexpr int64_t kAdamWEntries = 4096;  // entries updated, then patched while they are in the first-level cache
+constexpr int64_t kDrawGrain = 2048;     // positions worth a thread in a draw
 
 // Calls f with a null pointer of the element type of `type`.
 template <class F>
 void with_weight_type(ScalarType type, F&& f) {
-  THO_DISPATCH_V2(type, "sprand", AT_WRAP([&] { f(static_cast<scalar_t*>(nullptr)); }), AT_EXPAND(AT_FLOATING_TYPES), ScalarType::Half, ScalarType::BFloat16);
+  THO_DISPATCH_V2(type, "sprand", AT_WRAP([&] { f(static_cast<scalar_t*>(nullptr)); }), AT_EXPAND(AT_FLOATING_TYPES),
+                  ScalarType::Half, ScalarType::BFloat16);
 }
 
 template <class F>
 void with_index_type(const char* op, const Tensor& indices, F&& f) {
-  if (long_indices(op, indices)) f(indices.const_data_ptr<int64_t>());
-  else f(indices.const_data_ptr<int32_t>());
+  if (long_indices(op, indices))
+    f(indices.const_data_ptr<int64_t>());
+  else
+    f(indices.const_data_ptr<int32_t>());
 }
 
 template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
+const T* values(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* written(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 void run_parallel(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
@@ -40,11 +47,16 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, const std::function
 
 DType sddmm_type(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "sddmm: expected float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "sddmm: expected float32, float64, bfloat16 or float16");
   }
   return DType::f32;
 }
@@ -54,9 +66,10 @@ Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& in
   const bool is_long = long_indices("sddmm", indices);
   const Tensor g = torch::stable::contiguous(grad_output), x = torch::stable::contiguous(input);
   Tensor result = torch::stable::new_empty(g, {indices.numel()}, sum_type(g));
-  sddmm({g.const_data_ptr(), x.const_data_ptr(), indices.const_data_ptr(), result.mutable_data_ptr(), g.size(0), g.size(1), x.size(1), indices.numel(),
-         is_long, sddmm_type(g.scalar_type())},
-        run_parallel);
+  sddmm({g.const_data_ptr(), x.const_data_ptr(), indices.const_data_ptr(), result.mutable_data_ptr(), g.size(0), g.size(1),
+         x.size(1), indices.numel(), is_long, sddmm_type(g.scalar_type())},
+        {static_cast<int64_t>(torch::stable::get_num_threads()),
+         [](int64_t n, const std::function<void(int64_t, int64_t)>& f) { run_parallel(0, n, 1, f); }});
   return result;
 }
 
@@ -66,8 +79,9 @@ Tensor gather_op(const Tensor& weight, const Tensor& indices) {
   with_weight_type(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     with_index_type("gather", indices, [&](const auto* index) {
-      run_parallel(0, indices.numel(), kGrain,
-                   [&](int64_t begin, int64_t end) { gather(data<T>(weight), index + begin, data<T>(out) + begin, end - begin); });
+      run_parallel(0, indices.numel(), kGrain, [&](int64_t begin, int64_t end) {
+        gather(values<T>(weight), index + begin, written<T>(out) + begin, end - begin);
+      });
     });
   });
   return out;
@@ -79,23 +93,24 @@ void patch_op(Tensor weight, const Tensor& indices, const Tensor& base, std::opt
   if (delta) check_entries("patch_", "delta", *delta, indices, sum_type(weight));
   with_weight_type(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Sum<T>* change = delta ? data<Sum<T>>(*delta) : nullptr;
+    const Sum<T>* change = delta ? values<Sum<T>>(*delta) : nullptr;
     with_index_type("patch_", indices, [&](const auto* index) {
       run_parallel(0, indices.numel(), kGrain, [&](int64_t begin, int64_t end) {
-        patch(data<T>(weight), index + begin, data<T>(base) + begin, change ? change + begin : nullptr, static_cast<Sum<T>>(scale), end - begin);
+        patch(written<T>(weight), index + begin, values<T>(base) + begin, change ? change + begin : nullptr,
+              static_cast<Sum<T>>(scale), end - begin);
       });
     });
   });
 }
 
-void scatter_add_op(Tensor weight, const Tensor& indices, const Tensor& values, double scale) {
+void scatter_add_op(Tensor weight, const Tensor& indices, const Tensor& addends, double scale) {
   check_weight("scatter_add_", weight, indices);
-  check_entries("scatter_add_", "values", values, indices, sum_type(weight));
+  check_entries("scatter_add_", "values", addends, indices, sum_type(weight));
   with_weight_type(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     with_index_type("scatter_add_", indices, [&](const auto* index) {
       run_parallel(0, indices.numel(), kGrain, [&](int64_t begin, int64_t end) {
-        scatter_add(data<T>(weight), index + begin, data<Sum<T>>(values) + begin, static_cast<Sum<T>>(scale), end - begin);
+        scatter_add(written<T>(weight), index + begin, values<Sum<T>>(addends) + begin, static_cast<Sum<T>>(scale), end - begin);
       });
     });
   });
@@ -103,14 +118,16 @@ void scatter_add_op(Tensor weight, const Tensor& indices, const Tensor& values, 
 
 double number(const Tensor& t) {
   double value = 0;
-  THO_DISPATCH_V2(t.scalar_type(), "sparse_adamw_", AT_WRAP([&] { value = *t.const_data_ptr<scalar_t>(); }), AT_EXPAND(AT_FLOATING_TYPES));
+  THO_DISPATCH_V2(t.scalar_type(), "sparse_adamw_", AT_WRAP([&] { value = *t.const_data_ptr<scalar_t>(); }),
+                  AT_EXPAND(AT_FLOATING_TYPES));
   return value;
 }
 
-void sparse_adamw_op(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<Tensor> bases, std::vector<Tensor> deltas,
-                     std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
-                     std::vector<double> scales, double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                     std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_coef, std::optional<Tensor> found_inf) {
+void sparse_adamw_op(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<Tensor> bases,
+                     std::vector<Tensor> deltas, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                     std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<double> scales, double lr,
+                     double beta1, double beta2, double eps, double weight_decay, bool maximize, std::optional<Tensor> lr_tensor,
+                     std::optional<Tensor> grad_coef, std::optional<Tensor> found_inf) {
   if (found_inf && number(*found_inf) != 0) return;
   if (lr_tensor) lr = number(*lr_tensor);
   const double coef = (maximize ? -1.0 : 1.0) * (grad_coef ? number(*grad_coef) : 1.0);
@@ -131,11 +148,11 @@ void sparse_adamw_op(std::vector<Tensor> weights, std::vector<Tensor> indices, s
       with_weight_type(weights[i].scalar_type(), [&, i = i](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using S = Sum<T>;
-        const AdamW<S> a{S(beta1), S(beta2), S(eps), S(1 - lr * weight_decay), S(lr / (1 - std::pow(beta1, step))), S(1 / std::sqrt(1 - std::pow(beta2, step))),
-                         S(coef)};
-        adamw(a, data<S>(deltas[i]) + p, data<S>(grads[i]) + p, data<S>(exp_avgs[i]) + p, data<S>(exp_avg_sqs[i]) + p, n);
+        const AdamW<S> a = adamw_step<S>(lr, beta1, beta2, eps, weight_decay, step, coef);
+        adamw(a, written<S>(deltas[i]) + p, values<S>(grads[i]) + p, written<S>(exp_avgs[i]) + p, written<S>(exp_avg_sqs[i]) + p,
+              n);
         with_index_type("sparse_adamw_", indices[i], [&](const auto* index) {
-          patch(data<T>(weights[i]), index + p, data<T>(bases[i]) + p, data<S>(deltas[i]) + p, S(scales[i]), n);
+          patch(written<T>(weights[i]), index + p, values<T>(bases[i]) + p, values<S>(deltas[i]) + p, S(scales[i]), n);
         });
       });
     }
@@ -178,7 +195,9 @@ std::string instruction_set_op() { return instruction_set(); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sprand, m) { m.def("_instruction_set() -> str"); }
 
-STABLE_TORCH_LIBRARY_IMPL(sprand, CompositeExplicitAutograd, m) { m.impl("_instruction_set", TORCH_BOX(&sprand::cpu::instruction_set_op)); }
+STABLE_TORCH_LIBRARY_IMPL(sprand, CompositeExplicitAutograd, m) {
+  m.impl("_instruction_set", TORCH_BOX(&sprand::cpu::instruction_set_op));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(sprand, CPU, m) {
   m.impl("sddmm", TORCH_BOX(&sprand::cpu::sddmm_op));

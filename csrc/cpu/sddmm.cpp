@@ -1,12 +1,13 @@
 // The CPU SDDMM driver: result[p] = sum over tokens of grad_output[t, row p] * input[t, column p].
 //
-// Token-major operands make a sample a walk with two large strides, so blocks of tokens are packed first: input into a
-// panel `[in][tokens]` shared by all threads, grad_output into a panel `[rows][tokens]` of each thread's own rows. A
-// sample is then the dot product of two contiguous kilobytes. Rows are taken against a block of columns at a time, so
-// that both stay in the second-level cache.
+// Token-major operands make a sample a walk with two large strides, so a block of tokens is packed first: input into a
+// panel `[in][tokens]` and grad_output into a panel `[out][tokens]`. A sample is then a dot product of two contiguous
+// runs of kPanelBytes. Where the input panel outgrows the second-level cache, its columns are met in groups.
 //
-// Every sample belongs to one thread and adds its token blocks in ascending order: the result does not depend on the
-// number of threads. Beside the operands it needs `in` + threads * kRowsAtOnce kilobytes.
+// Tokens are cut into splits that depend on the shape alone. A thread packs and multiplies the blocks of a split by
+// itself, without a barrier, into the split's own partial sums, which are added in order at the end: the result does not
+// depend on the number of threads. Beside the operands this needs (in + out) * kPanelBytes for each thread, and at most
+// kPartialBytes for the partial sums.
 #include "sddmm.h"
 
 #include <algorithm>
@@ -19,87 +20,137 @@
 namespace sprand::cpu {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 512;       // rows of grad_output packed by a thread at a time
-constexpr int64_t kColumnsAtOnce = 768;    // columns of input met by these rows before the next columns
-constexpr int64_t kPackedColumns = 32;     // columns of a packing task
-constexpr int64_t kSamplesPerTask = 256;   // least samples worth a thread
+constexpr int64_t kColumnsAtOnce = 3072;  // columns of a group: 768 KiB of panel
+constexpr int64_t kMostSplits = 8;        // of the tokens
+constexpr int64_t kPartialBytes = int64_t(4) << 20;
+constexpr int64_t kSerialWork = int64_t(1) << 17;  // multiplications and packed elements not worth a second thread
 
-// A panel kept between calls by the thread that uses it, grown when needed.
-void* workspace(int slot, int64_t bytes) {
+// Memory kept between calls by the thread that uses it, grown when needed.
+class Workspace {
+ public:
+  char* get(int64_t bytes) {
+    if (bytes > size_) {
+      size_ = 0;
+      memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+      if (!memory_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<char*>(memory_.get());
+  }
+
+ private:
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<void, Free> memory[2];
-  thread_local int64_t size[2] = {0, 0};
-  if (size[slot] < bytes) {
-    memory[slot].reset();
-    size[slot] = 0;
-    memory[slot].reset(std::aligned_alloc(64, bytes));
-    if (!memory[slot]) throw std::bad_alloc();
-    size[slot] = bytes;
-  }
-  return memory[slot].get();
-}
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
+};
 
 int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-void call_dots(const SddmmKernels& k, const void* row, const void* panel, const int32_t* indices, int64_t n, int64_t origin, int64_t vectors, void* out) {
+void call_dots(const SddmmKernels& k, const void* row, const void* panel, const int32_t* indices, int64_t n, int64_t origin,
+               int64_t vectors, void* out) {
   k.dots(row, panel, indices, n, origin, vectors, out);
 }
-void call_dots(const SddmmKernels& k, const void* row, const void* panel, const int64_t* indices, int64_t n, int64_t origin, int64_t vectors, void* out) {
+void call_dots(const SddmmKernels& k, const void* row, const void* panel, const int64_t* indices, int64_t n, int64_t origin,
+               int64_t vectors, void* out) {
   k.dots_long(row, panel, indices, n, origin, vectors, out);
 }
 
-// One token block of samples [p, end) of whole or partial rows: pack their rows, then meet the columns block by block.
+// The samples as runs of one row within one group of columns.
+struct Run {
+  int64_t row, first, count;
+};
+
 template <class Index>
-void samples(const SddmmArgs& a, const SddmmKernels& k, const char* grad_block, int64_t tokens, const char* panel, int64_t p, int64_t end) {
+std::vector<Run> runs_of(const SddmmArgs& a) {
   const Index* indices = static_cast<const Index*>(a.indices);
-  const int64_t vectors = (tokens + k.lanes - 1) / k.lanes, size = element_size(a.dtype), result_size = a.dtype == DType::f64 ? 8 : 4;
-  char* rows = static_cast<char*>(workspace(1, kRowsAtOnce * kPanelBytes));
-  char* result = static_cast<char*>(a.result);
-  std::vector<int64_t> next;  // first sample of each packed row not met yet
-  while (p < end) {
-    const int64_t first = indices[p] / a.in, count = std::min({kRowsAtOnce, a.out - first, indices[end - 1] / a.in - first + 1});
-    const int64_t stop = std::lower_bound(indices + p, indices + end, (first + count) * a.in) - indices;
-    k.pack(grad_block + first * size, a.out, tokens, count, rows);
-    next.assign(count, 0);
-    for (int64_t r = 0, q = p; r < count; ++r) {
-      next[r] = q;
-      while (q < stop && indices[q] < (first + r + 1) * a.in) ++q;
-    }
-    for (int64_t column = 0; column < a.in; column += kColumnsAtOnce) {
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t origin = (first + r) * a.in, limit = origin + std::min(a.in, column + kColumnsAtOnce);
-        int64_t q = next[r];
-        while (q < stop && indices[q] < limit) ++q;
-        if (q > next[r]) call_dots(k, rows + r * kPanelBytes, panel, indices + next[r], q - next[r], origin, vectors, result + next[r] * result_size);
-        next[r] = q;
-      }
-    }
-    p = stop;
+  std::vector<Run> runs;
+  for (int64_t p = 0; p < a.nnz;) {
+    const int64_t row = indices[p] / a.in, group = (indices[p] - row * a.in) / kColumnsAtOnce;
+    const int64_t limit = row * a.in + std::min(a.in, (group + 1) * kColumnsAtOnce), first = p;
+    while (p < a.nnz && indices[p] < limit) ++p;
+    runs.push_back({row, first, p - first});
   }
+  if (a.in > kColumnsAtOnce)
+    std::stable_sort(runs.begin(), runs.end(), [&](const Run& x, const Run& y) {
+      return (indices[x.first] - x.row * a.in) / kColumnsAtOnce < (indices[y.first] - y.row * a.in) / kColumnsAtOnce;
+    });
+  return runs;
+}
+
+// Tokens [token, stop) of the runs [begin, end), added to `result`.
+template <class Index>
+void multiply(const SddmmArgs& a, const SddmmKernels& k, const Run* begin, const Run* end, int64_t token, int64_t stop,
+              char* result) {
+  thread_local Workspace input_panel, grad_panel;
+  const Index* indices = static_cast<const Index*>(a.indices);
+  const int64_t size = element_size(a.dtype), sum_size = a.dtype == DType::f64 ? 8 : 4;
+  int64_t low = a.out, high = 0;  // rows that are met
+  for (const Run* run = begin; run < end; ++run) low = std::min(low, run->row), high = std::max(high, run->row + 1);
+  char* columns = input_panel.get(a.in * kPanelBytes);
+  char* rows = grad_panel.get((high - low) * kPanelBytes);
+  for (; token < stop; token += k.tokens) {
+    const int64_t tokens = std::min(k.tokens, stop - token), vectors = (tokens + k.lanes - 1) / k.lanes;
+    k.pack(static_cast<const char*>(a.input) + token * a.in * size, a.in, tokens, a.in, columns);
+    k.pack(static_cast<const char*>(a.grad_output) + (token * a.out + low) * size, a.out, tokens, high - low, rows);
+    for (const Run* run = begin; run < end; ++run)
+      call_dots(k, rows + (run->row - low) * kPanelBytes, columns, indices + run->first, run->count, run->row * a.in, vectors,
+                result + run->first * sum_size);
+  }
+}
+
+template <class Sum>
+void add_partials(const Sum* partials, int64_t splits, int64_t nnz, Sum* result, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p) {
+    Sum sum = partials[p];
+    for (int64_t s = 1; s < splits; ++s) sum += partials[s * nnz + p];
+    result[p] = sum;
+  }
+}
+
+template <class Index>
+void run(const SddmmArgs& a, const Parallel& parallel) {
+  const SddmmKernels k = sddmm_kernels(a.dtype);
+  const std::vector<Run> runs = runs_of<Index>(a);
+  const int64_t sum_size = a.dtype == DType::f64 ? 8 : 4, blocks = (a.tokens + k.tokens - 1) / k.tokens;
+  const int64_t splits = std::clamp(kPartialBytes / (a.nnz * sum_size), int64_t(1), std::min(kMostSplits, blocks));
+  const bool serial = a.tokens * (a.nnz + a.in + a.out) < kSerialWork;
+  const int64_t parts = serial ? 1 : (parallel.threads + splits - 1) / splits;  // of the runs, for more threads than splits
+  thread_local Workspace memory;
+  char* partials = splits == 1 ? static_cast<char*>(a.result) : memory.get(splits * a.nnz * sum_size);
+  auto tasks = [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t split = task / parts, part = task % parts, count = runs.size();
+      char* result = partials + split * a.nnz * sum_size;
+      const Run *first = runs.data() + part * count / parts, *last = runs.data() + (part + 1) * count / parts;
+      for (const Run* r = first; r < last; ++r) std::memset(result + r->first * sum_size, 0, r->count * sum_size);
+      if (first < last)
+        multiply<Index>(a, k, first, last, split * blocks / splits * k.tokens,
+                        std::min(a.tokens, (split + 1) * blocks / splits * k.tokens), result);
+    }
+  };
+  if (serial)
+    tasks(0, splits);
+  else
+    parallel.run(splits * parts, tasks);
+  if (splits == 1) return;
+  if (a.dtype == DType::f64)
+    add_partials(reinterpret_cast<double*>(partials), splits, a.nnz, static_cast<double*>(a.result), 0, a.nnz);
+  else
+    add_partials(reinterpret_cast<float*>(partials), splits, a.nnz, static_cast<float*>(a.result), 0, a.nnz);
 }
 
 }  // namespace
 
-void sddmm(const SddmmArgs& a, const ParallelFor& parallel_for) {
-  std::memset(a.result, 0, a.nnz * (a.dtype == DType::f64 ? 8 : 4));
-  if (a.nnz == 0 || a.tokens == 0) return;
-  const SddmmKernels k = sddmm_kernels(a.dtype);
-  const int64_t size = element_size(a.dtype), groups = (a.in + kPackedColumns - 1) / kPackedColumns;
-  char* panel = static_cast<char*>(workspace(0, a.in * kPanelBytes));
-  for (int64_t token = 0; token < a.tokens; token += k.tokens) {
-    const int64_t tokens = std::min(k.tokens, a.tokens - token);
-    const char* input_block = static_cast<const char*>(a.input) + token * a.in * size;
-    const char* grad_block = static_cast<const char*>(a.grad_output) + token * a.out * size;
-    parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      const int64_t column = begin * kPackedColumns, columns = std::min(a.in, end * kPackedColumns) - column;
-      k.pack(input_block + column * size, a.in, tokens, columns, panel + column * kPanelBytes);
-    });
-    parallel_for(0, a.nnz, kSamplesPerTask, [&](int64_t begin, int64_t end) {
-      if (a.long_indices) samples<int64_t>(a, k, grad_block, tokens, panel, begin, end);
-      else samples<int32_t>(a, k, grad_block, tokens, panel, begin, end);
-    });
+void sddmm(const SddmmArgs& args, const Parallel& parallel) {
+  if (args.nnz == 0) return;
+  if (args.tokens == 0) {
+    std::memset(args.result, 0, args.nnz * (args.dtype == DType::f64 ? 8 : 4));
+  } else if (args.long_indices) {
+    run<int64_t>(args, parallel);
+  } else {
+    run<int32_t>(args, parallel);
   }
 }
 

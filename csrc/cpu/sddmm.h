@@ -7,8 +7,9 @@ namespace sprand::cpu {
 
 enum class DType { f32, f64, bf16, f16 };
 
-// Bytes of one packed column or row of a token block: 256 float, 128 double or 512 bf16 tokens, sixteen AVX-512 registers.
-constexpr int64_t kPanelBytes = 1024;
+// Bytes of one packed column or row of a token block: 64 float, 32 double or 128 bf16 tokens, four AVX-512 registers.
+// Small, so that the panels of a block (256 bytes a column) stay in the second-level cache while they are filled and used.
+constexpr int64_t kPanelBytes = 256;
 
 // The kernels of one panel type. A panel holds columns of a token-major matrix one after the other, kPanelBytes each,
 // tokens contiguous and padded with zeros to a multiple of `lanes`.
@@ -19,13 +20,18 @@ struct SddmmKernels {
   void (*pack)(const void* src, int64_t stride, int64_t tokens, int64_t cols, void* panel);
   // out[p] += <row, panel[indices[p] - origin]> over `vectors` vectors, for p in [0, n).
   void (*dots)(const void* row, const void* panel, const int32_t* indices, int64_t n, int64_t origin, int64_t vectors, void* out);
-  void (*dots_long)(const void* row, const void* panel, const int64_t* indices, int64_t n, int64_t origin, int64_t vectors, void* out);
+  void (*dots_long)(const void* row, const void* panel, const int64_t* indices, int64_t n, int64_t origin, int64_t vectors,
+                    void* out);
 };
 
 SddmmKernels sddmm_kernels(DType dtype);
 const char* instruction_set();
 
-using ParallelFor = std::function<void(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>&)>;
+// How work is spread: `run(n, f)` calls f(begin, end) on ranges that cover [0, n), on up to `threads` threads.
+struct Parallel {
+  int64_t threads;
+  std::function<void(int64_t n, const std::function<void(int64_t begin, int64_t end)>& f)> run;
+};
 
 struct SddmmArgs {
   const void* grad_output;  // [T, out], contiguous
@@ -37,6 +43,6 @@ struct SddmmArgs {
   DType dtype;
 };
 
-void sddmm(const SddmmArgs& args, const ParallelFor& parallel_for);
+void sddmm(const SddmmArgs& args, const Parallel& parallel);
 
 }  // namespace sprand::cpu

@@ -1,11 +1,11 @@
 // The SDDMM kernels for AVX-512 with bf16 dot products, AVX-512, AVX2 and any CPU, and the choice between them at run time.
-#include "sddmm.h"
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdlib>
 #include <cstring>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include "sddmm.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SPRAND_X86 1
@@ -42,8 +42,8 @@ struct Plain {
   static constexpr int64_t kLanes = 32 / sizeof(F), kTileTokens = 8, kTileCols = 8;
   typedef F Lanes __attribute__((vector_size(32), aligned(sizeof(F)), may_alias));
   Lanes v;
-  static Lanes load(const F* p) { return *reinterpret_cast<const Lanes*>(p); }
-  void fma(Lanes r, const F* c) { v += r * load(c); }
+  static const Lanes& load(const F* p) { return *reinterpret_cast<const Lanes*>(p); }
+  void fma(const Lanes& r, const F* c) { v += r * load(c); }
   F sum() const {
     F s = 0;
     for (int i = 0; i < kLanes; ++i) s += v[i];
@@ -74,7 +74,9 @@ namespace avx2 {
 #include "sddmm_kernels.inl"
 
 __m128 load4(const float* p) { return _mm_loadu_ps(p); }
-__m128 load4(const BFloat16* p) { return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16)); }
+__m128 load4(const BFloat16* p) {
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16));
+}
 __m128 load4(const Half* p) { return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
 
 struct V {
@@ -84,11 +86,6 @@ struct V {
   __m256 v = _mm256_setzero_ps();
   static __m256 load(const float* p) { return _mm256_load_ps(p); }
   void fma(__m256 r, const float* c) { v = _mm256_fmadd_ps(r, _mm256_load_ps(c), v); }
-  float sum() const {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-  }
   static void add4(const V& a, const V& b, const V& c, const V& d, float* out) {
     const __m256 h = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
     _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1))));
@@ -97,7 +94,8 @@ struct V {
   template <class Source>
   static void transpose(const Source* src, int64_t stride, float* dst, int64_t column) {
     __m256 r[4];
-    for (int i = 0; i < 4; ++i) r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load4(src + i * stride)), load4(src + (i + 4) * stride), 1);
+    for (int i = 0; i < 4; ++i)
+      r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load4(src + i * stride)), load4(src + (i + 4) * stride), 1);
     const __m256 lo0 = _mm256_unpacklo_ps(r[0], r[1]), lo1 = _mm256_unpacklo_ps(r[2], r[3]);
     const __m256 hi0 = _mm256_unpackhi_ps(r[0], r[1]), hi1 = _mm256_unpackhi_ps(r[2], r[3]);
     _mm256_store_ps(dst, _mm256_shuffle_ps(lo0, lo1, 0x44));
@@ -121,7 +119,9 @@ namespace avx512 {
 #include "sddmm_kernels.inl"
 
 __m128 load4(const float* p) { return _mm_loadu_ps(p); }
-__m128 load4(const BFloat16* p) { return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16)); }
+__m128 load4(const BFloat16* p) {
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16));
+}
 __m128 load4(const Half* p) { return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
 
 __m256 halves(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
@@ -133,7 +133,6 @@ struct V {
   __m512 v = _mm512_setzero_ps();
   static __m512 load(const float* p) { return _mm512_load_ps(p); }
   void fma(__m512 r, const float* c) { v = _mm512_fmadd_ps(r, _mm512_load_ps(c), v); }
-  float sum() const { return _mm512_reduce_add_ps(v); }
   static void add4(const V& a, const V& b, const V& c, const V& d, float* out) {
     const __m256 h = _mm256_hadd_ps(_mm256_hadd_ps(halves(a.v), halves(b.v)), _mm256_hadd_ps(halves(c.v), halves(d.v)));
     _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1))));
@@ -202,14 +201,14 @@ struct V {
   __m512 v = _mm512_setzero_ps();
   static __m512i load(const uint16_t* p) { return _mm512_load_si512(p); }
   void fma(__m512i r, const uint16_t* c) { v = _mm512_dpbf16_ps(v, (__m512bh)r, (__m512bh)_mm512_load_si512(c)); }
-  float sum() const { return _mm512_reduce_add_ps(v); }
   static void add4(const V& a, const V& b, const V& c, const V& d, float* out) {
     const __m256 h = _mm256_hadd_ps(_mm256_hadd_ps(halves(a.v), halves(b.v)), _mm256_hadd_ps(halves(c.v), halves(d.v)));
     _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1))));
   }
   // Two tokens of a column become one word, then the words are transposed in two 16x16 halves.
   static void transpose(const BFloat16* src, int64_t stride, uint16_t* dst, int64_t column) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                         35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     __m512i left[16], right[16];
     for (int i = 0; i < 16; ++i) {
@@ -237,8 +236,8 @@ Level find_level() {
 #if defined(SPRAND_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = kAvx2;
-  if (best == kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+  if (best == kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = kAvx512;
   if (best == kAvx512 && __builtin_cpu_supports("avx512bf16")) best = kAvx512Bf16;
 #endif
@@ -262,26 +261,38 @@ SddmmKernels sddmm_kernels(DType dtype) {
   if (dtype == DType::bf16 && level() == kAvx512Bf16) return avx512_bf16::kernels();
   if (level() >= kAvx512) {
     switch (dtype) {
-      case DType::f32: return avx512::kernels<float>();
-      case DType::f64: return avx512::kernels_f64();
-      case DType::bf16: return avx512::kernels<BFloat16>();
-      case DType::f16: return avx512::kernels<Half>();
+      case DType::f32:
+        return avx512::kernels<float>();
+      case DType::f64:
+        return avx512::kernels_f64();
+      case DType::bf16:
+        return avx512::kernels<BFloat16>();
+      case DType::f16:
+        return avx512::kernels<Half>();
     }
   }
   if (level() == kAvx2) {
     switch (dtype) {
-      case DType::f32: return avx2::kernels<float>();
-      case DType::f64: return avx2::kernels_f64();
-      case DType::bf16: return avx2::kernels<BFloat16>();
-      case DType::f16: return avx2::kernels<Half>();
+      case DType::f32:
+        return avx2::kernels<float>();
+      case DType::f64:
+        return avx2::kernels_f64();
+      case DType::bf16:
+        return avx2::kernels<BFloat16>();
+      case DType::f16:
+        return avx2::kernels<Half>();
     }
   }
 #endif
   switch (dtype) {
-    case DType::f64: return portable::kernels_of<Plain<double>, double>();
-    case DType::bf16: return portable::kernels_of<Plain<float>, BFloat16>();
-    case DType::f16: return portable::kernels_of<Plain<float>, Half>();
-    default: return portable::kernels_of<Plain<float>, float>();
+    case DType::f64:
+      return portable::kernels_of<Plain<double>, double>();
+    case DType::bf16:
+      return portable::kernels_of<Plain<float>, BFloat16>();
+    case DType::f16:
+      return portable::kernels_of<Plain<float>, Half>();
+    default:
+      return portable::kernels_of<Plain<float>, float>();
   }
 }
 

@@ -1,0 +1,65 @@
+# Set-up, tests and the demo: every target first sets up what it needs, in .venv, and does nothing twice.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# PyTorch's own index beside the default one: its CPU builds (2.13.0+cpu) sort above the CUDA builds of the same version.
+CPU_BUILD := --no-deps --quiet --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
+NATIVE_SOURCES := $(shell find csrc -type f)
+CXX_FILES := $(filter %.h %.cuh %.inl %.cpp %.cu,$(NATIVE_SOURCES))
+RUNS := runs
+
+.PHONY: help demo test build lint format bench clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.made-demo $(VENV)/.made-native ## fine-tune a real sentence model, and compare with LoRA, full fine-tuning and a new head
+	$(BIN)/sprand finetune --compare lora,full,head --out $(RUNS)/demo
+
+test: $(VENV)/.made-test $(VENV)/.made-native ## run the tests (PYTEST="-k host -x" to choose)
+	$(BIN)/python -m pytest $(PYTEST)
+
+build: $(VENV)/.made-native ## compile the native modules in place
+
+lint: $(VENV)/.made-dev ## check the code's style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.made-dev ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.made-bench $(VENV)/.made-native ## measure a training step and every operator on this machine
+	$(BIN)/python benchmarks/bench_train_step.py
+	$(BIN)/python benchmarks/bench_ops.py
+
+clean: ## remove what was built (.venv and runs stay)
+	rm -rf build dist *.egg-info sprand/*.so .pytest_cache .ruff_cache .hypothesis $(VENV)/.made-native
+	find sprand tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.made-torch:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sprand needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@if nvidia-smi -L >/dev/null 2>&1; then echo "Installing $(TORCH), with CUDA (some GB)"; \
+	else \
+		echo "Installing $(TORCH), the CPU build (about 200 MB)"; $(PIP) $(TORCH) $(CPU_BUILD); \
+	fi
+	@$(PIP) $(TORCH) 'setuptools>=77' ninja 'pybind11>=3'
+	@touch $@
+
+# The extra of that name, and sprand itself, editable; what is compiled lies beside its sources and is made below.
+$(VENV)/.made-demo $(VENV)/.made-test $(VENV)/.made-bench $(VENV)/.made-dev: $(VENV)/.made-%: $(VENV)/.made-torch pyproject.toml setup.py
+	@echo "Installing sprand[$*]"
+	@SPRAND_CPU=0 $(PIP) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+$(VENV)/.made-native: $(VENV)/.made-torch setup.py $(NATIVE_SOURCES)
+	@mkdir -p build && echo "Compiling the native modules (log: build/native.log)"
+	@$(BIN)/python setup.py build_ext --inplace >build/native.log 2>&1 || { tail -n 60 build/native.log; exit 1; }
+	@grep '^sprand:' build/native.log
+	@touch $@

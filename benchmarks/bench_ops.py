@@ -1,0 +1,241 @@
+"""Each operator against what plain PyTorch does for the same result: seconds, GFLOP/s, times faster."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import plots
+import torch
+from report import RESULTS, Row, command_line, progress, quantiles, write_csv, write_markdown
+from report import markdown as table
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OPS = ("sddmm", "gather", "patch_", "scatter_add_", "sparse_adamw_", "stratified_indices_", "uniform_indices_")
+TARGETS = 8
+SHORTEST = 5e-4
+COLUMNS = (
+    "op", "out", "in", "density", "nnz", "dtype", "tokens", "targets", "kernel", "contestant", "seconds", "seconds_p20",
+    "seconds_p80", "gflops", "ns_per_entry", "speedup", "repeats",
+)  # fmt: skip
+TABLE = {
+    "shape": ("weight", ""), "percent": ("density", ""), "nnz": ("entries", ",d"), "ours": ("sprand, us", ".1f"),
+    "ours_gflops": ("GFLOP/s", ".1f"), "ours_ns": ("ns per entry", ".2f"), "plain": ("fastest plain PyTorch", ""),
+    "plain_us": ("us", ".1f"), "speedup": ("times faster", ".2f"),
+}  # fmt: skip
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One weight and everything that the operators take beside it."""
+
+    weight: torch.Tensor
+    indices: torch.Tensor
+    base: torch.Tensor
+    delta: torch.Tensor
+    grad_output: torch.Tensor
+    input: torch.Tensor
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], density: float, dtype: torch.dtype, tokens: int) -> Problem:
+        from sprand import ops
+
+        generator = torch.Generator().manual_seed(0)
+        rows, cols = shape
+        indices = torch.empty(max(round(rows * cols * density), 1), dtype=torch.int32)
+        ops.stratified_indices_(indices, rows, cols, 1)
+        weight = torch.randn(shape, generator=generator).to(dtype)
+        delta = torch.randn(indices.shape, generator=generator) * 0.01
+        sides = [torch.randn((tokens, size), generator=generator).to(dtype) for size in shape]
+        return cls(weight, indices, ops.gather(weight, indices), delta, *sides)
+
+
+def contestants(op: str, p: Problem) -> dict[str, Call]:
+    """Ours first, then ways to do the same in plain PyTorch, with int64 indices made beforehand, as it likes them best."""
+    from sprand import ops
+
+    flat, wide = p.weight.view(-1), p.indices.long()
+    nnz, dtype = len(wide), p.weight.dtype
+    if op == "sddmm":
+        return {
+            "sprand": lambda: ops.sddmm(p.grad_output, p.input, p.indices),
+            "matmul + index_select": lambda: (p.grad_output.t() @ p.input).view(-1).index_select(0, wide).float(),
+        }
+    if op == "gather":
+        return {
+            "sprand": lambda: ops.gather(p.weight, p.indices),
+            "index_select": lambda: flat.index_select(0, wide),
+        }
+    if op == "patch_":
+        return {
+            "sprand": lambda: ops.patch_(p.weight, p.indices, p.base, p.delta, 1.0),
+            "index_put_": lambda: flat.index_put_((wide,), (p.base + p.delta).to(dtype)),
+            "index_copy_": lambda: flat.index_copy_(0, wide, (p.base + p.delta).to(dtype)),
+        }
+    if op == "scatter_add_":
+        return {
+            "sprand": lambda: ops.scatter_add_(p.weight, p.indices, p.delta, 1e-6),
+            "index_put_(accumulate)": lambda: flat.index_put_((wide,), (1e-6 * p.delta).to(dtype), accumulate=True),
+            "scatter_add_": lambda: flat.scatter_add_(0, wide, (1e-6 * p.delta).to(dtype)),
+        }
+    if op == "sparse_adamw_":
+        return adamw_contestants(p, wide)
+    if op == "stratified_indices_":
+        drawn = torch.empty_like(p.indices)
+        return {
+            "sprand": lambda: ops.stratified_indices_(drawn, *p.weight.shape, 7),
+            "randperm + sort": lambda: torch.randperm(flat.numel())[:nnz].sort().values,
+            "bernoulli + nonzero": lambda: torch.empty(p.weight.shape).bernoulli_(nnz / flat.numel()).nonzero(),
+        }
+    drawn = torch.empty_like(p.indices)
+    return {
+        "sprand": lambda: ops.uniform_indices_(drawn, flat.numel(), 7),
+        "randperm": lambda: torch.randperm(flat.numel())[:nnz],
+    }
+
+
+def adamw_contestants(p: Problem, wide: torch.Tensor) -> dict[str, Call]:
+    """One step of `TARGETS` equal layers, against the functional form of torch's fused AdamW and a write per weight."""
+    from torch.optim.adamw import adamw
+
+    from sprand import ops
+
+    def copies(tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.clone() for _ in range(TARGETS)]
+
+    weights, grads = copies(p.weight), copies(p.delta)
+    deltas, firsts, seconds = (copies(torch.zeros_like(p.delta)) for _ in range(3))
+    steps = [torch.ones(()) for _ in range(TARGETS)]
+    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "maximize": False}
+    indices, bases, scales = [p.indices] * TARGETS, [p.base] * TARGETS, [1.0] * TARGETS
+
+    def plain() -> None:
+        adamw(deltas, grads, firsts, seconds, [], steps, fused=True, amsgrad=False, **hyper)
+        for weight, delta in zip(weights, deltas, strict=True):
+            weight.view(-1).index_put_((wide,), (p.base + delta).to(weight.dtype))
+
+    return {
+        "sprand": lambda: ops.sparse_adamw_(weights, indices, bases, deltas, grads, firsts, seconds, steps, scales, **hyper),
+        "fused AdamW + index_put_": plain,
+    }
+
+
+def flops(op: str, name: str, p: Problem) -> float | None:
+    """Multiplications and additions that the contestant carries out; None where memory is what counts."""
+    if op != "sddmm":
+        return None
+    return 2.0 * len(p.input) * (len(p.indices) if name == "sprand" else p.weight.numel())
+
+
+def alternate(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
+    """Seconds per call, contestants in turn; calls shorter than half a millisecond are repeated within a sample."""
+    inner = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        inner[name] = min(max(math.ceil(SHORTEST / (time.perf_counter() - start)), 1), 1000)
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(inner[name]):
+                call()
+            taken[name].append((time.perf_counter() - start) / inner[name])
+    return taken
+
+
+@torch.no_grad()
+def time_op(op: str, shape: tuple[int, int], density: float, dtype: str, tokens: int, repeats: int) -> list[Row]:
+    """One row per contestant; the row of sprand carries `speedup`, against the fastest other of the same run."""
+    from sprand import native
+
+    p = Problem.of(shape, density, DTYPES[dtype], tokens)
+    targets = TARGETS if op == "sparse_adamw_" else 1
+    rows: list[dict[str, object]] = []
+    for name, taken in alternate(contestants(op, p), repeats).items():
+        middle, low, high = quantiles(taken)
+        work = flops(op, name, p)
+        rows.append({
+            "op": op, "out": shape[0], "in": shape[1], "density": density, "nnz": len(p.indices), "dtype": dtype,
+            "tokens": tokens if op == "sddmm" else None, "targets": targets, "contestant": name,
+            "kernel": native.kernel_of(op, "cpu") if name == "sprand" else "PyTorch", "seconds": middle, "seconds_p20": low,
+            "seconds_p80": high, "gflops": work / middle / 1e9 if work else None,
+            "ns_per_entry": middle * 1e9 / (len(p.indices) * targets), "repeats": repeats,
+        })  # fmt: skip
+    rows[0]["speedup"] = min(row["seconds"] for row in rows[1:]) / rows[0]["seconds"]
+    return rows
+
+
+def summary_line(rows: Sequence[Row]) -> Row:
+    """The rows of one problem as one line of the printed table."""
+    ours, plain = rows[0], min(rows[1:], key=lambda row: row["seconds"])
+    return {
+        "shape": f"{ours['out']}x{ours['in']}", "percent": f"{100 * ours['density']:g} %", "nnz": ours["nnz"],
+        "ours": ours["seconds"] * 1e6, "ours_gflops": ours["gflops"], "ours_ns": ours["ns_per_entry"],
+        "plain": plain["contestant"], "plain_us": plain["seconds"] * 1e6, "speedup": ours["speedup"],
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    groups = [
+        (op, dtype) for op in options.ops for dtype in options.dtypes if not op.endswith("indices_") or dtype == options.dtypes[0]
+    ]
+    problems = [(shape, density) for shape in options.shapes for density in options.densities]
+    rows: list[Row] = []
+    sections = []
+    with progress(len(groups) * len(problems), "ops") as bar:
+        for op, dtype in groups:
+            bar.say(f"{op}, {dtype}")
+            lines = []
+            for shape, density in problems:
+                here = time_op(op, shape, density, dtype, options.tokens, options.repeats)
+                rows += here
+                lines.append(summary_line(here))
+                bar.advance()
+            detail = {"sddmm": f", {options.tokens} tokens", "sparse_adamw_": f", {TARGETS} such weights in one call"}.get(op, "")
+            sections.append((f"{op}, {dtype}{detail} ({here[0]['kernel']})", table(lines, TABLE)))
+    write_csv(options.out / "ops.csv", rows, COLUMNS)
+    command = command_line(__file__, sys.argv[1:] if argv is None else argv)
+    write_markdown(options.out / "ops.md", "Operators against plain PyTorch", command, sections)
+    plots.speedups(rows, options.out / "ops.png")
+    return 0
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """`"768x3072"` as (768, 3072)."""
+    rows, _, cols = text.partition("x")
+    return int(rows), int(cols)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shapes = ["768x768", "768x3072", "3072x768", "1024x4096"]
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=[shape_of(s) for s in shapes], help="out x in")
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01, 0.05])
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=20, help="samples per contestant")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="one tiny shape: does it run at all?")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.shapes, options.densities, options.tokens, options.repeats = [(64, 96)], [0.01], 32, 2
+    if not all(0 < density <= 1 for density in options.densities) or options.repeats < 1:
+        parser.error(f"expected densities in (0, 1] and at least one repeat, got {options.densities} and {options.repeats}")
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

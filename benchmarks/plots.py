@@ -1,0 +1,143 @@
+"""The figures of the benchmarks; without matplotlib they say so and the tables stand alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from report import Row
+
+OURS = ("#f6b26b", "#e07b00", "#8a4b00")
+THEIRS = ("#b7c4cf", "#7d92a3", "#4a5f70")
+
+
+def time_ratios(rows: Sequence[Row], path: Path) -> None:
+    """Step time over the frozen model's, per method and width, one panel per dtype."""
+    rows = [row for row in rows if row.get("ratio") is not None and row["method"] != "frozen"]
+    figure, panels = _panels([_dtype(row) for row in rows], path)
+    if figure is None:
+        return
+    for panel, dtype in panels:
+        here = [row for row in rows if _dtype(row) == dtype]
+        widths = sorted({row["width"] for row in here})
+        labels = list(dict.fromkeys(row["label"] for row in here))
+        height = 0.8 / len(widths)
+        for row in here:
+            shade = widths.index(row["width"])
+            y = labels.index(row["label"]) + (shade - (len(widths) - 1) / 2) * height
+            error = [[max(row["ratio"] - row["ratio_p20"], 0)], [max(row["ratio_p80"] - row["ratio"], 0)]]
+            panel.barh(y, row["ratio"] - 1, height, left=1, color=_color(row, shade, len(widths)))
+            panel.errorbar(row["ratio"], y, xerr=error, color="black", linewidth=0.8)
+            side = row["ratio_p80"] if row["ratio"] >= 1 else 1
+            panel.annotate(f"{row['ratio']:.2f}", (max(side, 1), y), (4, 0), textcoords="offset points", va="center", fontsize=7)
+        _finish(panel, labels, f"{dtype}, bars top to bottom: {', '.join(map(str, widths))} wide")
+        panel.axvline(1, color="black", linewidth=1)
+        panel.set_xlabel("training step / frozen model's forward + input-gradient backward")
+    _save(figure, path)
+
+
+def memory(rows: Sequence[Row], path: Path) -> None:
+    """Peak memory above the frozen model's at the most tokens measured, per method, one panel per dtype and setting."""
+    rows = [row for row in rows if row.get("above_mib") is not None and row["method"] != "frozen"]
+    rows = [row for row in rows if row["tokens"] == max(other["tokens"] for other in rows)]
+    figure, panels = _panels([_setting(row) for row in rows], path)
+    if figure is None:
+        return
+    for panel, setting in panels:
+        here = [row for row in rows if _setting(row) == setting]
+        labels = [row["label"] for row in here]
+        end = 1.15 * max([row["above_mib"] for row in here if row["method"] != "full"] or [here[0]["above_mib"]])
+        for y, row in enumerate(here):
+            beyond = row["above_mib"] > end > 0
+            saved = min(max(row.get("saved_above_mib") or 0, 0), max(row["above_mib"], 0))
+            panel.barh(y, row["above_mib"], 0.7, color=_color(row, 1, 3))
+            panel.barh(y, saved, 0.7, color="none", hatch="////", edgecolor="white", linewidth=0)
+            text = f"{row['above_mib']:.0f}" + (" (bar cut off)" if beyond else "")
+            place = {"xytext": (-4, 0), "ha": "right", "color": "white"} if beyond else {"xytext": (4, 0)}
+            x = end if beyond else max(row["above_mib"], 0)
+            panel.annotate(text, (x, y), textcoords="offset points", va="center", fontsize=8, **place)
+        _finish(panel, labels, setting)
+        if end > 0:
+            panel.set_xlim(right=end)
+        panel.set_xlabel("MiB above the frozen model's own peak (hatched: activations saved for backward)")
+    _save(figure, path)
+
+
+def speedups(rows: Sequence[Row], path: Path) -> None:
+    """Plain PyTorch's time over ours, per op, one panel per dtype; one dot per shape, one line of dots per density."""
+    rows = [row for row in rows if row.get("speedup") is not None]
+    figure, panels = _panels([_dtype(row) for row in rows], path)
+    if figure is None:
+        return
+    for panel, dtype in panels:
+        here = [row for row in rows if _dtype(row) == dtype]
+        labels = list(dict.fromkeys(row["op"] for row in here))
+        densities = sorted({row["density"] for row in here})
+        for index, density in enumerate(densities):
+            dots = [row for row in here if row["density"] == density]
+            offset = (index - (len(densities) - 1) / 2) * 0.8 / len(densities)
+            x, y = [row["speedup"] for row in dots], [labels.index(row["op"]) + offset for row in dots]
+            panel.plot(x, y, "o", color=_shade(OURS, index, len(densities)), markersize=5, label=f"{100 * density:g} %")
+        _finish(panel, labels, dtype)
+        panel.set_xscale("log")
+        panel.axvline(1, color="black", linewidth=1)
+        panel.set_xlabel("times faster than the fastest plain PyTorch, one dot per shape")
+        panel.legend(title="density", fontsize=8)
+    _save(figure, path)
+
+
+def _dtype(row: Row) -> str:
+    return str(row["dtype"])
+
+
+def _setting(row: Row) -> str:
+    return f"{row['dtype']}, {row['tokens']} tokens" + (", checkpointing" if row["checkpointing"] else "")
+
+
+def _panels(names: Sequence[str], path: Path):
+    names = list(dict.fromkeys(names))
+    if not names:
+        print(f"{path.name} not drawn: no numbers", file=sys.stderr)
+        return None, []
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{path.name} not drawn: matplotlib is not installed", file=sys.stderr)
+        return None, []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    across = min(len(names), 2)
+    down = -(-len(names) // across)
+    figure, axes = pyplot.subplots(down, across, figsize=(7.5 * across, 4.8 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    return figure, list(zip(axes.flat, names, strict=False))
+
+
+def _shade(family: tuple[str, str, str], index: int, count: int) -> str:
+    return family[1] if count == 1 else family[min(round(2 * index / (count - 1)), 2)]
+
+
+def _color(row: Row, index: int, count: int) -> str:
+    return _shade(OURS if str(row["method"]).startswith("sprand") else THEIRS, index, count)
+
+
+def _finish(panel, labels: Sequence[str], title: str) -> None:
+    panel.set_yticks(range(len(labels)), labels)
+    panel.invert_yaxis()
+    panel.set_title(title, fontsize=10)
+    panel.margins(x=0.12)
+    panel.grid(axis="x", alpha=0.3)
+    panel.set_axisbelow(True)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    from matplotlib import pyplot
+
+    pyplot.close(figure)

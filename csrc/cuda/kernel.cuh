@@ -1,0 +1,61 @@
+// What the kernels share: element types, the choice of the kernel for a dtype, and the grid of one thread per entry.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../common/simt_host.h"
+#include "launch.h"
+
+namespace sprand::cuda {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// f(index) with a value of the C++ type of the indices.
+template <class F>
+cudaError_t with_index(IndexType type, F&& f) {
+  return type == IndexType::i32 ? f(int32_t{}) : f(int64_t{});
+}
+
+// f(element, index) with values of the C++ types of weight and indices.
+template <class F>
+cudaError_t with_types(DType dtype, IndexType type, F&& f) {
+  return with_index(type, [&](auto index) {
+    switch (dtype) {
+      case DType::f32:
+        return f(float{}, index);
+      case DType::f16:
+        return f(__half{}, index);
+      case DType::bf16:
+        return f(__nv_bfloat16{}, index);
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+// One thread per entry: neighbouring threads hold neighbouring entries, so everything stored per entry is read and written
+// in full lines, and the weight in ascending order of address.
+constexpr int kEntryThreads = 256;
+inline dim3 entry_grid(int64_t nnz) { return dim3(static_cast<unsigned>((nnz + kEntryThreads - 1) / kEntryThreads)); }
+__device__ __forceinline__ int64_t entry_of_thread() { return int64_t{blockIdx.x} * kEntryThreads + threadIdx.x; }
+
+}  // namespace sprand::cuda

@@ -1,0 +1,71 @@
+"""What the operators refuse: the message names the operator, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sprand import ops
+
+WEIGHT = torch.zeros(4, 6)
+INDICES = torch.tensor([1, 5, 23], dtype=torch.int32)
+ENTRIES = torch.zeros(3)
+ADAMW = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+
+
+def adamw(**changed):
+    """`sparse_adamw_` on one target, some of its lists changed."""
+    names = ("weights", "indices", "bases", "deltas", "grads", "exp_avgs", "exp_avg_sqs", "steps", "scales")
+    values = (WEIGHT, INDICES, *[ENTRIES] * 5, torch.ones(()), 1.0)
+    lists = {name: [value] for name, value in zip(names, values, strict=True)} | changed
+    ops.sparse_adamw_(**lists, **ADAMW)
+
+
+BAD = {
+    "sddmm of a 3-d input": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(1, 2, 6), INDICES),
+    "sddmm of different tokens": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(3, 6), INDICES),
+    "sddmm of two dtypes": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6).bfloat16(), INDICES),
+    "sddmm of integers": lambda: ops.sddmm(torch.zeros(2, 4).int(), torch.zeros(2, 6).int(), INDICES),
+    "sddmm on two devices": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6, device="meta"), INDICES),
+    "sddmm with float indices": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6), INDICES.float()),
+    "sddmm with 2-d indices": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6), INDICES[None]),
+    "sddmm with strided indices": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6), INDICES[::2]),
+    "sddmm with indices elsewhere": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6), INDICES.to("meta")),
+    "gather from a transposed weight": lambda: ops.gather(WEIGHT.T, INDICES),
+    "gather of more than there is": lambda: ops.gather(torch.zeros(2), INDICES),
+    "gather from complex": lambda: ops.gather(WEIGHT.to(torch.complex64), INDICES),
+    "patch_ with a base of another dtype": lambda: ops.patch_(WEIGHT.bfloat16(), INDICES, ENTRIES, ENTRIES),
+    "patch_ with a short base": lambda: ops.patch_(WEIGHT, INDICES, ENTRIES[:2], ENTRIES),
+    "patch_ with a bfloat16 delta": lambda: ops.patch_(WEIGHT.bfloat16(), INDICES, ENTRIES.bfloat16(), ENTRIES.bfloat16()),
+    "patch_ with a long delta": lambda: ops.patch_(WEIGHT, INDICES, ENTRIES, torch.zeros(4)),
+    "patch_ with a delta elsewhere": lambda: ops.patch_(WEIGHT, INDICES, ENTRIES, ENTRIES.to("meta")),
+    "scatter_add_ with strided values": lambda: ops.scatter_add_(WEIGHT, INDICES, torch.zeros(6)[::2]),
+    "scatter_add_ to a transposed weight": lambda: ops.scatter_add_(WEIGHT.T, INDICES, ENTRIES),
+    "sparse_adamw_ with a list too short": lambda: adamw(grads=[]),
+    "sparse_adamw_ with a scale too many": lambda: adamw(scales=[1.0, 2.0]),
+    "sparse_adamw_ with a short gradient": lambda: adamw(grads=[ENTRIES[:2]]),
+    "sparse_adamw_ with a bfloat16 moment": lambda: adamw(exp_avgs=[ENTRIES.bfloat16()]),
+    "sparse_adamw_ with a transposed weight": lambda: adamw(weights=[WEIGHT.T]),
+    "stratified_indices_ of more than there is": lambda: ops.stratified_indices_(INDICES.clone(), 1, 2, 0),
+    "stratified_indices_ of too many rows": lambda: ops.stratified_indices_(INDICES.long(), 2**32, 1, 0),
+    "stratified_indices_ in too small integers": lambda: ops.stratified_indices_(INDICES.clone(), 2**16, 2**16, 0),
+    "stratified_indices_ in float": lambda: ops.stratified_indices_(ENTRIES.clone(), 4, 6, 0),
+    "uniform_indices_ of more than there is": lambda: ops.uniform_indices_(INDICES.clone(), 2, 0),
+    "uniform_indices_ in too small integers": lambda: ops.uniform_indices_(INDICES.clone(), 2**31 + 1, 0),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.replace(" ", "_"))
+def test_a_wrong_argument_is_named(case):
+    op = case.split()[0]
+    with pytest.raises(ValueError, match=r"expected .*got ") as raised:
+        BAD[case]()
+    assert str(raised.value).startswith(f"{op}: expected ")
+
+
+def test_the_largest_position_of_int32_is_allowed():
+    drawn = torch.empty(50, dtype=torch.int32)
+    ops.uniform_indices_(drawn, 2**31, 3)
+    assert drawn.min() >= 0
+    ops.stratified_indices_(drawn, 2**15, 2**16, 3)
+    assert (drawn.diff() > 0).all() and drawn[0] >= 0

@@ -1,0 +1,108 @@
+"""The benchmarks run, and write the columns and methods that their tables and figures are made from."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("transformers", reason="the model to train comes from transformers")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_train_step
+
+    return bench_train_step
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_train_step_times_every_method(train_step: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train_step.main(["--quick", "--parts", "time", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    rows = {row["method"]: row for row in read(tmp_path / "train_step.csv")}
+    assert set(rows) == {"frozen", "sprand@0.01", "lora", "shira", "peft-sparta", "supertuning", "full"}
+    for row in rows.values():
+        assert row["label"] in printed
+        if row["note"]:
+            assert row["note"].startswith("not installed: ")
+            assert row["note"] in printed
+            continue
+        assert float(row["seconds_p20"]) <= float(row["seconds"]) <= float(row["seconds_p80"])
+        assert float(row["ratio"]) > 0
+        assert (int(row["trained"]) > 0) == (row["method"] != "frozen")
+        assert (float(row["loss_last"]) < float(row["loss_first"])) == (row["method"] != "frozen")
+    assert float(rows["frozen"]["ratio"]) == 1
+    assert not rows["sprand@0.01"]["note"]
+
+
+def test_a_peer_that_is_not_installed_is_a_line_with_the_reason(
+    train_step: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft_sparta", None)
+    train_step.main(["--quick", "--parts", "time", "--methods", "frozen", "peft-sparta", "--out", str(tmp_path)])
+    frozen, peer = read(tmp_path / "train_step.csv")
+    assert frozen["seconds"]
+    assert peer["note"] == "not installed: peft_sparta"
+    assert peer["seconds"] == ""
+    assert "not installed: peft_sparta" in capsys.readouterr().out
+
+
+def test_memory_table_sets_every_method_against_the_frozen_model(
+    train_step: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc, which this system does not have")
+    import peak_memory
+
+    monkeypatch.setattr(train_step, "measure", lambda case, repeats: peak_memory.run(case))
+    train_step.main(["--quick", "--parts", "memory", "--methods", "frozen", "sprand", "full", "--out", str(tmp_path)])
+    frozen, ours, full = read(tmp_path / "memory.csv")
+    assert [frozen["method"], ours["method"], full["method"]] == ["frozen", "sprand@0.01", "full"]
+    for row in (ours, full):
+        assert not row["note"]
+        assert int(row["trained"]) > 0
+        for column in ("above_mib", "saved_above_mib", "state_mib", "bytes_per_weight", "own_bytes_per_weight"):
+            assert row[column], column
+    assert float(ours["saved_above_mib"]) > 0
+    assert float(ours["state_mib"]) * 2**20 / int(ours["trained"]) < 26
+    assert float(full["state_mib"]) * 2**20 / int(full["trained"]) == pytest.approx(12, rel=0.01)
+
+
+def test_memory_is_measured_in_a_fresh_process(train_step: ModuleType) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc, which this system does not have")
+    import peak_memory
+
+    found = peak_memory.measure(peak_memory.Case("frozen", 64, 1, "fp32", 64, checkpointing=False, steps=1), repeats=1)
+    assert "reason" not in found, found
+    assert 0 < found["peak"] < 2**30
+    assert found["saved"] > 0
+    assert found["state"] == found["trained"] == 0
+
+
+def test_ops_times_every_op_against_plain_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sprand import ops
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_ops
+
+    assert bench_ops.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "ops.csv")
+    assert {row["op"] for row in rows} == set(ops.SCHEMAS)
+    for op in ops.SCHEMAS:
+        here = [row for row in rows if row["op"] == op]
+        ours = [row for row in here if row["contestant"] == "sprand"]
+        assert len(here) > len(ours) > 0
+        assert all(float(row["seconds"]) > 0 for row in here)
+        assert all(float(row["speedup"]) > 0 for row in ours)
+        assert all(bool(row["gflops"]) == (op == "sddmm") for row in here)
