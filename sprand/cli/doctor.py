@@ -1,0 +1,165 @@
+"""`sprand doctor`: what is installed, which kernel serves which operator, and whether every one of them is right here."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import host, native, ops, selftest
+from ..version import __version__
+
+PACKAGES = ("safetensors", "transformers", "peft", "numpy")
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `sprand doctor` reports.
+
+    Returns:
+        `versions`, `machine` (name to text), `kernels` (op to device to kernel name), `self_test` (one dict per operator,
+        device and dtype), `advice` (sentences), `ok` (no self test failed).
+    """
+    devices = ["cpu", "cuda"]
+    results = selftest.run(["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    return {
+        "ok": all(result["ok"] for result in results),
+        "versions": _versions(),
+        "machine": _machine(),
+        "kernels": {op: {device: native.kernel_of(op, device) for device in devices} for op in ops.SCHEMAS},
+        "self_test": results,
+        "advice": _advice(),
+    }
+
+
+def run(as_json: bool = False) -> int:
+    """Print the report.
+
+    Args:
+        as_json: print the dict of `examine` instead of tables.
+
+    Returns:
+        The exit code: 0, or 1 where a self test failed.
+    """
+    report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_report(report)
+    return 0 if report["ok"] else 1
+
+
+def _versions() -> dict[str, str]:
+    found = {"sprand": __version__, "torch": torch.__version__, "Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["torch's CUDA"] = torch.version.cuda or "none (a CPU build)"
+    found["CUDA toolkit"] = _first(r"release ([\d.]+)", ["nvcc", "--version"])
+    found["NVIDIA driver"] = _first(r"([\d.]+)", ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return found
+
+
+def _machine() -> dict[str, str]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "system": platform.platform(),
+        "CPU": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "instruction set": native.instruction_set(),
+        "GPU": ", ".join(gpus) or "none",
+        "compiled with": host.compiler() or "unknown",
+        "native modules": ", ".join(f"{module}: {problem or 'loaded'}" for module, problem in _modules().items()),
+    }
+
+
+def _modules() -> dict[str, str | None]:
+    return {**native.problems, "_host": None if host.has_extension() else "not built"}
+
+
+def _cpu_name() -> str:
+    try:
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        name = None
+    return name[1].strip() if name else platform.processor() or platform.machine()
+
+
+def _first(pattern: str, command: Sequence[str]) -> str:
+    """The first match of `pattern` in what a command prints."""
+    if not shutil.which(command[0]):
+        return "not found"
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return "no answer"
+    match = re.search(pattern, printed)
+    return match[1] if match else "no answer"
+
+
+def _advice() -> list[str]:
+    said = []
+    if not native.has_extension():
+        said.append(f"The CPU kernels are missing (sprand._C: {native.problems['_C']}). For speed, {native.HOW_TO}.")
+    if torch.cuda.is_available() and native.problems["_C_cuda"]:
+        said.append(
+            f"This torch sees a GPU, but the CUDA kernels are missing (sprand._C_cuda: {native.problems['_C_cuda']}). "
+            "Install the CUDA toolkit (nvcc; set CUDA_HOME), then run: SPRAND_CUDA=1 " + native.REINSTALL
+        )
+    return said
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    kernels, results = report["kernels"], report["self_test"]
+    rows = []
+    for op, served in kernels.items():
+        mine = [result for result in results if result["op"] == op]
+        tested = sorted({result["device"] for result in mine})
+        verdict = ", ".join(
+            f"{device} {'ok' if all(r['ok'] for r in mine if r['device'] == device) else 'FAILED'}" for device in tested
+        )
+        rows.append((op, *served.values(), verdict))
+    devices = next(iter(kernels.values()))
+    _print_table("Which kernel serves which operator", ("operator", *devices, "self test"), rows)
+    for sentence in report["advice"]:
+        print(sentence, end="\n\n")
+
+    print("To report a bug, paste this:\n\n```")
+    print("\n".join(f"{name}: {text}" for name, text in {**report["versions"], **report["machine"]}.items()))
+    print("kernels:", "; ".join(f"{op} {'/'.join(served.values())}" for op, served in kernels.items()))
+    failures = [result for result in results if not result["ok"]]
+    print(f"self test: {len(results) - len(failures)} of {len(results)} passed, {sum(r['seconds'] for r in results):.1f} s")
+    for result in failures:
+        print(f"  {result['op']} {result['dtype']} on {result['device']} ({result['kernel']}): {result['problem']}")
+    print("```")
+
+
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, by rich where it is installed and the output is a terminal, else in plain text."""
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            table = Table(*header, title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*(f"[red]{cell}[/red]" if "FAILED" in cell else cell for cell in row))
+            Console().print(table)
+            return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    print(title)
+    for row in (header, *rows):
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()

@@ -1,0 +1,135 @@
+"""`sprand finetune`: one run from files to an adapter, with the methods it is compared to."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sprand
+
+from . import CliError, data, methods, models, report, require, tasks, verify
+from .checkpoint import Checkpoints, identity
+from .progress import Log
+from .settings import Settings
+from .training import pick_device, total_steps, train
+
+
+def run(settings: Settings) -> list[report.Result]:
+    """Fine-tune, compare, and write everything into `settings.out`.
+
+    Returns:
+        The rows of the final table, sprand's first.
+
+    Raises:
+        CliError: wrong options or data.
+        TrainingFailed: the training went wrong.
+    """
+    for package in ("rich", "matplotlib", "transformers", *(("peft",) if "lora" in settings.compare else ())):
+        require(package)
+    device = pick_device(settings.device)
+    dataset = data.load(settings)
+    prepare_folder(settings.out)
+
+    def fresh_model() -> tuple[torch.nn.Module, Any]:
+        model, tokenizer = models.load(
+            settings.model, dataset.task, len(dataset.labels), settings.dtype, settings.pooling, settings.seed
+        )
+        return model.to(device), tokenizer
+
+    model, tokenizer = fresh_model()
+    task = tasks.make(dataset, tokenizer, settings)
+    log = Log(settings.out / "metrics.jsonl", task.metric)
+    method = methods.sparse(model, settings)
+    targets, count = methods.target_names(model), method.count
+    everything = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("sprand_delta"))
+    steps = total_steps(settings, len(task.train))
+    log.say(f"{settings.model}: {dataset.task}, {len(task.train)} training rows, {len(task.eval)} held out, on {device}")
+    log.say(f"training {count:,} of {everything:,} weights ({count / everything:.2%}), {steps} steps, lr {method.lr:g}")
+
+    checkpoints = Checkpoints(settings.out / "checkpoints", identity(method, settings, steps, task.train))
+    torch.manual_seed(settings.seed)
+    done, history = resume(settings, checkpoints, method, log)
+    outcome = train(method, task, settings, device, log, checkpoints=checkpoints, done=done, history=history)
+    adapter = settings.out / "adapter"
+    sprand.save(model, adapter)
+    results = [report.Result.of(method, outcome, methods.adapter_bytes(method, adapter))]
+    histories = [outcome.history]
+    checks = verify.check(model, fresh_model()[0], adapter, task, device) if settings.verify else []
+    (settings.out / "task.json").write_text(json.dumps(_description(settings, dataset), indent=2) + "\n", encoding="utf-8")
+    del model, method
+
+    for name in settings.compare:
+        gc.collect()
+        method = methods.peer(name, fresh_model()[0], settings, targets, count)
+        torch.manual_seed(settings.seed)
+        peer_outcome = train(method, task, settings, device, log, before=outcome.before)
+        results.append(report.Result.of(method, peer_outcome, methods.adapter_bytes(method, adapter)))
+        histories.append(peer_outcome.history)
+        del method
+
+    versions = {"sprand": sprand.__version__, "torch": torch.__version__, "transformers": require("transformers").__version__}
+    report.plot(settings.out / "training_curve.png", histories, task)
+    report.write_results(settings.out / "results.json", settings, task, results, versions, checks)
+    report.print_table(log.console, task, results, device.type)
+    for sentence in checks:
+        log.say(f"checked: {sentence}")
+    log.say(f"written to {settings.out}: adapter/ training_curve.png results.json metrics.jsonl")
+    return results
+
+
+def resume(settings: Settings, checkpoints: Checkpoints, method: methods.Method, log: Log) -> tuple[int, list[dict[str, Any]]]:
+    """Go on from the checkpoint that the options name; a new run does not overwrite those of one that never ended.
+
+    Returns:
+        Steps done, and the metrics so far.
+
+    Raises:
+        CliError: there is no such checkpoint, or it is of another run, or there are some and no word on what to do.
+    """
+    newest = checkpoints.newest()
+    if settings.resume is None:
+        if newest and not (settings.out / "results.json").exists() and not settings.overwrite:
+            raise CliError(
+                f"{settings.out} has checkpoints of a run that did not end. Go on with --resume, or begin anew with --overwrite."
+            )
+        checkpoints.clear()
+        (settings.out / "results.json").unlink(missing_ok=True)
+        return 0, []
+    path = newest if settings.resume == "newest" else Path(settings.resume)
+    if path is None:
+        raise CliError(f"--resume: {checkpoints.folder} holds no checkpoint.")
+    done, history = checkpoints.restore(path, method)
+    log.say(f"resumed from {path}, {done} steps done")
+    return done, history
+
+
+def prepare_folder(out: Path) -> None:
+    """Make the output folder and prove that files can be written there.
+
+    Raises:
+        CliError: they cannot.
+    """
+    probe = out / ".sprand-probe"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise CliError(f"--out {out}: cannot be written: {error.strerror}.") from None
+
+
+def _description(settings: Settings, dataset: data.Dataset) -> dict[str, Any]:
+    """What `models.load` needs to build the model that the adapter fits."""
+    return {
+        "model": settings.model,
+        "task": dataset.task,
+        "labels": list(dataset.labels),
+        "dtype": settings.dtype,
+        "pooling": settings.pooling,
+        "seed": settings.seed,
+        "max_length": settings.max_length,
+    }

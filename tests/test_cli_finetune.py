@@ -1,0 +1,170 @@
+"""`sprand finetune` from files to an adapter: it learns, resumes exactly, compares, and what it leaves can be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny_models import WORDS, save_bert, save_llama, save_rows
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+import sprand
+from sprand.cli import main, models, tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    return save_rows(tmp_path_factory.mktemp("rows") / "rows.tsv")
+
+
+def finetune(*arguments: object) -> int:
+    return main.run(["finetune", *map(str, arguments)])
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_learns_compares_and_leaves_everything(bert, rows, tmp_path, capsys):
+    pytest.importorskip("peft")
+    out = tmp_path / "out"
+    asked = ("--epochs", 8, "--batch-size", 8, "--density", 0.1, "--lr", 0.01, "--compare", "lora,full,head", "--verify")
+    assert finetune("--model", bert, "--train", rows, "--eval-share", 0.2, "--out", out, *asked) == 0
+    table = {row["method"]: row for row in results(out)["results"]}
+    assert list(table) == ["sprand", "lora", "full", "head"]
+    assert table["sprand"]["after"]["accuracy"] > table["sprand"]["before"]["accuracy"] + 0.2
+    assert {row["steps"] for row in table.values()} == {80}
+    assert len({json.dumps(row["before"]) for row in table.values()}) == 1
+    assert abs(table["lora"]["trained_weights"] / table["sprand"]["trained_weights"] - 1) < 0.3
+    assert table["head"]["trained_weights"] < table["sprand"]["trained_weights"] < table["full"]["trained_weights"]
+    on_disk = sum(path.stat().st_size for path in (out / "adapter").iterdir())
+    assert table["sprand"]["adapter_bytes"] == on_disk
+    assert (out / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert len(results(out)["checked"]) == 3
+    assert {line["method"] for line in metrics(out)} == set(table)
+    printed = capsys.readouterr().out
+    assert "lora (rank" in printed and "checked: unmerged, every weight equals the base's" in printed
+    assert "\x1b[" not in printed
+
+
+def test_the_adapter_loads_into_the_model_it_describes(bert, rows, tmp_path):
+    out = tmp_path / "out"
+    assert finetune("--model", bert, "--train", rows, "--max-steps", 6, "--out", out) == 0
+    said = json.loads((out / "task.json").read_text())
+    model, tokenizer = models.load(said["model"], said["task"], len(said["labels"]), said["dtype"], said["pooling"], said["seed"])
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    sprand.load(model, out / "adapter")
+    assert model.eval()(**tokenizer("w1 w2", return_tensors="pt")).logits.shape == (1, 2)
+    sprand.unmerge(model)
+    assert all(torch.equal(base[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_in_a_new_process_is_exact(bert, rows, tmp_path, accumulation):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    asked = ["finetune", "--model", bert, "--train", rows, "--density", 0.05, "--batch-size", 8, "--max-steps", 14]
+    asked = [*map(str, [*asked, "--grad-accumulation", accumulation, "--checkpoint-every", 7])]
+    assert main.run([*asked, "--out", str(whole)]) == 0
+    half = whole / "checkpoints" / "step-00000007.pt"
+    command = [sys.executable, "-m", "sprand", *asked, "--out", str(resumed), "--resume", str(half)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "7 steps done" in done.stdout
+    a, b = (torch.load(out / "checkpoints" / "step-00000014.pt", weights_only=True) for out in (whole, resumed))
+    assert a["trained"].keys() == b["trained"].keys()
+    assert all(torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"])
+    for key, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], b["optimizer"]["state"][key][name]) for name in ("exp_avg", "exp_avg_sq", "step"))
+    losses = [[(line["step"], line["loss"]) for line in metrics(out) if "loss" in line] for out in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 14
+    adapters = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (whole, resumed)]
+    assert all(torch.equal(adapters[0][name], value) for name, value in adapters[1].items())
+
+
+def test_language_model_on_text_and_on_prompts(tmp_path):
+    model = save_llama(tmp_path / "llama")
+    text, prompts = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("\n".join(" ".join(WORDS[i % 7 : i % 7 + 12]) for i in range(60)))
+    prompts.write_text(
+        "\n".join(json.dumps({"prompt": f"w{i % 9} w1", "completion": f"w{i % 9} w{i % 9 + 1}"}) for i in range(40))
+    )
+    for name, path in (("text", text), ("prompts", prompts)):
+        out = tmp_path / name
+        asked = ("--density", 0.1, "--lr", 0.01, "--max-steps", 30, "--batch-size", 8, "--max-length", 16)
+        assert finetune("--model", model, "--train", path, "--out", out, *asked, "--verify") == 0
+        row = results(out)["results"][0]
+        assert row["after"]["perplexity"] < 0.8 * row["before"]["perplexity"]
+
+
+def test_loss_is_taken_of_completions_only(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = save_llama(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    from sprand.cli.data import Dataset, Example
+
+    example = [Example("w1 w2 w3", "w4 w5")]
+    task = tasks.CausalLM(Dataset("causal-lm", example, example), tokenizer, 16)
+    words = [tokenizer.convert_ids_to_tokens(i) if i != tasks.IGNORED else None for i in task.train[0]["labels"]]
+    assert words == [None, None, None, "w4", "w5", "[SEP]"]
+
+
+def test_bfloat16_and_other_schedules(bert, rows, tmp_path):
+    asked = ("--dtype", "bfloat16", "--schedule", "cosine", "--warmup", 2, "--max-steps", 4, "--pooling", "mean", "--budget", 500)
+    assert finetune("--model", bert, "--train", rows, "--out", tmp_path, *asked, "--verify") == 0
+    rates = [line["lr"] for line in metrics(tmp_path) if "lr" in line]
+    assert rates[0] < rates[1] < rates[2] > rates[3] > 0
+    row = results(tmp_path)["results"][0]
+    assert row["trained_weights"] == 500 + 2 * 32 + 2
+
+
+def test_order_of_batches_can_be_taken_up_anywhere():
+    items = [{"input_ids": [0] * (i % 7 + 1), "row": i} for i in range(50)]
+    supply = tasks.batches(items, 8, seed=3)
+    first = [next(supply) for _ in range(20)]
+    assert sorted(row["row"] for batch in first[:7] for row in batch) == list(range(50))
+    for start in (1, 6, 7, 13):
+        later = tasks.batches(items, 8, seed=3, start=start)
+        assert [next(later) for _ in range(20 - start)] == first[start:]
+
+
+def test_real_data_beside_the_repository(tmp_path):
+    if not (SHARED / "data").is_dir():
+        pytest.skip("no shared/data beside the repository")
+    model, text = SHARED / "models" / "stories260k-hf", SHARED / "data" / "tinyshakespeare"
+    asked = ("--density", 0.05, "--max-steps", 20, "--batch-size", 4, "--limit-eval", 16)
+    assert (
+        finetune(
+            "--model", model, "--train", text / "train.txt", "--eval", text / "dev.txt", "--out", tmp_path, *asked, "--verify"
+        )
+        == 0
+    )
+    row = results(tmp_path)["results"][0]
+    assert row["after"]["perplexity"] < 0.6 * row["before"]["perplexity"]
+
+
+def test_the_library_needs_none_of_the_command_line():
+    code = "import sys, sprand; print([m for m in ('transformers', 'rich', 'matplotlib', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.stdout.strip() == "[]"
