@@ -86,7 +86,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with _replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "sprand": json.dumps(description)})
+        save_file(tensors, temporary, metadata={"sprand": json.dumps(description)})
     with _replacing(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder

@@ -108,7 +108,7 @@ def edited(path, change):
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     change(tensors, description)
     description["checksum"] = checksum(tensors)
-    save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt", "sprand": json.dumps(description)})
+    save_file(tensors, path / WEIGHTS_FILE, metadata={"sprand": json.dumps(description)})
 
 
 def with_indices(indices):
@@ -285,3 +285,10 @@ def test_copies_save_on_their_own(saved, tmp_path):
     sprand.save(other, tmp_path / "other")
     sprand.write(model)
     assert torch.equal(sprand.load(built(MLP), tmp_path / "other").second.weight, built(MLP).second.weight)
+
+
+def test_the_same_adapter_gives_the_same_bytes(saved, tmp_path):
+    model, path = saved
+    sprand.save(model, tmp_path / "again")
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        assert (tmp_path / "again" / name).read_bytes() == (path / name).read_bytes()
