@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import plots
 import torch
+
+import plots
 from report import RESULTS, Row, command_line, progress, quantiles, write_csv, write_markdown
 from report import markdown as table
 
