@@ -34,6 +34,7 @@ class Target:
         scale: factor between delta and weight.
         redraw: makes the indices on a device; needed when a module leaves the meta device.
         written: whether the weight holds its delta already.
+        delta, indices, base: names of the module's tensors for this parameter.
     """
 
     parameter: str
@@ -41,9 +42,9 @@ class Target:
     redraw: Callable[[torch.device], Tensor] | None = None
     written: Written = field(default_factory=Written)
 
-    def name(self, kind: str) -> str:
-        """Name of the module's delta, indices or base tensor for this parameter."""
-        return kind if self.parameter == "weight" else f"{kind}_{self.parameter}"
+    def __post_init__(self) -> None:
+        suffix = "" if self.parameter == "weight" else f"_{self.parameter}"
+        self.delta, self.indices, self.base = DELTA + suffix, INDICES + suffix, BASE + suffix
 
 
 class SparseModule(nn.Module):
@@ -56,8 +57,10 @@ class SparseModule(nn.Module):
     def sparse_entries(self, parameter: str = "weight") -> Entries:
         """The trained entries of one targeted parameter."""
         target = self._sprand_targets[parameter]
-        delta, indices, base = (getattr(self, target.name(kind)) for kind in (DELTA, INDICES, BASE))
-        return Entries(delta, indices, base, target.scale, target.written)
+        buffers = self._buffers
+        return Entries(
+            self._parameters[target.delta], buffers[target.indices], buffers[target.base], target.scale, target.written
+        )
 
     def write_weights(self) -> None:
         """Make every targeted parameter hold its trained values now (its base values while disabled)."""
@@ -106,11 +109,11 @@ class SparseModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves and casts like any module; deltas stay in their accumulation dtype, indices and base stay right."""
-        before = {name: getattr(self, target.name(DELTA)).data for name, target in self._sprand_targets.items()}
+        before = {name: getattr(self, target.delta).data for name, target in self._sprand_targets.items()}
         was_meta = {name: self._parameters[name].is_meta for name in self._sprand_targets}
         super()._apply(fn, recurse)
         for name, target in self._sprand_targets.items():
-            weight, delta = self._parameters[name], getattr(self, target.name(DELTA))
+            weight, delta = self._parameters[name], getattr(self, target.delta)
             target.written.forget()
             dtype = ops.accumulation_dtype(weight.dtype)
             if delta.dtype != dtype:
@@ -118,7 +121,7 @@ class SparseModule(nn.Module):
             if was_meta[name] and not weight.is_meta:
                 delta.data.zero_()
                 if target.redraw is not None:
-                    getattr(self, target.name(INDICES)).copy_(target.redraw(weight.device))
+                    getattr(self, target.indices).copy_(target.redraw(weight.device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -130,9 +133,9 @@ class SparseModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, target in self._sprand_targets.items():
             target.written.forget()
-            if prefix + name in state_dict and prefix + target.name(BASE) not in state_dict:
+            if prefix + name in state_dict and prefix + target.base not in state_dict:
                 weight = self._parameters[name].data
-                setattr(self, target.name(BASE), ops.gather(weight, getattr(self, target.name(INDICES))))
+                setattr(self, target.base, ops.gather(weight, getattr(self, target.indices)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -143,7 +146,7 @@ class SparseModule(nn.Module):
 
     def extra_repr(self) -> str:
         counts = ", ".join(
-            f"{getattr(self, target.name(INDICES)).numel():,} of {name}" for name, target in self._sprand_targets.items()
+            f"{getattr(self, target.indices).numel():,} of {name}" for name, target in self._sprand_targets.items()
         )
         inherited = super().extra_repr()
         return f"{inherited}, trains {counts}" if inherited else f"trains {counts}"
@@ -251,9 +254,9 @@ def attach(
         _live.add(module)
     target = Target(parameter, scale, redraw)
     module._sprand_targets[parameter] = target
-    module.register_parameter(target.name(DELTA), delta)
-    module.register_buffer(target.name(INDICES), indices)
-    module.register_buffer(target.name(BASE), base)
+    module.register_parameter(target.delta, delta)
+    module.register_buffer(target.indices, indices)
+    module.register_buffer(target.base, base)
     return module.sparse_entries(parameter)
 
 
@@ -268,8 +271,8 @@ def detach(module: SparseModule, parameter: str, keep: bool) -> None:
     entries, target = module.sparse_entries(parameter), module._sprand_targets[parameter]
     weight = module._parameters[parameter]
     entries.write(weight) if keep else entries.restore(weight)
-    for kind in (DELTA, INDICES, BASE):
-        delattr(module, target.name(kind))
+    for name in (target.delta, target.indices, target.base):
+        delattr(module, name)
     del module._sprand_targets[parameter]
     if not module._sprand_targets:
         _live.discard(module)
@@ -280,7 +283,5 @@ def detach(module: SparseModule, parameter: str, keep: bool) -> None:
 def targets_by_delta() -> dict[int, tuple[SparseModule, str]]:
     """Every live delta parameter by its `id`, with the module and parameter it belongs to."""
     return {
-        id(getattr(module, target.name(DELTA))): (module, name)
-        for module in _live
-        for name, target in module._sprand_targets.items()
+        id(getattr(module, target.delta)): (module, name) for module in _live for name, target in module._sprand_targets.items()
     }

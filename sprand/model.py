@@ -308,5 +308,5 @@ def _ignore_in_ddp(model: nn.Module) -> None:
         f"{prefix}.{name}" if prefix else name
         for prefix, module in sparse_modules(model)
         for target in module._sprand_targets.values()
-        for name in (target.name("sprand_indices"), target.name("sprand_base"))
+        for name in (target.indices, target.base)
     ]

@@ -104,7 +104,7 @@ class SparseAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        coefs, targets = self._gradient_factor(grad_scale), _sparse_targets()
+        coefs, targets = self._gradient_factor(grad_scale), targets_by_delta()
         for group in self.param_groups:
             sparse, dense = [], []
             for p in group["params"]:
@@ -115,8 +115,9 @@ class SparseAdamW(torch.optim.AdamW):
                         "SparseAdamW: expected dense gradients, got a torch.sparse one; use torch.optim.SparseAdam for it"
                     )
                 self._init_state(p, group)
-                if id(p) in targets:
-                    sparse.append((p, *targets[id(p)]))
+                target = targets.get(id(p))
+                if target is not None and _fusable(*target):
+                    sparse.append((p, *target))
                 else:
                     dense.append(p)
             for device in {p.device for p in dense}:
@@ -215,20 +216,12 @@ class SparseAdamW(torch.optim.AdamW):
             state["step"] = state["step"].to(p.device)
 
 
-def _sparse_targets() -> dict[int, tuple[SparseModule, str]]:
-    """The deltas that the fused step can take; those that others cast, sharded or moved are dense parameters to it."""
-    found = {}
-    for key, (module, name) in targets_by_delta().items():
-        delta, weight = module.sparse_entries(name).delta, module._parameters[name]
-        plain = (
-            type(delta.data) is Tensor
-            and type(weight.data) is Tensor
-            and weight.is_contiguous()
-            and delta.device == weight.device
-        )
-        if plain and module._sprand_active and delta.dtype == ops.accumulation_dtype(weight.dtype):
-            found[key] = (module, name)
-    return found
+def _fusable(module: SparseModule, name: str) -> bool:
+    """Whether the fused step can take a delta; one that others cast, sharded or moved is a dense parameter to it."""
+    delta, weight = module.sparse_entries(name).delta, module._parameters[name]
+    plain = type(delta.data) is Tensor and type(weight.data) is Tensor and weight.is_contiguous()
+    dtype = ops.accumulation_dtype(weight.dtype)
+    return plain and module._sprand_active and delta.device == weight.device and delta.dtype == dtype
 
 
 def _advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
