@@ -17,7 +17,7 @@ DEMO = {
     "epochs": 1.0,
     "batch_size": 16,
     "max_length": 32,
-    "limit_train": 1920,
+    "limit_train": 1600,
     "limit_eval": 400,
     "compare": (),
     "overwrite": True,
