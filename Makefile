@@ -10,7 +10,7 @@ NATIVE_SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cuh %.inl %.cpp %.cu,$(NATIVE_SOURCES))
 RUNS := runs
 
-.PHONY: help demo test build lint format bench clean
+.PHONY: help demo test build lint format bench docs clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -37,6 +37,9 @@ format: $(VENV)/.made-dev ## rewrite the code in the project's style
 bench: $(VENV)/.made-bench $(VENV)/.made-native ## measure a training step and every operator on this machine
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_ops.py
+
+docs: $(VENV)/.made-demo $(VENV)/.made-native ## draw the pictures of the README anew
+	$(BIN)/python docs/draw_how_it_works.py
 
 clean: ## remove what was built (.venv and runs stay)
 	rm -rf build dist *.egg-info sprand/*.so .pytest_cache .ruff_cache .hypothesis $(VENV)/.made-native
