@@ -79,7 +79,7 @@ class SparseModule(nn.Module):
         if not self._sprand_active:
             self.write_weights()
             return super().forward(*args, **kwargs)
-        with self._aliases(self._sprand_targets):
+        with self._aliases():
             return super().forward(*args, **kwargs)
 
     def _value(self, parameter: str) -> Tensor | None:
@@ -88,9 +88,9 @@ class SparseModule(nn.Module):
         return functional.alias(value, self.sparse_entries(parameter)) if parameter in self._sprand_targets else value
 
     @contextmanager
-    def _aliases(self, parameters: Any) -> Iterator[None]:
+    def _aliases(self) -> Iterator[None]:
         """Let attribute access find aliases that pass gradients on to the deltas."""
-        aliases = {name: self._value(name) for name in parameters}
+        aliases = {name: self._value(name) for name in self._sprand_targets}
         outer = {name: self.__dict__[name] for name in aliases if name in self.__dict__}
         flat = self.__dict__.get("_flat_weights")  # torch.nn.RNNBase reads its parameters from this list
         self.__dict__.update(aliases)

@@ -249,6 +249,8 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
     """
     state = state_of(model)
     wanted = {name: 1.0} if isinstance(name, str) else dict(name or {})
+    if name is not None and not wanted:
+        raise ValueError("switch: expected a name, {name: weight} of at least one adapter, or None for the base, got {}")
     unknown = sorted(set(wanted) - set(state.adapters))
     if unknown:
         raise ValueError(f"switch: no adapter {unknown[0]!r} is loaded; there are {', '.join(sorted(state.adapters))}")

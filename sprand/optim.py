@@ -32,9 +32,9 @@ class SparseAdamW(torch.optim.AdamW):
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, towards the pre-trained weight.
         maximize: climb instead of descend.
-        capturable: keep `step` on the device, so that a step can be captured in a CUDA graph.
+        capturable: as in `torch.optim.AdamW`; decides where a loaded `step` goes. A new one is on the device in any case.
         max_grad_norm: clip the norm of all gradients to this value; the factor is applied as the gradients are read.
-        foreach, fused, differentiable, amsgrad: accepted as torch's defaults only.
+        amsgrad, differentiable: refused; torch's optimizer has them.
 
     Attributes:
         grad_norm: norm of all gradients before clipping, from the last step, a tensor; None without `max_grad_norm`.
@@ -55,8 +55,6 @@ class SparseAdamW(torch.optim.AdamW):
         capturable: bool = False,
         max_grad_norm: float | None = None,
         amsgrad: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
         if amsgrad or differentiable:
@@ -114,7 +112,7 @@ class SparseAdamW(torch.optim.AdamW):
                     raise RuntimeError(
                         "SparseAdamW: expected dense gradients, got a torch.sparse one; use torch.optim.SparseAdam for it"
                     )
-                self._init_state(p, group)
+                self._init_state(p)
                 target = targets.get(id(p))
                 if target is not None and _fusable(*target):
                     sparse.append((p, *target))
@@ -206,7 +204,7 @@ class SparseAdamW(torch.optim.AdamW):
             found_inf=found_inf,
         )
 
-    def _init_state(self, p: nn.Parameter, group: dict[str, Any]) -> None:
+    def _init_state(self, p: nn.Parameter) -> None:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)

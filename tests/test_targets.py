@@ -115,6 +115,8 @@ def test_misuse_is_refused():
         sprand.apply(model)
     with pytest.raises(ValueError, match="no adapter 'b'"):
         sprand.switch(model, "b")
+    with pytest.raises(ValueError, match="at least one adapter"):
+        sprand.switch(model, {})
 
 
 def test_multihead_attention_output_is_refused_not_ignored():

@@ -81,9 +81,8 @@ def print_table(console: Any, task: Task, results: Sequence[Result], device: str
         )
     wide = console if console.is_terminal else type(console)(highlight=False, width=130)
     wide.print(table)
-    wide.print(
-        f"Trained weights include a new head's. s/step: mean, evaluation left out. Peak memory: {HOW[device]}.", style="dim"
-    )
+    head = "Trained weights include a new head's. " if task.metric == "accuracy" else ""
+    wide.print(f"{head}s/step: mean, evaluation left out. Peak memory: {HOW[device]}.", style="dim")
     if task.metric == "accuracy":
         worst = max((r.after["accuracy"] * (1 - r.after["accuracy"]) / len(task.eval)) ** 0.5 for r in results)
         wide.print(f"One seed; the standard error of an accuracy here is up to {100 * worst:.1f} points.", style="dim")
