@@ -61,7 +61,8 @@ def test_same_seed_same_positions_and_names_make_them_independent():
     other = sprand.apply(built(MLP), density=0.1, seed=8)
     assert torch.equal(one.second.sprand_indices, two.second.sprand_indices)
     assert not torch.equal(one.second.sprand_indices, other.second.sprand_indices)
-    model = sprand.apply(nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}), density=0.1)
+    model = sprand.apply(nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}), budget=800)
+    assert model["a"].sprand_indices.shape == model["b"].sprand_indices.shape
     assert not torch.equal(model["a"].sprand_indices, model["b"].sprand_indices)
 
 
