@@ -2,11 +2,12 @@
 //
 // Token-major operands make a sample a walk with two large strides, so a block of tokens is packed first: input into a
 // panel `[in][tokens]` and grad_output into a panel `[out][tokens]`. A sample is then a dot product of two contiguous
-// runs of kPanelBytes. Where the input panel outgrows the second-level cache, its columns are met in groups.
+// runs of kPanelBytes. Rows are packed in chunks, and where the input panel outgrows the second-level cache, its columns
+// are met in groups.
 //
 // Tokens are cut into splits that depend on the shape alone. A thread packs and multiplies the blocks of a split by
 // itself, without a barrier, into the split's own partial sums, which are added in order at the end: the result does not
-// depend on the number of threads. Beside the operands this needs (in + out) * kPanelBytes for each thread, and at most
+// depend on the number of threads. Beside the operands this needs (in + kRowsAtOnce) * kPanelBytes for each thread, and at most
 // kPartialBytes for the partial sums.
 #include "sddmm.h"
 
@@ -15,12 +16,14 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace sprand::cpu {
 namespace {
 
 constexpr int64_t kColumnsAtOnce = 3072;  // columns of a group: 768 KiB of panel
+constexpr int64_t kRowsAtOnce = 256;      // rows of a chunk: 64 KiB of panel
 constexpr int64_t kMostSplits = 8;        // of the tokens
 constexpr int64_t kPartialBytes = int64_t(4) << 20;
 constexpr int64_t kSerialWork = int64_t(1) << 17;  // multiplications and packed elements not worth a second thread
@@ -57,9 +60,12 @@ void call_dots(const SddmmKernels& k, const void* row, const void* panel, const 
   k.dots_long(row, panel, indices, n, origin, vectors, out);
 }
 
-// The samples as runs of one row within one group of columns.
+// The samples as runs of one row within one group of columns, ordered by chunk of rows, group, row.
 struct Run {
-  int64_t row, first, count;
+  int64_t row, group, first, count;
+  bool operator<(const Run& other) const {
+    return std::pair(row / kRowsAtOnce, group) < std::pair(other.row / kRowsAtOnce, other.group);
+  }
 };
 
 template <class Index>
@@ -70,12 +76,9 @@ std::vector<Run> runs_of(const SddmmArgs& a) {
     const int64_t row = indices[p] / a.in, group = (indices[p] - row * a.in) / kColumnsAtOnce;
     const int64_t limit = row * a.in + std::min(a.in, (group + 1) * kColumnsAtOnce), first = p;
     while (p < a.nnz && indices[p] < limit) ++p;
-    runs.push_back({row, first, p - first});
+    runs.push_back({row, group, first, p - first});
   }
-  if (a.in > kColumnsAtOnce)
-    std::stable_sort(runs.begin(), runs.end(), [&](const Run& x, const Run& y) {
-      return (indices[x.first] - x.row * a.in) / kColumnsAtOnce < (indices[y.first] - y.row * a.in) / kColumnsAtOnce;
-    });
+  if (a.in > kColumnsAtOnce) std::stable_sort(runs.begin(), runs.end());
   return runs;
 }
 
@@ -83,20 +86,24 @@ std::vector<Run> runs_of(const SddmmArgs& a) {
 template <class Index>
 void multiply(const SddmmArgs& a, const SddmmKernels& k, const Run* begin, const Run* end, int64_t token, int64_t stop,
               char* result) {
-  thread_local Workspace input_panel, grad_panel;
+  thread_local Workspace panels;
   const Index* indices = static_cast<const Index*>(a.indices);
   const int64_t size = element_size(a.dtype), sum_size = a.dtype == DType::f64 ? 8 : 4;
-  int64_t low = a.out, high = 0;  // rows that are met
-  for (const Run* run = begin; run < end; ++run) low = std::min(low, run->row), high = std::max(high, run->row + 1);
-  char* columns = input_panel.get(a.in * kPanelBytes);
-  char* rows = grad_panel.get((high - low) * kPanelBytes);
+  char* columns = panels.get((a.in + kRowsAtOnce) * kPanelBytes);
+  char* rows = columns + a.in * kPanelBytes;
   for (; token < stop; token += k.tokens) {
     const int64_t tokens = std::min(k.tokens, stop - token), vectors = (tokens + k.lanes - 1) / k.lanes;
     k.pack(static_cast<const char*>(a.input) + token * a.in * size, a.in, tokens, a.in, columns);
-    k.pack(static_cast<const char*>(a.grad_output) + (token * a.out + low) * size, a.out, tokens, high - low, rows);
-    for (const Run* run = begin; run < end; ++run)
+    int64_t low = 0, high = 0;  // the packed rows
+    for (const Run* run = begin; run < end; ++run) {
+      if (run->row < low || run->row >= high) {
+        low = run->row / kRowsAtOnce * kRowsAtOnce;
+        high = std::min(low + kRowsAtOnce, a.out);
+        k.pack(static_cast<const char*>(a.grad_output) + (token * a.out + low) * size, a.out, tokens, high - low, rows);
+      }
       call_dots(k, rows + (run->row - low) * kPanelBytes, columns, indices + run->first, run->count, run->row * a.in, vectors,
                 result + run->first * sum_size);
+    }
   }
 }
 

@@ -118,59 +118,15 @@ SddmmKernels kernels_f64() { return kernels_of<Plain<double>, double>(); }
 namespace avx512 {
 #include "sddmm_kernels.inl"
 
-__m128 load4(const float* p) { return _mm_loadu_ps(p); }
-__m128 load4(const BFloat16* p) {
-  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16));
+__m512 load16(const float* p) { return _mm512_loadu_ps(p); }
+__m512 load16(const BFloat16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
-__m128 load4(const Half* p) { return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
+__m512 load16(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
-__m256 halves(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
-
-struct V {
-  using Element = float;
-  using Sum = float;
-  static constexpr int64_t kLanes = 16, kTileTokens = 16, kTileCols = 4;
-  __m512 v = _mm512_setzero_ps();
-  static __m512 load(const float* p) { return _mm512_load_ps(p); }
-  void fma(__m512 r, const float* c) { v = _mm512_fmadd_ps(r, _mm512_load_ps(c), v); }
-  static void add4(const V& a, const V& b, const V& c, const V& d, float* out) {
-    const __m256 h = _mm256_hadd_ps(_mm256_hadd_ps(halves(a.v), halves(b.v)), _mm256_hadd_ps(halves(c.v), halves(d.v)));
-    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1))));
-  }
-  // Each 128-bit lane holds four tokens of four columns; an in-lane 4x4 transpose gives four columns of sixteen tokens.
-  template <class Source>
-  static void transpose(const Source* src, int64_t stride, float* dst, int64_t column) {
-    __m512 r[4];
-    for (int i = 0; i < 4; ++i) {
-      r[i] = _mm512_castps128_ps512(load4(src + i * stride));
-      r[i] = _mm512_insertf32x4(r[i], load4(src + (i + 4) * stride), 1);
-      r[i] = _mm512_insertf32x4(r[i], load4(src + (i + 8) * stride), 2);
-      r[i] = _mm512_insertf32x4(r[i], load4(src + (i + 12) * stride), 3);
-    }
-    const __m512 lo0 = _mm512_unpacklo_ps(r[0], r[1]), lo1 = _mm512_unpacklo_ps(r[2], r[3]);
-    const __m512 hi0 = _mm512_unpackhi_ps(r[0], r[1]), hi1 = _mm512_unpackhi_ps(r[2], r[3]);
-    _mm512_store_ps(dst, _mm512_shuffle_ps(lo0, lo1, 0x44));
-    _mm512_store_ps(dst + column, _mm512_shuffle_ps(lo0, lo1, 0xEE));
-    _mm512_store_ps(dst + 2 * column, _mm512_shuffle_ps(hi0, hi1, 0x44));
-    _mm512_store_ps(dst + 3 * column, _mm512_shuffle_ps(hi0, hi1, 0xEE));
-  }
-};
-
-template <class Source>
-SddmmKernels kernels() {
-  return kernels_of<V, Source>();
-}
-SddmmKernels kernels_f64() { return kernels_of<Plain<double>, double>(); }
-}  // namespace avx512
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
-namespace avx512_bf16 {
-#include "sddmm_kernels.inl"
-
-// Sixteen 32-bit words of sixteen rows, transposed, one row of 64 bytes per output column.
-void transpose_words(const __m512i* x, uint16_t* dst, int64_t column) {
+// Sixteen 32-bit words of sixteen rows, transposed: word i of every row becomes the 64 bytes at dst + i * column (bytes).
+void transpose_words(const __m512i* x, void* dst_, int64_t column) {
+  char* dst = static_cast<char*>(dst_);
   __m512i t[16], u[16];
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
@@ -195,6 +151,43 @@ void transpose_words(const __m512i* x, uint16_t* dst, int64_t column) {
 __m256 halves(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 
 struct V {
+  using Element = float;
+  using Sum = float;
+  static constexpr int64_t kLanes = 16, kTileTokens = 16, kTileCols = 16;
+  __m512 v = _mm512_setzero_ps();
+  static __m512 load(const float* p) { return _mm512_load_ps(p); }
+  void fma(__m512 r, const float* c) { v = _mm512_fmadd_ps(r, _mm512_load_ps(c), v); }
+  static void add4(const V& a, const V& b, const V& c, const V& d, float* out) {
+    const __m256 h = _mm256_hadd_ps(_mm256_hadd_ps(halves(a.v), halves(b.v)), _mm256_hadd_ps(halves(c.v), halves(d.v)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1))));
+  }
+  template <class Source>
+  static void transpose(const Source* src, int64_t stride, float* dst, int64_t column) {
+    __m512i rows[16];
+    for (int i = 0; i < 16; ++i) {
+      rows[i] = _mm512_castps_si512(load16(src + i * stride));
+      _mm_prefetch((const char*)(src + i * stride + 16), _MM_HINT_T0);
+    }
+    transpose_words(rows, dst, column * sizeof(float));
+  }
+};
+
+template <class Source>
+SddmmKernels kernels() {
+  return kernels_of<V, Source>();
+}
+SddmmKernels kernels_f64() { return kernels_of<Plain<double>, double>(); }
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+namespace avx512_bf16 {
+#include "sddmm_kernels.inl"
+
+__m256 halves(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+
+struct V {
   using Element = uint16_t;
   using Sum = float;
   static constexpr int64_t kLanes = 32, kTileTokens = 32, kTileCols = 32;
@@ -215,9 +208,11 @@ struct V {
       const __m512i even = _mm512_loadu_si512(src + 2 * i * stride), odd = _mm512_loadu_si512(src + (2 * i + 1) * stride);
       left[i] = _mm512_permutex2var_epi16(even, low, odd);
       right[i] = _mm512_permutex2var_epi16(even, high, odd);
+      _mm_prefetch((const char*)(src + 2 * i * stride + 32), _MM_HINT_T0);
+      _mm_prefetch((const char*)(src + (2 * i + 1) * stride + 32), _MM_HINT_T0);
     }
-    transpose_words(left, dst, column);
-    transpose_words(right, dst + 16 * column, column);
+    avx512::transpose_words(left, dst, column * sizeof(uint16_t));
+    avx512::transpose_words(right, dst + 16 * column, column * sizeof(uint16_t));
   }
 };
 
