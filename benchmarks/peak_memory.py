@@ -53,7 +53,7 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
         results.append(json.loads(done.stdout.splitlines()[-1]))
         if "reason" in results[-1]:
             return results[-1]
-    middle = {key: statistics.median(r[key] for r in results) for key in ("peak", "state", "trained")}
+    middle = {key: int(statistics.median(r[key] for r in results)) for key in ("peak", "state", "trained")}
     middle["saved"] = None if case.checkpointing else statistics.median(r["saved"] for r in results)
     return middle
 
