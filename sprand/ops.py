@@ -63,7 +63,8 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedul
         grad_output: `[T, out]`, float32, bfloat16, float16, or float64 on the CPU.
         input: `[T, in]`, same dtype and device.
         indices: `[nnz]`, flat positions `row * in + column`, sorted.
-        schedule: how a GPU walks this pattern (`make_schedule`); without one a slower kernel for any pattern serves there.
+        schedule: how a GPU walks this pattern (`sprand.schedule.make_schedule`); without one a slower kernel for any pattern
+            serves there. Where the schedule says that dense chunks are faster, `sddmm_dense` serves.
 
     Returns:
         `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
@@ -72,6 +73,8 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedul
         ValueError: a shape, dtype or device that does not fit.
     """
     _check_sddmm("sddmm", grad_output, input, indices)
+    if schedule is not None and schedule.dense_tokens[0] <= input.shape[0] < schedule.dense_tokens[1]:
+        return sddmm_dense(grad_output, input, indices, schedule)
     return torch.ops.sprand.sddmm(grad_output, input, indices, *_launch(schedule))
 
 

@@ -88,6 +88,7 @@ class Schedule:
         blocks: multiprocessors to fill.
         cost: cycles of one multiprocessor per 8 tokens, by the model of the design: a figure to compare schedules by.
         chunks: `(first row, last row, first entry, last entry)` of row chunks whose dense gradient stays in L2.
+        dense_tokens: the token counts `[first, last)` for which `sddmm` takes these chunks instead of the row kernel.
     """
 
     table: Tensor
@@ -99,6 +100,7 @@ class Schedule:
     blocks: int
     cost: float
     chunks: tuple[tuple[int, int, int, int], ...]
+    dense_tokens: tuple[int, int] = (0, 0)
 
     @property
     def launch(self) -> list[int]:
