@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .schedule import Schedule
 
 
 class Written:
@@ -50,6 +51,7 @@ class Entries:
         base: `[nnz]`, the original entries, in the weight's dtype.
         scale: factor on delta.
         written: shared by all uses of the weight, or None to write every time.
+        schedule: how a GPU samples the gradient of a linear layer, or None.
     """
 
     delta: Tensor
@@ -57,6 +59,7 @@ class Entries:
     base: Tensor
     scale: float = 1.0
     written: Written | None = None
+    schedule: Schedule | None = None
 
     def write(self, weight: Tensor) -> None:
         """Make the chosen entries of `weight` hold base + scale * delta."""
@@ -90,8 +93,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         input = input.to(cast)
         bias = None if bias is None else bias.to(cast)
     return _Linear.apply(
-        input, weight, bias, entries.delta, entries.indices, entries.base, entries.scale, cast, transposed, _written(entries)
-    )
+        input, weight, bias, entries.delta, entries.indices, entries.base, entries.scale, cast, transposed, _written(entries),
+        entries.schedule,
+    )  # fmt: skip
 
 
 def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int | None = None) -> Tensor:
@@ -144,10 +148,10 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, delta, indices, base, scale, cast, transposed, written):
+    def forward(ctx, input, weight, bias, delta, indices, base, scale, cast, transposed, written, schedule):
         _write(weight, delta, indices, base, scale, written)
         ctx.save_for_backward(input, weight, delta, indices, base)
-        ctx.scale, ctx.cast, ctx.transposed, ctx.written = scale, cast, transposed, written
+        ctx.scale, ctx.cast, ctx.transposed, ctx.written, ctx.schedule = scale, cast, transposed, written, schedule
         used = weight if cast is None else weight.to(cast)
         return F.linear(input, used.t() if transposed else used, bias)
 
@@ -168,8 +172,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             columns = input.reshape(-1, input.shape[-1])
             left, right = (columns, rows) if ctx.transposed else (rows, columns)
-            grad_delta = _to_delta(ops.sddmm(left, right, indices), delta, ctx.scale)
-        return grad_input, None, grad_bias, grad_delta, None, None, None, None, None, None
+            grad_delta = _to_delta(ops.sddmm(left, right, indices, ctx.schedule), delta, ctx.scale)
+        return grad_input, None, grad_bias, grad_delta, None, None, None, None, None, None, None
 
 
 class _Embedding(torch.autograd.Function):

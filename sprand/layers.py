@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from . import functional, ops
 from .functional import Entries, Written
+from .schedule import Schedule
+from .tuning import schedule_for
 
 DELTA, INDICES, BASE = "sprand_delta", "sprand_indices", "sprand_base"
 
@@ -34,6 +36,7 @@ class Target:
         scale: factor between delta and weight.
         redraw: makes the indices on a device; needed when a module leaves the meta device.
         written: whether the weight holds its delta already.
+        schedule: how a GPU samples the gradient of a linear layer.
         delta, indices, base: names of the module's tensors for this parameter.
     """
 
@@ -41,6 +44,7 @@ class Target:
     scale: float = 1.0
     redraw: Callable[[torch.device], Tensor] | None = None
     written: Written = field(default_factory=Written)
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         suffix = "" if self.parameter == "weight" else f"_{self.parameter}"
@@ -59,14 +63,18 @@ class SparseModule(nn.Module):
         target = self._sprand_targets[parameter]
         buffers = self._buffers
         return Entries(
-            self._parameters[target.delta], buffers[target.indices], buffers[target.base], target.scale, target.written
-        )
+            self._parameters[target.delta], buffers[target.indices], buffers[target.base], target.scale, target.written,
+            target.schedule,
+        )  # fmt: skip
 
     def write_weights(self) -> None:
         """Make every targeted parameter hold its trained values now (its base values while disabled)."""
         for parameter in self._sprand_targets:
             entries, weight = self.sparse_entries(parameter), self._parameters[parameter]
             entries.write(weight) if self._sprand_active else entries.restore(weight)
+
+    def make_schedule(self, parameter: str) -> None:
+        """Settle how a GPU samples the gradient of this parameter; called when its indices or its device change."""
 
     def set_active(self, active: bool) -> None:
         """Switch the trained entries on or off, and write the weights accordingly."""
@@ -122,6 +130,7 @@ class SparseModule(nn.Module):
                 delta.data.zero_()
                 if target.redraw is not None:
                     getattr(self, target.indices).copy_(target.redraw(weight.device))
+            self.make_schedule(name)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -156,6 +165,11 @@ class _SparseLinear(SparseModule):
     """A linear layer: the gradient of the chosen entries is sampled, no dense gradient exists."""
 
     _transposed = False
+
+    def make_schedule(self, parameter: str) -> None:
+        weight, target = self._parameters[parameter], self._sprand_targets[parameter]
+        on_gpu = parameter == "weight" and weight.is_cuda and type(weight.data) is Tensor
+        target.schedule = schedule_for(self._buffers[target.indices], *weight.shape, weight.dtype) if on_gpu else None
 
     def forward(self, input: Tensor) -> Tensor:
         if not self._sprand_active or "weight" not in self._sprand_targets:
@@ -257,6 +271,7 @@ def attach(
     module.register_parameter(target.delta, delta)
     module.register_buffer(target.indices, indices)
     module.register_buffer(target.base, base)
+    module.make_schedule(parameter)
     return module.sparse_entries(parameter)
 
 

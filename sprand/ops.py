@@ -14,9 +14,13 @@ from torch import Tensor
 
 from . import reference
 from .reference import accumulation_dtype
+from .schedule import Schedule
 
 SCHEMAS = {
-    "sddmm": "(Tensor grad_output, Tensor input, Tensor indices) -> Tensor",
+    "sddmm": "(Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> Tensor",
+    "sddmm_add_": (
+        "(Tensor(a!) sums, Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> ()"
+    ),
     "gather": "(Tensor weight, Tensor indices) -> Tensor",
     "patch_": "(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? delta, float scale=1.0) -> ()",
     "scatter_add_": "(Tensor(a!) weight, Tensor indices, Tensor values, float scale=1.0) -> ()",
@@ -39,7 +43,7 @@ for _name, _schema in SCHEMAS.items():
 
 
 @torch.library.register_fake("sprand::sddmm")
-def _(grad_output, input, indices):
+def _(grad_output, input, indices, table=None, launch=()):
     return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
 
 
@@ -48,17 +52,19 @@ def _(weight, indices):
     return weight.new_empty(indices.shape)
 
 
-for _name in ("patch_", "scatter_add_", "sparse_adamw_", "stratified_indices_", "uniform_indices_"):
+for _name in ("sddmm_add_", "patch_", "scatter_add_", "sparse_adamw_", "stratified_indices_", "uniform_indices_"):
     torch.library.register_fake(f"sprand::{_name}", lambda *args, **kwargs: None)
 
 
-def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
+def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedule | None = None) -> Tensor:
     """Sampled dense-dense matmul: the chosen entries of `grad_output.T @ input`, and no others.
 
     Args:
         grad_output: `[T, out]`, float32, bfloat16, float16, or float64 on the CPU.
         input: `[T, in]`, same dtype and device.
         indices: `[nnz]`, flat positions `row * in + column`, sorted.
+        schedule: how a GPU walks this pattern (`sprand.schedule.make_schedule`); without one a slower kernel for any pattern
+            serves there. Where the schedule says that dense chunks are faster, `sddmm_dense` serves.
 
     Returns:
         `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
@@ -66,15 +72,51 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
-        raise ValueError(
-            f"sddmm: expected grad_output [T, out] and input [T, in], got {list(grad_output.shape)} and {list(input.shape)}"
-        )
-    _check_values("sddmm", "input", input, grad_output)
-    _check_indices("sddmm", indices, grad_output)
-    if indices.numel() > grad_output.shape[1] * input.shape[1]:
-        raise ValueError(f"sddmm: expected at most {grad_output.shape[1] * input.shape[1]} indices, got {indices.numel()}")
-    return torch.ops.sprand.sddmm(grad_output, input, indices)
+    _check_sddmm("sddmm", grad_output, input, indices)
+    if schedule is not None and schedule.dense_tokens[0] <= input.shape[0] < schedule.dense_tokens[1]:
+        return sddmm_dense(grad_output, input, indices, schedule)
+    return torch.ops.sprand.sddmm(grad_output, input, indices, *_launch(schedule))
+
+
+def sddmm_add_(sums: Tensor, grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedule | None = None) -> None:
+    """`sums += sddmm(grad_output, input, indices, schedule)`, for gradients that arrive in parts.
+
+    Args:
+        sums: `[nnz]`, float32 (float64 for float64 input); changed in place.
+        grad_output, input, indices, schedule: as for `sddmm`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    _check_sddmm("sddmm_add_", grad_output, input, indices)
+    _check_entries("sddmm_add_", "sums", sums, indices, accumulation_dtype(input.dtype))
+    torch.ops.sprand.sddmm_add_(sums, grad_output, input, indices, *_launch(schedule))
+
+
+def sddmm_dense(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedule) -> Tensor:
+    """`sddmm` by dense products: row chunks of the gradient that stay in a GPU's L2, each gathered at once; never a whole one.
+
+    Args:
+        grad_output, input, indices: as for `sddmm`.
+        schedule: of this pattern; its chunks are used.
+
+    Returns:
+        `[nnz]`, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    _check_sddmm("sddmm_dense", grad_output, input, indices)
+    dtype, parts = accumulation_dtype(input.dtype), []
+    for first_row, last_row, first, last in schedule.chunks:
+        left = grad_output[:, first_row:last_row].t()
+        if input.is_cuda and input.dtype != dtype:
+            chunk = torch.mm(left, input, out_dtype=dtype)
+        else:
+            chunk = left.to(dtype) @ input.to(dtype)
+        offset = first_row * input.shape[1]
+        parts.append(torch.ops.sprand.gather(chunk, indices[first:last] - offset if offset else indices[first:last]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -246,6 +288,21 @@ def _check_indices(op: str, indices: Tensor, other: Tensor) -> None:
         )
     if indices.device != other.device:
         raise ValueError(f"{op}: expected indices on {other.device}, got {indices.device}")
+
+
+def _check_sddmm(op: str, grad_output: Tensor, input: Tensor, indices: Tensor) -> None:
+    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
+        raise ValueError(
+            f"{op}: expected grad_output [T, out] and input [T, in], got {list(grad_output.shape)} and {list(input.shape)}"
+        )
+    _check_values(op, "input", input, grad_output)
+    _check_indices(op, indices, grad_output)
+    if indices.numel() > grad_output.shape[1] * input.shape[1]:
+        raise ValueError(f"{op}: expected at most {grad_output.shape[1] * input.shape[1]} indices, got {indices.numel()}")
+
+
+def _launch(schedule: Schedule | None) -> tuple[Tensor | None, list[int]]:
+    return (None, []) if schedule is None else (schedule.table, schedule.launch)
 
 
 def _check_weight(op: str, weight: Tensor, indices: Tensor) -> None:

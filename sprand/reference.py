@@ -21,8 +21,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
-    """`(grad_output.T @ input).flatten()[indices]`, a bounded number of columns at a time."""
+def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, table: Tensor | None = None, launch: Sequence[int] = ()) -> Tensor:
+    """`(grad_output.T @ input).flatten()[indices]`, a bounded number of columns at a time; needs no schedule."""
     tokens, cols = input.shape
     dtype = accumulation_dtype(input.dtype)
     result = input.new_empty(indices.shape, dtype=dtype)
@@ -31,6 +31,19 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
         right = input.index_select(1, indices[part] % cols).to(dtype)
         result[part] = left.mul_(right).sum(0)
     return result
+
+
+@torch.no_grad()
+def sddmm_add_(
+    sums: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    indices: Tensor,
+    table: Tensor | None = None,
+    launch: Sequence[int] = (),
+) -> None:
+    """`sums += sddmm(grad_output, input, indices)`."""
+    sums += sddmm(grad_output, input, indices)
 
 
 @torch.no_grad()

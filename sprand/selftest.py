@@ -12,7 +12,11 @@ from torch import Tensor
 from . import native, ops, reference
 
 TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
-ROUNDED = ("sddmm", "sparse_adamw_")  # sums in another order, or other roundings on the way; the rest is exact to the bit
+ROUNDED = (
+    "sddmm",
+    "sddmm_add_",
+    "sparse_adamw_",
+)  # sums in another order, or other roundings on the way; the rest is exact to the bit
 
 
 def run(devices: Sequence[str]) -> list[dict[str, Any]]:
@@ -80,8 +84,9 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
     reference.stratified_indices_(indices, ROWS, COLS, 7)
     weight = normal(ROWS, COLS, kind=dtype)
     base = reference.gather(weight, indices)
-    if op == "sddmm":
-        return {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype), "indices": indices}
+    if op in ("sddmm", "sddmm_add_"):
+        sides = {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype), "indices": indices}
+        return sides if op == "sddmm" else {"sums": normal(NNZ)} | sides
     if op == "gather":
         return {"weight": weight, "indices": indices}
     if op == "patch_":

@@ -47,6 +47,10 @@ def test_sddmm_is_the_chosen_part_of_the_weight_gradient(ops, problem, dtype, in
     plain = grad_output.float().T @ input.float()
     assert_within(result, oracle.flatten()[indices.long()], tolerance(plain, oracle, result.dtype))
 
+    sums = result.clone()
+    ops.sddmm_add_(sums, grad_output, input, indices)
+    assert torch.equal(sums, result + result)
+
 
 @dtypes
 @implementations
@@ -234,6 +238,7 @@ def sample_calls(device: str = "cpu") -> dict[str, tuple]:
     steps = [one.clone() for _ in made.steps]
     return {
         "sddmm": make_sddmm(ORDINARY, torch.bfloat16, torch.int32, device),
+        "sddmm_add_": (entries.delta, *make_sddmm(ORDINARY, torch.float32, torch.int32, device)),
         "gather": (entries.weight, entries.indices),
         "patch_": (entries.weight, entries.indices, entries.base, entries.delta, 0.5),
         "scatter_add_": (entries.weight, entries.indices, entries.delta, 0.5),

@@ -278,6 +278,13 @@ T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
 inline unsigned __ballot_sync(unsigned mask, int p) { return simt::ballot(mask, p != 0); }
 inline int __any_sync(unsigned mask, int p) { return simt::ballot(mask, p != 0) != 0; }
 inline int __all_sync(unsigned mask, int p) { return simt::ballot(mask, p != 0) == mask; }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xFF) << (8 * i);
+  return result;
+}
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 
 template <class T>

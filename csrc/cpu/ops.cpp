@@ -61,7 +61,9 @@ DType sddmm_type(ScalarType type) {
   return DType::f32;
 }
 
-Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
+// table and launch are a GPU's schedule.
+Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& indices, const std::optional<Tensor>&,
+                const std::vector<int64_t>&) {
   check_sddmm(grad_output, input);
   const bool is_long = long_indices("sddmm", indices);
   const Tensor g = torch::stable::contiguous(grad_output), x = torch::stable::contiguous(input);
@@ -71,6 +73,19 @@ Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& in
         {static_cast<int64_t>(torch::stable::get_num_threads()),
          [](int64_t n, const std::function<void(int64_t, int64_t)>& f) { run_parallel(0, n, 1, f); }});
   return result;
+}
+
+void sddmm_add_op(const Tensor& sums, const Tensor& grad_output, const Tensor& input, const Tensor& indices,
+                  const std::optional<Tensor>& table, const std::vector<int64_t>& launch) {
+  check_entries("sddmm_add_", "sums", sums, indices, sum_type(input));
+  const Tensor more = sddmm_op(grad_output, input, indices, table, launch);
+  const auto add = [&](auto* to, const auto* from) {
+    for (int64_t p = 0; p < indices.numel(); ++p) to[p] += from[p];
+  };
+  if (sum_type(input) == ScalarType::Double)
+    add(written<double>(sums), values<double>(more));
+  else
+    add(written<float>(sums), values<float>(more));
 }
 
 Tensor gather_op(const Tensor& weight, const Tensor& indices) {
@@ -201,6 +216,7 @@ STABLE_TORCH_LIBRARY_IMPL(sprand, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sprand, CPU, m) {
   m.impl("sddmm", TORCH_BOX(&sprand::cpu::sddmm_op));
+  m.impl("sddmm_add_", TORCH_BOX(&sprand::cpu::sddmm_add_op));
   m.impl("gather", TORCH_BOX(&sprand::cpu::gather_op));
   m.impl("patch_", TORCH_BOX(&sprand::cpu::patch_op));
   m.impl("scatter_add_", TORCH_BOX(&sprand::cpu::scatter_add_op));

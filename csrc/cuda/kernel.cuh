@@ -52,6 +52,16 @@ cudaError_t with_types(DType dtype, IndexType type, F&& f) {
   });
 }
 
+// Lets `kernel` have more dynamic shared memory than the 48 KB that need no asking.
+template <class Kernel>
+cudaError_t allow_shared([[maybe_unused]] Kernel* kernel, [[maybe_unused]] size_t bytes) {
+#ifdef SPRAND_SIMT
+  return cudaSuccess;
+#else
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+#endif
+}
+
 // One thread per entry: neighbouring threads hold neighbouring entries, so everything stored per entry is read and written
 // in full lines, and the weight in ascending order of address.
 constexpr int kEntryThreads = 256;

@@ -21,9 +21,13 @@ struct Indices {
 
 // sddmm.cu. grad_output [tokens, out_features], input [tokens, in_features], both of `dtype`; out [nnz].
 // `partial` holds [sddmm_splits(tokens, nnz), nnz] floats, and is not touched where that is one split.
+// With `accumulate` the sums are added to what `out` holds. For any pattern without a plan; see sddmm_rows.h.
 int64_t sddmm_splits(int64_t tokens, int64_t nnz);
 cudaError_t sddmm(const void* grad_output, const void* input, DType dtype, Indices indices, float* out, float* partial,
-                  int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream);
+                  bool accumulate, int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream);
+
+// sum_splits.cu. `partial` [splits, nnz].
+cudaError_t sum_splits(const float* partial, float* out, int64_t nnz, int64_t splits, bool accumulate, cudaStream_t stream);
 
 // gather.cu
 cudaError_t gather(const void* weight, DType dtype, Indices indices, void* out, cudaStream_t stream);

@@ -8,6 +8,7 @@
 
 #include "../checks.h"
 #include "launch.h"
+#include "sddmm_rows.h"
 #include "stream.h"
 
 namespace sprand::cuda {
@@ -71,23 +72,73 @@ const float* number_of(const char* op, const char* name, const std::optional<Ten
   return t ? number_of(op, name, *t, indices) : nullptr;
 }
 
-Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
-  constexpr const char* op = "sddmm";
-  check_sddmm(grad_output, input);
-  check_device(op, grad_output, input);
+// The plan of sprand/schedule.py; without one the kernel for any pattern serves.
+std::optional<RowsPlan> plan_of(const char* op, const std::optional<Tensor>& table, const std::vector<int64_t>& launch,
+                                const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
+  if (!table) return std::nullopt;
+  constexpr size_t kNumbers = 11;
+  STD_TORCH_CHECK(launch.size() == kNumbers, op, ": expected a schedule of ", kNumbers, " numbers, got ", launch.size());
+  check_device(op, *table, indices);
+  RowsPlan plan{{static_cast<int>(launch[0]), static_cast<int>(launch[1]), static_cast<int>(launch[2]),
+                 static_cast<int>(launch[3]), static_cast<int>(launch[4]), launch[5] != 0},
+                static_cast<const int32_t*>(table->const_data_ptr()),
+                launch[6],
+                launch[7],
+                launch[8],
+                launch[9],
+                launch[10]};
+  const RowsVariant& v = plan.variant;
+  STD_TORCH_CHECK(has_rows_variant(v, value_type(op, input)), op,
+                  ": no kernel for this schedule in the dtype of input; make it anew");
+  STD_TORCH_CHECK(plan.tiles > 0 && plan.tiles < int64_t{1} << 31 && plan.windows > 0 && plan.windows < 65536 &&
+                      plan.ranks >= 0 && plan.ranks <= v.slots && plan.width > 0 && plan.width <= v.columns && plan.blocks > 0,
+                  op, ": expected a schedule of sprand.ops.make_schedule, got numbers out of range");
+  const int64_t covered = plan.tiles * v.threads * v.rows_per_lane;
+  STD_TORCH_CHECK(v.ordered || covered >= grad_output.size(1), op, ": expected a schedule for ", grad_output.size(1),
+                  " rows, got one for another weight");
+  STD_TORCH_CHECK(table->scalar_type() == ScalarType::Int && table->is_contiguous() &&
+                      table->numel() == rows_table_size(plan, grad_output.size(1)),
+                  op, ": expected a schedule table of ", rows_table_size(plan, grad_output.size(1)),
+                  " int32 for this weight, got one of ", table->numel());
+  return plan;
+}
+
+void run_sddmm(const char* op, const Tensor& grad_output, const Tensor& input, const Tensor& indices,
+               const std::optional<Tensor>& table, const std::vector<int64_t>& launch_numbers, const Tensor& out,
+               bool accumulate) {
   const DType dtype = value_type(op, input);
   const Indices positions = positions_of(op, indices, input);
+  std::optional<RowsPlan> plan = plan_of(op, table, launch_numbers, grad_output, input, indices);
   Launch launch(input);
   const Tensor left = torch::stable::contiguous(grad_output);
   const Tensor right = torch::stable::contiguous(input);
-  const int64_t splits = sddmm_splits(input.size(0), positions.nnz);
-  const Tensor out = torch::stable::new_empty(input, {positions.nnz}, ScalarType::Float);
+  const int64_t tokens = input.size(0), rows = grad_output.size(1), columns = input.size(1);
+  if (plan && !rows_fit(plan->variant, left.const_data_ptr(), right.const_data_ptr(), rows, columns)) plan.reset();
+  const int64_t splits = plan ? rows_splits(*plan, tokens) : sddmm_splits(tokens, positions.nnz);
   const Tensor partial = torch::stable::new_empty(input, {splits > 1 ? splits * positions.nnz : 0}, ScalarType::Float);
-  launch.check(
-      sddmm(left.const_data_ptr(), right.const_data_ptr(), dtype, positions, static_cast<float*>(out.mutable_data_ptr()),
-            static_cast<float*>(partial.mutable_data_ptr()), input.size(0), grad_output.size(1), input.size(1), launch.stream()),
-      op);
+  float* const sums = static_cast<float*>(out.mutable_data_ptr());
+  float* const parts = static_cast<float*>(partial.mutable_data_ptr());
+  const void *g = left.const_data_ptr(), *x = right.const_data_ptr();
+  launch.check(plan ? sddmm_rows(g, x, dtype, positions, *plan, sums, parts, accumulate, tokens, rows, columns, launch.stream())
+                    : sddmm(g, x, dtype, positions, sums, parts, accumulate, tokens, rows, columns, launch.stream()),
+               op);
+}
+
+Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& indices, const std::optional<Tensor>& table,
+                const std::vector<int64_t>& launch) {
+  check_sddmm(grad_output, input);
+  check_device("sddmm", grad_output, input);
+  const Tensor out = torch::stable::new_empty(input, {indices.numel()}, ScalarType::Float);
+  run_sddmm("sddmm", grad_output, input, indices, table, launch, out, false);
   return out;
+}
+
+void sddmm_add_op(const Tensor& sums, const Tensor& grad_output, const Tensor& input, const Tensor& indices,
+                  const std::optional<Tensor>& table, const std::vector<int64_t>& launch) {
+  check_sddmm(grad_output, input);
+  check_device("sddmm_add_", grad_output, input);
+  floats_of("sddmm_add_", "sums", sums, indices);
+  run_sddmm("sddmm_add_", grad_output, input, indices, table, launch, sums, true);
 }
 
 Tensor gather_op(const Tensor& weight, const Tensor& indices) {
@@ -185,6 +236,7 @@ void uniform_indices_op(const Tensor& indices, int64_t numel, int64_t key) {
 
 void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
+  m.impl("sddmm_add_", TORCH_BOX(&sddmm_add_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("patch_", TORCH_BOX(&patch_op));
   m.impl("scatter_add_", TORCH_BOX(&scatter_add_op));

@@ -32,7 +32,7 @@ template <class T, class I>
 __global__ void __launch_bounds__(kThreads)
     sddmm_kernel(const T* __restrict__ grad_output, const T* __restrict__ input, const I* __restrict__ indices,
                  float* __restrict__ out, int64_t tokens, int64_t out_features, int64_t in_features, int64_t nnz,
-                 int64_t split_tokens) {
+                 int64_t split_tokens, bool accumulate) {
   const int64_t first_entry = int64_t{blockIdx.x} * kPerBlock + threadIdx.x;
   const int64_t begin = blockIdx.y * split_tokens;
   const int64_t end = begin + split_tokens < tokens ? begin + split_tokens : tokens;
@@ -65,17 +65,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int64_t entry = first_entry + k * kThreads;
-    if (entry < nnz) out[blockIdx.y * nnz + entry] = sum[k];
+    if (entry >= nnz) continue;
+    float& result = out[blockIdx.y * nnz + entry];
+    result = accumulate ? result + sum[k] : sum[k];
   }
-}
-
-__global__ void __launch_bounds__(kEntryThreads)
-    sum_splits_kernel(const float* __restrict__ partial, float* __restrict__ out, int64_t nnz, int splits) {
-  const int64_t entry = entry_of_thread();
-  if (entry >= nnz) return;
-  float sum = 0.f;
-  for (int s = 0; s < splits; ++s) sum += partial[s * nnz + entry];
-  out[entry] = sum;
 }
 
 }  // namespace
@@ -89,7 +82,7 @@ int64_t sddmm_splits(int64_t tokens, int64_t nnz) {
 }
 
 cudaError_t sddmm(const void* grad_output, const void* input, DType dtype, Indices indices, float* out, float* partial,
-                  int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream) {
+                  bool accumulate, int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream) {
   if (indices.nnz == 0) return cudaSuccess;
   const int64_t splits = sddmm_splits(tokens, indices.nnz);
   const int64_t split_tokens = ceil_div(ceil_div(tokens, splits), kTile) * kTile;
@@ -99,13 +92,10 @@ cudaError_t sddmm(const void* grad_output, const void* input, DType dtype, Indic
     using I = decltype(index);
     SPRAND_LAUNCH((sddmm_kernel<T, I>), grid, kThreads, 0, stream, static_cast<const T*>(grad_output),
                   static_cast<const T*>(input), static_cast<const I*>(indices.data), splits > 1 ? partial : out, tokens,
-                  out_features, in_features, indices.nnz, split_tokens);
+                  out_features, in_features, indices.nnz, split_tokens, accumulate && splits == 1);
     return cudaGetLastError();
   });
-  if (error != cudaSuccess || splits == 1) return error;
-  SPRAND_LAUNCH(sum_splits_kernel, entry_grid(indices.nnz), kEntryThreads, 0, stream, partial, out, indices.nnz,
-                static_cast<int>(splits));
-  return cudaGetLastError();
+  return error != cudaSuccess || splits == 1 ? error : sum_splits(partial, out, indices.nnz, splits, accumulate, stream);
 }
 
 }  // namespace sprand::cuda

@@ -1,4 +1,5 @@
-// sprand._host: Python's way to merge.h. Memory is passed as addresses, so that neither torch nor numpy is needed here.
+// sprand._host: Python's way to merge.h and order.h. Memory is passed as addresses, so that neither torch nor numpy is needed
+// here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,7 @@
 #include <utility>
 
 #include "host/merge.h"
+#include "host/order.h"
 
 namespace py = pybind11;
 
@@ -52,10 +54,30 @@ size_t merge_at(const std::vector<Entry>& lists, int itemsize, uintptr_t out, co
   });
 }
 
+py::bytes bytes_of(const std::vector<int32_t>& v) {
+  return {reinterpret_cast<const char*>(v.data()), v.size() * sizeof(int32_t)};
+}
+
+py::tuple order_rows_at(uintptr_t address, size_t count, int itemsize, int64_t out_features, int64_t in_features, int64_t threads,
+                        int64_t rows_per_lane, int64_t slots, int64_t columns) {
+  Ordered ordered;
+  {
+    py::gil_scoped_release released;
+    ordered = with_index_type(itemsize, [&](auto zero) {
+      return order_rows(List{address, count}.as<decltype(zero)>(), out_features, in_features, {threads, rows_per_lane, slots},
+                        columns);
+    });
+  }
+  return py::make_tuple(bytes_of(ordered.window_begin), bytes_of(ordered.rows), bytes_of(ordered.entries), ordered.phases,
+                        ordered.wavefronts);
+}
+
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side work on sorted index lists; sprand.host is its door.";
   m.def("first_bad_index", &first_bad_index_at, py::arg("address"), py::arg("count"), py::arg("itemsize"), py::arg("numel"));
   m.def("merge_indices", &merge_at, py::arg("lists"), py::arg("itemsize"), py::arg("out"), py::arg("places"));
+  m.def("order_rows", &order_rows_at, py::arg("address"), py::arg("count"), py::arg("itemsize"), py::arg("out_features"),
+        py::arg("in_features"), py::arg("threads"), py::arg("rows_per_lane"), py::arg("slots"), py::arg("columns"));
 #if defined(__clang__)
   m.attr("compiler") = "clang " __clang_version__;
 #else

@@ -1,0 +1,252 @@
+"""Schedules: how the CUDA row kernel of sddmm walks one pattern. Made once per pattern, on the pattern's device.
+
+The kernel (csrc/cuda/sddmm_rows.cuh) gives each lane whole rows of the weight and a fixed number of slots per row and window
+of columns. An *aligned* schedule serves patterns whose rows hold nearly equal numbers of entries, spread evenly, as the random
+draws do: slot s of window w is the entry of rank `w * ranks + s` of its row, so that a table of row starts is all it needs. An
+*ordered* schedule serves any other mask: the entries of a row and window are dealt to as many lanes as they need, in an order
+that keeps the eight lanes of a shared-memory phase on different banks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import host
+from .host import BANKS
+
+SAMPLED_ROWS = 2048  # of a pattern, to judge its bank conflicts
+MULTIPROCESSORS = 132  # where the device does not say: an H200
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled instantiation of the row kernel; csrc/cuda/sddmm_rows_variants.cuh holds the same list.
+
+    Attributes:
+        threads: lanes of a block.
+        rows: rows of the weight that a lane owns.
+        slots: sums per row and window.
+        columns: the widest window.
+        unit: neighbouring rows that share their columns.
+        ordered: for ordered schedules.
+    """
+
+    threads: int
+    rows: int
+    slots: int
+    columns: int
+    unit: int = 1
+    ordered: bool = False
+
+    @property
+    def block_rows(self) -> int:
+        return self.threads * self.rows
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: two stages of input, and the slots' offsets."""
+        return 2 * 16 * self.columns + 2 * self.threads * (-(-self.rows // self.unit * self.slots // 8) * 8)
+
+
+_UNSTRUCTURED = [
+    (16, 2, 4096),
+    (8, 5, 4096),
+    (4, 5, 4096),
+    (8, 4, 2048),
+    (8, 8, 2048),
+    (8, 11, 2560),
+    (4, 11, 2560),
+    (4, 16, 2048),
+    (4, 21, 2560),
+]
+_SHARED = [(8, 4, 2048, 2), (8, 11, 2560, 2), (8, 4, 2048, 4), (4, 11, 2560, 4)]
+_FLOAT32 = [(16, 2, 4096), (8, 4, 2048), (8, 8, 2048), (8, 11, 2560), (4, 11, 2560)]
+_ORDERED = Variant(256, 8, 8, 2048, 1, True)
+_HALF = [*(Variant(256, *sizes) for sizes in (*_UNSTRUCTURED, *_SHARED)), _ORDERED]
+VARIANTS = {
+    torch.bfloat16: _HALF,
+    torch.float16: _HALF,
+    torch.float32: [*(Variant(256, *sizes) for sizes in _FLOAT32), _ORDERED],
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the row kernel needs beside the indices.
+
+    Attributes:
+        table: int32, on the device of the indices; its layout stands in csrc/cuda/sddmm_rows.h.
+        variant: the instantiation.
+        tiles: blocks of rows.
+        windows: windows of columns per block of rows.
+        ranks: entries of a row that one window serves.
+        width: columns of the widest window.
+        blocks: multiprocessors to fill.
+        cost: cycles of one multiprocessor per 8 tokens, by the model of the design: a figure to compare schedules by.
+        chunks: `(first row, last row, first entry, last entry)` of row chunks whose dense gradient stays in L2.
+        dense_tokens: the token counts `[first, last)` for which `sddmm` takes these chunks instead of the row kernel.
+    """
+
+    table: Tensor
+    variant: Variant
+    tiles: int
+    windows: int
+    ranks: int
+    width: int
+    blocks: int
+    cost: float
+    chunks: tuple[tuple[int, int, int, int], ...]
+    dense_tokens: tuple[int, int] = (0, 0)
+
+    @property
+    def launch(self) -> list[int]:
+        """The numbers that the operator takes beside `table`."""
+        v = self.variant
+        numbers = [v.threads, v.rows, v.slots, v.columns, v.unit, int(v.ordered)]
+        return [*numbers, self.tiles, self.windows, self.ranks, self.width, self.blocks]
+
+
+CHUNK_BYTES = 32 << 20  # of float32 gradient: stays in the L2 of an A100 or later until it is gathered
+
+
+def make_schedule(
+    indices: Tensor,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    shared_bytes: int = 227 << 10,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> Schedule | None:
+    """The schedule of a pattern, or None where the row kernel has no use: no entries, an odd width, a float64 weight.
+
+    Args:
+        indices: `[nnz]`, flat, sorted, distinct.
+        out_features, in_features: rows and columns of the weight.
+        dtype: of grad_output and input.
+        shared_bytes: what a block may use on the device.
+        multiprocessors: of the device.
+    """
+    if indices.numel() == 0 or dtype not in VARIANTS or in_features % 2:
+        return None
+    rows = Rows.of(indices, out_features, in_features)
+    fitting = [v for v in VARIANTS[dtype] if v.shared_bytes <= shared_bytes]
+    candidates = [
+        schedule
+        for variant in fitting
+        if not variant.ordered and out_features % max(2, variant.unit) == 0 and rows.shared >= variant.unit
+        for schedule in _aligned(rows, variant, multiprocessors)
+    ]
+    best = min(candidates, key=lambda schedule: schedule.cost, default=None)
+    if best is None or rows.conflicts(1) > 1.3:
+        ordered = [_ordered(rows, variant, multiprocessors) for variant in fitting if variant.ordered]
+        best = min([*ordered, *([best] if best else [])], key=lambda schedule: schedule.cost, default=None)
+    return best
+
+
+@dataclass
+class Rows:
+    """A pattern, looked at by rows.
+
+    Attributes:
+        indices: `[nnz]`.
+        begin: `[out + 1]` int32, the number of entries before each row.
+        columns: `[nnz]` int64.
+        rank: `[nnz]` int64, place of an entry in its row.
+        most: entries of the fullest row.
+        shared: 4, 2 or 1: how many neighbouring rows always have the same columns.
+        out_features, in_features: of the weight.
+    """
+
+    indices: Tensor
+    begin: Tensor
+    columns: Tensor
+    rank: Tensor
+    most: int
+    shared: int
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def of(cls, indices: Tensor, out_features: int, in_features: int) -> Rows:
+        positions = indices.long()
+        edges = torch.arange(out_features + 1, device=indices.device) * in_features
+        begin = torch.searchsorted(positions, edges)
+        row = positions // in_features
+        columns, rank = positions - row * in_features, torch.arange(len(positions), device=indices.device) - begin[row]
+        counts = begin.diff()
+        shared = 1
+        for unit in (2, 4):
+            if out_features % unit or not bool((counts.view(-1, unit) == counts[::unit, None]).all()):
+                break
+            if not torch.equal(columns[begin[row // unit * unit] + rank], columns):
+                break
+            shared = unit
+        return cls(indices, begin.int(), columns, rank, int(counts.max()), shared, out_features, in_features)
+
+    def chunks(self) -> tuple[tuple[int, int, int, int], ...]:
+        height = max(1, CHUNK_BYTES // (4 * self.in_features))
+        edges = [*range(0, self.out_features, height), self.out_features]
+        entries = self.begin[torch.tensor(edges, device=self.begin.device)].tolist()
+        return tuple(zip(edges[:-1], edges[1:], entries[:-1], entries[1:], strict=True))
+
+    def conflicts(self, unit: int) -> float:
+        """Wavefronts per shared-memory phase of an aligned schedule, 1 at best, over the first rows."""
+        group = max(2, unit)
+        height = min(SAMPLED_ROWS, self.out_features) // (BANKS * group) * (BANKS * group)
+        if height == 0 or int(self.begin[height]) == 0:
+            return 1.0
+        taken = slice(0, int(self.begin[height]))
+        row = self.indices[taken].long() // self.in_features
+        residues = torch.full((height, self.most), -1, device=row.device)
+        residues[row, self.rank[taken]] = self.columns[taken] % BANKS
+        lanes = residues.view(-1, BANKS, group, self.most)[:, :, ::unit].transpose(1, 2)  # [block, member, lane, rank]
+        worst = torch.stack([(lanes == bank).sum(2) for bank in range(BANKS)]).amax(0)
+        met = worst > 0
+        return float(worst[met].double().mean())
+
+
+def _aligned(rows: Rows, variant: Variant, multiprocessors: int) -> Iterator[Schedule]:
+    """The aligned schedule of a variant with the fewest windows that hold the pattern's columns, if there is one."""
+    fewest = -(-rows.most // variant.slots)
+    for windows in range(fewest, 2 * fewest + 2):
+        ranks = -(-rows.most // windows)
+        window = rows.rank // ranks
+        low = torch.full((windows,), rows.in_features, device=window.device).scatter_reduce_(0, window, rows.columns, "amin")
+        high = torch.zeros((windows,), dtype=torch.int64, device=window.device).scatter_reduce_(0, window, rows.columns, "amax")
+        low = low // 2 * 2
+        width = int((high + 1 - low).max())
+        width = min(width + width % 2, rows.in_features)
+        if width > variant.columns:
+            continue
+        low.clamp_(max=rows.in_features - width)
+        tiles = -(-rows.out_features // variant.block_rows)
+        cost = _cost(variant, width, rows.conflicts(variant.unit)) * tiles * windows
+        table = torch.cat([rows.begin, low.int()])
+        yield Schedule(table, variant, tiles, windows, ranks, width, multiprocessors, cost, rows.chunks())
+        return
+
+
+def _ordered(rows: Rows, variant: Variant, multiprocessors: int) -> Schedule:
+    """The ordered schedule of a variant."""
+    table, tiles, conflicts = host.order_rows(
+        rows.indices, rows.out_features, rows.in_features, variant.threads, variant.rows, variant.slots, variant.columns
+    )
+    width = min(variant.columns, rows.in_features)
+    cost = _cost(variant, width, conflicts) * tiles
+    return Schedule(table, variant, tiles, 1, variant.slots, width, multiprocessors, cost, rows.chunks())
+
+
+def _cost(variant: Variant, width: int, conflicts: float) -> float:
+    """Cycles of one block per 8 tokens: the instructions to issue, or the shared memory's wavefronts, whichever is more.
+
+    A slot costs 8 sums for each row of its unit, 8 conversions, a load and its offset.
+    """
+    rows, slots = variant.block_rows, variant.block_rows * variant.slots / variant.unit
+    per_slot = {1: 18.8, 2: 27.2, 4: 44.0}[variant.unit]
+    issue = (slots / 32 * per_slot + rows / 64 * (56 if variant.ordered else 28) + width / 64 * 28) / 4 / 0.83
+    shared = (slots / 32 * (4 * conflicts + 0.5) + width / 64 * 8) / 0.9
+    return max(issue, shared)

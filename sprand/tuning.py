@@ -1,0 +1,197 @@
+"""Which way of computing sddmm is faster on a GPU: a small table of costs, measured once per card, and the choice it implies.
+
+Two ways give the same sums up to rounding: the row kernel (time grows with the entries) and dense products gathered chunk by
+chunk (time grows with the weight). Both are a start and a slope over the tokens, so one token count separates them.
+
+The table is kept in `$SPRAND_CACHE` (default `~/.cache/sprand`), one file per card and version, so that later runs and the other
+processes of a machine choose alike. `SPRAND_SDDMM=rows|dense` overrides it; `auto` is the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .schedule import Schedule, make_schedule
+from .version import __version__
+
+EVERY = 1 << 62  # more tokens than any batch
+WAIT_SECONDS = 60.0  # for another process that is measuring
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of sddmm on one card, in one dtype.
+
+    Attributes:
+        rows_start: one call of the row kernel.
+        rows_cycle: each cycle that the schedule's model predicts for one multiprocessor.
+        dense_start: one chunk of the dense way.
+        dense_product: each multiplication of the dense product.
+        dense_entry: each entry of the dense gradient, written and gathered.
+    """
+
+    rows_start: float
+    rows_cycle: float
+    dense_start: float
+    dense_product: float
+    dense_entry: float
+
+    def dense_tokens(self, schedule: Schedule, out_features: int, in_features: int) -> tuple[int, int]:
+        """The token counts `[first, last)` for which the dense way is faster."""
+        start = self.rows_start - self.dense_start * len(schedule.chunks) - self.dense_entry * out_features * in_features
+        slope = self.rows_cycle * cycles(schedule, 1) - self.dense_product * out_features * in_features
+        crossing = EVERY if slope == 0 else min(EVERY, max(0, round(-start / slope)))
+        if slope > 0:
+            return (crossing, EVERY)
+        return (0, crossing) if start > 0 else (0, 0)
+
+
+def cycles(schedule: Schedule, tokens: int) -> float:
+    """What the schedule's model predicts for one multiprocessor, its share of all blocks."""
+    return schedule.cost * tokens / 8 / schedule.blocks
+
+
+def schedule_for(indices: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Schedule | None:
+    """The schedule of a pattern on its GPU, with the choice between the two ways; None where the kernel for any pattern serves.
+
+    Args:
+        indices: `[nnz]`, flat, sorted, on a GPU.
+        out_features, in_features: rows and columns of the weight.
+        dtype: of the weight.
+
+    Raises:
+        ValueError: `SPRAND_SDDMM` is set to something else than auto, rows or dense.
+    """
+    facts = torch.cuda.get_device_properties(indices.device)
+    limits = facts.shared_memory_per_block_optin, facts.multi_processor_count
+    schedule = make_schedule(indices, out_features, in_features, dtype, *limits)
+    if schedule is None:
+        return None
+    way = os.environ.get("SPRAND_SDDMM", "auto")
+    if way not in ("auto", "rows", "dense"):
+        raise ValueError(f"SPRAND_SDDMM: expected auto, rows or dense, got {way!r}")
+    if way == "auto":
+        tokens = costs(indices.device, dtype).dense_tokens(schedule, out_features, in_features)
+    else:
+        tokens = (0, EVERY) if way == "dense" else (0, 0)
+    return dataclasses.replace(schedule, dense_tokens=tokens)
+
+
+def costs(device: torch.device, dtype: torch.dtype) -> Costs:
+    """The costs of a card, from its file; measured (about a second) and written where there is none."""
+    return _costs(torch.cuda.get_device_name(device), torch.device(device), dtype)
+
+
+@functools.cache
+def _costs(card: str, device: torch.device, dtype: torch.dtype) -> Costs:
+    path = cache_folder() / f"sddmm-{re.sub(r'[^A-Za-z0-9]+', '-', card)}-{str(dtype)[6:]}-{__version__}-{torch.__version__}.json"
+    return read_or_measure(path, lambda: measure(device, dtype))
+
+
+def cache_folder() -> Path:
+    """Where tables are kept."""
+    return Path(os.environ.get("SPRAND_CACHE") or Path.home() / ".cache" / "sprand")
+
+
+def read_or_measure(path: Path, measure: Callable[[], Costs]) -> Costs:
+    """The table in `path`; measured by the first process that asks, awaited by the others.
+
+    A folder that cannot be written to costs each process a measurement, nothing else.
+    """
+    lock = path.with_suffix(".lock")
+    deadline = time.monotonic() + WAIT_SECONDS
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return measure()
+    while True:
+        try:
+            return Costs(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            pass
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+            break
+        except FileExistsError:
+            if time.monotonic() > deadline:  # its maker died
+                break
+            time.sleep(0.05)
+        except OSError:
+            return measure()
+    try:
+        found = measure()
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(dataclasses.asdict(found), file)
+        os.replace(file.name, path)
+        return found
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def measure(device: torch.device, dtype: torch.dtype, seconds: Callable[[Callable[[], object]], float] | None = None) -> Costs:
+    """Time both ways on two weights, two densities and two token counts, and fit the costs by least squares.
+
+    Args:
+        device: the GPU.
+        dtype: of the operands.
+        seconds: how to time a call; by CUDA events, the median of ten, if None.
+    """
+    seconds = seconds or _seconds
+    row_cases, row_times, dense_cases, dense_times = [], [], [], []
+    for features in (1024, 4096):
+        for tokens in (512, 4096):
+            sides = [torch.randn(tokens, features, device=device).to(dtype) for _ in range(2)]
+            for density in (0.001, 0.01):
+                indices = torch.empty(round(features * features * density), dtype=torch.int32, device=device)
+                ops.stratified_indices_(indices, features, features, 0)
+                facts = torch.cuda.get_device_properties(device)
+                limits = facts.shared_memory_per_block_optin, facts.multi_processor_count
+                schedule = make_schedule(indices, features, features, dtype, *limits)
+                row_cases.append([1.0, cycles(schedule, tokens)])
+                row_times.append(seconds(lambda s=schedule, i=indices, a=sides: ops.sddmm(*a, i, s)))
+            entries = features * features
+            dense_cases.append([float(len(schedule.chunks)), float(tokens * entries), float(entries)])
+            dense_times.append(seconds(lambda s=schedule, i=indices, a=sides: ops.sddmm_dense(*a, i, s)))
+    return Costs(*fit(row_cases, row_times), *fit(dense_cases, dense_times))
+
+
+def fit(cases: list[list[float]], times: list[float]) -> list[float]:
+    """Coefficients, none below zero, whose sums over a case come closest to its time, by relative error."""
+    matrix, wanted = torch.tensor(cases, dtype=torch.float64), torch.tensor(times, dtype=torch.float64)
+    scale = matrix.amax(0)
+    active = list(range(matrix.shape[1]))
+    while True:
+        weighted = matrix[:, active] / scale[active] / wanted[:, None]
+        solution = torch.linalg.lstsq(weighted, torch.ones_like(wanted)[:, None]).solution[:, 0]
+        if len(active) == 1 or bool((solution >= 0).all()):
+            break
+        active.pop(int(solution.argmin()))
+    found = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    found[active] = solution.clamp_min(0) / scale[active]
+    return found.tolist()
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    samples = []
+    for _ in range(13):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(samples[3:])

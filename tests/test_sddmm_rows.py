@@ -1,0 +1,243 @@
+"""The row kernels of sddmm and their schedules, run on the CPU by the emulation: every variant, every kind of pattern."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import emulation
+from problems import assert_within, guarded, oracle_sddmm_dense, tolerance
+from sprand import host, ops, pattern, schedule
+from sprand.schedule import VARIANTS, Rows, Schedule, Variant, make_schedule
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(scope="module")
+def simt() -> emulation.Emulation:
+    return emulation.load()
+
+
+@pytest.fixture
+def emulated(simt):
+    """The emulated operators; whatever they allocate is full of NaN before they write."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield simt.ops
+    torch.use_deterministic_algorithms(False)
+    simt.set_order(0)
+
+
+def sides(tokens: int, out: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(tokens, size, generator=generator).to(dtype) for size in (out, cols))
+
+
+def stratified(out: int, cols: int, nnz: int) -> Tensor:
+    return pattern.draw("random", "weight", (out, cols), nnz, seed=3)
+
+
+def uniform(out: int, cols: int, nnz: int) -> Tensor:
+    return pattern.draw("uniform", "weight", (out, cols), nnz, seed=3)
+
+
+def shared_rows(out: int, cols: int, nnz: int, unit: int) -> Tensor:
+    """Groups of `unit` rows with the same columns."""
+    units = stratified(out // unit, cols, nnz // unit).long()
+    row, column = units // cols * unit, units % cols
+    return torch.cat([(row + k) * cols + column for k in range(unit)]).sort().values.int()
+
+
+def lopsided(out: int, cols: int, nnz: int) -> Tensor:
+    """One full row, one full column, and nothing else."""
+    mask = torch.zeros(out, cols, dtype=torch.bool)
+    mask[out // 2] = True
+    mask[:, cols // 3] = True
+    return mask.flatten().nonzero().flatten().int()
+
+
+def aligned_to(variant: Variant, indices: Tensor, out: int, cols: int) -> Schedule:
+    return next(schedule._aligned(Rows.of(indices, out, cols), variant, multiprocessors=3))
+
+
+def check(emulated, grad_output: Tensor, input: Tensor, indices: Tensor, made: Schedule) -> Tensor:
+    result = emulated.sddmm(grad_output, input, indices, made.table, made.launch)
+    oracle = oracle_sddmm_dense(grad_output, input)
+    plain = grad_output.float().T @ input.float()
+    assert_within(result, oracle.flatten()[indices.long()], tolerance(plain, oracle, torch.float32))
+    return result
+
+
+@pytest.mark.parametrize("dtype, variant", [(dtype, v) for dtype in DTYPES for v in VARIANTS[dtype]], ids=str)
+def test_every_variant_has_a_kernel_that_is_right(dtype, variant, emulated):
+    out, cols, tokens = variant.block_rows + 36, 256, 43
+    nnz = out * min(2 * variant.slots - 1, cols // 8)  # two windows, the last one not full
+    indices = uniform(out, cols, nnz // 3) if variant.ordered else shared_rows(out, cols, nnz, variant.unit)
+    grad_output, input = sides(tokens, out, cols, dtype)
+    rows = Rows.of(indices, out, cols)
+    made = schedule._ordered(rows, variant, 3) if variant.ordered else aligned_to(variant, indices, out, cols)
+    check(emulated, grad_output, input, indices, made)
+
+
+@dtypes
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, 16, 24, 129, 300])
+def test_any_number_of_tokens(tokens, dtype, emulated):
+    out, cols = 64, 72
+    indices = stratified(out, cols, 300)
+    made = make_schedule(indices, out, cols, dtype, multiprocessors=4)
+    check(emulated, *sides(tokens, out, cols, dtype), indices, made)
+
+
+@dtypes
+@pytest.mark.parametrize("make", [stratified, uniform, lopsided])
+@pytest.mark.parametrize("out, cols", [(1, 64), (2, 2), (34, 10), (600, 30), (7, 130), (66, 2500)])
+def test_any_pattern_and_shape(make, out, cols, dtype, emulated):
+    indices = make(out, cols, max(1, out * cols // 20))
+    made = make_schedule(indices, out, cols, dtype)
+    assert made is not None
+    for type in (torch.int32, torch.int64):
+        check(emulated, *sides(21, out, cols, dtype), indices.to(type), made)
+
+
+@dtypes
+def test_thread_order_and_schedule_do_not_change_a_bit(dtype, emulated, simt):
+    """Each entry is one chain of sums over the tokens of a split, whoever computes it."""
+    out, cols = 96, 128
+    indices, (grad_output, input) = uniform(out, cols, 700), sides(64, out, cols, dtype)
+    rows = Rows.of(indices, out, cols)
+    results = []
+    for variant in VARIANTS[dtype]:
+        if variant.unit > 1 or (not variant.ordered and next(schedule._aligned(rows, variant, 1), None) is None):
+            continue
+        made = schedule._ordered(rows, variant, 1) if variant.ordered else aligned_to(variant, indices, out, cols)
+        for order in simt.ORDERS:
+            simt.set_order(order)
+            results.append(emulated.sddmm(grad_output, input, indices, made.table, [*made.launch[:-1], 1]))
+    assert len(results) > len(simt.ORDERS)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@dtypes
+def test_reads_nothing_outside_its_inputs(dtype, emulated):
+    for out, cols, tokens in ((50, 36, 40), (600, 2600, 9)):
+        grad_output, input = sides(tokens, out, cols, dtype)
+        for indices in (stratified(out, cols, 500), uniform(out, cols, 500)):
+            made = make_schedule(indices, out, cols, dtype)
+            expected = emulated.sddmm(grad_output, input, indices, made.table, made.launch)
+            fenced = guarded(grad_output)[0], guarded(input)[0]
+            assert torch.equal(emulated.sddmm(*fenced, indices, made.table, made.launch), expected)
+
+
+@dtypes
+def test_adds_to_earlier_sums(dtype, emulated):
+    out, cols = 64, 72
+    indices = stratified(out, cols, 300)
+    made = make_schedule(indices, out, cols, dtype, multiprocessors=4)
+    for tokens in (8, 300, 301):
+        grad_output, input = sides(tokens, out, cols, dtype)
+        before = torch.randn(300, generator=torch.Generator().manual_seed(2))
+        for table, launch in ((made.table, made.launch), (None, [])):
+            sums = before.clone()
+            emulated.sddmm_add_(sums, grad_output, input, indices, table, launch)
+            oracle = before.double() + oracle_sddmm_dense(grad_output, input).flatten()[indices.long()]
+            plain = before + (grad_output.float().T @ input.float()).flatten()[indices.long()]
+            assert_within(sums, oracle, tolerance(plain, oracle, torch.float32))
+
+
+def test_odd_shapes_and_views_go_through_the_kernel_for_any_shape(emulated):
+    indices = stratified(33, 64, 200)
+    made = make_schedule(indices, 33, 64, torch.bfloat16)
+    if made is not None:
+        check(emulated, *sides(16, 33, 64, torch.bfloat16), indices, made)
+    indices = stratified(32, 64, 200)
+    made = make_schedule(indices, 32, 64, torch.bfloat16)
+    grad_output, input = sides(16, 32, 64, torch.bfloat16)
+    shifted = torch.zeros(16 * 64 + 1, dtype=torch.bfloat16)[1:].view(16, 64).copy_(input)  # not aligned to 8 bytes
+    check(emulated, grad_output, shifted, indices, made)
+
+
+def test_schedule_of_another_weight_is_refused(emulated):
+    grad_output, input = sides(16, 64, 72, torch.bfloat16)
+    indices = stratified(64, 72, 300)
+    made = make_schedule(indices, 64, 72, torch.bfloat16)
+    other = make_schedule(stratified(128, 72, 300), 128, 72, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="expected a schedule table of 66 int32 for this weight, got one of 130"):
+        emulated.sddmm(grad_output, input, indices, other.table, other.launch)
+    with pytest.raises(RuntimeError, match="expected a schedule of 11 numbers, got 0"):
+        emulated.sddmm(grad_output, input, indices, made.table, [])
+    with pytest.raises(RuntimeError, match="no kernel for this schedule"):
+        emulated.sddmm(grad_output, input, indices, made.table, [*made.launch[:2], 3, *made.launch[3:]])
+
+
+@pytest.mark.parametrize(
+    "out, cols, density", [(4096, 4096, 0.01), (1024, 4096, 0.005), (4096, 14336, 0.01), (4096, 4096, 0.001)]
+)
+def test_random_patterns_are_aligned_without_bank_conflicts_or_much_padding(out, cols, density):
+    indices = stratified(out, cols, round(out * cols * density))
+    made = make_schedule(indices, out, cols, torch.bfloat16)
+    rows = Rows.of(indices, out, cols)
+    assert not made.variant.ordered
+    assert rows.conflicts(1) == 1.0
+    slots = made.windows * made.variant.slots * made.tiles * made.variant.block_rows
+    assert slots < 1.35 * indices.numel() or rows.most <= 5
+
+
+def test_ordering_lowers_the_bank_conflicts_of_a_uniform_mask():
+    out, cols = 2048, 2048
+    indices = uniform(out, cols, round(out * cols * 0.01))
+    rows = Rows.of(indices, out, cols)
+    _, _, ordered = host.order_rows(indices, out, cols, 256, 8, 8, 2048)
+    assert rows.conflicts(1) > 2 > 1.6 > ordered
+    assert make_schedule(indices, out, cols, torch.bfloat16).variant.ordered
+
+
+@pytest.mark.parametrize("unit", [2, 4])
+def test_rows_that_share_columns_are_found(unit):
+    out, cols = 512, 512
+    indices = shared_rows(out, cols, 4096, unit)
+    assert Rows.of(indices, out, cols).shared == unit
+    assert make_schedule(indices, out, cols, torch.bfloat16).variant.unit == unit
+    assert Rows.of(stratified(out, cols, 4096), out, cols).shared == 1
+
+
+@pytest.mark.parametrize("make", [stratified, uniform, lopsided])
+def test_ordering_deals_every_entry_to_one_lane_of_its_row(make):
+    out, cols, slots, threads, rows_per_lane, columns = 300, 700, 8, 64, 2, 128
+    indices = make(out, cols, 4000)
+    table, tiles, _ = host.order_rows(indices, out, cols, threads, rows_per_lane, slots, columns)
+    begin, rest = table[:tiles], table[tiles:]
+    rows = rest[: tiles * rows_per_lane * threads].view(tiles, rows_per_lane, 1, threads)
+    entries = rest[rows.numel() :].view(tiles, rows_per_lane, slots, threads)
+    taken = entries >= 0
+    assert torch.equal(entries[taken].sort().values, torch.arange(indices.numel(), dtype=torch.int32))
+    position = indices.long()[entries[taken].long()]
+    assert torch.equal(position // cols, rows.expand_as(entries)[taken].long())
+    local = position % cols - begin.view(-1, 1, 1, 1).expand_as(entries)[taken]
+    assert local.min() >= 0 and local.max() < columns
+
+
+def test_ordering_is_the_same_with_and_without_the_extension(monkeypatch):
+    if not host.has_extension():
+        pytest.skip("sprand._host is not built")
+    for make in (stratified, uniform, lopsided):
+        indices = make(90, 260, 1500)
+        compiled = host.order_rows(indices, 90, 260, 32, 2, 4, 128)
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "_host", None)
+            plain = host.order_rows(indices, 90, 260, 32, 2, 4, 128)
+        assert torch.equal(compiled[0], plain[0]) and compiled[1:] == plain[1:]
+
+
+@dtypes
+def test_dense_chunks_give_the_same_sums(dtype, monkeypatch):
+    monkeypatch.setattr(schedule, "CHUNK_BYTES", 4 * 72 * 10)  # ten rows
+    indices = stratified(64, 72, 300)
+    made = make_schedule(indices, 64, 72, dtype)
+    assert len(made.chunks) == 7
+    grad_output, input = sides(33, 64, 72, dtype)
+    oracle = oracle_sddmm_dense(grad_output, input)
+    plain = grad_output.float().T @ input.float()
+    result = ops.sddmm_dense(grad_output, input, indices, made)
+    assert_within(result, oracle.flatten()[indices.long()], tolerance(plain, oracle, torch.float32))

@@ -1,0 +1,147 @@
+"""The choice between the row kernel and dense chunks: the table of costs, its file, and what follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import sprand
+from sprand import ops, pattern, tuning
+from sprand.schedule import make_schedule
+from sprand.tuning import EVERY, Costs, cycles, fit, read_or_measure
+
+COSTS = Costs(rows_start=5e-6, rows_cycle=6e-10, dense_start=6e-6, dense_product=2.6e-15, dense_entry=2e-12)
+
+
+def scheduled(density: float, features: int = 1024):
+    indices = pattern.draw("random", "weight", (features, features), round(features * features * density), seed=0)
+    return indices, make_schedule(indices, features, features, torch.bfloat16)
+
+
+def seconds_of(costs: Costs, schedule, features: int, tokens: int) -> tuple[float, float]:
+    rows = costs.rows_start + costs.rows_cycle * cycles(schedule, tokens)
+    entries = features * features
+    dense = costs.dense_start * len(schedule.chunks) + costs.dense_product * tokens * entries + costs.dense_entry * entries
+    return rows, dense
+
+
+@pytest.mark.parametrize("density", [0.0005, 0.01, 0.03, 0.2])
+def test_the_faster_way_is_chosen_for_every_number_of_tokens(density):
+    for costs in (COSTS, dataclasses.replace(COSTS, rows_start=5e-5), dataclasses.replace(COSTS, rows_cycle=6e-9)):
+        _, schedule = scheduled(density)
+        first, last = costs.dense_tokens(schedule, 1024, 1024)
+        for tokens in (1, 16, 100, 512, 2048, 10_000, 1_000_000):
+            rows, dense = seconds_of(costs, schedule, 1024, tokens)
+            assert (first <= tokens < last) == (dense < rows) or abs(rows - dense) < 1e-3 * rows
+
+
+def test_fit_finds_the_costs_that_made_the_times():
+    cases = [[1.0, 10.0 * i, float(i % 3)] for i in range(1, 9)]
+    wanted = [3e-6, 2e-7, 5e-6]
+    times = [sum(c * w for c, w in zip(case, wanted, strict=True)) for case in cases]
+    assert fit(cases, times) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_fit_gives_no_negative_cost():
+    cases = [[1.0, float(i)] for i in (1, 2, 3, 4)]
+    assert min(fit(cases, [4.0, 3.0, 2.0, 1.0])) >= 0
+
+
+def test_measuring_finds_the_costs_of_a_card(monkeypatch):
+    facts = type("Facts", (), {"shared_memory_per_block_optin": 227 << 10, "multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    called = []
+    monkeypatch.setattr(ops, "sddmm", lambda a, b, i, s: called.append(("rows", s, a.shape)))
+    monkeypatch.setattr(ops, "sddmm_dense", lambda a, b, i, s: called.append(("dense", s, a.shape)))
+
+    def seconds(call) -> float:
+        call()
+        way, schedule, (tokens, features) = called[-1]
+        return seconds_of(COSTS, schedule, features, tokens)[way == "dense"]
+
+    found = tuning.measure(torch.device("cpu"), torch.bfloat16, seconds)
+    for name in ("rows_start", "rows_cycle", "dense_start", "dense_product"):
+        assert getattr(found, name) == pytest.approx(getattr(COSTS, name), rel=0.2), name
+
+
+def test_the_table_is_measured_once_and_kept(tmp_path):
+    path, calls = tmp_path / "deep" / "table.json", []
+
+    def measure() -> Costs:
+        calls.append(1)
+        time.sleep(0.2)
+        return COSTS
+
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(read_or_measure(path, measure))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [COSTS] * 4 and len(calls) == 1
+    assert Costs(**json.loads(path.read_text())) == COSTS
+    assert [p.name for p in path.parent.iterdir()] == ["table.json"]
+
+
+def test_a_damaged_table_is_measured_anew(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text('{"rows_start": ')
+    assert read_or_measure(path, lambda: COSTS) == COSTS
+    assert Costs(**json.loads(path.read_text())) == COSTS
+
+
+def test_a_lock_whose_owner_died_does_not_stop_anyone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "WAIT_SECONDS", 0.1)
+    path = tmp_path / "table.json"
+    path.with_suffix(".lock").touch()
+    assert read_or_measure(path, lambda: COSTS) == COSTS
+    assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_folder_that_cannot_be_written_to_costs_a_measurement(tmp_path):
+    (tmp_path / "file").touch()
+    assert read_or_measure(tmp_path / "file" / "table.json", lambda: COSTS) == COSTS
+
+
+@pytest.mark.parametrize("way, dense", [("dense", (0, EVERY)), ("rows", (0, 0)), ("auto", (7, 9))])
+def test_the_environment_overrides_the_table(way, dense, monkeypatch):
+    facts = type("Facts", (), {"shared_memory_per_block_optin": 99 << 10, "multi_processor_count": 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(tuning, "costs", lambda device, dtype: type("Fixed", (), {"dense_tokens": lambda *_: (7, 9)}))
+    monkeypatch.setenv("SPRAND_SDDMM", way)
+    indices, _ = scheduled(0.01)
+    schedule = tuning.schedule_for(indices, 1024, 1024, torch.bfloat16)
+    assert schedule.dense_tokens == dense
+    assert schedule.blocks == 20 and schedule.variant.shared_bytes <= 99 << 10
+    monkeypatch.setenv("SPRAND_SDDMM", "fast")
+    with pytest.raises(ValueError, match="SPRAND_SDDMM: expected auto, rows or dense, got 'fast'"):
+        tuning.schedule_for(indices, 1024, 1024, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dense_tokens", [(0, 0), (0, EVERY)])
+def test_a_layer_with_a_schedule_trains_as_without_eager_and_compiled(dense_tokens):
+    """What a layer does on a GPU, on the CPU, whose kernel ignores the schedule."""
+    torch.manual_seed(0)
+    grads = []
+    for scheduled_too in (False, True):
+        model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 8)).requires_grad_(False)
+        model.load_state_dict(grads[0][1]) if grads else None
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        sprand.apply(model, density=0.1, target_modules=["0", "2"])
+        if scheduled_too:
+            for layer in (model[0], model[2]):
+                made = make_schedule(layer.sprand_indices, *layer.weight.shape, torch.bfloat16)
+                layer._sprand_targets["weight"].schedule = dataclasses.replace(made, dense_tokens=dense_tokens)
+        input = torch.linspace(-1, 1, 5 * 32).view(5, 32)
+        for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+            model.zero_grad()
+            run(input).square().sum().backward()
+            grads.append((torch.cat([layer.sprand_delta.grad.clone() for layer in (model[0], model[2])]), state))
+    for grad, _ in grads[1:]:
+        torch.testing.assert_close(grad, grads[0][0])
