@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../sorted_tokens.h"
 #include "launch.h"
 #include "stream.h"
 
@@ -87,6 +88,29 @@ Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& in
       sddmm(left.const_data_ptr(), right.const_data_ptr(), dtype, positions, static_cast<float*>(out.mutable_data_ptr()),
             static_cast<float*>(partial.mutable_data_ptr()), input.size(0), grad_output.size(1), input.size(1), launch.stream()),
       op);
+  return out;
+}
+
+Tensor embedding_grad_op(const Tensor& grad_output, const Tensor& tokens, const Tensor& indices,
+                         std::optional<int64_t> padding_idx) {
+  constexpr const char* op = "embedding_grad";
+  check_embedding_grad(grad_output, tokens, indices);
+  check_device(op, grad_output, tokens);
+  const DType dtype = value_type(op, grad_output);
+  const Indices positions = positions_of(op, indices, grad_output);
+  const int64_t count = tokens.size(0), features = grad_output.size(1);
+  Launch launch(grad_output);
+  const Tensor rows = torch::stable::contiguous(grad_output);
+  const SortedTokens sorted = sort_tokens(tokens);
+  const Tensor out = torch::stable::new_zeros(grad_output, {positions.nnz}, ScalarType::Float);
+  const Tensor partial =
+      torch::stable::new_empty(grad_output, {embedding_grad_partial(count, features, positions.nnz)}, ScalarType::Float);
+  launch.check(embedding_grad(rows.const_data_ptr(), dtype,
+                              {sorted.values.const_data_ptr(), index_type(op, sorted.values),
+                               sorted.order.const_data_ptr<int64_t>(), count, padding_idx.value_or(-1)},
+                              positions, static_cast<float*>(out.mutable_data_ptr()),
+                              static_cast<float*>(partial.mutable_data_ptr()), features, launch.stream()),
+               op);
   return out;
 }
 
@@ -185,6 +209,7 @@ void uniform_indices_op(const Tensor& indices, int64_t numel, int64_t key) {
 
 void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
+  m.impl("embedding_grad", TORCH_BOX(&embedding_grad_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("patch_", TORCH_BOX(&patch_op));
   m.impl("scatter_add_", TORCH_BOX(&scatter_add_op));
