@@ -13,6 +13,13 @@ SPRAND_HD bool is_trained_row(int64_t token, int64_t last, int64_t features, int
   return token >= 0 && token <= last / features && token != padding;
 }
 
+// The column of an entry of the row that starts at `row_start`. Positions that do not ascend can bring one of another row here:
+// its sum is then wrong, but nothing outside of grad_output is read.
+SPRAND_HD int64_t column_of(int64_t position, int64_t row_start, int64_t features) {
+  const int64_t column = position - row_start;
+  return column >= 0 && column < features ? column : 0;
+}
+
 // The first of the ascending values[begin, end) that is not below `key`; `end` where all are.
 template <class T>
 SPRAND_HD int64_t first_not_below(const T* values, int64_t begin, int64_t end, int64_t key) {

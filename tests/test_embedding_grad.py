@@ -132,6 +132,15 @@ def test_it_reads_nothing_that_was_not_chosen(embedding_grad, dtype, device):
     assert torch.equal(bits(embedding_grad(poisoned, tokens, indices)), bits(expected))
 
 
+def test_positions_out_of_order_read_nothing_outside(embedding_grad, device):
+    grad_output, tokens, indices = make_embedding(LONG, torch.float32, torch.int32, device)
+    grad_output, _ = guarded(grad_output)
+    shuffled = indices[torch.randperm(len(indices), device=device)]
+    repeated = indices[-1:].repeat(LONG.cols + 50)
+    for positions in (shuffled, repeated, torch.cat([indices, shuffled])):
+        assert embedding_grad(grad_output, tokens, positions).isfinite().all()
+
+
 @dtypes
 def test_it_takes_any_strides_and_token_dtype(embedding_grad, dtype, device):
     skip_where_unsupported(embedding_grad, device, dtype)

@@ -47,7 +47,7 @@ template <class T, class Index>
 void sum_piece(const EmbeddingPiece& p, const T* grad_output, const int64_t* order, const Index* indices, Sum<T>* out,
                int64_t features) {
   int64_t column[kPieceEntries];
-  for (int64_t e = 0; e < p.entries; ++e) column[e] = indices[p.entry + e] - p.row * features;
+  for (int64_t e = 0; e < p.entries; ++e) column[e] = column_of(indices[p.entry + e], p.row * features, features);
   for (int64_t begin = p.first; begin < p.first + p.tokens; begin += kTokenGroup) {
     const int64_t end = std::min(begin + kTokenGroup, p.first + p.tokens);
     Sum<T> group[kPieceEntries] = {};

@@ -25,6 +25,12 @@ constexpr int kWarp = 32;
 int64_t tiles_of(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
 int64_t partial_width(int64_t features, int64_t nnz) { return nnz < features ? nnz : features; }
 
+// Within 0 and `width` also where the positions do not ascend or repeat.
+__device__ __forceinline__ int64_t entries_of_row(int64_t begin, int64_t end, int64_t width) {
+  const int64_t entries = end > begin ? end - begin : 0;
+  return entries < width ? entries : width;
+}
+
 template <class T, class I, class Token>
 __global__ void __launch_bounds__(kThreads)
     sum_groups_kernel(const T* __restrict__ grad_output, const Token* __restrict__ sorted, const int64_t* __restrict__ order,
@@ -66,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (threadIdx.x < kWarp) {
-    int64_t pairs = rank[lane] % kTokenGroup == 0 ? entry_end[lane] - entry_begin[lane] : 0;
+    int64_t pairs = rank[lane] % kTokenGroup == 0 ? entries_of_row(entry_begin[lane], entry_end[lane], width) : 0;
 #pragma unroll
     for (int distance = 1; distance < kWarp; distance *= 2) {
       const int64_t lower = __shfl_up_sync(0xFFFFFFFFu, pairs, distance);
@@ -80,7 +86,7 @@ __global__ void __launch_bounds__(kThreads)
     const int group = static_cast<int>(first_above(pairs_before, 0, kTile, pair)) - 1;
     const int64_t offset = pair - pairs_before[group];
     const int64_t entry = entry_begin[group] + offset;
-    const T* column = grad_output + (indices[entry] - row_start[group]);
+    const T* column = grad_output + column_of(indices[entry], row_start[group], features);
     const int count = length[group];
     float sum = 0.f;
 #pragma unroll 8
@@ -112,12 +118,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 2 * kWarp) run_end = first_above(sorted, run_begin, tokens, token);
   __syncthreads();
   const int64_t groups = (run_end - run_begin + kTokenGroup - 1) / kTokenGroup;
-  for (int64_t entry = entry_begin + threadIdx.x; entry < entry_end; entry += kThreads) {
-    const float* part = partial + blockIdx.x * width + (entry - entry_begin);
-    float sum = out[entry];
+  const int64_t entries = entries_of_row(entry_begin, entry_end, width);
+  for (int64_t offset = threadIdx.x; offset < entries; offset += kThreads) {
+    const float* part = partial + blockIdx.x * width + offset;
+    float sum = out[entry_begin + offset];
 #pragma unroll 8
     for (int64_t k = 1; k < groups; ++k) sum += part[k * width];
-    out[entry] = sum;
+    out[entry_begin + offset] = sum;
   }
 }
 
