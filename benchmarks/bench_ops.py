@@ -18,7 +18,7 @@ from report import RESULTS, Row, command_line, progress, quantiles, write_csv, w
 from report import markdown as table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OPS = ("sddmm", "gather", "patch_", "scatter_add_", "sparse_adamw_", "stratified_indices_", "uniform_indices_")
+OPS = ("sddmm", "embedding_grad", "gather", "patch_", "scatter_add_", "sparse_adamw_", "stratified_indices_", "uniform_indices_")
 TARGETS = 8
 SHORTEST = 5e-4
 COLUMNS = (
@@ -69,6 +69,16 @@ def contestants(op: str, p: Problem) -> dict[str, Call]:
         return {
             "sprand": lambda: ops.sddmm(p.grad_output, p.input, p.indices),
             "matmul + index_select": lambda: (p.grad_output.t() @ p.input).view(-1).index_select(0, wide).float(),
+        }
+    if op == "embedding_grad":
+        rows = len(p.weight)
+        tokens = torch.randint(rows, p.input.shape[:1], generator=torch.Generator().manual_seed(1))
+        backward = torch.ops.aten.embedding_dense_backward
+        return {
+            "sprand": lambda: ops.embedding_grad(p.input, tokens, p.indices),
+            "dense backward + index_select": lambda: (
+                backward(p.input, tokens, rows, -1, False).view(-1).index_select(0, wide).float()
+            ),
         }
     if op == "gather":
         return {
@@ -168,7 +178,7 @@ def time_op(op: str, shape: tuple[int, int], density: float, dtype: str, tokens:
         work = flops(op, name, p)
         rows.append({
             "op": op, "out": shape[0], "in": shape[1], "density": density, "nnz": len(p.indices), "dtype": dtype,
-            "tokens": tokens if op == "sddmm" else None, "targets": targets, "contestant": name,
+            "tokens": tokens if op in ("sddmm", "embedding_grad") else None, "targets": targets, "contestant": name,
             "kernel": native.kernel_of(op, "cpu") if name == "sprand" else "PyTorch", "seconds": middle, "seconds_p20": low,
             "seconds_p80": high, "gflops": work / middle / 1e9 if work else None,
             "ns_per_entry": middle * 1e9 / (len(p.indices) * targets), "repeats": repeats,
@@ -204,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows += here
                 lines.append(summary_line(here))
                 bar.advance()
-            detail = {"sddmm": f", {options.tokens} tokens", "sparse_adamw_": f", {TARGETS} such weights in one call"}.get(op, "")
+            tokens = f", {options.tokens} tokens"
+            details = {"sddmm": tokens, "embedding_grad": tokens, "sparse_adamw_": f", {TARGETS} such weights in one call"}
+            detail = details.get(op, "")
             sections.append((f"{op}, {dtype}{detail} ({here[0]['kernel']})", table(lines, TABLE)))
     write_csv(options.out / "ops.csv", rows, COLUMNS)
     command = command_line(__file__, sys.argv[1:] if argv is None else argv)

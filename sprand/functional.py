@@ -110,6 +110,8 @@ def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int 
     Returns:
         `[*input.shape, features]`.
     """
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
     return _Embedding.apply(
         input, weight, entries.delta, entries.indices, entries.base, entries.scale, padding_idx, _written(entries)
     )
@@ -177,7 +179,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Embedding(torch.autograd.Function):
-    """Forward: y = W[tokens].  Backward: dy is summed per distinct token, then sampled at the chosen entries.
+    """Forward: y = W[tokens].  Backward: ddelta[p] = scale * sum of dy[t, column p] over the tokens t of row p.
 
     Shapes: tokens any, W [vocabulary, features], dy [*tokens.shape, features], delta, indices, base [nnz].
     """
@@ -186,7 +188,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx, tokens, weight, delta, indices, base, scale, padding_idx, written):
         _write(weight, delta, indices, base, scale, written)
         ctx.save_for_backward(tokens, delta, indices)
-        ctx.scale, ctx.padding_idx, ctx.written, ctx.features = scale, padding_idx, written, weight.shape[1]
+        ctx.scale, ctx.padding_idx, ctx.written = scale, padding_idx, written
         return F.embedding(tokens, weight)
 
     @staticmethod
@@ -197,16 +199,8 @@ class _Embedding(torch.autograd.Function):
             ctx.written.forget()
         if not ctx.needs_input_grad[2]:
             return (None,) * 8
-        dtype = ops.accumulation_dtype(grad_output.dtype)
-        distinct, place = torch.unique(tokens.flatten(), return_inverse=True)
-        sums = grad_output.new_zeros((distinct.numel(), ctx.features), dtype=dtype)
-        sums.index_add_(0, place, grad_output.reshape(-1, ctx.features).to(dtype))
-        if ctx.padding_idx is not None:
-            sums[distinct == ctx.padding_idx] = 0
-        rows, columns = indices // ctx.features, indices % ctx.features
-        slot = torch.searchsorted(distinct, rows.to(distinct.dtype)).clamp_(max=max(distinct.numel() - 1, 0))
-        met = (distinct[slot] == rows) if distinct.numel() else torch.zeros_like(rows, dtype=torch.bool)
-        sampled = torch.where(met, sums[slot, columns], 0) if distinct.numel() else sums.new_zeros(rows.shape)
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        sampled = ops.embedding_grad(rows, tokens.flatten(), indices, ctx.padding_idx)
         return None, None, _to_delta(sampled, delta, ctx.scale), None, None, None, None, None
 
 

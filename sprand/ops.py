@@ -21,6 +21,7 @@ SCHEMAS = {
     "sddmm_add_": (
         "(Tensor(a!) sums, Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> ()"
     ),
+    "embedding_grad": "(Tensor grad_output, Tensor tokens, Tensor indices, int? padding_idx=None) -> Tensor",
     "gather": "(Tensor weight, Tensor indices) -> Tensor",
     "patch_": "(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? delta, float scale=1.0) -> ()",
     "scatter_add_": "(Tensor(a!) weight, Tensor indices, Tensor values, float scale=1.0) -> ()",
@@ -44,6 +45,11 @@ for _name, _schema in SCHEMAS.items():
 
 @torch.library.register_fake("sprand::sddmm")
 def _(grad_output, input, indices, table=None, launch=()):
+    return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
+
+
+@torch.library.register_fake("sprand::embedding_grad")
+def _(grad_output, tokens, indices, padding_idx=None):
     return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
 
 
@@ -117,6 +123,41 @@ def sddmm_dense(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: S
         offset = first_row * input.shape[1]
         parts.append(torch.ops.sprand.gather(chunk, indices[first:last] - offset if offset else indices[first:last]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding_idx: int | None = None) -> Tensor:
+    """The chosen entries of the gradient of an embedding: `grad_output` summed over the tokens of an entry's row.
+
+    Nothing as large as the vocabulary is made. A token outside of it meets no entry.
+
+    Args:
+        grad_output: `[T, features]`, float32, bfloat16, float16, or float64 on the CPU.
+        tokens: `[T]`, int32 or int64, in any order.
+        indices: `[nnz]`, flat positions `token * features + column`, sorted.
+        padding_idx: this token gives no gradient.
+
+    Returns:
+        `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    if grad_output.dim() != 2 or tokens.dim() != 1 or grad_output.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            "embedding_grad: expected grad_output [T, features] and tokens [T], "
+            f"got {list(grad_output.shape)} and {list(tokens.shape)}"
+        )
+    _check_values("embedding_grad", "grad_output", grad_output, grad_output)
+    if tokens.dtype not in (torch.int32, torch.int64) or tokens.device != grad_output.device:
+        raise ValueError(
+            f"embedding_grad: expected tokens of int32 or int64 on {grad_output.device}, got {tokens.dtype} on {tokens.device}"
+        )
+    _check_indices("embedding_grad", indices, grad_output)
+    if indices.numel() and not grad_output.shape[1]:
+        raise ValueError(f"embedding_grad: expected no indices for an embedding of 0 features, got {indices.numel()}")
+    if padding_idx is not None and padding_idx < 0:
+        raise ValueError(f"embedding_grad: expected padding_idx to be a token or None, got {padding_idx}")
+    return torch.ops.sprand.embedding_grad(grad_output, tokens, indices, padding_idx)
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:

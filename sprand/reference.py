@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-PRODUCTS_AT_ONCE = 1 << 21  # sddmm holds this many products of the sum over tokens at a time
+PRODUCTS_AT_ONCE = 1 << 21  # sddmm and embedding_grad hold this many addends of their sums over tokens at a time
 DRAWS_AT_ONCE = 1 << 20
 
 
@@ -44,6 +44,28 @@ def sddmm_add_(
 ) -> None:
     """`sums += sddmm(grad_output, input, indices)`."""
     sums += sddmm(grad_output, input, indices)
+
+
+@torch.no_grad()
+def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding_idx: int | None = None) -> Tensor:
+    """The sums over the tokens of an entry's row, a bounded number of pairs (entry, token of its row) at a time."""
+    features = grad_output.shape[1]
+    result = grad_output.new_zeros(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
+    if indices.numel() == 0:
+        return result
+    rows, columns = indices.long() // features, indices % features
+    sorted_tokens, order = tokens.long().sort(stable=True)
+    begin = torch.searchsorted(sorted_tokens, rows)
+    count = torch.searchsorted(sorted_tokens, rows, right=True) - begin
+    if padding_idx is not None:
+        count[rows == padding_idx] = 0
+    end = count.cumsum(0)
+    for part in _parts(int(end[-1]), PRODUCTS_AT_ONCE):
+        pair = torch.arange(part.start, part.stop, device=indices.device)
+        entry = torch.searchsorted(end, pair, right=True)
+        token = order[begin[entry] + count[entry] - end[entry] + pair]
+        result.index_add_(0, entry, grad_output[token, columns[entry]].to(result.dtype))
+    return result
 
 
 @torch.no_grad()

@@ -12,11 +12,8 @@ from torch import Tensor
 from . import native, ops, reference
 
 TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
-ROUNDED = (
-    "sddmm",
-    "sddmm_add_",
-    "sparse_adamw_",
-)  # sums in another order, or other roundings on the way; the rest is exact to the bit
+# Sums in another order, or other roundings on the way; the rest is exact to the bit.
+ROUNDED = ("sddmm", "sddmm_add_", "embedding_grad", "sparse_adamw_")
 
 
 def run(devices: Sequence[str]) -> list[dict[str, Any]]:
@@ -87,6 +84,9 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
     if op in ("sddmm", "sddmm_add_"):
         sides = {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype), "indices": indices}
         return sides if op == "sddmm" else {"sums": normal(NNZ)} | sides
+    if op == "embedding_grad":
+        tokens = torch.arange(TOKENS).square() % 12  # 0, 1, 4 and 9 by turns
+        return {"grad_output": normal(TOKENS, COLS, kind=dtype), "tokens": tokens, "indices": indices, "padding_idx": 9}
     if op == "gather":
         return {"weight": weight, "indices": indices}
     if op == "patch_":

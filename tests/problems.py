@@ -88,6 +88,16 @@ def make_sddmm(
     return grad_output, input, make_indices(problem, index_dtype, device, seed)
 
 
+def make_embedding(
+    problem: Problem, dtype: torch.dtype, index_dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`grad_output [T, features]`, `tokens [T]`, `indices [nnz]`: every third token is the same, the rest are drawn."""
+    grad_output = _normal((problem.tokens, problem.cols), dtype, device, seed + 6)
+    tokens = torch.randint(max(problem.rows, 1), (problem.tokens,), generator=_generator(seed + 7))
+    tokens[::3] = problem.rows // 2
+    return grad_output, tokens.to(device), make_indices(problem, index_dtype, device, seed)
+
+
 @dataclass
 class Entries:
     """A weight and what belongs to its chosen entries; `delta` is zero at every fifth entry."""
@@ -147,6 +157,19 @@ def make_adamw(
 def oracle_sddmm_dense(grad_output: Tensor, input: Tensor) -> Tensor:
     """The whole gradient `[out, in]` in float64."""
     return torch.einsum("to,ti->oi", grad_output.double(), input.double())
+
+
+def oracle_embedding_dense(grad_output: Tensor, tokens: Tensor, rows: int, padding_idx: int | None = None) -> Tensor:
+    """The whole gradient `[rows, features]` of an embedding in float64, as a product with the tokens' one-hot rows."""
+    chosen = tokens[:, None] == torch.arange(rows, device=tokens.device)
+    if padding_idx is not None:
+        chosen[:, padding_idx] = False
+    return chosen.double().T @ grad_output.double()
+
+
+def plain_embedding_dense(grad_output: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """PyTorch's dense gradient in float32, where sums are kept in any case."""
+    return torch.ops.aten.embedding_dense_backward(grad_output.float(), tokens, rows, -1, False)
 
 
 def oracle_patch(entries: Entries, scale: float) -> Tensor:

@@ -10,6 +10,7 @@ from sprand import ops
 WEIGHT = torch.zeros(4, 6)
 INDICES = torch.tensor([1, 5, 23], dtype=torch.int32)
 ENTRIES = torch.zeros(3)
+TOKENS = torch.tensor([3, 0])
 ADAMW = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 
 
@@ -31,6 +32,15 @@ BAD = {
     "sddmm with 2-d indices": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6), INDICES[None]),
     "sddmm with strided indices": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6), INDICES[::2]),
     "sddmm with indices elsewhere": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6), INDICES.to("meta")),
+    "embedding_grad of a 3-d gradient": lambda: ops.embedding_grad(torch.zeros(1, 2, 6), TOKENS, INDICES),
+    "embedding_grad of 2-d tokens": lambda: ops.embedding_grad(torch.zeros(2, 6), TOKENS[None], INDICES),
+    "embedding_grad of fewer tokens": lambda: ops.embedding_grad(torch.zeros(2, 6), TOKENS[1:], INDICES),
+    "embedding_grad of float tokens": lambda: ops.embedding_grad(torch.zeros(2, 6), TOKENS.float(), INDICES),
+    "embedding_grad of tokens elsewhere": lambda: ops.embedding_grad(torch.zeros(2, 6), TOKENS.to("meta"), INDICES),
+    "embedding_grad of integers": lambda: ops.embedding_grad(torch.zeros(2, 6).int(), TOKENS, INDICES),
+    "embedding_grad with strided indices": lambda: ops.embedding_grad(torch.zeros(2, 6), TOKENS, INDICES[::2]),
+    "embedding_grad without features": lambda: ops.embedding_grad(torch.zeros(2, 0), TOKENS, INDICES),
+    "embedding_grad with a negative padding": lambda: ops.embedding_grad(torch.zeros(2, 6), TOKENS, INDICES, -1),
     "gather from a transposed weight": lambda: ops.gather(WEIGHT.T, INDICES),
     "gather of more than there is": lambda: ops.gather(torch.zeros(2), INDICES),
     "gather from complex": lambda: ops.gather(WEIGHT.to(torch.complex64), INDICES),

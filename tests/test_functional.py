@@ -44,6 +44,22 @@ def test_embedding_gradcheck():
     )
 
 
+@pytest.mark.parametrize("padding_idx", [None, 2, -1])
+@pytest.mark.parametrize("token_dtype", [torch.int32, torch.int64])
+def test_embedding_equals_index_put(padding_idx, token_dtype):
+    weight = torch.randn(9, 6, dtype=torch.float64)
+    entries = entries_for(weight, 30, scale=-0.25)
+    tokens = torch.randint(9, (4, 50), dtype=token_dtype)
+    tokens[:, ::3] = 8
+    factor = torch.randn(4, 50, 6, dtype=torch.float64)
+    dense = F.embedding(tokens, dense_weight(weight, entries), padding_idx)
+    (expected,) = torch.autograd.grad((dense * factor).sum(), entries.delta)
+    sparse = functional.embedding(tokens, weight, entries, padding_idx)
+    assert torch.equal(sparse, dense)
+    (got,) = torch.autograd.grad((sparse * factor).sum(), entries.delta)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("tokens", [torch.empty(0, dtype=torch.long), torch.empty(2, 0, dtype=torch.long)])
 def test_embedding_of_no_tokens(tokens):
     weight = torch.randn(9, 4)
@@ -62,12 +78,15 @@ def test_alias_gradcheck_through_a_convolution():
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.25])
-def test_linear_equals_index_put(scale):
-    weight = torch.randn(30, 20, dtype=torch.float64)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear_equals_index_put(scale, transposed):
+    """Also of a weight stored transposed (Hugging Face's `Conv1D`), where the two sides of the sampled product change places."""
+    weight = torch.randn((20, 30) if transposed else (30, 20), dtype=torch.float64)
     entries = entries_for(weight, 70, scale)
     x = torch.randn(11, 20, dtype=torch.float64, requires_grad=True)
-    expected = torch.autograd.grad(F.linear(x, dense_weight(weight, entries)).square().sum(), (x, entries.delta))
-    got = torch.autograd.grad(functional.linear(x, weight, None, entries).square().sum(), (x, entries.delta))
+    dense = dense_weight(weight, entries)
+    expected = torch.autograd.grad(F.linear(x, dense.t() if transposed else dense).square().sum(), (x, entries.delta))
+    got = torch.autograd.grad(functional.linear(x, weight, None, entries, transposed).square().sum(), (x, entries.delta))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

@@ -16,6 +16,7 @@ from problems import (
     implementations,
     index_dtypes,
     make_adamw,
+    make_embedding,
     make_entries,
     make_indices,
     make_sddmm,
@@ -239,6 +240,7 @@ def sample_calls(device: str = "cpu") -> dict[str, tuple]:
     return {
         "sddmm": make_sddmm(ORDINARY, torch.bfloat16, torch.int32, device),
         "sddmm_add_": (entries.delta, *make_sddmm(ORDINARY, torch.float32, torch.int32, device)),
+        "embedding_grad": (*make_embedding(ORDINARY, torch.bfloat16, torch.int32, device), 3),
         "gather": (entries.weight, entries.indices),
         "patch_": (entries.weight, entries.indices, entries.base, entries.delta, 0.5),
         "scatter_add_": (entries.weight, entries.indices, entries.delta, 0.5),
@@ -253,7 +255,7 @@ def test_opcheck(op, device):
     torch.library.opcheck(getattr(torch.ops.sprand, op).default, sample_calls(device)[op])
 
 
-@pytest.mark.parametrize("op", ["patch_", "gather", "sddmm"])
+@pytest.mark.parametrize("op", ["patch_", "gather", "sddmm", "embedding_grad"])
 def test_opcheck_of_empty_and_optional(op, device):
     problem = PROBLEMS[1]
     entries = make_entries(problem, torch.float32, torch.int32, device)
@@ -261,6 +263,7 @@ def test_opcheck_of_empty_and_optional(op, device):
         "patch_": (entries.weight, entries.indices, entries.base, None),
         "gather": (entries.weight, entries.indices),
         "sddmm": make_sddmm(problem, torch.float32, torch.int64, device),
+        "embedding_grad": make_embedding(problem, torch.float32, torch.int64, device),
     }
     torch.library.opcheck(getattr(torch.ops.sprand, op).default, calls[op])
 
@@ -269,6 +272,8 @@ def test_opcheck_of_empty_and_optional(op, device):
 def test_fakes_tell_shape_and_dtype(dtype):
     grad_output, input, indices = (value.to("meta") for value in make_sddmm(ORDINARY, dtype, torch.int32))
     result = torch.ops.sprand.sddmm(grad_output, input, indices)
+    assert (result.shape, result.dtype, result.device.type) == ((ORDINARY.nnz,), sum_dtype(dtype), "meta")
+    result = torch.ops.sprand.embedding_grad(input, torch.empty(ORDINARY.tokens, dtype=torch.int64, device="meta"), indices)
     assert (result.shape, result.dtype, result.device.type) == ((ORDINARY.nnz,), sum_dtype(dtype), "meta")
     weight = torch.empty(ORDINARY.rows, ORDINARY.cols, dtype=dtype, device="meta")
     result = torch.ops.sprand.gather(weight, indices)

@@ -6,7 +6,8 @@
 #include <cmath>
 #include <string>
 
-#include "../checks.h"
+#include "../sorted_tokens.h"
+#include "embedding_grad.h"
 #include "entries.h"
 #include "sddmm.h"
 
@@ -16,6 +17,7 @@ namespace {
 constexpr int64_t kGrain = 16384;        // entries worth a thread in a pass over entries
 constexpr int64_t kAdamWEntries = 4096;  // entries updated, then patched while they are in the first-level cache
 constexpr int64_t kDrawGrain = 2048;     // positions worth a thread in a draw
+constexpr int64_t kAddGrain = 16384;     // additions worth a thread in an embedding gradient
 
 // Calls f with a null pointer of the element type of `type`.
 template <class F>
@@ -86,6 +88,33 @@ void sddmm_add_op(const Tensor& sums, const Tensor& grad_output, const Tensor& i
     add(written<double>(sums), values<double>(more));
   else
     add(written<float>(sums), values<float>(more));
+}
+
+Tensor embedding_grad_op(const Tensor& grad_output, const Tensor& tokens, const Tensor& indices,
+                         std::optional<int64_t> padding_idx) {
+  check_embedding_grad(grad_output, tokens, indices);
+  const Tensor g = torch::stable::contiguous(grad_output);
+  const SortedTokens sorted = sort_tokens(tokens);
+  Tensor result = torch::stable::new_zeros(g, {indices.numel()}, sum_type(g));
+  const int64_t features = g.size(1), *order = sorted.order.const_data_ptr<int64_t>();
+  with_index_type("embedding_grad", indices, [&](const auto* index) {
+    std::vector<EmbeddingPiece> pieces;
+    with_index_type("embedding_grad", sorted.values, [&](const auto* token) {
+      pieces = embedding_pieces(token, tokens.numel(), index, indices.numel(), features, padding_idx.value_or(-1));
+    });
+    if (pieces.empty()) return;
+    const int64_t additions = pieces.back().before + pieces.back().entries * pieces.back().tokens;
+    with_weight_type(g.scalar_type(), [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      run_parallel(0, additions, kAddGrain, [&](int64_t begin, int64_t end) {
+        const auto starts_before = [](const EmbeddingPiece& piece, int64_t work) { return piece.before < work; };
+        auto piece = std::lower_bound(pieces.begin(), pieces.end(), begin, starts_before);
+        for (; piece != pieces.end() && piece->before < end; ++piece)
+          sum_piece(*piece, values<T>(g), order, index, written<Sum<T>>(result), features);
+      });
+    });
+  });
+  return result;
 }
 
 Tensor gather_op(const Tensor& weight, const Tensor& indices) {
@@ -217,6 +246,7 @@ STABLE_TORCH_LIBRARY_IMPL(sprand, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(sprand, CPU, m) {
   m.impl("sddmm", TORCH_BOX(&sprand::cpu::sddmm_op));
   m.impl("sddmm_add_", TORCH_BOX(&sprand::cpu::sddmm_add_op));
+  m.impl("embedding_grad", TORCH_BOX(&sprand::cpu::embedding_grad_op));
   m.impl("gather", TORCH_BOX(&sprand::cpu::gather_op));
   m.impl("patch_", TORCH_BOX(&sprand::cpu::patch_op));
   m.impl("scatter_add_", TORCH_BOX(&sprand::cpu::scatter_add_op));

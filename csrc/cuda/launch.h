@@ -29,6 +29,20 @@ cudaError_t sddmm(const void* grad_output, const void* input, DType dtype, Indic
 // sum_splits.cu. `partial` [splits, nnz].
 cudaError_t sum_splits(const float* partial, float* out, int64_t nnz, int64_t splits, bool accumulate, cudaStream_t stream);
 
+// embedding_grad.cu. A stable sort of the tokens: `sorted` [count] and, in their old order, where they were. `padding` is the
+// token left out, -1 for none.
+struct Tokens {
+  const void* sorted;
+  IndexType type;
+  const int64_t* order;
+  int64_t count;
+  int64_t padding;
+};
+// grad_output [tokens, features] of `dtype`; out [nnz] holds zeros. `partial` holds embedding_grad_partial(...) floats.
+int64_t embedding_grad_partial(int64_t tokens, int64_t features, int64_t nnz);
+cudaError_t embedding_grad(const void* grad_output, DType dtype, Tokens tokens, Indices indices, float* out, float* partial,
+                           int64_t features, cudaStream_t stream);
+
 // gather.cu
 cudaError_t gather(const void* weight, DType dtype, Indices indices, void* out, cudaStream_t stream);
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../sorted_tokens.h"
 #include "launch.h"
 #include "sddmm_rows.h"
 #include "stream.h"
@@ -141,6 +142,29 @@ void sddmm_add_op(const Tensor& sums, const Tensor& grad_output, const Tensor& i
   run_sddmm("sddmm_add_", grad_output, input, indices, table, launch, sums, true);
 }
 
+Tensor embedding_grad_op(const Tensor& grad_output, const Tensor& tokens, const Tensor& indices,
+                         std::optional<int64_t> padding_idx) {
+  constexpr const char* op = "embedding_grad";
+  check_embedding_grad(grad_output, tokens, indices);
+  check_device(op, grad_output, tokens);
+  const DType dtype = value_type(op, grad_output);
+  const Indices positions = positions_of(op, indices, grad_output);
+  const int64_t count = tokens.size(0), features = grad_output.size(1);
+  Launch launch(grad_output);
+  const Tensor rows = torch::stable::contiguous(grad_output);
+  const SortedTokens sorted = sort_tokens(tokens);
+  const Tensor out = torch::stable::new_zeros(grad_output, {positions.nnz}, ScalarType::Float);
+  const Tensor partial =
+      torch::stable::new_empty(grad_output, {embedding_grad_partial(count, features, positions.nnz)}, ScalarType::Float);
+  launch.check(embedding_grad(rows.const_data_ptr(), dtype,
+                              {sorted.values.const_data_ptr(), index_type(op, sorted.values),
+                               sorted.order.const_data_ptr<int64_t>(), count, padding_idx.value_or(-1)},
+                              positions, static_cast<float*>(out.mutable_data_ptr()),
+                              static_cast<float*>(partial.mutable_data_ptr()), features, launch.stream()),
+               op);
+  return out;
+}
+
 Tensor gather_op(const Tensor& weight, const Tensor& indices) {
   constexpr const char* op = "gather";
   const DType dtype = value_type(op, weight);
@@ -237,6 +261,7 @@ void uniform_indices_op(const Tensor& indices, int64_t numel, int64_t key) {
 void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
   m.impl("sddmm_add_", TORCH_BOX(&sddmm_add_op));
+  m.impl("embedding_grad", TORCH_BOX(&embedding_grad_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("patch_", TORCH_BOX(&patch_op));
   m.impl("scatter_add_", TORCH_BOX(&scatter_add_op));
