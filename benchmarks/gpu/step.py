@@ -23,7 +23,7 @@ from report import Progress, Row, command_line, markdown, progress, write_csv, w
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANK = 16
 PEER_DENSITY = 0.01
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 1e-3
 MIB = 2**20
 COLUMNS = (
     "method", "label", "layout", "density", "graph", "tokens", "layers", "trained", "us", "us_p20", "us_p80", "samples", "ratio",
