@@ -28,6 +28,7 @@ def machine() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "instruction set": f"torch {torch.backends.cpu.get_cpu_capability()}, sprand {_sprand_instruction_set()}",
         "torch": torch.__version__,
+        **_gpu(),
     }
     for package in ("transformers", "peft", "peft-sparta"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -91,7 +92,8 @@ def command_line(script: str, arguments: Sequence[str]) -> str:
             skip = True
             continue
         kept.append(argument)
-    return " ".join(["python", f"benchmarks/{Path(script).name}", *kept])
+    path = Path(script).resolve().relative_to(RESULTS.resolve().parent.parent)
+    return " ".join(["python", path.as_posix(), *kept])
 
 
 @contextlib.contextmanager
@@ -143,6 +145,19 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _gpu() -> dict[str, str]:
+    """Card, driver and CUDA, where torch sees a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    facts = {"GPU": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        facts["driver"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return facts
+
+
 def _sprand_instruction_set() -> str:
     try:
         from sprand import native
@@ -162,6 +177,8 @@ def _sprand_version() -> str:
 
 
 def _commit() -> str:
+    """The commit, or SPRAND_COMMIT where the sources came without their repository."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -169,4 +186,4 @@ def _commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("SPRAND_COMMIT", "unknown")

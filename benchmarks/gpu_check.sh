@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in at most ten minutes and without a network: build, GPU tests, compute-sanitizer, measurements.
+#
+#   benchmarks/gpu_check.sh [--no-build] [folder of the results, by default benchmarks/results/gpu-<card>]
+#
+# A step that fails or runs out of its time does not stop the others; the end says which did, and the exit status is 1 then.
+# PYTHON names the interpreter (default: .venv/bin/python, else python3). SPRAND_COMMIT names the commit where .git is missing.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 # one workspace for all streams: a captured product takes the algorithm of the eager one
+
+build=1 out=()
+for argument in "$@"; do
+  case $argument in
+    --no-build) build=0 ;;
+    -*) sed -n 's/^#   //p' "$0" >&2; exit 2 ;;
+    *) out=(--out "$argument") ;;
+  esac
+done
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=python3
+  if [[ -x .venv/bin/python ]]; then PYTHON=$PWD/.venv/bin/python; fi
+fi
+
+failed=()
+step() { # step "title" seconds command...
+  local title=$1 limit=$2 start=$SECONDS status=0
+  shift 2
+  echo "== $title"
+  timeout -k 5 "$limit" "$@" || status=$?
+  echo "-- $title: $((SECONDS - start)) s"
+  if ((status == 0)); then return; fi
+  if ((status == 124 || status == 137)); then status="not done after $limit s"; else status="exit status $status"; fi
+  echo "-- $title FAILED: $status"
+  failed+=("$title ($status)")
+}
+
+SMALL=(tests/test_ops.py tests/test_sparse_adamw.py)
+PICK="cuda and not reference and not int64 and not float64 and not compile and not opcheck"
+sanitize() { # sanitize tool seconds: the operators' problem table under compute-sanitizer, our kernels alone
+  local tool=$1 sanitizer
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  if [[ -z $sanitizer ]]; then
+    echo "== $tool: left out, no compute-sanitizer here"
+    return
+  fi
+  # Each tensor an allocation of its own, so that the one behind it is out of bounds.
+  step "$tool" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --kernel-name kns=sprand --error-exitcode 9 \
+    "$PYTHON" -m pytest -q -x -p no:cacheprovider -m gpu -k "$PICK" "${SMALL[@]}"
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv 2>/dev/null
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu_check: no CUDA device is visible to torch ($PYTHON): nothing was checked" >&2
+  exit 1
+fi
+if ((build)); then step "Build" 140 "$PYTHON" setup.py -q build_ext --inplace; fi
+loaded='from sprand import native; print(native.problems); assert native.kernel_of("sddmm", "cuda") == "CUDA"'
+step "CUDA kernels are loaded" 30 "$PYTHON" -c "$loaded"
+step "Tests" 100 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu --durations 5
+sanitize memcheck 60
+sanitize racecheck 60
+step "Operators" 105 "$PYTHON" benchmarks/gpu/ops.py --budget 85 ${out[@]+"${out[@]}"}
+step "Training step" 85 "$PYTHON" benchmarks/gpu/step.py --budget 65 ${out[@]+"${out[@]}"}
+
+if ((${#failed[@]})); then
+  echo "FAILED after $SECONDS s:"
+  printf '  %s\n' "${failed[@]}"
+  exit 1
+fi
+echo "All passed in $SECONDS s."

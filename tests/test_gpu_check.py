@@ -1,0 +1,173 @@
+"""gpu_check.sh with programs that only say what they were asked, and the GPU benchmarks on the CPU."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def check(tmp_path: Path):
+    """Runs gpu_check.sh with a Python that records its arguments, and fails on those that hold a given word."""
+    bash = ["/bin/bash", "/usr/bin/bash"]
+    if not any(map(os.path.exists, bash)):
+        pytest.skip("gpu_check.sh needs bash")
+    calls = tmp_path / "calls"
+
+    def run(*arguments: str, fail: str = "nothing", sanitizer: bool = False) -> tuple[int, str, list[str]]:
+        programs = tmp_path / "bin"
+        programs.mkdir(exist_ok=True)
+        python = programs / "python"
+        python.write_text(f'#!/bin/bash\necho "$*" >>"{calls}"\nif [[ "$*" == *"{fail}"* ]]; then exit 3; fi\n')
+        python.chmod(0o755)
+        if sanitizer:
+            tool = programs / "compute-sanitizer"
+            tool.write_text(f'#!/bin/bash\necho "compute-sanitizer $*" >>"{calls}"\n')
+            tool.chmod(0o755)
+        calls.write_text("")
+        environment = {**os.environ, "PYTHON": str(python), "PATH": f"{programs}:/usr/bin:/bin"}
+        script = BENCHMARKS / "gpu_check.sh"
+        done = subprocess.run(["bash", str(script), *arguments], env=environment, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
+
+    return run
+
+
+def test_every_step_runs_in_order(check):
+    code, said, calls = check("results-here", sanitizer=True)
+    assert code == 0
+    assert "All passed" in said
+    steps = [next(i for i, call in enumerate(calls) if word in call) for word in (
+        "torch.cuda.is_available", "build_ext --inplace", "native", "pytest -q -p no:cacheprovider -m gpu", "--tool memcheck",
+        "--tool racecheck", "gpu/ops.py", "gpu/step.py",
+    )]  # fmt: skip
+    assert steps == sorted(steps)
+    assert all("--out results-here" in call for call in calls if "benchmarks/gpu/" in call)
+
+
+def test_built_modules_can_be_used(check):
+    assert not any("build_ext" in call for call in check("--no-build")[2])
+
+
+def test_a_failing_step_does_not_stop_the_others_and_is_told_at_the_end(check):
+    code, said, calls = check(fail="pytest")
+    assert code == 1
+    assert "Tests (exit status 3)" in said.split("FAILED after")[1]
+    assert any("gpu/step.py" in call for call in calls)
+
+
+def test_a_missing_sanitizer_is_said(check):
+    if os.path.exists("/usr/local/cuda/bin/compute-sanitizer") or os.path.exists("/usr/bin/compute-sanitizer"):
+        pytest.skip("there is a compute-sanitizer here")
+    code, said, _ = check()
+    assert code == 0
+    assert "memcheck: left out, no compute-sanitizer here" in said
+
+
+def test_without_a_gpu_nothing_is_checked(check):
+    code, said, calls = check(fail="torch.cuda.is_available")
+    assert code == 1
+    assert "no CUDA device is visible" in said
+    assert len(calls) == 1
+
+
+def test_an_unknown_option_is_refused_with_the_usage(check):
+    code, said, calls = check("--fast")
+    assert code == 2
+    assert "gpu_check.sh [--no-build]" in said
+    assert not calls
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def gpu_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(BENCHMARKS / "gpu")
+    return __import__(name)
+
+
+def test_ops_are_timed_against_cublas_and_peers(tmp_path, monkeypatch):
+    ops = gpu_benchmark("ops", monkeypatch)
+    assert ops.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "ops.csv")
+    assert {row["op"] for row in rows} == {"cuBLAS", "sddmm", "gather", "patch_", "scatter_add_", "sparse_adamw_"}
+    measured = [row for row in rows if not row["note"]]
+    assert all(float(row["us"]) > 0 for row in measured)
+    assert {row["dtype"] for row in measured if row["op"] == "sddmm"} == {"bf16", "fp16", "fp32"}
+    assert all(row["note"].startswith("does not run here") for row in rows if row["note"])
+    assert all(float(row["error"]) < 1e-5 for row in measured if row["error"])
+    assert "benchmarks/gpu/ops.py --device cpu --quick" in (tmp_path / "ops.md").read_text()
+
+
+def test_an_operator_that_fails_is_a_row_and_an_exit_status(tmp_path, monkeypatch):
+    from sprand import ops as operators
+
+    ops = gpu_benchmark("ops", monkeypatch)
+
+    def broken(*arguments):
+        raise RuntimeError("gather: launch failed")
+
+    monkeypatch.setattr(operators, "gather", broken)
+    assert ops.main(["--device", "cpu", "--quick", "--parts", "cublas", "entries", "--out", str(tmp_path)]) == 1
+    rows = read(tmp_path / "ops.csv")
+    assert any("gather: launch failed" in row["note"] for row in rows)
+    assert any(row["contestant"] == "dW" and row["us"] for row in rows)
+
+
+def test_what_a_budget_leaves_out_is_said(tmp_path, monkeypatch):
+    ops = gpu_benchmark("ops", monkeypatch)
+    assert ops.main(["--device", "cpu", "--quick", "--budget", "0", "--parts", "cublas", "--out", str(tmp_path)]) == 0
+    assert [row["note"] for row in read(tmp_path / "ops.csv")] == ["the budget of 0 s was spent: the rest was not measured"]
+
+
+def test_the_step_is_set_against_the_frozen_model(tmp_path, monkeypatch):
+    step = gpu_benchmark("step", monkeypatch)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert step.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    rows = {row["method"]: row for row in read(tmp_path / "step.csv")}
+    assert set(rows) == {"frozen", "sprand", "lora", "shira", "full"}
+    assert rows["lora"]["note"] == rows["shira"]["note"] == "not installed: peft"
+    for method in ("sprand", "full"):
+        assert float(rows[method]["ratio"]) > 0
+        assert float(rows[method]["loss_last"]) < float(rows[method]["loss_first"])
+    assert int(rows["full"]["trained"]) > int(rows["sprand"]["trained"]) > 0
+
+
+@pytest.mark.slow
+def test_the_step_with_peft(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    step = gpu_benchmark("step", monkeypatch)
+    assert step.main(["--device", "cpu", "--quick", "--methods", "lora", "shira", "--out", str(tmp_path)]) == 0
+    rows = [row for row in read(tmp_path / "step.csv") if row["method"] != "frozen"]
+    assert [row["note"] for row in rows] == ["", ""]
+    assert all(float(row["loss_last"]) < float(row["loss_first"]) for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("name", ["ops", "step"])
+def test_without_a_gpu_the_benchmarks_say_so(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        gpu_benchmark(name, monkeypatch).main([])
+    assert "no CUDA device is visible to torch" in capsys.readouterr().err
+
+
+def test_predictions_are_found_for_the_shapes_that_are_measured(monkeypatch):
+    timing = gpu_benchmark("timing", monkeypatch)
+    of_ops, of_steps = timing.predictions("op"), timing.predictions("step")
+    assert of_ops["sddmm", "unstructured", 0.01, 4096, 4096, 8192] == 178
+    assert of_ops["dW + gather", None, None, 14336, 4096, 8192] == 1290
+    assert of_ops["sparse_adamw_", None, 0.01, None, None, 70_000_000] == 2100
+    assert of_steps["sprand", "unstructured", 0.01, None, None, 8192] == 1.19
+    assert of_steps["lora", None, None, None, None, 8192] == 1.23
