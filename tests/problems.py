@@ -62,6 +62,20 @@ index_dtypes = pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=lambda d
 implementations = pytest.mark.parametrize("ops", [torch.ops.sprand, reference], ids=["dispatched", "reference"])
 
 
+RUN_PROBLEMS = (
+    (32, 64, 0, (2, 1)),
+    (2, 8, 2, (2, 1)),
+    (30, 24, 130, (2, 1)),
+    (64, 512, 640, (4, 1)),
+    (36, 100, 1200, (4, 1)),
+    (17, 64, 80, (1, 8)),
+    (5, 1024, 5 * 1024, (1, 8)),
+    (2**20, 2**10, 4000, (4, 1)),
+    (3, 2**29, 4000, (1, 8)),
+)
+run_problems = pytest.mark.parametrize("rows, cols, nnz, run", RUN_PROBLEMS, ids=str)
+
+
 def skip_unsupported(device: str, dtype: torch.dtype) -> None:
     if device == "cuda" and dtype == torch.float64:
         pytest.skip("float64 is for the CPU")

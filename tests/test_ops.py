@@ -25,6 +25,7 @@ from problems import (
     plain_patch,
     plain_scatter_add,
     problem_table,
+    run_problems,
     skip_unsupported,
     sum_dtype,
     tolerance,
@@ -299,6 +300,16 @@ def test_generators_equal_the_reference_bit_for_bit(key, index_dtype, device):
         assert torch.ops.sprand.uniform_indices_(drawn, rows * cols, key) is None
         reference.uniform_indices_(expected, rows * cols, key)
         assert torch.equal(drawn, expected)
+
+
+@run_problems
+@pytest.mark.parametrize("key", [0, -1, 0x0123456789ABCDEF])
+@index_dtypes
+def test_runs_equal_the_reference_bit_for_bit(rows, cols, nnz, run, key, index_dtype, device):
+    drawn, expected = (torch.full((nnz,), -1, dtype=index_dtype, device=device) for _ in range(2))
+    assert torch.ops.sprand.stratified_indices_(drawn, rows, cols, key, *run) is None
+    reference.stratified_indices_(expected, rows, cols, key, *run)
+    assert torch.equal(drawn, expected)
 
 
 @pytest.mark.parametrize("rows, cols", [(1, 2**32 - 1), (3, 2**32 - 8), (2**20, 2**20)])
