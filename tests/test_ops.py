@@ -322,3 +322,16 @@ def test_generators_equal_the_reference_on_huge_matrices(rows, cols, device):
     torch.ops.sprand.uniform_indices_(drawn, 2**62 - 1, 11)
     reference.uniform_indices_(expected, 2**62 - 1, 11)
     assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_sddmm_of_rows_that_share_columns_is_that_of_each_row_alone(dtype):
+    """Sharing a load changes no bit, on the CPU and within a block of tokens."""
+    for problem in PROBLEMS:
+        if problem.where.startswith(("runs", "equal")):
+            grad_output, input, indices = make_sddmm(problem, dtype, torch.int32)
+            together = torch.ops.sprand.sddmm(grad_output[:32], input[:32], indices)
+            for row in (0, problem.rows // 2, problem.rows - 1):
+                there = indices // problem.cols == row
+                alone = torch.ops.sprand.sddmm(grad_output[:32], input[:32], indices[there])
+                assert torch.equal(together[there], alone)
