@@ -41,7 +41,7 @@ template <class F>
 struct Plain {
   using Element = F;
   using Sum = F;
-  static constexpr int64_t kLanes = 32 / sizeof(F), kTileTokens = 8, kTileCols = 8, kTileRows = 2;
+  static constexpr int64_t kLanes = 32 / sizeof(F), kTileTokens = 8, kTileCols = 8, kTileRows = 1;
   typedef F Lanes __attribute__((vector_size(32), aligned(sizeof(F)), may_alias));
   Lanes v;
   static const Lanes& load(const F* p) { return *reinterpret_cast<const Lanes*>(p); }
