@@ -19,16 +19,18 @@ from report import markdown as table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPS = ("sddmm", "embedding_grad", "gather", "patch_", "scatter_add_", "sparse_adamw_", "stratified_indices_", "uniform_indices_")
+LAYOUTS = ("unstructured", "run2", "run4", "run8")
+TOKEN_OPS = ("sddmm", "embedding_grad")
 TARGETS = 8
 SHORTEST = 5e-4
 COLUMNS = (
-    "op", "out", "in", "density", "nnz", "dtype", "tokens", "targets", "kernel", "contestant", "seconds", "seconds_p20",
+    "op", "out", "in", "layout", "density", "nnz", "dtype", "tokens", "targets", "kernel", "contestant", "seconds", "seconds_p20",
     "seconds_p80", "gflops", "ns_per_entry", "speedup", "repeats",
 )  # fmt: skip
 TABLE = {
-    "shape": ("weight", ""), "percent": ("density", ""), "nnz": ("entries", ",d"), "ours": ("sprand, us", ".1f"),
-    "ours_gflops": ("GFLOP/s", ".1f"), "ours_ns": ("ns per entry", ".2f"), "plain": ("fastest plain PyTorch", ""),
-    "plain_us": ("us", ".1f"), "speedup": ("times faster", ".2f"),
+    "shape": ("weight", ""), "layout": ("layout", ""), "percent": ("density", ""), "nnz": ("entries", ",d"),
+    "ours": ("sprand, us", ".1f"), "ours_gflops": ("GFLOP/s", ".1f"), "ours_ns": ("ns per entry", ".2f"),
+    "plain": ("fastest plain PyTorch", ""), "plain_us": ("us", ".1f"), "speedup": ("times faster", ".2f"),
 }  # fmt: skip
 
 Call = Callable[[], object]
@@ -36,8 +38,9 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Problem:
-    """One weight and everything that the operators take beside it."""
+    """One weight and everything that the operators take beside it; as many positions in each of some layouts."""
 
+    layouts: dict[str, torch.Tensor]
     weight: torch.Tensor
     indices: torch.Tensor
     base: torch.Tensor
@@ -46,28 +49,32 @@ class Problem:
     input: torch.Tensor
 
     @classmethod
-    def of(cls, shape: tuple[int, int], density: float, dtype: torch.dtype, tokens: int) -> Problem:
-        from sprand import ops
+    def of(
+        cls, shape: tuple[int, int], density: float, dtype: torch.dtype, tokens: int, layouts: Sequence[str] = LAYOUTS[:1]
+    ) -> Problem:
+        from sprand import ops, pattern
 
         generator = torch.Generator().manual_seed(0)
         rows, cols = shape
-        indices = torch.empty(max(round(rows * cols * density), 1), dtype=torch.int32)
-        ops.stratified_indices_(indices, rows, cols, 1)
+        run = max(math.prod(pattern.run_of(layout, shape)) for layout in layouts)
+        nnz = max(round(rows * cols * density) // run, 1) * run
+        drawn = {layout: pattern.draw("random", "", shape, nnz, 1, layout=layout) for layout in layouts}
+        indices = next(iter(drawn.values()))
         weight = torch.randn(shape, generator=generator).to(dtype)
         delta = torch.randn(indices.shape, generator=generator) * 0.01
         sides = [torch.randn((tokens, size), generator=generator).to(dtype) for size in shape]
-        return cls(weight, indices, ops.gather(weight, indices), delta, *sides)
+        return cls(drawn, weight, indices, ops.gather(weight, indices), delta, *sides)
 
 
 def contestants(op: str, p: Problem) -> dict[str, Call]:
-    """Ours first, then ways to do the same in plain PyTorch, with int64 indices made beforehand, as it likes them best."""
+    """Ours first, in each layout, then ways to do the same in plain PyTorch, with int64 indices, as it likes them best."""
     from sprand import ops
 
     flat, wide = p.weight.view(-1), p.indices.long()
     nnz, dtype = len(wide), p.weight.dtype
     if op == "sddmm":
         return {
-            "sprand": lambda: ops.sddmm(p.grad_output, p.input, p.indices),
+            **{_ours(layout): _sddmm(p, indices) for layout, indices in p.layouts.items()},
             "matmul + index_select": lambda: (p.grad_output.t() @ p.input).view(-1).index_select(0, wide).float(),
         }
     if op == "embedding_grad":
@@ -113,6 +120,16 @@ def contestants(op: str, p: Problem) -> dict[str, Call]:
     }
 
 
+def _ours(layout: str) -> str:
+    return "sprand" if layout == "unstructured" else f"sprand, {layout}"
+
+
+def _sddmm(p: Problem, indices: torch.Tensor) -> Call:
+    from sprand import ops
+
+    return lambda: ops.sddmm(p.grad_output, p.input, indices)
+
+
 def adamw_contestants(p: Problem, wide: torch.Tensor) -> dict[str, Call]:
     """One step of `TARGETS` equal layers, against the functional form of torch's fused AdamW and a write per weight."""
     from torch.optim.adamw import adamw
@@ -143,7 +160,7 @@ def flops(op: str, name: str, p: Problem) -> float | None:
     """Multiplications and additions that the contestant carries out; None where memory is what counts."""
     if op != "sddmm":
         return None
-    return 2.0 * len(p.input) * (len(p.indices) if name == "sprand" else p.weight.numel())
+    return 2.0 * len(p.input) * (len(p.indices) if name.startswith("sprand") else p.weight.numel())
 
 
 def alternate(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
@@ -166,35 +183,40 @@ def alternate(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def time_op(op: str, shape: tuple[int, int], density: float, dtype: str, tokens: int, repeats: int) -> list[Row]:
-    """One row per contestant; the row of sprand carries `speedup`, against the fastest other of the same run."""
+def time_op(
+    op: str, shape: tuple[int, int], density: float, dtype: str, tokens: int, repeats: int, layouts: Sequence[str]
+) -> list[Row]:
+    """One row per contestant; the rows of sprand carry `speedup`, against the fastest other of the same run."""
     from sprand import native
 
-    p = Problem.of(shape, density, DTYPES[dtype], tokens)
+    p = Problem.of(shape, density, DTYPES[dtype], tokens, layouts if op == "sddmm" else LAYOUTS[:1])
+    layout_of = {_ours(layout): layout for layout in p.layouts}
     targets = TARGETS if op == "sparse_adamw_" else 1
     rows: list[dict[str, object]] = []
     for name, taken in alternate(contestants(op, p), repeats).items():
         middle, low, high = quantiles(taken)
         work = flops(op, name, p)
         rows.append({
-            "op": op, "out": shape[0], "in": shape[1], "density": density, "nnz": len(p.indices), "dtype": dtype,
-            "tokens": tokens if op in ("sddmm", "embedding_grad") else None, "targets": targets, "contestant": name,
-            "kernel": native.kernel_of(op, "cpu") if name == "sprand" else "PyTorch", "seconds": middle, "seconds_p20": low,
-            "seconds_p80": high, "gflops": work / middle / 1e9 if work else None,
+            "op": op, "out": shape[0], "in": shape[1], "layout": layout_of.get(name), "density": density,
+            "nnz": len(p.indices), "dtype": dtype, "tokens": tokens if op in TOKEN_OPS else None, "targets": targets,
+            "contestant": name, "kernel": native.kernel_of(op, "cpu") if name in layout_of else "PyTorch", "seconds": middle,
+            "seconds_p20": low, "seconds_p80": high, "gflops": work / middle / 1e9 if work else None,
             "ns_per_entry": middle * 1e9 / (len(p.indices) * targets), "repeats": repeats,
         })  # fmt: skip
-    rows[0]["speedup"] = min(row["seconds"] for row in rows[1:]) / rows[0]["seconds"]
+    fastest = min(row["seconds"] for row in rows if not row["layout"])
+    for row in rows:
+        row["speedup"] = fastest / row["seconds"] if row["layout"] else None
     return rows
 
 
-def summary_line(rows: Sequence[Row]) -> Row:
-    """The rows of one problem as one line of the printed table."""
-    ours, plain = rows[0], min(rows[1:], key=lambda row: row["seconds"])
-    return {
-        "shape": f"{ours['out']}x{ours['in']}", "percent": f"{100 * ours['density']:g} %", "nnz": ours["nnz"],
-        "ours": ours["seconds"] * 1e6, "ours_gflops": ours["gflops"], "ours_ns": ours["ns_per_entry"],
+def summary_lines(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one problem as lines of the printed table, one for each layout."""
+    plain = min((row for row in rows if not row["layout"]), key=lambda row: row["seconds"])
+    return [{
+        "shape": f"{ours['out']}x{ours['in']}", "layout": ours["layout"], "percent": f"{100 * ours['density']:g} %",
+        "nnz": ours["nnz"], "ours": ours["seconds"] * 1e6, "ours_gflops": ours["gflops"], "ours_ns": ours["ns_per_entry"],
         "plain": plain["contestant"], "plain_us": plain["seconds"] * 1e6, "speedup": ours["speedup"],
-    }  # fmt: skip
+    } for ours in rows if ours["layout"]]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.say(f"{op}, {dtype}")
             lines = []
             for shape, density in problems:
-                here = time_op(op, shape, density, dtype, options.tokens, options.repeats)
+                here = time_op(op, shape, density, dtype, options.tokens, options.repeats, options.layouts)
                 rows += here
-                lines.append(summary_line(here))
+                lines += summary_lines(here)
                 bar.advance()
             tokens = f", {options.tokens} tokens"
             details = {"sddmm": tokens, "embedding_grad": tokens, "sparse_adamw_": f", {TARGETS} such weights in one call"}
@@ -238,6 +260,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=[shape_of(s) for s in shapes], help="out x in")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01, 0.05])
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of sddmm; others are unstructured")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=20, help="samples per contestant")
     parser.add_argument("--out", type=Path, default=RESULTS)

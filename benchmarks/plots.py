@@ -72,12 +72,12 @@ def speedups(rows: Sequence[Row], path: Path) -> None:
         return
     for panel, dtype in panels:
         here = [row for row in rows if _dtype(row) == dtype]
-        labels = list(dict.fromkeys(row["op"] for row in here))
+        labels = list(dict.fromkeys(_operator(row) for row in here))
         densities = sorted({row["density"] for row in here})
         for index, density in enumerate(densities):
             dots = [row for row in here if row["density"] == density]
             offset = (index - (len(densities) - 1) / 2) * 0.8 / len(densities)
-            x, y = [row["speedup"] for row in dots], [labels.index(row["op"]) + offset for row in dots]
+            x, y = [row["speedup"] for row in dots], [labels.index(_operator(row)) + offset for row in dots]
             panel.plot(x, y, "o", color=_shade(OURS, index, len(densities)), markersize=5, label=f"{100 * density:g} %")
         _finish(panel, labels, dtype)
         panel.set_xscale("log")
@@ -85,6 +85,10 @@ def speedups(rows: Sequence[Row], path: Path) -> None:
         panel.set_xlabel("times faster than the fastest plain PyTorch, one dot per shape")
         panel.legend(title="density", fontsize=8)
     _save(figure, path)
+
+
+def _operator(row: Row) -> str:
+    return str(row["op"]) if row.get("layout", "unstructured") == "unstructured" else f"{row['op']}, {row['layout']}"
 
 
 def _dtype(row: Row) -> str:

@@ -34,6 +34,12 @@ inline void check_weight(const char* op, const Tensor& weight, const Tensor& ind
   STD_TORCH_CHECK(indices.numel() <= weight.numel(), op, ": more indices than the weight has entries");
 }
 
+inline void check_runs(const char* op, const Tensor& indices, int64_t rows, int64_t cols, int64_t run_rows, int64_t run_cols) {
+  STD_TORCH_CHECK(run_rows > 0 && run_cols > 0 && rows % run_rows == 0 && cols % run_cols == 0 &&
+                      indices.numel() % run_rows == 0 && indices.numel() / run_rows % run_cols == 0,
+                  op, ": expected runs of ", run_rows, " x ", run_cols, " that divide rows, cols and the entries");
+}
+
 inline void check_sddmm(const Tensor& grad_output, const Tensor& input) {
   STD_TORCH_CHECK(grad_output.dim() == 2 && input.dim() == 2 && grad_output.size(0) == input.size(0),
                   "sddmm: expected grad_output [T, out] and input [T, in]");

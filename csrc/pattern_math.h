@@ -7,6 +7,10 @@
 // granule is (row / 2 mod 8) XOR a hash of (row / 16, rank): eight lanes that hold rows 16j, 16j+2, ..., 16j+14 at the
 // same rank meet eight different shared-memory bank groups.
 //
+// Stratified runs: the same draw on the matrix of runs, each expanded to run_rows x run_cols adjacent entries. A lane that
+// takes a run of several rows owns one row of that matrix, so the residue is (row mod 8) XOR a hash of (row / 8, rank);
+// runs of several columns fill whole bank groups by themselves, and are drawn with granule 1.
+//
 // Uniform: a keyed Feistel permutation of [0, numel), cycle-walked; entry p is the image of p.
 #pragma once
 #include <cstdint>
@@ -57,21 +61,30 @@ struct Strata {
 };
 
 struct Stratified {
-  uint64_t rows, cols, key;
-  uint64_t q, extra;           // every row has q entries, `extra` rows one more
+  uint64_t run_rows, run_cols;
+  uint64_t rows, cols, key;    // of the matrix of runs; below, a row is one of its rows
+  uint64_t q, extra;           // every row has q runs, `extra` rows one more
   uint64_t granule, granules;  // columns per granule, granules per row
+  uint64_t row_shift;          // a lane owns 2^row_shift rows
   uint64_t extra_turn;
 
-  SPRAND_HD Stratified(uint64_t rows_, uint64_t cols_, uint64_t nnz, uint64_t key_) : rows(rows_), cols(cols_), key(key_) {
-    q = rows ? nnz / rows : 0;
-    extra = rows ? nnz % rows : 0;
+  // A draw of nnz entries of [rows, cols], in runs that divide all three.
+  SPRAND_HD Stratified(uint64_t rows_, uint64_t cols_, uint64_t nnz, uint64_t key_, uint64_t run_rows_ = 1,
+                       uint64_t run_cols_ = 1)
+      : run_rows(run_rows_), run_cols(run_cols_), rows(rows_ / run_rows_), cols(cols_ / run_cols_), key(key_) {
+    uint64_t runs = nnz / run_size();
+    q = rows ? runs / rows : 0;
+    extra = rows ? runs % rows : 0;
     uint64_t most = q + (extra ? 1 : 0);
-    granule = cols % 8 == 0 && most * 8 <= cols ? 8 : 1;
+    granule = run_cols == 1 && cols % 8 == 0 && most * 8 <= cols ? 8 : 1;
     granules = cols / granule;
+    row_shift = run_rows == 1 ? 1 : 0;
     extra_turn = below(hash(key, kExtraTurn, 0, 0), rows);
   }
 
-  // Rows with one more entry among the first x rows of the unturned order.
+  SPRAND_HD uint64_t run_size() const { return run_rows * run_cols; }
+
+  // Rows with one more run among the first x rows of the unturned order.
   SPRAND_HD uint64_t extra_below(uint64_t x) const {
     if (extra == 0 || x == 0) return 0;
     if (x >= rows) return extra;
@@ -80,7 +93,7 @@ struct Stratified {
     return j + (strata.position(j, hash(key, kExtraRow, (uint32_t)j, 0)) < x ? 1 : 0);
   }
 
-  // Number of entries in rows [0, r), r <= rows.
+  // Number of runs in rows [0, r), r <= rows.
   SPRAND_HD uint64_t row_begin(uint64_t r) const {
     uint64_t first = extra_turn ? rows - extra_turn : 0;  // unturned position of row 0
     uint64_t before = first + r <= rows ? extra_below(first + r) - extra_below(first)
@@ -88,8 +101,12 @@ struct Stratified {
     return q * r + before;
   }
 
-  // The row of entry p: the last r with row_begin(r) <= p that is not empty behind it.
+  // Number of entries in rows [0, r), r <= rows.
+  SPRAND_HD uint64_t entries_before(uint64_t r) const { return row_begin(r) * run_size(); }
+
+  // The row of entry p: the last r with entries_before(r) <= p that is not empty behind it.
   SPRAND_HD uint64_t row_of(uint64_t p) const {
+    p /= run_size();
     uint64_t lo = 0, hi = rows;  // row_begin(lo) <= p < row_begin(hi)
     while (hi - lo > 1) {
       uint64_t mid = lo + (hi - lo) / 2;
@@ -101,7 +118,7 @@ struct Stratified {
     return lo;
   }
 
-  // Column of the entry of ascending rank `rank` among the n entries of row r.
+  // Column of the run of ascending rank `rank` among the n runs of row r.
   SPRAND_HD uint64_t column(uint64_t r, uint64_t n, uint64_t rank) const {
     Strata strata{granules, n};
     uint64_t turn = below(hash(key, kRowTurn, (uint32_t)r, 0), granules);
@@ -115,8 +132,16 @@ struct Stratified {
     uint64_t s = rank < wrapped ? rank + stay : rank - wrapped;
     uint64_t x = strata.position(s, hash(key, kEntry, (uint32_t)r, (uint32_t)s)) + turn;
     if (x >= granules) x -= granules;
-    uint64_t residue = granule == 8 ? ((r >> 1) & 7) ^ (hash(key, kResidue, (uint32_t)(r >> 4), (uint32_t)rank) & 7) : 0;
+    uint64_t residue =
+        granule == 8 ? ((r >> row_shift) & 7) ^ (hash(key, kResidue, (uint32_t)(r >> (row_shift + 3)), (uint32_t)rank) & 7) : 0;
     return x * granule + residue;
+  }
+
+  // Flat position of entry `at` among the `count` entries of row r.
+  SPRAND_HD uint64_t position(uint64_t r, uint64_t count, uint64_t at) const {
+    uint64_t in_line = count / run_rows;  // entries of one of the run_rows rows of the weight
+    uint64_t line = at / in_line, rank = at % in_line / run_cols;
+    return ((r * run_rows + line) * cols + column(r, in_line / run_cols, rank)) * run_cols + at % run_cols;
   }
 };
 

@@ -31,6 +31,7 @@ from .version import __version__
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 FORMAT_VERSION = 1
+AS_GIVEN = {"strategy": GIVEN, "density": None, "budget": None, "layout": "unstructured"}  # of a pattern saved as indices
 NARROWER = {torch.float64: (torch.float32, torch.bfloat16, torch.float16), torch.float32: (torch.bfloat16, torch.float16)}
 
 
@@ -72,7 +73,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     heads = {name: p.detach().cpu() for name, p in model.named_parameters() if name in adapter.saved}
     tensors |= {f"saved.{name}": value for name, value in heads.items()}
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    config = adapter.config.to_dict() | ({"strategy": GIVEN, "density": None, "budget": None} if given else {})
+    config = adapter.config.to_dict() | (AS_GIVEN if given else {})
     description = {
         "format_version": FORMAT_VERSION,
         "pattern_version": pattern.PATTERN_VERSION,
@@ -259,7 +260,7 @@ def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter)
 def _draw(config: SparseConfig, name: str, shape: list[int], nnz: int) -> Tensor:
     if config.strategy not in pattern.RANDOM_STRATEGIES:
         return torch.empty(0)
-    return pattern.draw(config.strategy, name, shape, nnz, config.seed)
+    return pattern.draw(config.strategy, name, shape, nnz, config.seed, layout=config.layout)
 
 
 def _hash(parts: Iterable[str | Tensor]) -> str:

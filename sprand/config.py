@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .pattern import RANDOM_STRATEGIES
+from .pattern import LAYOUTS, RANDOM_STRATEGIES
 
 GIVEN = "given"  # how a strategy of explicit masks or indices is named in JSON
 SPARTA_TARGETS = ("v_proj", "o_proj")
@@ -23,8 +23,8 @@ class SparseConfig:
 
     Attributes:
         density: fraction of the entries of the targeted weights that train, in (0, 1].
-        budget: instead of density: an int is the exact number of trained entries, a float the fraction of all model
-            parameters (those of `modules_to_save` not counted).
+        budget: instead of density: an int is the exact number of trained entries (see `layout` for runs), a float the
+            fraction of all model parameters (those of `modules_to_save` not counted).
         target_modules: modules whose `weight` is targeted: names or suffixes of names, one regular expression (a str,
             matched in full), or `"all-linear"` (every linear layer but the output head). None with `target_parameters`.
         exclude_modules: modules left out again: names or suffixes, or one regular expression.
@@ -32,7 +32,10 @@ class SparseConfig:
             classification head named `score` or `classifier` if there is one.
         target_parameters: further weights by parameter name or suffix: embeddings, biases, norms, 3-D experts.
         strategy: `"random"` (stratified), `"uniform"`, or `{parameter name: bool mask or flat indices}`.
-        layout: how positions may fall: `"unstructured"`.
+        layout: how randomly drawn positions may fall: `"unstructured"`; or in runs of entries, cheaper to train and drawn
+            whole: `"run2"`, `"run4"` (one column of 2 or 4 adjacent rows), `"run8"` (8 adjacent columns of one row). Each
+            target's count is then whole runs: together they are the asked number of entries, or less by less than one
+            run. A target whose rows or columns do not divide into runs, or of one dimension, is drawn unstructured.
         scope: `"local"`: each target gets its share of the entries.
         seed: of the random draw.
 
@@ -57,8 +60,10 @@ class SparseConfig:
             raise ValueError(
                 f"strategy: expected one of {', '.join(RANDOM_STRATEGIES)} or a dict of masks or indices, got {self.strategy!r}"
             )
-        if self.layout != "unstructured":
-            raise ValueError(f"layout: expected 'unstructured', got {self.layout!r}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if given and self.layout != "unstructured":
+            raise ValueError(f"layout: a dict of masks or indices fixes the positions; leave out layout={self.layout!r}")
         if self.scope != "local":
             raise ValueError(f"scope: expected 'local' (random draws have no scores to compare over layers), got {self.scope!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):

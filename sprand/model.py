@@ -105,7 +105,8 @@ def _attach(model: nn.Module, adapter: Adapter, places: Mapping[str, Place]) -> 
         device, redraw, base, delta = place.parameter.device, None, None, adapter.deltas.get(name)
         if adapter.config.strategy in pattern.RANDOM_STRATEGIES:
             shape = tuple(place.parameter.shape)
-            redraw = functools.partial(pattern.draw, adapter.config.strategy, name, shape, indices.numel(), adapter.config.seed)
+            config, nnz = adapter.config, indices.numel()
+            redraw = functools.partial(pattern.draw, config.strategy, name, shape, nnz, config.seed, layout=config.layout)
         if delta is not None and delta.device != device:
             delta.data = delta.data.to(device)
         indices = adapter.indices[name] = indices.to(device)

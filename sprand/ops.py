@@ -31,7 +31,7 @@ SCHEMAS = {
         "float beta2, float eps, float weight_decay, bool maximize, Tensor? lr_tensor=None, Tensor? grad_coef=None, "
         "Tensor? found_inf=None) -> ()"
     ),
-    "stratified_indices_": "(Tensor(a!) indices, int rows, int cols, int key) -> ()",
+    "stratified_indices_": "(Tensor(a!) indices, int rows, int cols, int key, int run_rows=1, int run_cols=1) -> ()",
     "uniform_indices_": "(Tensor(a!) indices, int numel, int key) -> ()",
 }
 
@@ -282,21 +282,29 @@ def sparse_adamw_(
     )  # fmt: skip
 
 
-def stratified_indices_(indices: Tensor, rows: int, cols: int, key: int) -> None:
+def stratified_indices_(indices: Tensor, rows: int, cols: int, key: int, run_rows: int = 1, run_cols: int = 1) -> None:
     """Fill `indices` with a stratified draw of positions in a `[rows, cols]` matrix, ascending.
+
+    With runs, what is drawn are runs of `run_rows` adjacent rows and `run_cols` adjacent columns, aligned to their size.
 
     Args:
         indices: `[nnz]`, int32 or int64, written.
         rows, cols: below 2**32.
         key: 64 bits (as a signed int) that name the draw.
+        run_rows, run_cols: size of a run; they divide `rows` and `cols`, and their product divides `nnz`.
 
     Raises:
-        ValueError: more entries than the matrix has, or an integer type too small for its positions.
+        ValueError: more entries than the matrix has, an integer type too small for its positions, or runs that do not fit.
     """
     _check_draw("stratified_indices_", indices, rows * cols)
     if max(rows, cols) >= 2**32:
         raise ValueError(f"stratified_indices_: expected rows and cols below 2**32, got {rows} and {cols}")
-    torch.ops.sprand.stratified_indices_(indices, rows, cols, key)
+    if min(run_rows, run_cols) < 1 or rows % run_rows or cols % run_cols or indices.numel() % (run_rows * run_cols):
+        raise ValueError(
+            f"stratified_indices_: expected runs that divide rows, cols and nnz, got runs of {run_rows} x {run_cols} in "
+            f"{rows} x {cols} for {indices.numel()} entries"
+        )
+    torch.ops.sprand.stratified_indices_(indices, rows, cols, key, run_rows, run_cols)
 
 
 def uniform_indices_(indices: Tensor, numel: int, key: int) -> None:

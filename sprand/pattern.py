@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import host, ops
 
 RANDOM_STRATEGIES = ("random", "uniform")
+LAYOUTS = {"unstructured": (1, 1), "run2": (2, 1), "run4": (4, 1), "run8": (1, 8)}  # rows and columns of a run
 PATTERN_VERSION = 1  # changes with csrc/pattern_math.h: an adapter that stores a seed names the version it was drawn with
 
 
@@ -20,37 +22,73 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel < 2**31 else torch.int64
 
 
-def draw(strategy: str, name: str, shape: Sequence[int], nnz: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+def draw(
+    strategy: str,
+    name: str,
+    shape: Sequence[int],
+    nnz: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    layout: str = "unstructured",
+) -> Tensor:
     """Draw `nnz` positions of a weight at random: the same ones on every device, rank and version of torch.
 
     `"random"` is stratified: every entry is drawn with the same probability, rows differ by at most one entry, and one
-    entry falls into each of a row's equal strata. `"uniform"` is a simple random sample without replacement.
+    entry falls into each of a row's equal strata. `"uniform"` is a simple random sample without replacement. Of a run
+    layout the same holds for its runs.
 
     Args:
         strategy: `"random"` or `"uniform"`.
         name: name of the parameter; other names give independent draws.
         shape: shape of the weight.
-        nnz: number of entries.
+        nnz: number of entries, whole runs.
         seed: any int.
         device: where the indices are made.
+        layout: a name in `LAYOUTS`; a weight that it does not fit (see `run_of`) is drawn unstructured.
 
     Returns:
         `[nnz]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
 
     Raises:
-        ValueError: an unknown strategy, or more entries than the weight has.
+        ValueError: an unknown strategy, more entries than the weight has, or a part of a run.
     """
     if strategy not in RANDOM_STRATEGIES:
         raise ValueError(f"expected a random strategy, one of {', '.join(RANDOM_STRATEGIES)}, got {strategy!r}")
     numel = math.prod(shape)
-    indices = torch.empty(nnz, dtype=index_dtype(numel), device=device)
-    key = draw_key(strategy, name, shape, seed)
-    if strategy == "uniform":
-        ops.uniform_indices_(indices, numel, key)
-        return indices if indices.is_meta else indices.sort().values
+    run_rows, run_cols = run_of(layout, shape)
+    run = run_rows * run_cols
+    if nnz % run:
+        raise ValueError(f"{name}: expected whole runs of {run} entries (layout {layout}), got {nnz} entries")
     rows = shape[0] if len(shape) > 1 else 1
-    ops.stratified_indices_(indices, rows, numel // max(rows, 1), key)
-    return indices
+    cols = numel // max(rows, 1)
+    key = draw_key(f"{strategy} {layout}" if run > 1 else strategy, name, shape, seed)
+    if strategy == "random":
+        indices = torch.empty(nnz, dtype=index_dtype(numel), device=device)
+        ops.stratified_indices_(indices, rows, cols, key, run_rows, run_cols)
+        return indices
+    runs = torch.empty(nnz // run, dtype=index_dtype(numel), device=device)
+    ops.uniform_indices_(runs, numel // run, key)
+    if run > 1:
+        step = cols if run_rows > 1 else 1  # from one entry of a run to the next
+        member = torch.arange(run, dtype=runs.dtype, device=device)[:, None] * step
+        runs = (runs // step * (run * step) + runs % step + member).flatten()
+    return runs if runs.is_meta else runs.sort().values
+
+
+def run_of(layout: str, shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a run in a weight, seen as a matrix `[shape[0], everything else]`.
+
+    It is `(1, 1)`, unstructured, for a weight of fewer than two dimensions, or one whose rows (`"run2"`, `"run4"`) or
+    columns (`"run8"`) are no multiple of the run.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    run_rows, run_cols = LAYOUTS[layout]
+    fits = len(shape) > 1 and shape[0] % run_rows == 0 and math.prod(shape[1:]) % run_cols == 0
+    return (run_rows, run_cols) if fits else (1, 1)
 
 
 def draw_key(strategy: str, name: str, shape: Sequence[int], seed: int) -> int:
@@ -105,12 +143,21 @@ def check_indices(name: str, indices: Tensor, numel: int) -> None:
         raise ValueError(f"{name}: index {value} (entry {bad}) {relation}; expected sorted, distinct indices")
 
 
-def shares(sizes: Sequence[int], total: int) -> list[int]:
-    """Divide `total` entries over targets in proportion to their sizes, exactly (largest remainders, then order).
+def shares(sizes: Sequence[int], total: int, runs: Sequence[int] | None = None) -> list[int]:
+    """Divide `total` entries over targets in proportion to their sizes (largest remainders, then order).
+
+    Args:
+        sizes: entries of each target.
+        total: how many to choose of them all.
+        runs: entries of one run of each target; they divide its size. By default 1.
+
+    Returns:
+        How many of each, whole runs. They add up to `total`, or, with runs, to less by less than the longest run.
 
     Raises:
         ValueError: `total` is more than all targets hold.
     """
+    runs = runs or [1] * len(sizes)
     everything = sum(sizes)
     if total > everything:
         raise ValueError(
@@ -118,8 +165,11 @@ def shares(sizes: Sequence[int], total: int) -> list[int]:
         )
     if everything == 0:
         return [0] * len(sizes)
-    counts = [total * size // everything for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % everything), i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
+    counts = [total * size // (everything * run) * run for size, run in zip(sizes, runs, strict=True)]
+    remainders = [total * size - everything * count for size, count in zip(sizes, counts, strict=True)]
+    left = total - sum(counts)
+    for i in sorted(range(len(sizes)), key=lambda i: (-Fraction(remainders[i], runs[i]), i)):
+        if remainders[i] and runs[i] <= left:
+            counts[i] += runs[i]
+            left -= runs[i]
     return counts

@@ -139,20 +139,22 @@ def sparse_adamw_(
 
 
 @torch.no_grad()
-def stratified_indices_(indices: Tensor, rows: int, cols: int, key: int) -> None:
-    """A stratified draw of `len(indices)` positions of a `[rows, cols]` matrix, ascending."""
-    nnz = indices.numel()
+def stratified_indices_(indices: Tensor, rows: int, cols: int, key: int, run_rows: int = 1, run_cols: int = 1) -> None:
+    """A stratified draw of `len(indices)` positions of a `[rows, cols]` matrix, ascending, in runs of adjacent entries."""
+    nnz, run = indices.numel(), run_rows * run_cols
     if nnz == 0:
         return
-    per_row, extra = divmod(nnz, rows)
-    granule = 8 if cols % 8 == 0 and (per_row + (extra > 0)) * 8 <= cols else 1
+    rows, cols = rows // run_rows, cols // run_cols  # of the matrix of runs
+    per_row, extra = divmod(nnz // run, rows)
+    granule = 8 if run_cols == 1 and cols % 8 == 0 and (per_row + (extra > 0)) * 8 <= cols else 1
     row_begin = _row_begin(rows, per_row, extra, key, indices.device)
     for part in _parts(nnz, DRAWS_AT_ONCE):
         entry = torch.arange(part.start, part.stop, device=indices.device)
-        row = torch.searchsorted(row_begin, entry, right=True) - 1
+        row = torch.searchsorted(row_begin * run, entry, right=True) - 1
         count = row_begin[row + 1] - row_begin[row]
-        column = _column(row, count, entry - row_begin[row], granule, cols // granule, key)
-        indices[part] = row * cols + column
+        at, in_line = entry - row_begin[row] * run, count * run_cols
+        column = _column(row, count, at % in_line // run_cols, granule, cols // granule, key, 1 if run_rows == 1 else 0)
+        indices[part] = ((row * run_rows + at // in_line) * cols + column) * run_cols + at % run_cols
 
 
 @torch.no_grad()
@@ -228,8 +230,8 @@ def _row_begin(rows: int, per_row: int, extra: int, key: int, device: torch.devi
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def _column(row: Tensor, count: Tensor, rank: Tensor, granule: int, granules: int, key: int) -> Tensor:
-    """The column of the entry of ascending `rank` among the `count` entries of its `row`."""
+def _column(row: Tensor, count: Tensor, rank: Tensor, granule: int, granules: int, key: int, row_shift: int) -> Tensor:
+    """The column of the run of ascending `rank` among the `count` runs of its `row`; a lane owns `2**row_shift` rows."""
 
     def unturned(s: Tensor) -> Tensor:
         return _position(granules, count, s, _hash(key, ENTRY, row, s))
@@ -242,7 +244,7 @@ def _column(row: Tensor, count: Tensor, rank: Tensor, granule: int, granules: in
     column = (unturned(s) + turn) % granules
     if granule == 1:
         return column
-    return column * granule + ((row >> 1 & 7) ^ (_hash(key, RESIDUE, row >> 4, rank) & 7))
+    return column * granule + ((row >> row_shift & 7) ^ (_hash(key, RESIDUE, row >> row_shift + 3, rank) & 7))
 
 
 def _feistel(p: Tensor, half: int, key: int) -> Tensor:

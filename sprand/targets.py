@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,9 +80,14 @@ def choose(model: nn.Module, config: SparseConfig, places: Sequence[Place], head
             f"density {config.density or config.budget} of the {sum(sizes):,} targeted entries rounds to 0 entries; raise it, or "
             "target more"
         )
-    counts = pattern.shares(sizes, total)
+    runs = [math.prod(pattern.run_of(config.layout, place.parameter.shape)) for place in places]
+    counts = pattern.shares(sizes, total, runs)
+    if not any(counts):
+        raise ValueError(f"layout {config.layout!r}: {total} entries are less than one run of {max(runs)}; raise the budget")
     return {
-        place.name: pattern.draw(config.strategy, place.name, place.parameter.shape, count, config.seed, place.parameter.device)
+        place.name: pattern.draw(
+            config.strategy, place.name, place.parameter.shape, count, config.seed, place.parameter.device, config.layout
+        )
         for place, count in zip(places, counts, strict=True)
     }
 

@@ -26,7 +26,7 @@ class Problem:
     rows: int
     cols: int
     nnz: int
-    where: str = "anywhere"  # or "first and last", "last", "middle row"
+    where: str = "anywhere"  # or "first and last", "last", "middle row", "equal rows", "runs of 2x1" (rows x columns)
 
     def __str__(self) -> str:
         return self.reason.replace(" ", "_")
@@ -50,6 +50,10 @@ PROBLEMS = (
     Problem("all entries in one row", 32, 9, 70, 70, "middle row"),
     Problem("last index", 32, 31, 33, 1, "last"),
     Problem("first and last index", 32, 31, 33, 2, "first and last"),
+    Problem("pairs of rows with the same columns", 70, 24, 40, 60, "runs of 2x1"),
+    Problem("fours of rows in more than one group of columns", 33, 12, 3300, 600, "runs of 4x1"),
+    Problem("runs of 8 columns", 70, 24, 40, 88, "runs of 1x8"),
+    Problem("all rows the same columns", 20, 263, 30, 5 * 263, "equal rows"),
     Problem("density 1", 32, 24, 40, 960),
     Problem("more entries than one thread takes", 6, 150, 200, 20_000),
 )
@@ -60,6 +64,20 @@ problem_table = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 index_dtypes = pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 implementations = pytest.mark.parametrize("ops", [torch.ops.sprand, reference], ids=["dispatched", "reference"])
+
+
+RUN_PROBLEMS = (
+    (32, 64, 0, (2, 1)),
+    (2, 8, 2, (2, 1)),
+    (30, 24, 130, (2, 1)),
+    (64, 512, 640, (4, 1)),
+    (36, 100, 1200, (4, 1)),
+    (17, 64, 80, (1, 8)),
+    (5, 1024, 5 * 1024, (1, 8)),
+    (2**20, 2**10, 4000, (4, 1)),
+    (3, 2**29, 4000, (1, 8)),
+)
+run_problems = pytest.mark.parametrize("rows, cols, nnz, run", RUN_PROBLEMS, ids=str)
 
 
 def skip_unsupported(device: str, dtype: torch.dtype) -> None:
@@ -74,6 +92,15 @@ def make_indices(problem: Problem, index_dtype: torch.dtype, device: str = "cpu"
         drawn = torch.randperm(numel, generator=_generator(seed))[: problem.nnz].sort().values
     elif problem.where == "middle row":
         drawn = problem.rows // 2 * problem.cols + torch.arange(problem.nnz)
+    elif problem.where == "equal rows":
+        columns = torch.randperm(problem.cols, generator=_generator(seed))[: problem.nnz // problem.rows].sort().values
+        drawn = (torch.arange(problem.rows)[:, None] * problem.cols + columns).flatten()
+    elif problem.where.startswith("runs of "):
+        rows, cols = map(int, problem.where.removeprefix("runs of ").split("x"))
+        runs = torch.randperm(numel // (rows * cols), generator=_generator(seed))[: problem.nnz // (rows * cols)]
+        chosen = torch.zeros(problem.rows // rows, 1, problem.cols // cols, 1, dtype=torch.bool)
+        chosen.view(-1)[runs] = True
+        drawn = chosen.expand(-1, rows, -1, cols).flatten().nonzero().flatten()
     else:
         drawn = torch.tensor([0, numel - 1][-problem.nnz :])
     return drawn.to(device, index_dtype)

@@ -38,7 +38,16 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"density": 0.2}, {"density": 0.2, "strategy": "uniform"}, {"density": 1.0}], ids=["random", "uniform", "all"]
+    "fields",
+    [
+        {"density": 0.2},
+        {"density": 0.2, "strategy": "uniform"},
+        {"density": 1.0},
+        {"density": 0.2, "layout": "run2"},
+        {"density": 0.2, "layout": "run8"},
+        {"density": 0.2, "layout": "run4", "strategy": "uniform"},
+    ],
+    ids=["random", "uniform", "all", "run2", "run8", "uniform run4"],
 )
 def test_round_trip_is_exact(tmp_path, fields):
     model = random_deltas(sprand.apply(built(EveryLayer), **fields, **EVERY_TARGET))

@@ -23,6 +23,7 @@ from problems import (
     oracle_sddmm_dense,
     plain_patch,
     plain_scatter_add,
+    run_problems,
     tolerance,
 )
 from sprand import native, reference
@@ -201,6 +202,15 @@ def test_draws_equal_the_reference_bit_for_bit(key, index_dtype, ops):
         assert torch.equal(drawn, expected)
 
 
+@run_problems
+@index_dtypes
+def test_runs_equal_the_reference_bit_for_bit(rows, cols, nnz, run, index_dtype, ops):
+    drawn, expected = (torch.full((nnz,), -1, dtype=index_dtype) for _ in range(2))
+    ops.stratified_indices_(drawn, rows, cols, -5, *run)
+    reference.stratified_indices_(expected, rows, cols, -5, *run)
+    assert torch.equal(drawn, expected)
+
+
 @pytest.mark.parametrize("rows, cols", [(1, 2**32 - 1), (3, 2**32 - 8), (2**20, 2**20)])
 def test_draws_equal_the_reference_on_huge_matrices(rows, cols, ops):
     drawn, expected = (torch.full((600,), -1, dtype=torch.int64) for _ in range(2))
@@ -248,6 +258,7 @@ def test_wrong_arguments_are_refused(ops):
         "input \\[T, in\\]": lambda: ops.sddmm(weight, weight[1:], indices),
         "one length": lambda: ops.sparse_adamw_([weight], [], [], [], [], [], [], [], [], 0.1, 0.9, 0.99, 1e-8, 0.0, False),
         "more entries": lambda: ops.stratified_indices_(indices, 2, 3, 0),
+        "runs of 2 x 1": lambda: ops.stratified_indices_(indices, 9, 64, 0, 2, 1),
         "positions": lambda: ops.uniform_indices_(indices, 5, 0),
     }
     for message, call in calls.items():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sprand
-from problems import ORDINARY, PROBLEMS, bits, make_adamw, make_entries, make_sddmm
+from problems import ORDINARY, PROBLEMS, bits, make_adamw, make_embedding, make_entries, make_sddmm
 from sprand.adapter import WEIGHTS_FILE
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and a CUDA build of torch")
@@ -155,7 +155,11 @@ def run_every_operator(device: str) -> dict[str, Tensor]:
     ops, results = torch.ops.sprand, {}
     for problem in (ORDINARY, SPLIT):
         entries = make_entries(problem, torch.bfloat16, torch.int32, device)
-        results[f"sddmm {problem}"] = ops.sddmm(*make_sddmm(problem, torch.bfloat16, torch.int32, device))
+        sides = make_sddmm(problem, torch.bfloat16, torch.int32, device)
+        results[f"sddmm {problem}"] = ops.sddmm(*sides)
+        results[f"sddmm_add_ {problem}"] = entries.delta.clone()
+        ops.sddmm_add_(results[f"sddmm_add_ {problem}"], *sides)
+        results[f"embedding_grad {problem}"] = ops.embedding_grad(*make_embedding(problem, torch.bfloat16, torch.int32, device))
         results[f"gather {problem}"] = ops.gather(entries.weight, entries.indices)
         for name, values in (("patch_", (entries.base, entries.delta)), ("scatter_add_", (entries.delta,))):
             weight = entries.weight.clone()

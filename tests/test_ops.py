@@ -26,6 +26,7 @@ from problems import (
     plain_patch,
     plain_scatter_add,
     problem_table,
+    run_problems,
     skip_unsupported,
     sum_dtype,
     tolerance,
@@ -311,6 +312,16 @@ def test_generators_equal_the_reference_bit_for_bit(key, index_dtype, device):
         assert torch.equal(drawn, expected)
 
 
+@run_problems
+@pytest.mark.parametrize("key", [0, -1, 0x0123456789ABCDEF])
+@index_dtypes
+def test_runs_equal_the_reference_bit_for_bit(rows, cols, nnz, run, key, index_dtype, device):
+    drawn, expected = (torch.full((nnz,), -1, dtype=index_dtype, device=device) for _ in range(2))
+    assert torch.ops.sprand.stratified_indices_(drawn, rows, cols, key, *run) is None
+    reference.stratified_indices_(expected, rows, cols, key, *run)
+    assert torch.equal(drawn, expected)
+
+
 @pytest.mark.parametrize("rows, cols", [(1, 2**32 - 1), (3, 2**32 - 8), (2**20, 2**20)])
 def test_generators_equal_the_reference_on_huge_matrices(rows, cols, device):
     drawn, expected = (torch.full((3000,), -1, device=device) for _ in range(2))
@@ -321,3 +332,16 @@ def test_generators_equal_the_reference_on_huge_matrices(rows, cols, device):
     torch.ops.sprand.uniform_indices_(drawn, 2**62 - 1, 11)
     reference.uniform_indices_(expected, 2**62 - 1, 11)
     assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_sddmm_of_rows_that_share_columns_is_that_of_each_row_alone(dtype):
+    """Sharing a load changes no bit, on the CPU and within a block of tokens."""
+    for problem in PROBLEMS:
+        if problem.where.startswith(("runs", "equal")):
+            grad_output, input, indices = make_sddmm(problem, dtype, torch.int32)
+            together = torch.ops.sprand.sddmm(grad_output[:32], input[:32], indices)
+            for row in (0, problem.rows // 2, problem.rows - 1):
+                there = indices // problem.cols == row
+                alone = torch.ops.sprand.sddmm(grad_output[:32], input[:32], indices[there])
+                assert torch.equal(together[there], alone)

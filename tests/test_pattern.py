@@ -19,13 +19,23 @@ from sprand import ops, pattern
 
 SIGNIFICANCE = 1e-4
 SHAPES = [(6, 24, 10), (6, 24, 30), (5, 12, 7), (1, 40, 3), (40, 1, 9), (3, 16, 47), (16, 8, 16)]
+RUNS = {layout: run for layout, run in pattern.LAYOUTS.items() if layout != "unstructured"}
 shapes = pytest.mark.parametrize("rows, cols, nnz", SHAPES, ids=lambda n: str(n))
 
 
-def stratified(rows: int, cols: int, nnz: int, key: int) -> Tensor:
+def stratified(rows: int, cols: int, nnz: int, key: int, run: tuple[int, int] = (1, 1)) -> Tensor:
     indices = torch.full((nnz,), -1, dtype=torch.int64)
-    ops.stratified_indices_(indices, rows, cols, key)
+    ops.stratified_indices_(indices, rows, cols, key, *run)
     return indices
+
+
+def whole_runs(indices: Tensor, rows: int, cols: int, run: tuple[int, int]) -> Tensor:
+    """The runs `[nnz / run]` as positions in the matrix of runs; each is proven to be there in full."""
+    chosen = torch.zeros(rows * cols, dtype=torch.bool).index_fill(0, indices, True)
+    blocks = chosen.view(rows // run[0], run[0], cols // run[1], run[1]).transpose(1, 2).flatten(0, 1).flatten(1)
+    assert torch.equal(blocks.any(1), blocks.all(1))
+    assert blocks.sum() == indices.numel()
+    return blocks.any(1).nonzero().flatten()
 
 
 def uniform(numel: int, nnz: int, key: int) -> Tensor:
@@ -199,3 +209,81 @@ def test_the_place_inside_a_stratum_is_drawn():
     observed = torch.bincount(torch.minimum(distance, 8 - distance), minlength=5) / len(distance)  # around the row
     expected = torch.tensor([0, 2, 4, 6, 4]) / 16  # two strata of four granules
     assert ((observed - expected).abs() < 5 * (expected * (1 - expected) / len(distance)).sqrt() + 1e-9).all()
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(st.data())
+def test_stratified_runs_are_whole_sorted_and_distinct(data):
+    run = data.draw(st.sampled_from([*RUNS.values(), (3, 5)]))
+    rows, cols = run[0] * data.draw(st.integers(1, 20)), run[1] * data.draw(st.sampled_from([1, 3, 7, 8, 16, 64]))
+    size = run[0] * run[1]
+    nnz = size * data.draw(st.integers(0, rows * cols // size))
+    indices = stratified(rows, cols, nnz, data.draw(st.integers(-(2**63), 2**63 - 1)), run)
+    assert (indices.diff() > 0).all()
+    per_row = torch.bincount(whole_runs(indices, rows, cols, run) // (cols // run[1]), minlength=rows // run[0])
+    assert per_row.max() - per_row.min() <= 1
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("strategy", ["random", "uniform"])
+def test_marginals_of_runs_are_uniform(strategy, run):
+    rows, cols, runs = 8 * run[0], 24 * run[1], 30
+    layout = next(name for name in RUNS if RUNS[name] == run)
+    size = run[0] * run[1]
+    draws = [pattern.draw(strategy, "w", (rows, cols), runs * size, seed, layout=layout).long() for seed in range(3000)]
+    draws = torch.stack([whole_runs(indices, rows, cols, run) for indices in draws])
+    assert_even(draws, 8 * 24)
+    one = draws.gather(1, torch.randint(runs, (len(draws), 1), generator=torch.Generator().manual_seed(0))).squeeze(1)
+    for cells, count in ((one, 8 * 24), (one // 24, 8), (one % 24, 24)):
+        assert_uniform(cells, count)
+
+
+@pytest.mark.parametrize("run_rows", [2, 4])
+@pytest.mark.parametrize("runs, cols", [(640, 512), (1311, 4096), (100, 64)])
+def test_eight_runs_of_a_quarter_warp_meet_eight_banks(run_rows, runs, cols):
+    rows = 32 * run_rows
+    for key in keys(6):
+        at = whole_runs(stratified(rows, cols, runs * run_rows, key, (run_rows, 1)), rows, cols, (run_rows, 1))
+        by_row = [at[at // cols == row] % 8 for row in range(32)]
+        for first in range(0, 32, 8):
+            lanes = by_row[first : first + 8]
+            for rank in range(min(map(len, lanes))):
+                assert {int(lane[rank]) for lane in lanes} == set(range(8))
+
+
+@pytest.mark.parametrize("layout", RUNS)
+@pytest.mark.parametrize("strategy", ["random", "uniform"])
+def test_run_layouts_draw_sorted_positions_and_other_names_others(strategy, layout):
+    one, two = (pattern.draw(strategy, name, (64, 96), 640, 0, layout=layout) for name in ("a", "b"))
+    assert one.dtype == torch.int32
+    assert (one.diff() > 0).all()
+    whole_runs(one.long(), 64, 96, RUNS[layout])
+    assert torch.isin(one, two).sum() < 320
+    assert pattern.draw(strategy, "a", (64, 96), 640, 0, device="meta", layout=layout).shape == (640,)
+
+
+@pytest.mark.parametrize("layout, shape", [("run2", (15, 8)), ("run4", (30, 8)), ("run8", (16, 12)), ("run2", (120,))])
+@pytest.mark.parametrize("strategy", ["random", "uniform"])
+def test_weights_that_hold_no_whole_runs_are_drawn_unstructured(strategy, layout, shape):
+    drawn = pattern.draw(strategy, "w", shape, 13, 3, layout=layout)
+    assert torch.equal(drawn, pattern.draw(strategy, "w", shape, 13, 3))
+
+
+def test_runs_divide_a_weight_of_more_dimensions_by_its_rows_and_all_else():
+    assert pattern.run_of("run2", (4, 3, 5)) == (2, 1)
+    assert pattern.run_of("run8", (3, 4, 6)) == (1, 8)
+    assert pattern.run_of("run8", (8, 3, 3)) == (1, 1)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(st.data())
+def test_shares_of_runs_are_whole_and_miss_the_total_by_less_than_a_run(data):
+    runs = data.draw(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=8))
+    sizes = [run * data.draw(st.integers(0, 60)) for run in runs]
+    total = data.draw(st.integers(0, sum(sizes)))
+    counts = pattern.shares(sizes, total, runs)
+    for count, run, size in zip(counts, runs, sizes, strict=True):
+        assert count % run == 0
+        assert 0 <= count <= size
+        assert abs(count - total * size / max(sum(sizes), 1)) < run
+    assert total - max(runs) < sum(counts) <= total

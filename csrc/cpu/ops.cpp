@@ -212,16 +212,17 @@ void fill(const char* op, Tensor& indices, Entry&& entry) {
   });
 }
 
-void stratified_indices_op(Tensor indices, int64_t rows, int64_t cols, int64_t key) {
-  const Stratified draw(rows, cols, indices.numel(), static_cast<uint64_t>(key));
+void stratified_indices_op(Tensor indices, int64_t rows, int64_t cols, int64_t key, int64_t run_rows, int64_t run_cols) {
+  check_runs("stratified_indices_", indices, rows, cols, run_rows, run_cols);
+  const Stratified draw(rows, cols, indices.numel(), static_cast<uint64_t>(key), run_rows, run_cols);
   fill("stratified_indices_", indices, [&](auto* out, int64_t begin, int64_t end) {
-    uint64_t row = draw.row_of(begin), first = draw.row_begin(row), next = draw.row_begin(row + 1);
+    uint64_t row = draw.row_of(begin), first = draw.entries_before(row), next = draw.entries_before(row + 1);
     for (uint64_t p = begin; p < static_cast<uint64_t>(end); ++p) {
       while (p >= next) {
         first = next;
-        next = draw.row_begin(++row + 1);
+        next = draw.entries_before(++row + 1);
       }
-      out[p] = row * draw.cols + draw.column(row, next - first, p - first);
+      out[p] = draw.position(row, next - first, p - first);
     }
   });
 }

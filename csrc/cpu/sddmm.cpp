@@ -3,7 +3,7 @@
 // Token-major operands make a sample a walk with two large strides, so a block of tokens is packed first: input into a
 // panel `[in][tokens]` and grad_output into a panel `[out][tokens]`. A sample is then a dot product of two contiguous
 // runs of kPanelBytes. Rows are packed in chunks, and where the input panel outgrows the second-level cache, its columns
-// are met in groups.
+// are met in groups. Two or four rows with the same columns (a pattern in runs) share the loads of their columns.
 //
 // Tokens are cut into splits that depend on the shape alone. A thread packs and multiplies the blocks of a split by
 // itself, without a barrier, into the split's own partial sums, which are added in order at the end: the result does not
@@ -51,22 +51,32 @@ class Workspace {
 
 int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-void call_dots(const SddmmKernels& k, const void* row, const void* panel, const int32_t* indices, int64_t n, int64_t origin,
-               int64_t vectors, void* out) {
-  k.dots(row, panel, indices, n, origin, vectors, out);
-}
-void call_dots(const SddmmKernels& k, const void* row, const void* panel, const int64_t* indices, int64_t n, int64_t origin,
-               int64_t vectors, void* out) {
-  k.dots_long(row, panel, indices, n, origin, vectors, out);
-}
+auto dots_of(const SddmmKernels& k, const int32_t*) { return k.dots; }
+auto dots_of(const SddmmKernels& k, const int64_t*) { return k.dots_long; }
 
-// The samples as runs of one row within one group of columns, ordered by chunk of rows, group, row.
+// The samples as runs of one row, or of `rows` rows with the same columns, within one group of columns, ordered by chunk of
+// rows, group, row. Row r of a run has the samples [first + r * stride, first + r * stride + count).
 struct Run {
-  int64_t row, group, first, count;
-  bool operator<(const Run& other) const {
-    return std::pair(row / kRowsAtOnce, group) < std::pair(other.row / kRowsAtOnce, other.group);
-  }
+  int64_t row, group, first, count, rows, stride;
+  std::pair<int64_t, int64_t> panel() const { return {row / kRowsAtOnce, group}; }
+  bool operator<(const Run& other) const { return panel() < other.panel(); }
 };
+
+// How many runs from `run` on, 4, 2 or 1, can be taken as one.
+template <class Index>
+int64_t equal_rows(const Index* indices, int64_t in, const Run* run, const Run* end) {
+  auto equal = [&](int64_t r) {
+    const Run& other = run[r];
+    if (other.panel() != run->panel() || other.row != run->row + r || other.count != run->count) return false;
+    if (other.first != run->first + r * (run[1].first - run->first)) return false;
+    const Index *a = indices + run->first, *b = indices + other.first;
+    for (int64_t p = 0; p < run->count; ++p)
+      if (b[p] - a[p] != r * in) return false;
+    return true;
+  };
+  if (end - run < 2 || !equal(1)) return 1;
+  return end - run >= 4 && equal(2) && equal(3) ? 4 : 2;
+}
 
 template <class Index>
 std::vector<Run> runs_of(const SddmmArgs& a) {
@@ -76,9 +86,19 @@ std::vector<Run> runs_of(const SddmmArgs& a) {
     const int64_t row = indices[p] / a.in, group = (indices[p] - row * a.in) / kColumnsAtOnce;
     const int64_t limit = row * a.in + std::min(a.in, (group + 1) * kColumnsAtOnce), first = p;
     while (p < a.nnz && indices[p] < limit) ++p;
-    runs.push_back({row, group, first, p - first});
+    runs.push_back({row, group, first, p - first, 1, 0});
   }
   if (a.in > kColumnsAtOnce) std::stable_sort(runs.begin(), runs.end());
+  size_t merged = 0;
+  for (size_t i = 0; i < runs.size();) {
+    const int64_t rows = equal_rows(indices, a.in, runs.data() + i, runs.data() + runs.size());
+    Run run = runs[i];
+    run.rows = rows;
+    run.stride = rows > 1 ? runs[i + 1].first - run.first : 0;
+    runs[merged++] = run;
+    i += rows;
+  }
+  runs.resize(merged);
   return runs;
 }
 
@@ -101,8 +121,8 @@ void multiply(const SddmmArgs& a, const SddmmKernels& k, const Run* begin, const
         high = std::min(low + kRowsAtOnce, a.out);
         k.pack(static_cast<const char*>(a.grad_output) + (token * a.out + low) * size, a.out, tokens, high - low, rows);
       }
-      call_dots(k, rows + (run->row - low) * kPanelBytes, columns, indices + run->first, run->count, run->row * a.in, vectors,
-                result + run->first * sum_size);
+      dots_of(k, indices)(run->rows, rows + (run->row - low) * kPanelBytes, columns, indices + run->first, run->count,
+                          run->row * a.in, vectors, result + run->first * sum_size, run->stride);
     }
   }
 }
@@ -131,7 +151,9 @@ void run(const SddmmArgs& a, const Parallel& parallel) {
       const int64_t split = task / parts, part = task % parts, count = runs.size();
       char* result = partials + split * a.nnz * sum_size;
       const Run *first = runs.data() + part * count / parts, *last = runs.data() + (part + 1) * count / parts;
-      for (const Run* r = first; r < last; ++r) std::memset(result + r->first * sum_size, 0, r->count * sum_size);
+      for (const Run* run = first; run < last; ++run)
+        for (int64_t r = 0; r < run->rows; ++r)
+          std::memset(result + (run->first + r * run->stride) * sum_size, 0, run->count * sum_size);
       if (first < last)
         multiply<Index>(a, k, first, last, split * blocks / splits * k.tokens,
                         std::min(a.tokens, (split + 1) * blocks / splits * k.tokens), result);

@@ -18,10 +18,12 @@ struct SddmmKernels {
   int64_t lanes;   // tokens of a vector
   // panel[c] = src[0 .. tokens)[c] for c in [0, cols); src has row stride `stride` in elements.
   void (*pack)(const void* src, int64_t stride, int64_t tokens, int64_t cols, void* panel);
-  // out[p] += <row, panel[indices[p] - origin]> over `vectors` vectors, for p in [0, n).
-  void (*dots)(const void* row, const void* panel, const int32_t* indices, int64_t n, int64_t origin, int64_t vectors, void* out);
-  void (*dots_long)(const void* row, const void* panel, const int64_t* indices, int64_t n, int64_t origin, int64_t vectors,
-                    void* out);
+  // out[r * stride + p] += <rows[r], panel[indices[p] - origin]> over `vectors` vectors, for r in [0, count) and p in [0, n);
+  // `count` packed rows one after the other: 1, 2 or 4.
+  void (*dots)(int64_t count, const void* rows, const void* panel, const int32_t* indices, int64_t n, int64_t origin,
+               int64_t vectors, void* out, int64_t stride);
+  void (*dots_long)(int64_t count, const void* rows, const void* panel, const int64_t* indices, int64_t n, int64_t origin,
+                    int64_t vectors, void* out, int64_t stride);
 };
 
 SddmmKernels sddmm_kernels(DType dtype);

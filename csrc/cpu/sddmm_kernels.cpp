@@ -4,6 +4,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "sddmm.h"
 
@@ -39,11 +41,11 @@ template <class F>
 struct Plain {
   using Element = F;
   using Sum = F;
-  static constexpr int64_t kLanes = 32 / sizeof(F), kTileTokens = 8, kTileCols = 8;
+  static constexpr int64_t kLanes = 32 / sizeof(F), kTileTokens = 8, kTileCols = 8, kTileRows = 1;
   typedef F Lanes __attribute__((vector_size(32), aligned(sizeof(F)), may_alias));
   Lanes v;
   static const Lanes& load(const F* p) { return *reinterpret_cast<const Lanes*>(p); }
-  void fma(const Lanes& r, const F* c) { v += r * load(c); }
+  void fma(const Lanes& r, const Lanes& c) { v += r * c; }
   F sum() const {
     F s = 0;
     for (int i = 0; i < kLanes; ++i) s += v[i];
@@ -82,10 +84,10 @@ __m128 load4(const Half* p) { return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i
 struct V {
   using Element = float;
   using Sum = float;
-  static constexpr int64_t kLanes = 8, kTileTokens = 8, kTileCols = 4;
-  __m256 v = _mm256_setzero_ps();
+  static constexpr int64_t kLanes = 8, kTileTokens = 8, kTileCols = 4, kTileRows = 2;
+  __m256 v;
   static __m256 load(const float* p) { return _mm256_load_ps(p); }
-  void fma(__m256 r, const float* c) { v = _mm256_fmadd_ps(r, _mm256_load_ps(c), v); }
+  void fma(__m256 r, __m256 c) { v = _mm256_fmadd_ps(r, c, v); }
   static void add4(const V& a, const V& b, const V& c, const V& d, float* out) {
     const __m256 h = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
     _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1))));
@@ -150,16 +152,33 @@ void transpose_words(const __m512i* x, void* dst_, int64_t column) {
 
 __m256 halves(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 
+void add4(__m512 a, __m512 b, __m512 c, __m512 d, float* out) {
+  const __m256 h = _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)), _mm256_hadd_ps(halves(c), halves(d)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1))));
+}
+
+// The halves of a, then those of b.
+__m512 halves(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE)); }
+__m512 pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD)); }
+
+// add4 of a to `out` and of b to `other`, in the same order of sums.
+void add8(__m512 a0, __m512 a1, __m512 a2, __m512 a3, __m512 b0, __m512 b1, __m512 b2, __m512 b3, float* out, float* other) {
+  const __m512 h = pairs(pairs(halves(a0, b0), halves(a1, b1)), pairs(halves(a2, b2), halves(a3, b3)));
+  const __m256 a = _mm512_castps512_ps256(h), b = _mm512_extractf32x8_ps(h, 1);
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1))));
+  _mm_storeu_ps(other, _mm_add_ps(_mm_loadu_ps(other), _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1))));
+}
+
 struct V {
   using Element = float;
   using Sum = float;
-  static constexpr int64_t kLanes = 16, kTileTokens = 16, kTileCols = 16;
-  __m512 v = _mm512_setzero_ps();
+  static constexpr int64_t kLanes = 16, kTileTokens = 16, kTileCols = 16, kTileRows = 4;
+  __m512 v;
   static __m512 load(const float* p) { return _mm512_load_ps(p); }
-  void fma(__m512 r, const float* c) { v = _mm512_fmadd_ps(r, _mm512_load_ps(c), v); }
-  static void add4(const V& a, const V& b, const V& c, const V& d, float* out) {
-    const __m256 h = _mm256_hadd_ps(_mm256_hadd_ps(halves(a.v), halves(b.v)), _mm256_hadd_ps(halves(c.v), halves(d.v)));
-    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1))));
+  void fma(__m512 r, __m512 c) { v = _mm512_fmadd_ps(r, c, v); }
+  static void add4(const V& a, const V& b, const V& c, const V& d, float* out) { avx512::add4(a.v, b.v, c.v, d.v, out); }
+  static void add8(const V (&a)[4], const V (&b)[4], float* out, float* other) {
+    avx512::add8(a[0].v, a[1].v, a[2].v, a[3].v, b[0].v, b[1].v, b[2].v, b[3].v, out, other);
   }
   template <class Source>
   static void transpose(const Source* src, int64_t stride, float* dst, int64_t column) {
@@ -185,18 +204,16 @@ SddmmKernels kernels_f64() { return kernels_of<Plain<double>, double>(); }
 namespace avx512_bf16 {
 #include "sddmm_kernels.inl"
 
-__m256 halves(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
-
 struct V {
   using Element = uint16_t;
   using Sum = float;
-  static constexpr int64_t kLanes = 32, kTileTokens = 32, kTileCols = 32;
-  __m512 v = _mm512_setzero_ps();
+  static constexpr int64_t kLanes = 32, kTileTokens = 32, kTileCols = 32, kTileRows = 4;
+  __m512 v;
   static __m512i load(const uint16_t* p) { return _mm512_load_si512(p); }
-  void fma(__m512i r, const uint16_t* c) { v = _mm512_dpbf16_ps(v, (__m512bh)r, (__m512bh)_mm512_load_si512(c)); }
-  static void add4(const V& a, const V& b, const V& c, const V& d, float* out) {
-    const __m256 h = _mm256_hadd_ps(_mm256_hadd_ps(halves(a.v), halves(b.v)), _mm256_hadd_ps(halves(c.v), halves(d.v)));
-    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1))));
+  void fma(__m512i r, __m512i c) { v = _mm512_dpbf16_ps(v, (__m512bh)r, (__m512bh)c); }
+  static void add4(const V& a, const V& b, const V& c, const V& d, float* out) { avx512::add4(a.v, b.v, c.v, d.v, out); }
+  static void add8(const V (&a)[4], const V (&b)[4], float* out, float* other) {
+    avx512::add8(a[0].v, a[1].v, a[2].v, a[3].v, b[0].v, b[1].v, b[2].v, b[3].v, out, other);
   }
   // Two tokens of a column become one word, then the words are transposed in two 16x16 halves.
   static void transpose(const BFloat16* src, int64_t stride, uint16_t* dst, int64_t column) {

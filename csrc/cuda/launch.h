@@ -76,9 +76,9 @@ struct AdamWOptions {
 };
 cudaError_t sparse_adamw(const AdamWTarget& target, const AdamWOptions& options, cudaStream_t stream);
 
-// pattern.cu: fill `indices` (nnz of them) with a draw of positions.
+// pattern.cu: fill `indices` (nnz of them) with a draw of positions; runs of run_rows x run_cols divide rows, cols and nnz.
 cudaError_t stratified_indices(void* indices, IndexType type, int64_t nnz, int64_t rows, int64_t cols, uint64_t key,
-                               cudaStream_t stream);
+                               int64_t run_rows, int64_t run_cols, cudaStream_t stream);
 cudaError_t uniform_indices(void* indices, IndexType type, int64_t nnz, int64_t numel, uint64_t key, cudaStream_t stream);
 
 }  // namespace sprand::cuda

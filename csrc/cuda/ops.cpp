@@ -234,7 +234,7 @@ void sparse_adamw_op(const Tensors& weights, const Tensors& indices, const Tenso
   }
 }
 
-void stratified_indices_op(const Tensor& indices, int64_t rows, int64_t cols, int64_t key) {
+void stratified_indices_op(const Tensor& indices, int64_t rows, int64_t cols, int64_t key, int64_t run_rows, int64_t run_cols) {
   constexpr const char* op = "stratified_indices_";
   const IndexType type = index_type(op, indices);
   constexpr int64_t limit = int64_t{1} << 32;
@@ -242,9 +242,10 @@ void stratified_indices_op(const Tensor& indices, int64_t rows, int64_t cols, in
                   " and ", cols);
   const auto positions = static_cast<unsigned __int128>(rows) * static_cast<unsigned __int128>(cols);
   STD_TORCH_CHECK(positions >= static_cast<uint64_t>(indices.numel()), op, ": more entries than positions");
+  check_runs(op, indices, rows, cols, run_rows, run_cols);
   Launch launch(indices);
   launch.check(stratified_indices(indices.mutable_data_ptr(), type, indices.numel(), rows, cols, static_cast<uint64_t>(key),
-                                  launch.stream()),
+                                  run_rows, run_cols, launch.stream()),
                op);
 }
 

@@ -13,9 +13,8 @@ __global__ void __launch_bounds__(kEntryThreads) stratified_kernel(I* __restrict
   const int64_t entry = entry_of_thread();
   if (entry >= nnz) return;
   const uint64_t row = draw.row_of(entry);
-  const uint64_t begin = draw.row_begin(row);
-  const uint64_t column = draw.column(row, draw.row_begin(row + 1) - begin, entry - begin);
-  indices[entry] = static_cast<I>(row * draw.cols + column);
+  const uint64_t begin = draw.entries_before(row);
+  indices[entry] = static_cast<I>(draw.position(row, draw.entries_before(row + 1) - begin, entry - begin));
 }
 
 template <class I>
@@ -28,9 +27,9 @@ __global__ void __launch_bounds__(kEntryThreads)
 }  // namespace
 
 cudaError_t stratified_indices(void* indices, IndexType type, int64_t nnz, int64_t rows, int64_t cols, uint64_t key,
-                               cudaStream_t stream) {
+                               int64_t run_rows, int64_t run_cols, cudaStream_t stream) {
   if (nnz == 0) return cudaSuccess;
-  const Stratified draw(rows, cols, nnz, key);
+  const Stratified draw(rows, cols, nnz, key, run_rows, run_cols);
   return with_index(type, [&](auto index) {
     using I = decltype(index);
     SPRAND_LAUNCH((stratified_kernel<I>), entry_grid(nnz), kEntryThreads, 0, stream, static_cast<I*>(indices), draw, nnz);

@@ -97,6 +97,11 @@ def _add_sparse(group: argparse._ArgumentGroup) -> None:
     add("--target-modules", type=_names, metavar="A,B", help="names or suffixes of modules (default all-linear)")
     add("--strategy", choices=("random", "uniform"), help="how positions are drawn (default random: stratified)")
     add(
+        "--layout",
+        choices=("unstructured", "run2", "run4", "run8"),
+        help="one by one (default), or in runs: 2 or 4 adjacent rows, or 8 adjacent columns",
+    )
+    add(
         "--sparta", action="store_true", default=None, help="the SpaRTA recipe: v and o projections, density over the whole model"
     )
 

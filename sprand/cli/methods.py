@@ -54,7 +54,7 @@ def sparse(model: nn.Module, settings: Settings) -> Method:
         if settings.sparta:
             targets = {"target_modules": fields["target_modules"]} if "target_modules" in fields else {}
             sparsity = 1 - (0.01 if settings.density is None else settings.density)
-            config = sprand.SparseConfig.sparta(sparsity, seed=settings.seed, **targets)
+            config = sprand.SparseConfig.sparta(sparsity, seed=settings.seed, layout=settings.layout, **targets)
         else:
             config = sprand.SparseConfig(**fields)
         sprand.apply(model, config)

@@ -43,6 +43,7 @@ class Settings:
     budget: str | None = None
     target_modules: tuple[str, ...] = ()
     strategy: str = "random"
+    layout: str = "unstructured"
     sparta: bool = False
     pooling: str = "auto"
     lr: float | None = None
@@ -99,7 +100,7 @@ class Settings:
 
     def sparse_fields(self) -> dict[str, Any]:
         """The fields of `SparseConfig` that the options ask for."""
-        fields: dict[str, Any] = {"strategy": self.strategy, "seed": self.seed}
+        fields: dict[str, Any] = {"strategy": self.strategy, "layout": self.layout, "seed": self.seed}
         if self.target_modules:
             names = self.target_modules
             fields["target_modules"] = names[0] if names == ("all-linear",) else names
