@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .schedule_run8 import run8_indices
+
 PRODUCTS_AT_ONCE = 1 << 21  # sddmm holds this many products of the sum over tokens at a time
 DRAWS_AT_ONCE = 1 << 20
 
@@ -31,6 +33,12 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
         right = input.index_select(1, indices[part] % cols).to(dtype)
         result[part] = left.mul_(right).sum(0)
     return result
+
+
+@torch.no_grad()
+def sddmm_run8(grad_output: Tensor, input: Tensor, table: Tensor, launch: Sequence[int], nnz: int) -> Tensor:
+    """`sddmm` at the entries that a schedule of `schedule_run8.py` was made from."""
+    return sddmm(grad_output, input, run8_indices(table, launch, input.shape[1], nnz))
 
 
 @torch.no_grad()

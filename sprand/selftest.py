@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from . import native, ops, reference
+from .schedule_run8 import run8_schedule
 
 TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
-ROUNDED = ("sddmm", "sparse_adamw_")  # sums in another order, or other roundings on the way; the rest is exact to the bit
+ROUNDED = (
+    "sddmm",
+    "sddmm_run8",
+    "sparse_adamw_",
+)  # sums in another order, or other roundings on the way; the rest is exact to the bit
 
 
 def run(devices: Sequence[str]) -> list[dict[str, Any]]:
@@ -28,7 +33,7 @@ def run(devices: Sequence[str]) -> list[dict[str, Any]]:
     results = []
     for device in devices:
         for op in ops.SCHEMAS:
-            for dtype in (torch.int32, torch.int64) if op.endswith("indices_") else ops.LOW_PRECISION:
+            for dtype in _dtypes(op, device):
                 start = time.perf_counter()
                 try:
                     problem = _compare(op, torch.device(device), dtype)
@@ -44,6 +49,14 @@ def run(devices: Sequence[str]) -> list[dict[str, Any]]:
                     "seconds": round(time.perf_counter() - start, 4),
                 })  # fmt: skip
     return results
+
+
+def _dtypes(op: str, device: str) -> Sequence[torch.dtype]:
+    if op.endswith("indices_"):
+        return torch.int32, torch.int64
+    if op == "sddmm_run8" and torch.device(device).type == "cuda":
+        return torch.bfloat16, torch.float16
+    return ops.LOW_PRECISION
 
 
 def _compare(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -82,6 +95,12 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
     base = reference.gather(weight, indices)
     if op == "sddmm":
         return {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype), "indices": indices}
+    if op == "sddmm_run8":
+        runs = torch.randperm(ROWS * COLS // 8, generator=generator)[: NNZ // 8].sort().values
+        indices = (runs[:, None] * 8 + torch.arange(8)).flatten()
+        table, launch = run8_schedule(indices, ROWS, COLS)
+        left, right = normal(TOKENS, ROWS, kind=dtype), normal(TOKENS, COLS, kind=dtype)
+        return {"grad_output": left, "input": right, "table": table, "launch": launch, "nnz": indices.numel()}
     if op == "gather":
         return {"weight": weight, "indices": indices}
     if op == "patch_":
