@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -58,36 +58,39 @@ def run8_schedule(indices: Tensor, out_features: int, in_features: int, shape: i
         if shape == number or (shape is None and shared_bytes(rows, columns) <= shared_memory):
             plans.append(_plan(number, run_row, group, out_features, groups, rows, columns))
     _, number, rows, units = min(plans, key=lambda plan: plan[:2])
+    header = torch.tensor(units, dtype=torch.int32, device=indices.device).view(-1, 4)
     key = run_row // rows * groups + group
     counts = torch.bincount(key, minlength=-(-out_features // rows) * groups)
-    tiles_before = (-(-counts // TILE_ROWS)).cumsum(0)
-    tiles = int(tiles_before[-1]) if len(tiles_before) else 0
+    halves = 2 * -(-counts // TILE_ROWS)
+    halves_before = halves.cumsum(0) - halves
+    tiles = int(header[-1, 3])
+    unit = torch.bucketize(halves_before // 2, header[1:, 3].contiguous(), right=True)
+    row = run_row % rows
+    turns = _turns(row, key, unit, halves, len(units) - 1, rows // TILE_ROWS)
+    row ^= turns[unit[key], row // TILE_ROWS]
 
-    # Dealt out to the half tiles of their group in order of their residue, the rows of one residue meet as rarely as can be.
-    order = ((key * RUN + run_row % RUN) * rows + run_row % rows).argsort()
-    key = key[order]
+    # Dealt out to the half tiles of their group in order of their banks, rows of one bank meet as rarely as can be.
+    order = ((key * RUN + row % RUN) * rows + row).argsort()
+    key, row = key[order], row[order]
     rank = torch.arange(len(key), device=key.device) - (counts.cumsum(0) - counts)[key]
-    halves = 2 * -(-counts[key] // TILE_ROWS)
-    first_half = 2 * tiles_before[key] - halves
-    place = (first_half + rank % halves) * RUN + rank // halves
+    place = (halves_before[key] + rank % halves[key]) * RUN + rank // halves[key]
     runs = torch.full((tiles * TILE_ROWS,), -1, dtype=torch.int32, device=key.device)
     runs[place] = order.int()
-    row = torch.full_like(runs, -1, dtype=torch.int16)
-    row[place] = (run_row[order] % rows).short()
-    tile_group = torch.zeros(-(-tiles // 4) * 4, dtype=torch.int32, device=key.device)
-    tile_group[place // TILE_ROWS] = group[order].int()
-    header = torch.tensor(units, dtype=torch.int32, device=key.device).view(-1, 4)
-    unit_tiles = header[1:, 3] - header[:-1, 3]
-    tile_group[:tiles] -= (header[:-1, 1] // RUN).repeat_interleave(unit_tiles)
-    table = torch.cat([header.flatten(), runs, _with_spare_rows(row).view(torch.int32), tile_group])
+    tile_row = torch.full_like(runs, -1, dtype=torch.int64)
+    tile_row[place] = row
+    tile_group = torch.zeros(tiles, dtype=torch.int32, device=key.device)
+    tile_group[place // TILE_ROWS] = (group[order] - header[unit[key], 1] // RUN).int()
+    packed_rows = _with_spare_rows(tile_row).view(torch.int32)
+    table = torch.cat([header.flatten(), runs, packed_rows, tile_group, turns.int().flatten()])
     return table, Run8Launch(number, rows, len(units) - 1, tiles, processors).as_list()
 
 
 def run8_indices(table: Tensor, launch: list[int], in_features: int, nnz: int) -> Tensor:
     """The flat positions `[nnz]`, int64, that a schedule was made from."""
-    header, runs, row, tile_group = _parts(table, launch)
-    unit = torch.arange(len(header) - 1, device=table.device).repeat_interleave(header[1:, 3] - header[:-1, 3])
-    first = (header[unit, 0, None] + row) * in_features + (header[unit, 1] + tile_group * RUN)[:, None]
+    header, runs, row, tile_group, turns = _parts(table, launch)
+    unit = torch.arange(len(header) - 1, device=table.device).repeat_interleave(header[1:, 3] - header[:-1, 3])[:, None]
+    row = row ^ turns[unit, row // TILE_ROWS]
+    first = (header[unit, 0] + row) * in_features + header[unit, 1] + tile_group[:, None] * RUN
     indices = torch.empty(nnz // RUN, dtype=torch.int64, device=table.device)
     there = runs >= 0
     indices[runs[there]] = first[there]
@@ -95,7 +98,7 @@ def run8_indices(table: Tensor, launch: list[int], in_features: int, nnz: int) -
 
 
 def conflict_degree(table: Tensor, launch: list[int]) -> float:
-    """How often, on average, ldmatrix must go to a bank for 8 rows of a tile; 1 is the least. Rows 8 apart share their banks."""
+    """How often, on average, ldmatrix must go to a bank for 8 rows of a tile; 1 is the least."""
     banks = _parts(table, launch)[2].view(-1, RUN) % RUN
     return torch.nn.functional.one_hot(banks, RUN).sum(1).amax(1).double().mean().item()
 
@@ -159,9 +162,33 @@ def _ranges(before: list[int], active: list[int], most_groups: int, enough: int 
     return found
 
 
+def _turns(row: Tensor, key: Tensor, unit: Tensor, halves: Tensor, units: int, segments: int) -> Tensor:
+    """`[units, segments]`: shared memory holds row r of a unit at place `r ^ turn`, where 16 rows share a turn of 0 to 7.
+
+    A place mod 8 is its banks. One segment after the other, the turn is taken that leaves the rows of each column group most
+    evenly spread. `row` and `key` (block and column group) are given per run; `unit` and `halves`, the half tiles, per key.
+    """
+    turns = torch.zeros(units, segments, dtype=torch.int64, device=row.device)
+    met, pair = torch.unique(row // TILE_ROWS * len(halves) + key, return_inverse=True)  # a segment meets a group
+    own = torch.zeros(len(met), RUN, dtype=torch.int64, device=row.device)
+    own.index_put_((pair, row % RUN), own.new_ones(()), accumulate=True)
+    bounds = torch.searchsorted(met, torch.arange(segments + 1, device=row.device) * len(halves)).tolist()
+    met = met % max(len(halves), 1)
+    held = own.new_zeros(len(halves), RUN)
+    turn = torch.arange(RUN, device=row.device)
+    for segment, (begin, end) in enumerate(pairwise(bounds)):
+        at = met[begin:end]
+        after = held[at][:, None] + own[begin:end][:, turn[:, None] ^ turn]  # [groups, turns, banks]
+        cost = 256 * after.amax(2).maximum(halves[at][:, None]) + after.square().sum(2)
+        best = (own.new_zeros(units, RUN).index_add_(0, unit[at], cost) * RUN + turn).argmin(1)
+        turns[:, segment] = best
+        held[at] = after[torch.arange(end - begin, device=row.device), best[unit[at]]]
+    return turns
+
+
 def _with_spare_rows(row: Tensor) -> Tensor:
     """`row` with every -1 replaced by one of the rows 0..7 whose banks the other rows of its half tile leave free."""
-    halves = row.view(-1, RUN).long()
+    halves = row.view(-1, RUN)
     spare = halves < 0
     taken = torch.nn.functional.one_hot((halves % RUN).masked_fill(spare, RUN), RUN + 1).sum(1)[:, :RUN] > 0
     free_first = taken.int().argsort(dim=1, stable=True)
@@ -169,12 +196,15 @@ def _with_spare_rows(row: Tensor) -> Tensor:
     return torch.where(spare, chosen, halves).short().flatten()
 
 
-def _parts(table: Tensor, launch: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Header `[units + 1, 4]`, runs and rows `[tiles, 16]`, and groups `[tiles]` of a table, int64."""
+def _parts(table: Tensor, launch: list[int]) -> list[Tensor]:
+    """Header `[units + 1, 4]`, runs and places `[tiles, 16]`, groups `[tiles]` and turns `[units, rows / 16]`, int64."""
     at = Run8Launch(*launch)
-    header, runs, row, group = table.split([4 * (at.units + 1), 16 * at.tiles, 8 * at.tiles, -(-at.tiles // 4) * 4])
-    row = row.contiguous().view(torch.int16)
-    return header.view(-1, 4).long(), runs.view(-1, 16).long(), row.view(-1, 16).long(), group[: at.tiles].long()
+    segments = at.rows // TILE_ROWS
+    header, runs, row, group, turns = table.split(
+        [4 * (at.units + 1), 16 * at.tiles, 8 * at.tiles, at.tiles, at.units * segments]
+    )
+    parts = header.view(-1, 4), runs.view(-1, 16), row.clone().view(torch.int16).view(-1, 16), group, turns.view(-1, segments)
+    return [part.long() for part in parts]
 
 
 def _device(device: torch.device) -> tuple[int, int]:

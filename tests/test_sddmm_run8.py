@@ -13,7 +13,7 @@ import emulation
 from problems import assert_within, guarded, oracle_sddmm_dense, tolerance
 from sprand import ops as sprand_ops
 from sprand import reference, schedule_run8
-from sprand.schedule_run8 import RUN, SHAPES, run8_indices, run8_schedule
+from sprand.schedule_run8 import RUN, SHAPES, conflict_degree, run8_indices, run8_schedule
 
 DTYPES = (torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -204,6 +204,21 @@ def test_the_reference_is_the_chosen_part_of_the_weight_gradient(problem):
     table, launch = run8_schedule(indices, problem.rows, problem.cols)
     result = sprand_ops.sddmm_run8(grad_output, input, table, launch, len(indices))
     assert torch.equal(result, reference.sddmm(grad_output, input, indices))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(4096, 4096), (1024, 4096), (14336, 4096)])
+def test_a_stratified_pattern_meets_few_bank_conflicts(rows, cols):
+    table, launch = run8_schedule(stratified(rows, cols, 0.01), rows, cols)
+    assert 1 <= conflict_degree(table, launch) <= 1.3
+
+
+def test_the_conflict_degree_counts_rows_of_the_same_banks():
+    indices = torch.arange(8) + torch.arange(0, 64, 8)[:, None] * RUN  # rows 0, 8, .., 56 of a weight with one column group
+    table, launch = run8_schedule(indices.flatten(), 64, RUN)
+    assert conflict_degree(table, launch) == 1  # turned apart
+    places = table[4 * 2 + 16 : 4 * 2 + 16 + 8]
+    places[:] = 8 << 16  # all 16 at places 0 and 8
+    assert conflict_degree(table, launch) == 8
 
 
 def test_int64_indices_give_the_same_table():

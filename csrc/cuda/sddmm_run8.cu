@@ -10,8 +10,9 @@
 // A tile is 16 rows that have a run in the same group of 8 columns: one m16n8k16 per 16 tokens, all 128 sums wanted. A is 16
 // columns of grad_output, gathered by ldmatrix, which takes one address per row of 8 tokens. So grad_output is turned on its way
 // to shared memory, through registers, into granules of 8 tokens of one row; two halves make 16 tokens. Input stays token-major
-// and comes by cp.async, its rows padded by one granule so that ldmatrix.trans meets 8 different banks; the schedule orders
-// the rows of a tile for the same end. Two stages: while one is multiplied, the next one arrives.
+// and comes by cp.async, its rows padded by one granule so that ldmatrix.trans meets 8 different banks; the schedule turns
+// the places of 16 rows each, and orders the rows of a tile, for the same end. Two stages: while one is multiplied, the next one
+// arrives.
 //
 // Bound: L2. A unit reads (rows + columns) x 32 bytes per 16 tokens, which is why blocks are as large as shared memory allows.
 #include <type_traits>
@@ -76,23 +77,23 @@ __device__ __forceinline__ void load_pair(uint32_t (&pair)[8], const uint16_t* _
   }
 }
 
-// Two granules, one per row. The upper half of 8 lanes writes its odd row first, so that 8 lanes meet 8 different banks.
-__device__ __forceinline__ void store_pair(unsigned char* half, const uint32_t (&pair)[8], int first_row) {
+// Two granules, one per row. Of 8 lanes the upper 4 write their odd row first, so that the 8 meet 8 different banks.
+__device__ __forceinline__ void store_pair(unsigned char* half, const uint32_t (&pair)[8], int first_row, uint32_t turn) {
   uint4 even, odd;
   even.x = low_halves(pair[0], pair[1]), odd.x = high_halves(pair[0], pair[1]);
   even.y = low_halves(pair[2], pair[3]), odd.y = high_halves(pair[2], pair[3]);
   even.z = low_halves(pair[4], pair[5]), odd.z = high_halves(pair[4], pair[5]);
   even.w = low_halves(pair[6], pair[7]), odd.w = high_halves(pair[6], pair[7]);
   const bool swapped = threadIdx.x >> 2 & 1;
-  uint4* granules = reinterpret_cast<uint4*>(half) + first_row;
-  granules[swapped] = swapped ? odd : even;
-  granules[!swapped] = swapped ? even : odd;
+  uint4* granules = reinterpret_cast<uint4*>(half);
+  granules[(first_row + swapped) ^ turn] = swapped ? odd : even;
+  granules[(first_row + !swapped) ^ turn] = swapped ? even : odd;
 }
 
-// Tells the compiler that `packed` is new, so that what is unpacked from it does not stay in registers around a loop.
-__device__ __forceinline__ void unknown(uint32_t& packed) {
+// Makes the compiler forget what it knows of `value`, so that what follows from it does not stay in registers around the loop.
+__device__ __forceinline__ void forget(uint32_t& value) {
 #if defined(__CUDACC__)
-  asm volatile("" : "+r"(packed));
+  asm volatile("" : "+r"(value));
 #endif
 }
 
@@ -115,6 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int32_t* runs = at.table + 4 * (int64_t{at.units} + 1);
   const int16_t* rows = reinterpret_cast<const int16_t*>(runs + 16 * int64_t{at.tiles});
   const int32_t* groups = runs + 24 * int64_t{at.tiles};
+  const int32_t* turns = groups + at.tiles + int64_t{blockIdx.x} * (at.rows / kGranule);
 
   const int rows_here = least(at.rows, static_cast<int>(at.out_features) - row_begin);
   const int granules = least(least(unit.z, kColumns), static_cast<int>(at.in_features) - column_begin) / 8;
@@ -125,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   uint32_t row_of[kTiles / 2] = {};    // byte offsets of this lane's row in tiles 2i and 2i + 1
   uint32_t group_of[kTiles / 4] = {};  // column groups of tiles 4i .. 4i + 3
-  uint32_t fresh = 0;                  // bit i: tile i is in another group than the one before
+  uint32_t marks = 0;                  // bit i: tile i is in another group than the one before
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     if (i >= count) continue;
@@ -133,7 +135,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t group = static_cast<uint32_t>(__ldg(groups + first + i)) % (kColumns / 8);
     row_of[i / 2] |= row * kGranule << 16 * (i % 2);
     group_of[i / 4] |= group << 8 * (i % 4);
-    if (i == 0 || group != (group_of[(i - 1) / 4] >> 8 * ((i - 1) % 4) & 0xFF)) fresh |= 1u << i;
+    if (i == 0 || group != (group_of[(i - 1) / 4] >> 8 * ((i - 1) % 4) & 0xFF)) marks |= 1u << i;
+  }
+  // Its next bits: the turns of the pairs of rows that this thread brings.
+  constexpr int kPairs = kParts > 1 ? kParts / 2 : 1;  // in each half
+#pragma unroll
+  for (int p = 0; p < kPairs; ++p) {
+    const int row = (threadIdx.x + p * kThreads) % (kRows / 2) * 2;
+    if (row < at.rows) marks |= (__ldg(turns + row / kGranule) & 7u) << (kTiles + 3 * p);
   }
   float sum[kTiles][4] = {};
   const auto load_input = [&](int token, unsigned char* stage) {
@@ -152,14 +161,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   uint32_t pair[8];
   const auto load_grad = [&](int token, int part) {
-    const int item = threadIdx.x + part * kThreads, half = item / (kRows / 2), row = item % (kRows / 2) * 2;
+    uint32_t thread = threadIdx.x;
+    forget(thread);
+    const int item = thread + part * kThreads, half = item / (kRows / 2), row = item % (kRows / 2) * 2;
     if (row >= at.rows) return;
     token += 8 * half;
     load_pair(pair, grad_output + token * at.out_features + row, at.out_features, rows_here - row, tokens - token, at.paired);
   };
   const auto store_grad = [&](unsigned char* stage, int part) {
     const int item = threadIdx.x + part * kThreads, half = item / (kRows / 2), row = item % (kRows / 2) * 2;
-    if (row < at.rows) store_pair(stage + half * S::kHalf, pair, row);
+    if (row < at.rows) store_pair(stage + half * S::kHalf, pair, row, marks >> (kTiles + 3 * (part % kPairs)) & 7);
   };
   const uint32_t grad_lane = mma::shared_address(memory) + lane / 16 * S::kHalf;
   const uint32_t input_lane = mma::shared_address(memory) + S::kInput + lane % 16 * S::kToken;
@@ -169,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kTiles; ++i) {
       if (i / (kTiles / kParts) != part) continue;
       if (i >= count) break;
-      if (fresh >> i & 1) {
+      if (marks >> i & 1) {
         mma::ldmatrix_x2_trans(columns, stage + input_lane + (group_of[i / 4] >> 8 * (i % 4) & 0xFF) * kGranule);
       }
       uint32_t gathered[4];
@@ -191,9 +202,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   int stage = 0;  // where in memory, in bytes
 #pragma unroll 1
   for (int next = kTokens; next - kTokens < tokens; next += kTokens, stage = S::kBytes - stage) {
-    for (uint32_t& packed : row_of) unknown(packed);
-    for (uint32_t& packed : group_of) unknown(packed);
-    unknown(fresh);
+    for (uint32_t& packed : row_of) forget(packed);
+    for (uint32_t& packed : group_of) forget(packed);
+    forget(marks);
     if (next < tokens) load_input(next, memory + S::kBytes - stage);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -269,7 +280,7 @@ cudaError_t sddmm_run8(const void* grad_output, const void* input, DType dtype, 
   if (dtype == DType::f32) return cudaErrorNotSupported;
   if (nnz == 0) return cudaSuccess;
   constexpr int64_t limit = (int64_t{1} << 31) - kMostSplits * kTokens;
-  const int64_t size = 4 * (schedule.units + 1) + 24 * schedule.tiles + ceil_div(schedule.tiles, 4) * 4;
+  const int64_t size = 4 * (schedule.units + 1) + 25 * schedule.tiles + schedule.units * (schedule.rows / kGranule);
   if (nnz < 0 || nnz % 8 || in_features % 8 || in_features >= limit || out_features >= limit || tokens >= limit ||
       schedule.units < 1 || schedule.units >= limit || schedule.tiles < 1 || schedule.tiles >= limit ||
       schedule.table_size != size || schedule.rows < 1) {

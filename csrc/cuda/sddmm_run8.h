@@ -7,8 +7,9 @@ namespace sprand::cuda {
 // What sprand/schedule_run8.py makes of a pattern, once. `table` lies in device memory, `table_size` int32 (256-byte aligned):
 //   units + 1 times {row_begin, column_begin, columns, first_tile}, where the last holds first_tile = tiles and else zeros;
 //   tiles times 16 runs: entries 8 run .. 8 run + 7 are row i of the tile, -1 where it has none;
-//   tiles times 16 rows as int16, relative to row_begin;
-//   tiles times one column group, (column - column_begin) / 8, padded to whole 4 int32.
+//   tiles times 16 places of rows as int16;
+//   tiles times one column group, (column - column_begin) / 8;
+//   units times rows / 16 turns: shared memory holds row r of 16 rows (relative to row_begin) at place r ^ turn, turn below 8.
 // `shape` is the block shape that the table was made for, `rows` the rows of the weight per row block, `processors` the number
 // of blocks that the device runs at once.
 struct Run8Schedule {
