@@ -22,6 +22,7 @@ SCHEMAS = {
         "(Tensor(a!) sums, Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> ()"
     ),
     "embedding_grad": "(Tensor grad_output, Tensor tokens, Tensor indices, int? padding_idx=None) -> Tensor",
+    "sddmm_run8": "(Tensor grad_output, Tensor input, Tensor table, int[] launch, int nnz) -> Tensor",
     "gather": "(Tensor weight, Tensor indices) -> Tensor",
     "patch_": "(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? delta, float scale=1.0) -> ()",
     "scatter_add_": "(Tensor(a!) weight, Tensor indices, Tensor values, float scale=1.0) -> ()",
@@ -35,6 +36,7 @@ SCHEMAS = {
     "uniform_indices_": "(Tensor(a!) indices, int numel, int key) -> ()",
 }
 
+CUDA_ONLY = ("sddmm_run8",)  # has no C++ kernel: on the CPU `sddmm` serves its patterns
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("sprand", "DEF")
@@ -51,6 +53,11 @@ def _(grad_output, input, indices, table=None, launch=()):
 @torch.library.register_fake("sprand::embedding_grad")
 def _(grad_output, tokens, indices, padding_idx=None):
     return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
+
+
+@torch.library.register_fake("sprand::sddmm_run8")
+def _(grad_output, input, table, launch, nnz):
+    return grad_output.new_empty((nnz,), dtype=accumulation_dtype(grad_output.dtype))
 
 
 @torch.library.register_fake("sprand::gather")
@@ -158,6 +165,42 @@ def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding
     if padding_idx is not None and padding_idx < 0:
         raise ValueError(f"embedding_grad: expected padding_idx to be a token or None, got {padding_idx}")
     return torch.ops.sprand.embedding_grad(grad_output, tokens, indices, padding_idx)
+
+
+def sddmm_run8(grad_output: Tensor, input: Tensor, table: Tensor, launch: Sequence[int], nnz: int) -> Tensor:
+    """`sddmm` for a pattern of runs of 8 adjacent columns, on tensor cores where the device has them.
+
+    Args:
+        grad_output: `[T, out]`, bfloat16 or float16 (elsewhere than on CUDA any dtype of `sddmm`).
+        input: `[T, in]`, same dtype and device, `in` a multiple of 8.
+        table, launch: what `schedule_run8.run8_schedule` made of the pattern, on the same device.
+        nnz: the number of entries.
+
+    Returns:
+        `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0] or input.shape[1] % 8:
+        raise ValueError(
+            f"sddmm_run8: expected grad_output [T, out] and input [T, in] with in a multiple of 8, "
+            f"got {list(grad_output.shape)} and {list(input.shape)}"
+        )
+    _check_values("sddmm_run8", "input", input, grad_output)
+    if input.is_cuda and input.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"sddmm_run8: expected input of bfloat16 or float16 on CUDA, got {input.dtype}")
+    if table.dim() != 1 or table.dtype != torch.int32 or table.device != input.device or not table.is_contiguous():
+        raise ValueError(
+            f"sddmm_run8: expected a contiguous int32 table on {input.device}, "
+            f"got {list(table.shape)} of {table.dtype} on {table.device}"
+        )
+    if len(launch) != 5 or nnz % 8 or not 0 <= nnz <= grad_output.shape[1] * input.shape[1]:
+        raise ValueError(
+            f"sddmm_run8: expected 5 launch numbers and nnz as a multiple of 8 of at most "
+            f"{grad_output.shape[1] * input.shape[1]}, got {list(launch)} and {nnz}"
+        )
+    return torch.ops.sprand.sddmm_run8(grad_output, input, table, launch, nnz)
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def cuda_headers() -> Path | None:
 
 def build(headers: Path) -> Path:
     """Compile with g++ into build/simt; a library of the same sources, torch and compiler is used again."""
-    sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "cuda" / "ops.cpp"]
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("cuda/*ops.cpp"))]
     files = [*sources, *CSRC.glob("*.h"), *CSRC.glob("common/*.h"), *CSRC.glob("cuda/*.h"), *CSRC.glob("cuda/*.cuh")]
     compiler = os.environ.get("CXX", "g++").split()
     torch_home = Path(torch.__file__).parent

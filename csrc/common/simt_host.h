@@ -299,6 +299,7 @@ inline void __pipeline_commit() {}
 inline void __pipeline_wait_prior(size_t) {}
 
 #define cudaGetLastError() cudaSuccess  // a launch that fails here throws
+#define cudaFuncSetAttribute(kernel, attribute, value) cudaSuccess
 #define SPRAND_LAUNCH(kernel, grid, block, smem, stream, ...) \
   (void)(stream), simt::launch(dim3(grid), dim3(block), (smem), [&] { kernel(__VA_ARGS__); })
 #define SPRAND_DYN_SMEM(name) unsigned char* name = simt::dynamic_shared()
