@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native, ops, reference
+from .checks import LOW_PRECISION
 
 TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
 # Sums in another order, or other roundings on the way; the rest is exact to the bit.
@@ -29,7 +30,7 @@ def run(devices: Sequence[str]) -> list[dict[str, Any]]:
     results = []
     for device in devices:
         for op in ops.SCHEMAS:
-            for dtype in (torch.int32, torch.int64) if op.endswith("indices_") else ops.LOW_PRECISION:
+            for dtype in (torch.int32, torch.int64) if op.endswith("indices_") else LOW_PRECISION:
                 start = time.perf_counter()
                 try:
                     problem = _compare(op, torch.device(device), dtype)
@@ -93,6 +94,11 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
         return {"weight": weight, "indices": indices, "base": base, "delta": normal(NNZ), "scale": 0.5}
     if op == "scatter_add_":
         return {"weight": weight, "indices": indices, "values": normal(NNZ), "scale": 0.5}
+    if op.endswith("_all_"):
+        lists = {"weights": [weight, normal(ROWS, COLS)], "indices": [indices, indices.long()], "scales": [0.5, -2.0]}
+        if op == "scatter_add_all_":
+            return lists | {"values": [normal(NNZ), normal(NNZ)]}
+        return lists | {"bases": [base, normal(NNZ)], "deltas": [normal(NNZ), normal(NNZ)]}
     return {
         "weights": [weight], "indices": [indices], "bases": [base], "deltas": [normal(NNZ)], "grads": [normal(NNZ)],
         "exp_avgs": [normal(NNZ)], "exp_avg_sqs": [normal(NNZ).square()], "steps": [torch.tensor([3.0])], "scales": [1.0],

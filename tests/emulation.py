@@ -37,7 +37,7 @@ def cuda_headers() -> Path | None:
 
 def build(headers: Path) -> Path:
     """Compile with g++ into build/simt; a library of the same sources, torch and compiler is used again."""
-    sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "cuda" / "ops.cpp"]
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("cuda/*ops.cpp"))]
     files = [*sources, *CSRC.glob("*.h"), *CSRC.glob("common/*.h"), *CSRC.glob("cuda/*.h"), *CSRC.glob("cuda/*.cuh")]
     compiler = os.environ.get("CXX", "g++").split()
     torch_home = Path(torch.__file__).parent
@@ -74,10 +74,16 @@ class Emulation:
     def __init__(self, path: Path) -> None:
         torch.ops.load_library(str(path))
         self.ops = torch.ops.sprand_simt
-        self._set_order = ctypes.CDLL(str(path)).sprand_simt_set_order
+        library = ctypes.CDLL(str(path))
+        self._set_order, self._launches = library.sprand_simt_set_order, library.sprand_simt_launches
+        self._launches.restype = ctypes.c_int64
 
     def set_order(self, order: int) -> None:
         self._set_order(order)
+
+    def launches(self) -> int:
+        """How many kernels this process has launched."""
+        return self._launches()
 
 
 def load() -> Emulation:

@@ -19,7 +19,20 @@ NATIVE_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suff
 
 # Rooms, from the operators up to the doors. A module of a room may import from its own and from the rooms it names.
 ROOMS = {
-    "ops": ("ops", "reference", "native", "host", "schedule", "selftest", "tuning", "version", "_C", "_C_cuda", "_host"),
+    "ops": (
+        "ops",
+        "checks",
+        "reference",
+        "native",
+        "host",
+        "schedule",
+        "selftest",
+        "tuning",
+        "version",
+        "_C",
+        "_C_cuda",
+        "_host",
+    ),
     "core": ("pattern", "functional", "layers", "optim"),
     "policy": ("config", "targets", "selection"),
     "assembly": ("model", "adapter", "checkpoint", "summary", "__init__"),
