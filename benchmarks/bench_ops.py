@@ -18,9 +18,13 @@ from report import RESULTS, Row, command_line, progress, quantiles, write_csv, w
 from report import markdown as table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OPS = ("sddmm", "embedding_grad", "gather", "patch_", "scatter_add_", "sparse_adamw_", "stratified_indices_", "uniform_indices_")
+OPS = (
+    "sddmm", "embedding_grad", "gather", "patch_", "patch_all_", "scatter_add_", "scatter_add_all_", "sparse_adamw_",
+    "stratified_indices_", "uniform_indices_",
+)  # fmt: skip
 LAYOUTS = ("unstructured", "run2", "run4", "run8")
 TOKEN_OPS = ("sddmm", "embedding_grad")
+FOR_ALL = ("patch_all_", "scatter_add_all_", "sparse_adamw_")  # operators on TARGETS equal weights in one call
 TARGETS = 8
 SHORTEST = 5e-4
 COLUMNS = (
@@ -104,6 +108,8 @@ def contestants(op: str, p: Problem) -> dict[str, Call]:
             "index_put_(accumulate)": lambda: flat.index_put_((wide,), (1e-6 * p.delta).to(dtype), accumulate=True),
             "scatter_add_": lambda: flat.scatter_add_(0, wide, (1e-6 * p.delta).to(dtype)),
         }
+    if op in ("patch_all_", "scatter_add_all_"):
+        return all_contestants(op, p, wide)
     if op == "sparse_adamw_":
         return adamw_contestants(p, wide)
     if op == "stratified_indices_":
@@ -130,14 +136,34 @@ def _sddmm(p: Problem, indices: torch.Tensor) -> Call:
     return lambda: ops.sddmm(p.grad_output, p.input, indices)
 
 
+def copies(tensor: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.clone() for _ in range(TARGETS)]
+
+
+def all_contestants(op: str, p: Problem, wide: torch.Tensor) -> dict[str, Call]:
+    """`TARGETS` equal layers in one call, against a write per weight."""
+    from sprand import ops
+
+    weights, indices, deltas = copies(p.weight), copies(p.indices), copies(p.delta)
+    dtype, adds = p.weight.dtype, op == "scatter_add_all_"
+
+    def plain() -> None:
+        for weight, delta in zip(weights, deltas, strict=True):
+            weight.view(-1).index_put_((wide,), (1e-6 * delta if adds else p.base + delta).to(dtype), accumulate=adds)
+
+    ours = (
+        (lambda: ops.scatter_add_all_(weights, indices, deltas, [1e-6] * TARGETS))
+        if adds
+        else (lambda: ops.patch_all_(weights, indices, [p.base] * TARGETS, deltas, [1.0] * TARGETS))
+    )
+    return {"sprand": ours, "index_put_ each": plain}
+
+
 def adamw_contestants(p: Problem, wide: torch.Tensor) -> dict[str, Call]:
     """One step of `TARGETS` equal layers, against the functional form of torch's fused AdamW and a write per weight."""
     from torch.optim.adamw import adamw
 
     from sprand import ops
-
-    def copies(tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor.clone() for _ in range(TARGETS)]
 
     weights, grads = copies(p.weight), copies(p.delta)
     deltas, firsts, seconds = (copies(torch.zeros_like(p.delta)) for _ in range(3))
@@ -191,7 +217,7 @@ def time_op(
 
     p = Problem.of(shape, density, DTYPES[dtype], tokens, layouts if op == "sddmm" else LAYOUTS[:1])
     layout_of = {_ours(layout): layout for layout in p.layouts}
-    targets = TARGETS if op == "sparse_adamw_" else 1
+    targets = TARGETS if op in FOR_ALL else 1
     rows: list[dict[str, object]] = []
     for name, taken in alternate(contestants(op, p), repeats).items():
         middle, low, high = quantiles(taken)
@@ -237,8 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lines += summary_lines(here)
                 bar.advance()
             tokens = f", {options.tokens} tokens"
-            details = {"sddmm": tokens, "embedding_grad": tokens, "sparse_adamw_": f", {TARGETS} such weights in one call"}
-            detail = details.get(op, "")
+            details = {"sddmm": tokens, "embedding_grad": tokens}
+            detail = details.get(op, f", {TARGETS} such weights in one call" * (op in FOR_ALL))
             sections.append((f"{op}, {dtype}{detail} ({here[0]['kernel']})", table(lines, TABLE)))
     write_csv(options.out / "ops.csv", rows, COLUMNS)
     command = command_line(__file__, sys.argv[1:] if argv is None else argv)

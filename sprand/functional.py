@@ -7,6 +7,7 @@ counter of its own: two forwards before one backward are legal. What backward ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,24 @@ class Entries:
         if self.written is not None:
             self.written.forget()
         ops.patch_(weight.data, self.indices, self.base, None)
+
+
+def write_all(weights: Sequence[Tensor], entries: Sequence[Entries], trained: bool) -> None:
+    """`Entries.write` (or `restore`, where not `trained`) of many weights of one device, in one pass."""
+    deltas = None
+    if trained:
+        deltas = [e.delta.detach().to(ops.accumulation_dtype(w.dtype)) for w, e in zip(weights, entries, strict=True)]
+    else:
+        for e in entries:
+            if e.written is not None:
+                e.written.forget()
+    ops.patch_all_(
+        [weight.data for weight in weights],
+        [e.indices for e in entries],
+        [e.base for e in entries],
+        deltas,
+        [e.scale for e in entries],
+    )
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, transposed: bool = False) -> Tensor:

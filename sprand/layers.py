@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,19 +70,10 @@ class SparseModule(nn.Module):
 
     def write_weights(self) -> None:
         """Make every targeted parameter hold its trained values now (its base values while disabled)."""
-        for parameter in self._sprand_targets:
-            entries, weight = self.sparse_entries(parameter), self._parameters[parameter]
-            entries.write(weight) if self._sprand_active else entries.restore(weight)
+        _write([(self, parameter, self._sprand_active) for parameter in self._sprand_targets])
 
     def make_schedule(self, parameter: str) -> None:
         """Settle how a GPU samples the gradient of this parameter; called when its indices or its device change."""
-
-    def set_active(self, active: bool) -> None:
-        """Switch the trained entries on or off, and write the weights accordingly."""
-        self._sprand_active = active
-        for target in self._sprand_targets.values():
-            target.written.forget()
-        self.write_weights()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._sprand_active:
@@ -275,24 +267,48 @@ def attach(
     return module.sparse_entries(parameter)
 
 
-def detach(module: SparseModule, parameter: str, keep: bool) -> None:
-    """Take the trained entries of one parameter away; the module gets its class back with its last one.
+def set_active(modules: Sequence[SparseModule], active: Sequence[bool]) -> None:
+    """Switch the trained entries of each module on or off, and write all weights accordingly, in one pass per device."""
+    for module, on in zip(modules, active, strict=True):
+        module._sprand_active = on
+        for target in module._sprand_targets.values():
+            target.written.forget()
+    _write([(module, name, module._sprand_active) for module in modules for name in module._sprand_targets])
+
+
+def detach(modules: Sequence[SparseModule], keep: bool) -> None:
+    """Take all trained entries away from modules, which get their classes back; their weights are written in one pass.
 
     Args:
-        module: changed in place.
-        parameter: name of the parameter in the module.
-        keep: leave the trained values in the weight (merge), or put the base back bit for bit.
+        modules: changed in place.
+        keep: leave the trained values in the weights (merge), or put the base back bit for bit.
     """
-    entries, target = module.sparse_entries(parameter), module._sprand_targets[parameter]
-    weight = module._parameters[parameter]
-    entries.write(weight) if keep else entries.restore(weight)
-    for name in (target.delta, target.indices, target.base):
-        delattr(module, name)
-    del module._sprand_targets[parameter]
-    if not module._sprand_targets:
+    _write([(module, name, keep) for module in modules for name in module._sprand_targets])
+    for module in modules:
+        for target in module._sprand_targets.values():
+            for name in (target.delta, target.indices, target.base):
+                delattr(module, name)
         _live.discard(module)
         module.__class__ = module._sprand_class
         del module._sprand_targets, module._sprand_active
+
+
+def _write(items: Sequence[tuple[SparseModule, str, bool]]) -> None:
+    """Write the parameters `(module, name, trained)`: their trained values or, bit for bit, their base.
+
+    One call of an operator for all parameters of a device; a parameter of several modules is written by each, in their order.
+    """
+    calls: dict[tuple[int, torch.device, bool], list[tuple[Tensor, Entries]]] = {}
+    met: Counter[int] = Counter()
+    for module, name, trained in items:
+        weight, entries = module._parameters[name], module.sparse_entries(name)
+        if type(weight.data) is not Tensor or type(entries.delta.data) is not Tensor:
+            entries.write(weight) if trained else entries.restore(weight)
+            continue
+        calls.setdefault((met[id(weight)], weight.device, trained), []).append((weight, entries))
+        met[id(weight)] += 1
+    for (_, _, trained), targets in sorted(calls.items(), key=lambda call: call[0][0]):
+        functional.write_all(*zip(*targets, strict=True), trained)
 
 
 def targets_by_delta() -> dict[int, tuple[SparseModule, str]]:

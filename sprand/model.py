@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import host, native, ops, pattern
 from .config import SparseConfig
-from .layers import SparseModule, attach, detach
+from .layers import SparseModule, attach, detach, set_active
 from .targets import Place, choose, find_targets, places_of, saved_parameters
 
 
@@ -125,15 +125,14 @@ def _attach(model: nn.Module, adapter: Adapter, places: Mapping[str, Place]) -> 
 def _detach(model: nn.Module, state: State, keep: bool) -> None:
     """Take the active adapter off the model and, unless kept, put the base back; its own tensors are up to date then."""
     adapter = state.current
-    for prefix, module in list(sparse_modules(model)):
-        if not module._sprand_active:
-            module.set_active(True)
-        for parameter in list(module._sprand_targets):
+    modules = list(sparse_modules(model))
+    for prefix, module in modules:
+        for parameter in module._sprand_targets:
             name = f"{prefix}.{parameter}" if prefix else parameter
             if name in adapter.indices:
                 entries = module.sparse_entries(parameter)
                 adapter.indices[name], adapter.deltas[name] = entries.indices, entries.delta
-            detach(module, parameter, keep)
+    detach([module for _, module in modules], keep)
     if adapter is not None and not keep:
         adapter.saved = {name: value for name, value in _set_saved(model, state.base_saved).items() if name in adapter.saved}
         for name, p in model.named_parameters():
@@ -183,8 +182,8 @@ def sparse_modules(model: nn.Module) -> Iterator[tuple[str, SparseModule]]:
 def write(model: nn.Module) -> None:
     """Make every weight hold its trained values now, for code that reads weights without a forward."""
     state_of(model)
-    for _, module in sparse_modules(model):
-        module.set_active(module._sprand_active)
+    modules = [module for _, module in sparse_modules(model)]
+    set_active(modules, [module._sprand_active for module in modules])
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -223,16 +222,15 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         ValueError: the model has no trained entries.
     """
     state = state_of(model)
-    modules = [(module, module._sprand_active) for _, module in sparse_modules(model)]
+    modules = [module for _, module in sparse_modules(model)]
+    active = [module._sprand_active for module in modules]
     trained = _set_saved(model, state.base_saved)
-    for module, _ in modules:
-        module.set_active(False)
+    set_active(modules, [False] * len(modules))
     try:
         yield model
     finally:
         _set_saved(model, trained)
-        for module, active in modules:
-            module.set_active(active)
+        set_active(modules, active)
 
 
 def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Module:
@@ -272,14 +270,18 @@ def mix(state: State, weights: Mapping[str, float]) -> Adapter:
             )
     chosen = [(state.adapters[name], float(weight)) for name, weight in weights.items()]
     result = Adapter(chosen[0][0].config)
+    rounds: dict[tuple[int, torch.device], list[tuple[Tensor, Tensor, Tensor, float]]] = {}
     for target in dict.fromkeys(name for adapter, _ in chosen for name in adapter.indices):
         parts = [(adapter, weight) for adapter, weight in chosen if target in adapter.indices]
         device = parts[0][0].deltas[target].device
         union, positions = host.merge_indices([adapter.indices[target].cpu() for adapter, _ in parts])
         total = torch.zeros(union.shape, dtype=parts[0][0].deltas[target].dtype, device=device)
-        for (adapter, weight), position in zip(parts, positions, strict=True):
-            ops.scatter_add_(total, position.to(device), adapter.deltas[target].detach(), weight)
+        for turn, ((adapter, weight), position) in enumerate(zip(parts, positions, strict=True)):
+            item = total, position.to(device), adapter.deltas[target].detach(), weight
+            rounds.setdefault((turn, device), []).append(item)
         result.indices[target], result.deltas[target] = union.to(device), nn.Parameter(total, requires_grad=False)
+    for _, items in sorted(rounds.items(), key=lambda entry: entry[0][0]):
+        ops.scatter_add_all_(*zip(*items, strict=True))
     return result
 
 

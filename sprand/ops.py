@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import check_draw, check_embedding_grad, check_entries, check_lists, check_run8, check_sddmm, check_weight
 from .reference import accumulation_dtype
 from .schedule import Schedule
 
@@ -25,7 +26,9 @@ SCHEMAS = {
     "sddmm_run8": "(Tensor grad_output, Tensor input, Tensor table, int[] launch, int nnz) -> Tensor",
     "gather": "(Tensor weight, Tensor indices) -> Tensor",
     "patch_": "(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? delta, float scale=1.0) -> ()",
+    "patch_all_": "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor[]? deltas, float[] scales) -> ()",
     "scatter_add_": "(Tensor(a!) weight, Tensor indices, Tensor values, float scale=1.0) -> ()",
+    "scatter_add_all_": "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] values, float[] scales) -> ()",
     "sparse_adamw_": (
         "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor(b!)[] deltas, Tensor[] grads, "
         "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor[] steps, float[] scales, float lr, float beta1, "
@@ -37,7 +40,6 @@ SCHEMAS = {
 }
 
 CUDA_ONLY = ("sddmm_run8",)  # has no C++ kernel: on the CPU `sddmm` serves its patterns
-LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("sprand", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -65,7 +67,7 @@ def _(weight, indices):
     return weight.new_empty(indices.shape)
 
 
-for _name in ("sddmm_add_", "patch_", "scatter_add_", "sparse_adamw_", "stratified_indices_", "uniform_indices_"):
+for _name in (name for name in SCHEMAS if name.endswith("_")):
     torch.library.register_fake(f"sprand::{_name}", lambda *args, **kwargs: None)
 
 
@@ -85,7 +87,7 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedul
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    _check_sddmm("sddmm", grad_output, input, indices)
+    check_sddmm("sddmm", grad_output, input, indices)
     if schedule is not None and schedule.dense_tokens[0] <= input.shape[0] < schedule.dense_tokens[1]:
         return sddmm_dense(grad_output, input, indices, schedule)
     return torch.ops.sprand.sddmm(grad_output, input, indices, *_launch(schedule))
@@ -101,8 +103,8 @@ def sddmm_add_(sums: Tensor, grad_output: Tensor, input: Tensor, indices: Tensor
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    _check_sddmm("sddmm_add_", grad_output, input, indices)
-    _check_entries("sddmm_add_", "sums", sums, indices, accumulation_dtype(input.dtype))
+    check_sddmm("sddmm_add_", grad_output, input, indices)
+    check_entries("sddmm_add_", "sums", sums, indices, accumulation_dtype(input.dtype))
     torch.ops.sprand.sddmm_add_(sums, grad_output, input, indices, *_launch(schedule))
 
 
@@ -119,7 +121,7 @@ def sddmm_dense(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: S
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    _check_sddmm("sddmm_dense", grad_output, input, indices)
+    check_sddmm("sddmm_dense", grad_output, input, indices)
     dtype, parts = accumulation_dtype(input.dtype), []
     for first_row, last_row, first, last in schedule.chunks:
         left = grad_output[:, first_row:last_row].t()
@@ -149,21 +151,7 @@ def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    if grad_output.dim() != 2 or tokens.dim() != 1 or grad_output.shape[0] != tokens.shape[0]:
-        raise ValueError(
-            "embedding_grad: expected grad_output [T, features] and tokens [T], "
-            f"got {list(grad_output.shape)} and {list(tokens.shape)}"
-        )
-    _check_values("embedding_grad", "grad_output", grad_output, grad_output)
-    if tokens.dtype not in (torch.int32, torch.int64) or tokens.device != grad_output.device:
-        raise ValueError(
-            f"embedding_grad: expected tokens of int32 or int64 on {grad_output.device}, got {tokens.dtype} on {tokens.device}"
-        )
-    _check_indices("embedding_grad", indices, grad_output)
-    if indices.numel() and not grad_output.shape[1]:
-        raise ValueError(f"embedding_grad: expected no indices for an embedding of 0 features, got {indices.numel()}")
-    if padding_idx is not None and padding_idx < 0:
-        raise ValueError(f"embedding_grad: expected padding_idx to be a token or None, got {padding_idx}")
+    check_embedding_grad("embedding_grad", grad_output, tokens, indices, padding_idx)
     return torch.ops.sprand.embedding_grad(grad_output, tokens, indices, padding_idx)
 
 
@@ -182,24 +170,7 @@ def sddmm_run8(grad_output: Tensor, input: Tensor, table: Tensor, launch: Sequen
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0] or input.shape[1] % 8:
-        raise ValueError(
-            f"sddmm_run8: expected grad_output [T, out] and input [T, in] with in a multiple of 8, "
-            f"got {list(grad_output.shape)} and {list(input.shape)}"
-        )
-    _check_values("sddmm_run8", "input", input, grad_output)
-    if input.is_cuda and input.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"sddmm_run8: expected input of bfloat16 or float16 on CUDA, got {input.dtype}")
-    if table.dim() != 1 or table.dtype != torch.int32 or table.device != input.device or not table.is_contiguous():
-        raise ValueError(
-            f"sddmm_run8: expected a contiguous int32 table on {input.device}, "
-            f"got {list(table.shape)} of {table.dtype} on {table.device}"
-        )
-    if len(launch) != 5 or nnz % 8 or not 0 <= nnz <= grad_output.shape[1] * input.shape[1]:
-        raise ValueError(
-            f"sddmm_run8: expected 5 launch numbers and nnz as a multiple of 8 of at most "
-            f"{grad_output.shape[1] * input.shape[1]}, got {list(launch)} and {nnz}"
-        )
+    check_run8("sddmm_run8", grad_output, input, table, launch, nnz)
     return torch.ops.sprand.sddmm_run8(grad_output, input, table, launch, nnz)
 
 
@@ -216,7 +187,7 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    _check_weight("gather", weight, indices)
+    check_weight("gather", weight, indices)
     return torch.ops.sprand.gather(weight, indices)
 
 
@@ -235,11 +206,42 @@ def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    _check_weight("patch_", weight, indices)
-    _check_entries("patch_", "base", base, indices, weight.dtype)
+    check_weight("patch_", weight, indices)
+    check_entries("patch_", "base", base, indices, weight.dtype)
     if delta is not None:
-        _check_entries("patch_", "delta", delta, indices, accumulation_dtype(weight.dtype))
+        check_entries("patch_", "delta", delta, indices, accumulation_dtype(weight.dtype))
     torch.ops.sprand.patch_(weight, indices, base, delta, scale)
+
+
+def patch_all_(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor] | None,
+    scales: Sequence[float],
+) -> None:
+    """`patch_` of many weights, in one pass (on a GPU one launch for each pair of weight and index dtype).
+
+    Every list has one element per target; all are on one device, and no two weights share memory. Nothing is written
+    if one of them is refused.
+
+    Args:
+        weights: contiguous, any shape and dtype; changed in place.
+        indices: `[nnz]` each, flat positions, sorted.
+        bases: `[nnz]` each, the original entries, dtype of the weight.
+        deltas: `[nnz]` each, float32 (float64 for float64 weights), or None: all bases are put back.
+        scales: the factor on each delta.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or lists of different length.
+    """
+    check_lists("patch_all_", weights, indices, bases, bases if deltas is None else deltas, scales)
+    for weight, index, base in zip(weights, indices, bases, strict=True):
+        check_weight("patch_all_", weight, index)
+        check_entries("patch_all_", "base", base, index, weight.dtype)
+    for weight, index, delta in zip(weights, indices, deltas or (), strict=False):
+        check_entries("patch_all_", "delta", delta, index, accumulation_dtype(weight.dtype))
+    torch.ops.sprand.patch_all_(weights, indices, bases, deltas, scales)
 
 
 def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
@@ -254,9 +256,33 @@ def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, scale: float =
     Raises:
         ValueError: a shape, dtype or device that does not fit.
     """
-    _check_weight("scatter_add_", weight, indices)
-    _check_entries("scatter_add_", "values", values, indices, accumulation_dtype(weight.dtype))
+    check_weight("scatter_add_", weight, indices)
+    check_entries("scatter_add_", "values", values, indices, accumulation_dtype(weight.dtype))
     torch.ops.sprand.scatter_add_(weight, indices, values, scale)
+
+
+def scatter_add_all_(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float]
+) -> None:
+    """`scatter_add_` to many weights, in one pass (on a GPU one launch for each pair of weight and index dtype).
+
+    Every list has one element per target; all are on one device, and no two weights share memory. Nothing is written
+    if one of them is refused.
+
+    Args:
+        weights: contiguous, any shape and dtype; changed in place.
+        indices: `[nnz]` each, flat positions, sorted.
+        values: `[nnz]` each, float32 (float64 for float64 weights).
+        scales: the factor on each of the values.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or lists of different length.
+    """
+    check_lists("scatter_add_all_", weights, indices, values, scales)
+    for weight, index, value in zip(weights, indices, values, strict=True):
+        check_weight("scatter_add_all_", weight, index)
+        check_entries("scatter_add_all_", "values", value, index, accumulation_dtype(weight.dtype))
+    torch.ops.sprand.scatter_add_all_(weights, indices, values, scales)
 
 
 def sparse_adamw_(
@@ -300,14 +326,12 @@ def sparse_adamw_(
     Raises:
         ValueError: a shape, dtype or device that does not fit, or lists of different length.
     """
-    lengths = [len(part) for part in (weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, steps, scales)]
-    if len(set(lengths)) != 1:
-        raise ValueError(f"sparse_adamw_: expected nine lists of one length, one element per target, got lengths {lengths}")
+    check_lists("sparse_adamw_", weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, steps, scales)
     for weight, index, base, *entries in zip(weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, strict=True):
-        _check_weight("sparse_adamw_", weight, index)
-        _check_entries("sparse_adamw_", "base", base, index, weight.dtype)
+        check_weight("sparse_adamw_", weight, index)
+        check_entries("sparse_adamw_", "base", base, index, weight.dtype)
         for name, value in zip(("delta", "grad", "exp_avg", "exp_avg_sq"), entries, strict=True):
-            _check_entries("sparse_adamw_", name, value, index, accumulation_dtype(weight.dtype))
+            check_entries("sparse_adamw_", name, value, index, accumulation_dtype(weight.dtype))
     lr_tensor = lr if isinstance(lr, Tensor) else None
     for name, value in (
         *(("step", step) for step in steps),
@@ -339,7 +363,7 @@ def stratified_indices_(indices: Tensor, rows: int, cols: int, key: int, run_row
     Raises:
         ValueError: more entries than the matrix has, an integer type too small for its positions, or runs that do not fit.
     """
-    _check_draw("stratified_indices_", indices, rows * cols)
+    check_draw("stratified_indices_", indices, rows * cols)
     if max(rows, cols) >= 2**32:
         raise ValueError(f"stratified_indices_: expected rows and cols below 2**32, got {rows} and {cols}")
     if min(run_rows, run_cols) < 1 or rows % run_rows or cols % run_cols or indices.numel() % (run_rows * run_cols):
@@ -361,62 +385,9 @@ def uniform_indices_(indices: Tensor, numel: int, key: int) -> None:
     Raises:
         ValueError: more entries than `numel`, or an integer type too small for its positions.
     """
-    _check_draw("uniform_indices_", indices, numel)
+    check_draw("uniform_indices_", indices, numel)
     torch.ops.sprand.uniform_indices_(indices, numel, key)
-
-
-def _check_values(op: str, name: str, value: Tensor, other: Tensor) -> None:
-    allowed = (*LOW_PRECISION, torch.float64) if value.device.type in ("cpu", "meta") else LOW_PRECISION
-    if value.dtype not in allowed:
-        raise ValueError(f"{op}: expected {name} of {', '.join(map(str, allowed))} on {value.device.type}, got {value.dtype}")
-    if value.dtype != other.dtype or value.device != other.device:
-        raise ValueError(f"{op}: expected {name} as {other.dtype} on {other.device}, got {value.dtype} on {value.device}")
-
-
-def _check_indices(op: str, indices: Tensor, other: Tensor) -> None:
-    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64) or not indices.is_contiguous():
-        raise ValueError(
-            f"{op}: expected contiguous indices [nnz] of int32 or int64, got {list(indices.shape)} of {indices.dtype}"
-        )
-    if indices.device != other.device:
-        raise ValueError(f"{op}: expected indices on {other.device}, got {indices.device}")
-
-
-def _check_sddmm(op: str, grad_output: Tensor, input: Tensor, indices: Tensor) -> None:
-    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
-        raise ValueError(
-            f"{op}: expected grad_output [T, out] and input [T, in], got {list(grad_output.shape)} and {list(input.shape)}"
-        )
-    _check_values(op, "input", input, grad_output)
-    _check_indices(op, indices, grad_output)
-    if indices.numel() > grad_output.shape[1] * input.shape[1]:
-        raise ValueError(f"{op}: expected at most {grad_output.shape[1] * input.shape[1]} indices, got {indices.numel()}")
 
 
 def _launch(schedule: Schedule | None) -> tuple[Tensor | None, list[int]]:
     return (None, []) if schedule is None else (schedule.table, schedule.launch)
-
-
-def _check_weight(op: str, weight: Tensor, indices: Tensor) -> None:
-    _check_values(op, "weight", weight, weight)
-    _check_indices(op, indices, weight)
-    if not weight.is_contiguous():
-        raise ValueError(f"{op}: expected a contiguous weight, got strides {weight.stride()} for shape {list(weight.shape)}")
-    if indices.numel() > weight.numel():
-        raise ValueError(f"{op}: expected at most {weight.numel()} indices for a weight of that size, got {indices.numel()}")
-
-
-def _check_entries(op: str, name: str, value: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
-    if value.shape != indices.shape or value.dtype != dtype or value.device != indices.device or not value.is_contiguous():
-        raise ValueError(
-            f"{op}: expected contiguous {name} {list(indices.shape)} of {dtype} on {indices.device}, "
-            f"got {list(value.shape)} of {value.dtype} on {value.device}"
-        )
-
-
-def _check_draw(op: str, indices: Tensor, numel: int) -> None:
-    _check_indices(op, indices, indices)
-    if indices.numel() > numel:
-        raise ValueError(f"{op}: expected at most {numel} entries, got {indices.numel()}")
-    if numel > torch.iinfo(indices.dtype).max + 1:
-        raise ValueError(f"{op}: expected int64 indices for {numel} positions, got {indices.dtype}")

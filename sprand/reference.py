@@ -89,9 +89,32 @@ def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, 
 
 
 @torch.no_grad()
+def patch_all_(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor] | None,
+    scales: Sequence[float],
+) -> None:
+    """`patch_` of every weight."""
+    changes = [None] * len(weights) if deltas is None else deltas
+    for weight, index, base, delta, scale in zip(weights, indices, bases, changes, scales, strict=True):
+        _set(weight, index, base if delta is None else _patched(base, delta, scale))
+
+
+@torch.no_grad()
 def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
     """`weight.flatten()[indices] = cast(weight.flatten()[indices] + scale * values)`."""
     _set(weight, indices, _patched(gather(weight, indices), values, scale))
+
+
+@torch.no_grad()
+def scatter_add_all_(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float]
+) -> None:
+    """`scatter_add_` to every weight."""
+    for weight, index, value, scale in zip(weights, indices, values, scales, strict=True):
+        _set(weight, index, _patched(gather(weight, index), value, scale))
 
 
 @torch.no_grad()

@@ -108,6 +108,11 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
         return {"weight": weight, "indices": indices, "base": base, "delta": normal(NNZ), "scale": 0.5}
     if op == "scatter_add_":
         return {"weight": weight, "indices": indices, "values": normal(NNZ), "scale": 0.5}
+    if op.endswith("_all_"):
+        lists = {"weights": [weight, normal(ROWS, COLS)], "indices": [indices, indices.long()], "scales": [0.5, -2.0]}
+        if op == "scatter_add_all_":
+            return lists | {"values": [normal(NNZ), normal(NNZ)]}
+        return lists | {"bases": [base, normal(NNZ)], "deltas": [normal(NNZ), normal(NNZ)]}
     return {
         "weights": [weight], "indices": [indices], "bases": [base], "deltas": [normal(NNZ)], "grads": [normal(NNZ)],
         "exp_avgs": [normal(NNZ)], "exp_avg_sqs": [normal(NNZ).square()], "steps": [torch.tensor([3.0])], "scales": [1.0],

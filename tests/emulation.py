@@ -74,10 +74,16 @@ class Emulation:
     def __init__(self, path: Path) -> None:
         torch.ops.load_library(str(path))
         self.ops = torch.ops.sprand_simt
-        self._set_order = ctypes.CDLL(str(path)).sprand_simt_set_order
+        library = ctypes.CDLL(str(path))
+        self._set_order, self._launches = library.sprand_simt_set_order, library.sprand_simt_launches
+        self._launches.restype = ctypes.c_int64
 
     def set_order(self, order: int) -> None:
         self._set_order(order)
+
+    def launches(self) -> int:
+        """How many kernels this process has launched."""
+        return self._launches()
 
 
 def load() -> Emulation:

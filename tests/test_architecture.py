@@ -21,6 +21,7 @@ NATIVE_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suff
 ROOMS = {
     "ops": (
         "ops",
+        "checks",
         "reference",
         "native",
         "host",

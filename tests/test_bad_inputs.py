@@ -51,6 +51,16 @@ BAD = {
     "patch_ with a delta elsewhere": lambda: ops.patch_(WEIGHT, INDICES, ENTRIES, ENTRIES.to("meta")),
     "scatter_add_ with strided values": lambda: ops.scatter_add_(WEIGHT, INDICES, torch.zeros(6)[::2]),
     "scatter_add_ to a transposed weight": lambda: ops.scatter_add_(WEIGHT.T, INDICES, ENTRIES),
+    "patch_all_ with a list too short": lambda: ops.patch_all_([WEIGHT], [INDICES], [], None, [1.0]),
+    "patch_all_ with a delta too many": lambda: ops.patch_all_([WEIGHT], [INDICES], [ENTRIES], [ENTRIES] * 2, [1.0]),
+    "patch_all_ with a short delta": lambda: ops.patch_all_([WEIGHT], [INDICES], [ENTRIES], [ENTRIES[1:]], [1.0]),
+    "patch_all_ with a base of another dtype": lambda: ops.patch_all_([WEIGHT], [INDICES], [ENTRIES.half()], None, [1.0]),
+    "patch_all_ on two devices": lambda: ops.patch_all_(
+        [WEIGHT, WEIGHT.to("meta")], [INDICES, INDICES.to("meta")], [ENTRIES, ENTRIES.to("meta")], None, [1.0, 1.0]
+    ),
+    "scatter_add_all_ without scales": lambda: ops.scatter_add_all_([WEIGHT], [INDICES], [ENTRIES], []),
+    "scatter_add_all_ with strided values": lambda: ops.scatter_add_all_([WEIGHT], [INDICES], [torch.zeros(6)[::2]], [1.0]),
+    "scatter_add_all_ to a transposed weight": lambda: ops.scatter_add_all_([WEIGHT.T], [INDICES], [ENTRIES], [1.0]),
     "sparse_adamw_ with a list too short": lambda: adamw(grads=[]),
     "sparse_adamw_ with a scale too many": lambda: adamw(scales=[1.0, 2.0]),
     "sparse_adamw_ with a short gradient": lambda: adamw(grads=[ENTRIES[:2]]),

@@ -136,6 +136,8 @@ def test_a_captured_step_replays_as_often_as_wanted():
         ops.sparse_adamw_(*adamw_arguments(made, 0))
         ops.scatter_add_(made.weights[1], made.indices[1], made.deltas[1], 0.5)
         ops.patch_(made.weights[0], made.indices[0], made.bases[0], None)
+        ops.scatter_add_all_(made.weights, made.indices, made.deltas, [0.25, -0.5])
+        ops.patch_all_(made.weights, made.indices, made.bases, made.deltas, made.scales)
 
     warm = make_adamw([ORDINARY, LARGE], torch.bfloat16, torch.int32, "cuda", steps=1)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -168,6 +170,8 @@ def test_no_operator_waits_for_the_device():
         ops.sddmm(grad_output, input, indices)
         ops.sparse_adamw_(*arguments)
         ops.gather(made.weights[0], made.indices[0])
+        ops.patch_all_(made.weights, made.indices, made.bases, made.deltas, made.scales)
+        ops.scatter_add_all_(made.weights, made.indices, made.deltas, made.scales)
 
     run()  # loads the kernels
     torch.cuda.synchronize()
@@ -177,6 +181,32 @@ def test_no_operator_waits_for_the_device():
     run()
     assert not busy.query()
     torch.cuda.synchronize()
+
+
+@dtypes
+@pytest.mark.parametrize("op", ["patch_all_", "scatter_add_all_"])
+def test_writes_to_many_weights_are_those_of_the_cpu_bit_for_bit_in_one_launch(op, dtype):
+    written = {}
+    for device in ("cpu", "cuda"):
+        made = make_adamw([*PROBLEMS, *[ORDINARY] * 200], dtype, torch.int32, device, steps=1)
+        entries = (made.bases, made.grads[0]) if op == "patch_all_" else (made.grads[0],)
+        weights, memories = zip(*map(guarded, made.weights), strict=True)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            getattr(ops, op)(list(weights), made.indices, *entries, made.scales)
+            torch.cuda.synchronize()
+        assert sum("sprand::cuda" in event.name for event in profile.events()) == (device == "cuda")
+        assert all(map(guards_hold, memories))
+        written[device] = [bits(weight).cpu() for weight in weights]
+    assert all(map(torch.equal, written["cpu"], written["cuda"]))
+
+
+def test_a_step_of_all_targets_is_one_launch():
+    made = make_adamw([*PROBLEMS, *[ORDINARY] * 200], torch.bfloat16, torch.int32, "cuda", steps=1)
+    ops.sparse_adamw_(*adamw_arguments(made, 0))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.sparse_adamw_(*adamw_arguments(made, 0))
+        torch.cuda.synchronize()
+    assert sum("sprand::cuda" in event.name for event in profile.events()) == 1
 
 
 def test_the_device_of_the_tensors_is_used_not_the_current_one():

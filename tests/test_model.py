@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels, tokens_and_labels
@@ -109,6 +110,49 @@ def test_disabled_is_the_base_and_nothing_is_lost():
         raise KeyError
     assert torch.equal(model(x), out)
     assert_same_bits(bits(model), state)
+
+
+class WritesSeen(TorchDispatchMode):
+    """The operators that write chosen entries, in the order of their calls."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sprand" and func._schema.name.endswith("_"):
+            self.names.append(func._schema.name.removeprefix("sprand::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_layers_are_written_in_one_call(tmp_path):
+    model = trained(sprand.apply(built(EveryLayer), density=0.2, **EVERY_TARGET))
+    sprand.save(model, tmp_path)
+    sprand.load(model, tmp_path, name="other")
+    with WritesSeen() as seen:
+        sprand.model.write(model)
+        assert seen.names == ["patch_all_"]
+        with sprand.disabled(model):
+            assert seen.names == ["patch_all_"] * 2
+        assert seen.names == ["patch_all_"] * 3
+        sprand.switch(model, "default")
+        assert seen.names == ["patch_all_"] * 5  # the base, then the other adapter
+        sprand.unmerge(model)
+        assert seen.names == ["patch_all_"] * 6
+
+
+def test_a_weight_of_two_modules_is_left_as_the_last_of_them_writes_it():
+    model = sprand.apply(built(Tied), density=0.5, target_modules=["embed", "mix"])
+    for p in sprand.parameters(model):
+        p.data.add_(1.0)
+    states = []
+    for first, second in ((False, True), (True, False)):
+        model.embed._sprand_active, model.out._sprand_active = first, second
+        sprand.model.write(model)
+        states.append(model.embed.weight.clone())
+    base = sprand.unmerge(model).embed.weight
+    assert torch.equal(states[1], base)
+    assert not torch.equal(states[0], base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -204,11 +204,12 @@ def test_patch_rounds_the_product_before_the_sum(ops, device):
     assert weight.item() == 2**-11
 
 
-@pytest.mark.parametrize("op", ["patch_", "scatter_add_", "sparse_adamw_"])
+@pytest.mark.parametrize("op", ["patch_", "patch_all_", "scatter_add_", "scatter_add_all_", "sparse_adamw_"])
 def test_writes_leave_the_autograd_version_alone(op, device):
     arguments = sample_calls(device)[op]
-    targets = arguments[0] if op == "sparse_adamw_" else [arguments[0]]
-    deltas = arguments[3] if op == "sparse_adamw_" else [arguments[2 if op == "scatter_add_" else 3]]
+    targets, deltas = arguments[0], arguments[2 if op.startswith("scatter_add") else 3]
+    if isinstance(targets, torch.Tensor):
+        targets, deltas = [targets], [deltas]
     for delta in deltas:
         delta.requires_grad_()
     with torch.no_grad():
@@ -244,7 +245,9 @@ def sample_calls(device: str = "cpu") -> dict[str, tuple]:
         "embedding_grad": (*make_embedding(ORDINARY, torch.bfloat16, torch.int32, device), 3),
         "gather": (entries.weight, entries.indices),
         "patch_": (entries.weight, entries.indices, entries.base, entries.delta, 0.5),
+        "patch_all_": (made.weights, made.indices, made.bases, made.deltas, made.scales),
         "scatter_add_": (entries.weight, entries.indices, entries.delta, 0.5),
+        "scatter_add_all_": (made.weights, made.indices, made.grads[0], made.scales),
         "sparse_adamw_": (*lists, steps, made.scales, 0.1, 0.9, 0.999, 1e-8, 0.01, False, None, one, zero),
         "stratified_indices_": (make_indices(ORDINARY, torch.int32, device), ORDINARY.rows, ORDINARY.cols, 7),
         "uniform_indices_": (make_indices(ORDINARY, torch.int64, device), ORDINARY.rows * ORDINARY.cols, 7),
@@ -256,12 +259,13 @@ def test_opcheck(op, device):
     torch.library.opcheck(getattr(torch.ops.sprand, op).default, sample_calls(device)[op])
 
 
-@pytest.mark.parametrize("op", ["patch_", "gather", "sddmm", "embedding_grad"])
+@pytest.mark.parametrize("op", ["patch_", "patch_all_", "gather", "sddmm", "embedding_grad"])
 def test_opcheck_of_empty_and_optional(op, device):
     problem = PROBLEMS[1]
     entries = make_entries(problem, torch.float32, torch.int32, device)
     calls = {
         "patch_": (entries.weight, entries.indices, entries.base, None),
+        "patch_all_": ([entries.weight], [entries.indices], [entries.base], None, [1.0]),
         "gather": (entries.weight, entries.indices),
         "sddmm": make_sddmm(problem, torch.float32, torch.int64, device),
         "embedding_grad": make_embedding(problem, torch.float32, torch.int64, device),
@@ -289,6 +293,7 @@ def test_ops_compile_without_graph_breaks(device):
         delta = torch.ops.sprand.sddmm(grad_output * 2, input, indices) + 1
         torch.ops.sprand.patch_(weight, indices, entries.base, delta, 0.5)
         torch.ops.sprand.scatter_add_(weight, indices, delta, 0.25)
+        torch.ops.sprand.scatter_add_all_([weight], [indices], [delta], [0.125])
         return torch.ops.sprand.gather(weight, indices) * 3
 
     eager_weight, compiled_weight = entries.weight.clone(), entries.weight.clone()

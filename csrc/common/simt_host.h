@@ -1,7 +1,8 @@
 // Runs CUDA kernels on the CPU for tests: one fiber (ucontext) per CUDA thread, blocks one after the other.
 //
 // The same .cu source compiles under nvcc and, with this header, under g++. Rules for the source: launch with SPRAND_LAUNCH, take
-// dynamic shared memory from SPRAND_DYN_SMEM, keep inline PTX behind a function that has a host branch.
+// dynamic shared memory from SPRAND_DYN_SMEM, keep inline PTX behind a function that has a host branch. A large parameter is
+// declared SPRAND_GRID_CONSTANT(type): one copy for the whole grid.
 // Emulated: thread and block indices, static and dynamic __shared__, block barriers, warp barriers, shuffles and votes,
 // __ldg, cp.async (as an immediate copy), half and bfloat16 (the toolkit's own host code). It reports a barrier that some threads
 // never reach, a warp operation whose mask leaves its caller out, a store behind the dynamic shared memory, and a launch
@@ -13,6 +14,7 @@
 
 #define SPRAND_LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<(grid), (block), (smem), (stream)>>>(__VA_ARGS__)
 #define SPRAND_DYN_SMEM(name) extern __shared__ __align__(16) unsigned char name[]
+#define SPRAND_GRID_CONSTANT(type) const __grid_constant__ type
 
 #else
 
@@ -45,6 +47,8 @@ constexpr unsigned char kPoison = 0xCD;
 // The order in which threads run between barriers: 0 ascending, 1 descending, any other number a stride walk. A kernel
 // that misses a barrier gives another result under one of them.
 inline int order = 0;
+
+inline int64_t launches = 0;  // of the process
 
 struct Fiber {
   ucontext_t context;
@@ -218,6 +222,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<voi
       grid.y < 1 || grid.y > 65535 || grid.z < 1 || grid.z > 65535) {
     throw std::runtime_error("simt: a launch configuration that the device refuses");
   }
+  ++launches;
   Block b;
   b.grid = grid;
   b.block = block;
@@ -303,5 +308,6 @@ inline void __pipeline_wait_prior(size_t) {}
 #define SPRAND_LAUNCH(kernel, grid, block, smem, stream, ...) \
   (void)(stream), simt::launch(dim3(grid), dim3(block), (smem), [&] { kernel(__VA_ARGS__); })
 #define SPRAND_DYN_SMEM(name) unsigned char* name = simt::dynamic_shared()
+#define SPRAND_GRID_CONSTANT(type) const type&
 
 #endif

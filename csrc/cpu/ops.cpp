@@ -131,32 +131,93 @@ Tensor gather_op(const Tensor& weight, const Tensor& indices) {
   return out;
 }
 
-void patch_op(Tensor weight, const Tensor& indices, const Tensor& base, std::optional<Tensor> delta, double scale) {
-  check_weight("patch_", weight, indices);
-  check_entries("patch_", "base", base, indices, weight.scalar_type());
-  if (delta) check_entries("patch_", "delta", *delta, indices, sum_type(weight));
+void check_patch(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& base, const Tensor* delta) {
+  check_weight(op, weight, indices);
+  check_entries(op, "base", base, indices, weight.scalar_type());
+  if (delta) check_entries(op, "delta", *delta, indices, sum_type(weight));
+}
+
+void check_scatter_add(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& addends) {
+  check_weight(op, weight, indices);
+  check_entries(op, "values", addends, indices, sum_type(weight));
+}
+
+// Entries [begin, end) of one target, without delta the base; on the calling thread.
+void patch_range(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& base, const Tensor* delta,
+                 double scale, int64_t begin, int64_t end) {
   with_weight_type(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Sum<T>* change = delta ? values<Sum<T>>(*delta) : nullptr;
-    with_index_type("patch_", indices, [&](const auto* index) {
-      run_parallel(0, indices.numel(), kGrain, [&](int64_t begin, int64_t end) {
-        patch(written<T>(weight), index + begin, values<T>(base) + begin, change ? change + begin : nullptr,
-              static_cast<Sum<T>>(scale), end - begin);
-      });
+    const Sum<T>* change = delta ? values<Sum<T>>(*delta) + begin : nullptr;
+    with_index_type(op, indices, [&](const auto* index) {
+      patch(written<T>(weight), index + begin, values<T>(base) + begin, change, static_cast<Sum<T>>(scale), end - begin);
     });
   });
 }
 
-void scatter_add_op(Tensor weight, const Tensor& indices, const Tensor& addends, double scale) {
-  check_weight("scatter_add_", weight, indices);
-  check_entries("scatter_add_", "values", addends, indices, sum_type(weight));
+void scatter_add_range(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& addends, double scale,
+                       int64_t begin, int64_t end) {
   with_weight_type(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    with_index_type("scatter_add_", indices, [&](const auto* index) {
-      run_parallel(0, indices.numel(), kGrain, [&](int64_t begin, int64_t end) {
-        scatter_add(written<T>(weight), index + begin, values<Sum<T>>(addends) + begin, static_cast<Sum<T>>(scale), end - begin);
-      });
+    with_index_type(op, indices, [&](const auto* index) {
+      scatter_add(written<T>(weight), index + begin, values<Sum<T>>(addends) + begin, static_cast<Sum<T>>(scale), end - begin);
     });
+  });
+}
+
+// f(target, begin, end) for ranges that together are all entries of all targets, in one parallel region.
+template <class F>
+void over_all_entries(const std::vector<Tensor>& indices, F&& f) {
+  std::vector<int64_t> first(1, 0);  // entries before each target
+  for (const Tensor& index : indices) first.push_back(first.back() + index.numel());
+  run_parallel(0, first.back(), kGrain, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    for (; begin < end; ++i) {
+      const int64_t stop = std::min(end, first[i + 1]);
+      if (begin < stop) f(i, begin - first[i], stop - first[i]);
+      begin = stop;
+    }
+  });
+}
+
+void check_lists(const char* op, bool equal) {
+  STD_TORCH_CHECK(equal, op, ": expected lists of one length, one element per target");
+}
+
+void patch_op(Tensor weight, const Tensor& indices, const Tensor& base, std::optional<Tensor> delta, double scale) {
+  const Tensor* change = delta ? &*delta : nullptr;
+  check_patch("patch_", weight, indices, base, change);
+  run_parallel(0, indices.numel(), kGrain,
+               [&](int64_t begin, int64_t end) { patch_range("patch_", weight, indices, base, change, scale, begin, end); });
+}
+
+void patch_all_op(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<Tensor> bases,
+                  std::optional<std::vector<Tensor>> deltas, std::vector<double> scales) {
+  constexpr const char* op = "patch_all_";
+  const size_t targets = weights.size();
+  check_lists(op, indices.size() == targets && bases.size() == targets && (!deltas || deltas->size() == targets) &&
+                      scales.size() == targets);
+  const auto delta = [&](size_t i) { return deltas ? &(*deltas)[i] : nullptr; };
+  for (size_t i = 0; i < targets; ++i) check_patch(op, weights[i], indices[i], bases[i], delta(i));
+  over_all_entries(indices, [&](size_t i, int64_t begin, int64_t end) {
+    patch_range(op, weights[i], indices[i], bases[i], delta(i), scales[i], begin, end);
+  });
+}
+
+void scatter_add_op(Tensor weight, const Tensor& indices, const Tensor& addends, double scale) {
+  check_scatter_add("scatter_add_", weight, indices, addends);
+  run_parallel(0, indices.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    scatter_add_range("scatter_add_", weight, indices, addends, scale, begin, end);
+  });
+}
+
+void scatter_add_all_op(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<Tensor> addends,
+                        std::vector<double> scales) {
+  constexpr const char* op = "scatter_add_all_";
+  const size_t targets = weights.size();
+  check_lists(op, indices.size() == targets && addends.size() == targets && scales.size() == targets);
+  for (size_t i = 0; i < targets; ++i) check_scatter_add(op, weights[i], indices[i], addends[i]);
+  over_all_entries(indices, [&](size_t i, int64_t begin, int64_t end) {
+    scatter_add_range(op, weights[i], indices[i], addends[i], scales[i], begin, end);
   });
 }
 
@@ -250,7 +311,9 @@ STABLE_TORCH_LIBRARY_IMPL(sprand, CPU, m) {
   m.impl("embedding_grad", TORCH_BOX(&sprand::cpu::embedding_grad_op));
   m.impl("gather", TORCH_BOX(&sprand::cpu::gather_op));
   m.impl("patch_", TORCH_BOX(&sprand::cpu::patch_op));
+  m.impl("patch_all_", TORCH_BOX(&sprand::cpu::patch_all_op));
   m.impl("scatter_add_", TORCH_BOX(&sprand::cpu::scatter_add_op));
+  m.impl("scatter_add_all_", TORCH_BOX(&sprand::cpu::scatter_add_all_op));
   m.impl("sparse_adamw_", TORCH_BOX(&sprand::cpu::sparse_adamw_op));
   m.impl("stratified_indices_", TORCH_BOX(&sprand::cpu::stratified_indices_op));
   m.impl("uniform_indices_", TORCH_BOX(&sprand::cpu::uniform_indices_op));

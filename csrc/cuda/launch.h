@@ -6,18 +6,12 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <span>
+
+#include "segments.h"
+#include "types.h"
 
 namespace sprand::cuda {
-
-enum class DType { f32, f16, bf16 };
-enum class IndexType { i32, i64 };
-
-// The chosen entries of one weight: flat positions, ascending and unique.
-struct Indices {
-  const void* data;
-  IndexType type;
-  int64_t nnz;
-};
 
 // sddmm.cu. grad_output [tokens, out_features], input [tokens, in_features], both of `dtype`; out [nnz].
 // `partial` holds [sddmm_splits(tokens, nnz), nnz] floats, and is not touched where that is one split.
@@ -46,27 +40,12 @@ cudaError_t embedding_grad(const void* grad_output, DType dtype, Tokens tokens, 
 // gather.cu
 cudaError_t gather(const void* weight, DType dtype, Indices indices, void* out, cudaStream_t stream);
 
-// patch.cu. `base` [nnz] of `dtype`; without `delta` the base is put back.
-cudaError_t patch(void* weight, DType dtype, Indices indices, const void* base, const float* delta, float scale,
-                  cudaStream_t stream);
+// patch.cu, scatter_add.cu, sparse_adamw.cu: all targets in one launch for each pair of dtypes among them, or in as many as their
+// tables need (segments.h). No two targets share a weight.
+cudaError_t patch(std::span<const Target<PatchSegment>> targets, cudaStream_t stream);
+cudaError_t scatter_add(std::span<const Target<ScatterAddSegment>> targets, cudaStream_t stream);
 
-// scatter_add.cu
-cudaError_t scatter_add(void* weight, DType dtype, Indices indices, const float* values, float scale, cudaStream_t stream);
-
-// sparse_adamw.cu: one target of the step, and the options that all targets share. `step` is one float, counting this step
-// already; lr_tensor, grad_coef and found_inf are one float each or null. All four live in device memory.
-struct AdamWTarget {
-  void* weight;
-  DType dtype;
-  Indices indices;
-  const void* base;
-  float* delta;
-  const float* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  const float* step;
-  float scale;
-};
+// What all targets of a step share: lr_tensor, grad_coef and found_inf are one float each, in device memory, or null.
 struct AdamWOptions {
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize;
@@ -74,7 +53,7 @@ struct AdamWOptions {
   const float* grad_coef;
   const float* found_inf;
 };
-cudaError_t sparse_adamw(const AdamWTarget& target, const AdamWOptions& options, cudaStream_t stream);
+cudaError_t sparse_adamw(std::span<const Target<AdamWSegment>> targets, const AdamWOptions& options, cudaStream_t stream);
 
 // pattern.cu: fill `indices` (nnz of them) with a draw of positions; runs of run_rows x run_cols divide rows, cols and nnz.
 cudaError_t stratified_indices(void* indices, IndexType type, int64_t nnz, int64_t rows, int64_t cols, uint64_t key,

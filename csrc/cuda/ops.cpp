@@ -6,72 +6,14 @@
 #include <optional>
 #include <vector>
 
-#include "../checks.h"
 #include "../sorted_tokens.h"
+#include "arguments.h"
 #include "launch.h"
 #include "sddmm_rows.h"
 #include "stream.h"
 
 namespace sprand::cuda {
 namespace {
-
-DType value_type(const char* op, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    default:
-      STD_TORCH_CHECK(false, op, ": expected float32, bfloat16 or float16 on CUDA, got ",
-                      torch::headeronly::toString(t.scalar_type()));
-  }
-}
-
-void check_device(const char* op, const Tensor& t, const Tensor& other) {
-  STD_TORCH_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), op,
-                  ": expected all tensors on one device");
-}
-
-IndexType index_type(const char* op, const Tensor& indices) {
-  return long_indices(op, indices) ? IndexType::i64 : IndexType::i32;
-}
-
-Indices positions_of(const char* op, const Tensor& indices, const Tensor& other) {
-  check_device(op, indices, other);
-  return {indices.const_data_ptr(), index_type(op, indices), indices.numel()};
-}
-
-Indices positions_in(const char* op, const Tensor& weight, const Tensor& indices) {
-  check_weight(op, weight, indices);
-  return positions_of(op, indices, weight);
-}
-
-const void* entries_of(const char* op, const char* name, const Tensor& t, const Tensor& indices, ScalarType type) {
-  check_entries(op, name, t, indices, type);
-  check_device(op, t, indices);
-  return t.const_data_ptr();
-}
-
-const float* floats_of(const char* op, const char* name, const Tensor& t, const Tensor& indices) {
-  return static_cast<const float*>(entries_of(op, name, t, indices, ScalarType::Float));
-}
-
-float* written_floats_of(const char* op, const char* name, const Tensor& t, const Tensor& indices) {
-  entries_of(op, name, t, indices, ScalarType::Float);
-  return static_cast<float*>(t.mutable_data_ptr());
-}
-
-const float* number_of(const char* op, const char* name, const Tensor& t, const Tensor& indices) {
-  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float, op, ": expected ", name, " as one float32");
-  check_device(op, t, indices);
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
-const float* number_of(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& indices) {
-  return t ? number_of(op, name, *t, indices) : nullptr;
-}
 
 // The plan of sprand/schedule.py; without one the kernel for any pattern serves.
 std::optional<RowsPlan> plan_of(const char* op, const std::optional<Tensor>& table, const std::vector<int64_t>& launch,
@@ -175,65 +117,6 @@ Tensor gather_op(const Tensor& weight, const Tensor& indices) {
   return out;
 }
 
-void patch_op(const Tensor& weight, const Tensor& indices, const Tensor& base, const std::optional<Tensor>& delta, double scale) {
-  constexpr const char* op = "patch_";
-  const DType dtype = value_type(op, weight);
-  const Indices positions = positions_in(op, weight, indices);
-  const void* entries = entries_of(op, "base", base, indices, weight.scalar_type());
-  const float* change = delta ? floats_of(op, "delta", *delta, indices) : nullptr;
-  Launch launch(weight);
-  launch.check(patch(weight.mutable_data_ptr(), dtype, positions, entries, change, static_cast<float>(scale), launch.stream()),
-               op);
-}
-
-void scatter_add_op(const Tensor& weight, const Tensor& indices, const Tensor& values, double scale) {
-  constexpr const char* op = "scatter_add_";
-  const DType dtype = value_type(op, weight);
-  const Indices positions = positions_in(op, weight, indices);
-  const float* entries = floats_of(op, "values", values, indices);
-  Launch launch(weight);
-  launch.check(scatter_add(weight.mutable_data_ptr(), dtype, positions, entries, static_cast<float>(scale), launch.stream()), op);
-}
-
-using Tensors = std::vector<Tensor>;
-
-void sparse_adamw_op(const Tensors& weights, const Tensors& indices, const Tensors& bases, const Tensors& deltas,
-                     const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps,
-                     const std::vector<double>& scales, double lr, double beta1, double beta2, double eps, double weight_decay,
-                     bool maximize, const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& grad_coef,
-                     const std::optional<Tensor>& found_inf) {
-  constexpr const char* op = "sparse_adamw_";
-  const size_t count = weights.size();
-  STD_TORCH_CHECK(indices.size() == count && bases.size() == count && deltas.size() == count && grads.size() == count &&
-                      exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count && scales.size() == count,
-                  op, ": expected lists of one length, one element per target");
-  AdamWOptions options = {lr, beta1, beta2, eps, weight_decay, maximize, nullptr, nullptr, nullptr};
-  std::vector<AdamWTarget> targets;  // all are checked before the first is changed
-  targets.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor& index = indices[i];
-    targets.push_back({
-        .weight = weights[i].mutable_data_ptr(),
-        .dtype = value_type(op, weights[i]),
-        .indices = positions_in(op, weights[i], index),
-        .base = entries_of(op, "base", bases[i], index, weights[i].scalar_type()),
-        .delta = written_floats_of(op, "delta", deltas[i], index),
-        .grad = floats_of(op, "grad", grads[i], index),
-        .exp_avg = written_floats_of(op, "exp_avg", exp_avgs[i], index),
-        .exp_avg_sq = written_floats_of(op, "exp_avg_sq", exp_avg_sqs[i], index),
-        .step = number_of(op, "step", steps[i], index),
-        .scale = static_cast<float>(scales[i]),
-    });
-    options.lr_tensor = number_of(op, "lr", lr_tensor, index);
-    options.grad_coef = number_of(op, "grad_coef", grad_coef, index);
-    options.found_inf = number_of(op, "found_inf", found_inf, index);
-  }
-  for (size_t i = 0; i < count; ++i) {
-    Launch launch(weights[i]);
-    launch.check(sparse_adamw(targets[i], options, launch.stream()), op);
-  }
-}
-
 void stratified_indices_op(const Tensor& indices, int64_t rows, int64_t cols, int64_t key, int64_t run_rows, int64_t run_cols) {
   constexpr const char* op = "stratified_indices_";
   const IndexType type = index_type(op, indices);
@@ -264,9 +147,6 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("sddmm_add_", TORCH_BOX(&sddmm_add_op));
   m.impl("embedding_grad", TORCH_BOX(&embedding_grad_op));
   m.impl("gather", TORCH_BOX(&gather_op));
-  m.impl("patch_", TORCH_BOX(&patch_op));
-  m.impl("scatter_add_", TORCH_BOX(&scatter_add_op));
-  m.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_op));
   m.impl("stratified_indices_", TORCH_BOX(&stratified_indices_op));
   m.impl("uniform_indices_", TORCH_BOX(&uniform_indices_op));
 }
@@ -277,6 +157,7 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
 #ifdef SPRAND_SIMT
 #include "../common/simt_host.h"
 extern "C" __attribute__((visibility("default"))) void sprand_simt_set_order(int order) { simt::order = order; }
+extern "C" __attribute__((visibility("default"))) int64_t sprand_simt_launches() { return simt::launches; }
 STABLE_TORCH_LIBRARY_IMPL(sprand_simt, CPU, m) { sprand::cuda::register_operators(m); }
 #else
 STABLE_TORCH_LIBRARY_IMPL(sprand, CUDA, m) { sprand::cuda::register_operators(m); }

@@ -1,34 +1,42 @@
-// patch_: weight.flat[indices[p]] = cast(base[p] + scale * delta[p]), or the stored bits of base where nothing is added.
+// patch_, patch_all_: weight.flat[indices[p]] = cast(base[p] + scale * delta[p]), or the bits of base where nothing is added.
 //
-// Contract: set from base, never added to what the weight holds, so any number of calls ends in the same bits, and a call without
-// delta puts the base back. Positions are unique: every store has one writer. Grid: one thread per entry.
+// Contract: set from base, never added to what the weight holds, so any number of calls ends in the same bits, and a target
+// without delta gets its base back. Positions are unique, weights distinct: every store has one writer. Grid: one block per chunk
+// of a target's entries, all targets in one launch (segments.h).
 #include "../entry_math.h"
-#include "kernel.cuh"
+#include "entries.cuh"
 
 namespace sprand::cuda {
 namespace {
 
-template <class T, class I>
-__global__ void __launch_bounds__(kEntryThreads)
-    patch_kernel(T* __restrict__ weight, const I* __restrict__ indices, const T* __restrict__ base,
-                 const float* __restrict__ delta, float scale, int64_t nnz) {
-  const int64_t entry = entry_of_thread();
-  if (entry >= nnz) return;
-  T value = base[entry];
-  if (delta != nullptr && changes(delta[entry], scale)) value = from_float<T>(patched(to_float(value), delta[entry], scale));
-  weight[indices[entry]] = value;
+template <class T, class I, class Table>
+__global__ void __launch_bounds__(kEntryThreads) patch_kernel(SPRAND_GRID_CONSTANT(Table) table) {
+  const auto& s = table.segments[segment_of(table, blockIdx.x)];
+  T* const weight = static_cast<T*>(s.weight);
+#pragma unroll 1  // a turn's stores may alias the next one's loads: nothing to gain from both at once
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const auto [entry, count] = turn_of(s, turn);
+    const Quad<I> position = load_quad(static_cast<const I*>(s.indices) + entry, count);
+    Quad<T> value = load_quad(static_cast<const T*>(s.base) + entry, count);
+    if (s.delta != nullptr) {
+      const Quad<float> delta = load_quad(s.delta + entry, count);
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k)
+        if (changes(delta.value[k], s.scale))
+          value.value[k] = from_float<T>(patched(to_float(value.value[k]), delta.value[k], s.scale));
+    }
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k)
+      if (k < count) weight[position.value[k]] = value.value[k];
+  }
 }
 
 }  // namespace
 
-cudaError_t patch(void* weight, DType dtype, Indices indices, const void* base, const float* delta, float scale,
-                  cudaStream_t stream) {
-  if (indices.nnz == 0) return cudaSuccess;
-  return with_types(dtype, indices.type, [&](auto element, auto index) {
-    using T = decltype(element);
-    using I = decltype(index);
-    SPRAND_LAUNCH((patch_kernel<T, I>), entry_grid(indices.nnz), kEntryThreads, 0, stream, static_cast<T*>(weight),
-                  static_cast<const I*>(indices.data), static_cast<const T*>(base), delta, scale, indices.nnz);
+cudaError_t patch(std::span<const Target<PatchSegment>> targets, cudaStream_t stream) {
+  return for_each_table<true>(targets, [&](auto element, auto index, const auto& table, dim3 grid) {
+    using Table = std::decay_t<decltype(table)>;
+    SPRAND_LAUNCH((patch_kernel<decltype(element), decltype(index), Table>), grid, kEntryThreads, 0, stream, table);
     return cudaGetLastError();
   });
 }

@@ -1,31 +1,42 @@
-// scatter_add_: weight.flat[indices[p]] = cast(weight.flat[indices[p]] + scale * values[p]), one rounding, from float32.
+// scatter_add_, scatter_add_all_: weight.flat[indices[p]] = cast(weight.flat[indices[p]] + scale * values[p]), rounded once.
 //
-// Contract: positions are unique, so every entry has one reader and one writer and no atomics are needed; an entry to which
-// nothing is added keeps its bits. Grid: one thread per entry.
+// Contract: positions are unique and weights distinct, so every entry has one reader and one writer and no atomics are needed; an
+// entry to which nothing is added keeps its bits. Grid: one block per chunk of a target's entries, all targets in one launch
+// (segments.h).
 #include "../entry_math.h"
-#include "kernel.cuh"
+#include "entries.cuh"
 
 namespace sprand::cuda {
 namespace {
 
-template <class T, class I>
-__global__ void __launch_bounds__(kEntryThreads) scatter_add_kernel(T* __restrict__ weight, const I* __restrict__ indices,
-                                                                    const float* __restrict__ values, float scale, int64_t nnz) {
-  const int64_t entry = entry_of_thread();
-  if (entry >= nnz || !changes(values[entry], scale)) return;
-  T& target = weight[indices[entry]];
-  target = from_float<T>(patched(to_float(target), values[entry], scale));
+template <class T, class I, class Table>
+__global__ void __launch_bounds__(kEntryThreads) scatter_add_kernel(SPRAND_GRID_CONSTANT(Table) table) {
+  const auto& s = table.segments[segment_of(table, blockIdx.x)];
+  T* const weight = static_cast<T*>(s.weight);
+#pragma unroll 1  // a turn's stores may alias the next one's loads: nothing to gain from both at once
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const auto [entry, count] = turn_of(s, turn);
+    const Quad<I> position = load_quad(static_cast<const I*>(s.indices) + entry, count);
+    const Quad<float> added = load_quad(s.values + entry, count);
+    bool written[kQuad];
+    T value[kQuad] = {};
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {  // all loads first: four misses at a time
+      written[k] = k < count && changes(added.value[k], s.scale);
+      if (written[k]) value[k] = weight[position.value[k]];
+    }
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k)
+      if (written[k]) weight[position.value[k]] = from_float<T>(patched(to_float(value[k]), added.value[k], s.scale));
+  }
 }
 
 }  // namespace
 
-cudaError_t scatter_add(void* weight, DType dtype, Indices indices, const float* values, float scale, cudaStream_t stream) {
-  if (indices.nnz == 0) return cudaSuccess;
-  return with_types(dtype, indices.type, [&](auto element, auto index) {
-    using T = decltype(element);
-    using I = decltype(index);
-    SPRAND_LAUNCH((scatter_add_kernel<T, I>), entry_grid(indices.nnz), kEntryThreads, 0, stream, static_cast<T*>(weight),
-                  static_cast<const I*>(indices.data), values, scale, indices.nnz);
+cudaError_t scatter_add(std::span<const Target<ScatterAddSegment>> targets, cudaStream_t stream) {
+  return for_each_table<true>(targets, [&](auto element, auto index, const auto& table, dim3 grid) {
+    using Table = std::decay_t<decltype(table)>;
+    SPRAND_LAUNCH((scatter_add_kernel<decltype(element), decltype(index), Table>), grid, kEntryThreads, 0, stream, table);
     return cudaGetLastError();
   });
 }

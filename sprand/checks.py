@@ -1,0 +1,110 @@
+"""The checks of an operator's arguments, O(1) each: a ValueError names the operator, what it expected and what it got."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_lists(op: str, weights: Sequence[Tensor], *others: Sequence[Tensor] | Sequence[float]) -> None:
+    lengths = [len(weights), *map(len, others)]
+    if len(set(lengths)) != 1:
+        raise ValueError(f"{op}: expected lists of one length, one element per target, got lengths {lengths}")
+    for weight in weights:
+        if weight.device != weights[0].device:
+            raise ValueError(f"{op}: expected all weights on {weights[0].device}, got one on {weight.device}")
+
+
+def check_values(op: str, name: str, value: Tensor, other: Tensor) -> None:
+    allowed = (*LOW_PRECISION, torch.float64) if value.device.type in ("cpu", "meta") else LOW_PRECISION
+    if value.dtype not in allowed:
+        raise ValueError(f"{op}: expected {name} of {', '.join(map(str, allowed))} on {value.device.type}, got {value.dtype}")
+    if value.dtype != other.dtype or value.device != other.device:
+        raise ValueError(f"{op}: expected {name} as {other.dtype} on {other.device}, got {value.dtype} on {value.device}")
+
+
+def check_indices(op: str, indices: Tensor, other: Tensor) -> None:
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64) or not indices.is_contiguous():
+        raise ValueError(
+            f"{op}: expected contiguous indices [nnz] of int32 or int64, got {list(indices.shape)} of {indices.dtype}"
+        )
+    if indices.device != other.device:
+        raise ValueError(f"{op}: expected indices on {other.device}, got {indices.device}")
+
+
+def check_sddmm(op: str, grad_output: Tensor, input: Tensor, indices: Tensor) -> None:
+    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
+        raise ValueError(
+            f"{op}: expected grad_output [T, out] and input [T, in], got {list(grad_output.shape)} and {list(input.shape)}"
+        )
+    check_values(op, "input", input, grad_output)
+    check_indices(op, indices, grad_output)
+    if indices.numel() > grad_output.shape[1] * input.shape[1]:
+        raise ValueError(f"{op}: expected at most {grad_output.shape[1] * input.shape[1]} indices, got {indices.numel()}")
+
+
+def check_weight(op: str, weight: Tensor, indices: Tensor) -> None:
+    check_values(op, "weight", weight, weight)
+    check_indices(op, indices, weight)
+    if not weight.is_contiguous():
+        raise ValueError(f"{op}: expected a contiguous weight, got strides {weight.stride()} for shape {list(weight.shape)}")
+    if indices.numel() > weight.numel():
+        raise ValueError(f"{op}: expected at most {weight.numel()} indices for a weight of that size, got {indices.numel()}")
+
+
+def check_entries(op: str, name: str, value: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
+    if value.shape != indices.shape or value.dtype != dtype or value.device != indices.device or not value.is_contiguous():
+        raise ValueError(
+            f"{op}: expected contiguous {name} {list(indices.shape)} of {dtype} on {indices.device}, "
+            f"got {list(value.shape)} of {value.dtype} on {value.device}"
+        )
+
+
+def check_draw(op: str, indices: Tensor, numel: int) -> None:
+    check_indices(op, indices, indices)
+    if indices.numel() > numel:
+        raise ValueError(f"{op}: expected at most {numel} entries, got {indices.numel()}")
+    if numel > torch.iinfo(indices.dtype).max + 1:
+        raise ValueError(f"{op}: expected int64 indices for {numel} positions, got {indices.dtype}")
+
+
+def check_embedding_grad(op: str, grad_output: Tensor, tokens: Tensor, indices: Tensor, padding_idx: int | None) -> None:
+    if grad_output.dim() != 2 or tokens.dim() != 1 or grad_output.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            f"{op}: expected grad_output [T, features] and tokens [T], got {list(grad_output.shape)} and {list(tokens.shape)}"
+        )
+    check_values(op, "grad_output", grad_output, grad_output)
+    if tokens.dtype not in (torch.int32, torch.int64) or tokens.device != grad_output.device:
+        raise ValueError(
+            f"{op}: expected tokens of int32 or int64 on {grad_output.device}, got {tokens.dtype} on {tokens.device}"
+        )
+    check_indices(op, indices, grad_output)
+    if indices.numel() and not grad_output.shape[1]:
+        raise ValueError(f"{op}: expected no indices for an embedding of 0 features, got {indices.numel()}")
+    if padding_idx is not None and padding_idx < 0:
+        raise ValueError(f"{op}: expected padding_idx to be a token or None, got {padding_idx}")
+
+
+def check_run8(op: str, grad_output: Tensor, input: Tensor, table: Tensor, launch: Sequence[int], nnz: int) -> None:
+    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0] or input.shape[1] % 8:
+        raise ValueError(
+            f"{op}: expected grad_output [T, out] and input [T, in] with in a multiple of 8, "
+            f"got {list(grad_output.shape)} and {list(input.shape)}"
+        )
+    check_values(op, "input", input, grad_output)
+    if input.is_cuda and input.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"{op}: expected input of bfloat16 or float16 on CUDA, got {input.dtype}")
+    if table.dim() != 1 or table.dtype != torch.int32 or table.device != input.device or not table.is_contiguous():
+        raise ValueError(
+            f"{op}: expected a contiguous int32 table on {input.device}, "
+            f"got {list(table.shape)} of {table.dtype} on {table.device}"
+        )
+    if len(launch) != 5 or nnz % 8 or not 0 <= nnz <= grad_output.shape[1] * input.shape[1]:
+        raise ValueError(
+            f"{op}: expected 5 launch numbers and nnz as a multiple of 8 of at most "
+            f"{grad_output.shape[1] * input.shape[1]}, got {list(launch)} and {nnz}"
+        )
