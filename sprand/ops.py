@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import check_draw, check_embedding_grad, check_entries, check_lists, check_run8, check_sddmm, check_weight
 from .reference import accumulation_dtype
-from .schedule import Schedule
+from .schedule import RUN8_DTYPES, Schedule
 
 SCHEMAS = {
     "sddmm": "(Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> Tensor",
@@ -79,7 +79,7 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedul
         input: `[T, in]`, same dtype and device.
         indices: `[nnz]`, flat positions `row * in + column`, sorted.
         schedule: how a GPU walks this pattern (`sprand.schedule.make_schedule`); without one a slower kernel for any pattern
-            serves there. Where the schedule says that dense chunks are faster, `sddmm_dense` serves.
+            serves there. Where the schedule says so, `sddmm_dense` or `sddmm_run8` serves instead.
 
     Returns:
         `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
@@ -90,6 +90,8 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedul
     check_sddmm("sddmm", grad_output, input, indices)
     if schedule is not None and schedule.dense_tokens[0] <= input.shape[0] < schedule.dense_tokens[1]:
         return sddmm_dense(grad_output, input, indices, schedule)
+    if schedule is not None and schedule.runs is not None and input.dtype in RUN8_DTYPES:
+        return torch.ops.sprand.sddmm_run8(grad_output, input, *schedule.runs, indices.numel())
     return torch.ops.sprand.sddmm(grad_output, input, indices, *_launch(schedule))
 
 

@@ -9,6 +9,7 @@ that keeps the eight lanes of a shared-memory phase on different banks.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from . import host
 from .host import BANKS
+from .schedule_run8 import are_runs, run8_schedule
 
+RUN8_DTYPES = (torch.bfloat16, torch.float16)
 SAMPLED_ROWS = 2048  # of a pattern, to judge its bank conflicts
 MULTIPROCESSORS = 132  # where the device does not say: an H200
 
@@ -88,6 +91,7 @@ class Schedule:
         blocks: multiprocessors to fill.
         cost: cycles of one multiprocessor per 8 tokens, by the model of the design: a figure to compare schedules by.
         chunks: `(first row, last row, first entry, last entry)` of row chunks whose dense gradient stays in L2.
+        runs: table and numbers of the tensor-core kernel, for a pattern of runs of 8 columns in 16 bits (`schedule_run8`).
         dense_tokens: the token counts `[first, last)` for which `sddmm` takes these chunks instead of the row kernel.
     """
 
@@ -100,6 +104,7 @@ class Schedule:
     blocks: int
     cost: float
     chunks: tuple[tuple[int, int, int, int], ...]
+    runs: tuple[Tensor, list[int]] | None = None
     dense_tokens: tuple[int, int] = (0, 0)
 
     @property
@@ -144,6 +149,8 @@ def make_schedule(
     if best is None or rows.conflicts(1) > 1.3:
         ordered = [_ordered(rows, variant, multiprocessors) for variant in fitting if variant.ordered]
         best = min([*ordered, *([best] if best else [])], key=lambda schedule: schedule.cost, default=None)
+    if best is not None and dtype in RUN8_DTYPES and are_runs(indices, in_features):
+        best = dataclasses.replace(best, runs=run8_schedule(indices, out_features, in_features))
     return best
 
 

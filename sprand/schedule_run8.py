@@ -36,6 +36,15 @@ class Run8Launch:
         return [self.shape, self.rows, self.units, self.tiles, self.processors]
 
 
+def are_runs(indices: Tensor, in_features: int) -> bool:
+    """Whether sorted positions are runs of 8 that start at multiples of 8, in rows whose length is one."""
+    if in_features % RUN or indices.numel() % RUN:
+        return False
+    runs = indices.view(-1, RUN)
+    first = runs[:, :1]
+    return bool(((first % RUN == 0) & (runs - first == torch.arange(RUN, device=indices.device))).all())
+
+
 def run8_schedule(indices: Tensor, out_features: int, in_features: int, shape: int | None = None) -> tuple[Tensor, list[int]]:
     """Schedule a pattern of runs of 8 adjacent entries.
 
@@ -117,8 +126,7 @@ def _runs(indices: Tensor, out_features: int, in_features: int) -> tuple[Tensor,
         )
     runs = indices.long().view(-1, RUN)
     first = runs[:, 0]
-    steps = torch.arange(RUN, device=indices.device)
-    if not bool(((first % RUN == 0).all() & (runs - first[:, None] == steps).all() & (first[1:] > first[:-1]).all()).item()):
+    if not are_runs(indices, in_features) or not bool((first[1:] > first[:-1]).all()):
         raise ValueError(f"run8_schedule: expected ascending runs of {RUN} consecutive indices from a multiple of {RUN}")
     if len(first) and not 0 <= int(first[0]) <= int(first[-1]) < out_features * in_features:
         raise ValueError(f"run8_schedule: expected indices within a weight [{out_features}, {in_features}]")

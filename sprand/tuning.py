@@ -1,10 +1,11 @@
 """Which way of computing sddmm is faster on a GPU: a small table of costs, measured once per card, and the choice it implies.
 
-Two ways give the same sums up to rounding: the row kernel (time grows with the entries) and dense products gathered chunk by
-chunk (time grows with the weight). Both are a start and a slope over the tokens, so one token count separates them.
+Three ways give the same sums up to rounding: the row kernel and, for runs of 8 columns, the tensor-core kernel (their time grows
+with the entries), and dense products gathered chunk by chunk (time grows with the weight). Each is a start and a slope over the
+tokens, so one token count separates two of them.
 
 The table is kept in `$SPRAND_CACHE` (default `~/.cache/sprand`), one file per card and version, so that later runs and the other
-processes of a machine choose alike. `SPRAND_SDDMM=rows|dense` overrides it; `auto` is the default.
+processes of a machine choose alike. `SPRAND_SDDMM=sparse|dense` overrides it; `auto` is the default.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import statistics
@@ -26,10 +28,24 @@ from torch import Tensor
 
 from . import ops
 from .schedule import Schedule, make_schedule
+from .schedule_run8 import SHAPES
 from .version import __version__
 
 EVERY = 1 << 62  # more tokens than any batch
+MANY_TOKENS = 4096  # where kernels are compared: a few tokens are cheap with any
 WAIT_SECONDS = 60.0  # for another process that is measuring
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of a call: `start + slope * tokens`."""
+
+    start: float
+    slope: float
+
+    def at(self, tokens: int) -> float:
+        """Seconds for so many tokens."""
+        return self.start + self.slope * tokens
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,9 @@ class Costs:
     Attributes:
         rows_start: one call of the row kernel.
         rows_cycle: each cycle that the schedule's model predicts for one multiprocessor.
+        runs_start: one call of the kernel for runs of 8; zero, like the next two, where the dtype has none.
+        runs_row: each row or column that a block of it reads of a token, over all its blocks.
+        runs_tile: each tile of 16 runs, per token.
         dense_start: one chunk of the dense way.
         dense_product: each multiplication of the dense product.
         dense_entry: each entry of the dense gradient, written and gathered.
@@ -46,18 +65,54 @@ class Costs:
 
     rows_start: float
     rows_cycle: float
+    runs_start: float
+    runs_row: float
+    runs_tile: float
     dense_start: float
     dense_product: float
     dense_entry: float
 
-    def dense_tokens(self, schedule: Schedule, out_features: int, in_features: int) -> tuple[int, int]:
-        """The token counts `[first, last)` for which the dense way is faster."""
-        start = self.rows_start - self.dense_start * len(schedule.chunks) - self.dense_entry * out_features * in_features
-        slope = self.rows_cycle * cycles(schedule, 1) - self.dense_product * out_features * in_features
-        crossing = EVERY if slope == 0 else min(EVERY, max(0, round(-start / slope)))
-        if slope > 0:
-            return (crossing, EVERY)
-        return (0, crossing) if start > 0 else (0, 0)
+    def rows(self, schedule: Schedule) -> Line:
+        """Of the row kernel."""
+        return Line(self.rows_start, self.rows_cycle * cycles(schedule, 1))
+
+    def runs(self, schedule: Schedule) -> Line:
+        """Of the kernel for runs of 8."""
+        reads, tiles = run_work(schedule)
+        return Line(self.runs_start, self.runs_row * reads + self.runs_tile * tiles)
+
+    def dense(self, schedule: Schedule, out_features: int, in_features: int) -> Line:
+        """Of dense chunks."""
+        entries = out_features * in_features
+        return Line(self.dense_start * len(schedule.chunks) + self.dense_entry * entries, self.dense_product * entries)
+
+    def choose(self, schedule: Schedule, out_features: int, in_features: int) -> Schedule:
+        """The schedule with the faster kernel for many tokens, and the token counts for which dense chunks are faster still."""
+        kernel = self.rows(schedule)
+        if schedule.runs is not None:
+            if self.runs(schedule).at(MANY_TOKENS) < kernel.at(MANY_TOKENS):
+                kernel = self.runs(schedule)
+            else:
+                schedule = dataclasses.replace(schedule, runs=None)
+        dense = self.dense(schedule, out_features, in_features)
+        return dataclasses.replace(schedule, dense_tokens=below(dense, kernel))
+
+
+def below(line: Line, other: Line) -> tuple[int, int]:
+    """The token counts `[first, last)` for which `line` takes less time than `other`."""
+    start, slope = other.start - line.start, other.slope - line.slope
+    if slope == 0:
+        return (0, EVERY) if start > 0 else (0, 0)
+    crossing = min(EVERY, max(0, math.ceil(-start / slope)))
+    if slope > 0:
+        return (crossing, EVERY)
+    return (0, crossing) if start > 0 else (0, 0)
+
+
+def run_work(schedule: Schedule) -> tuple[int, int]:
+    """Rows and columns read per token by all blocks of the kernel for runs, and its tiles."""
+    _, (shape, rows, units, tiles, _) = schedule.runs
+    return units * (rows + SHAPES[shape][1]), tiles
 
 
 def cycles(schedule: Schedule, tokens: int) -> float:
@@ -74,7 +129,7 @@ def schedule_for(indices: Tensor, out_features: int, in_features: int, dtype: to
         dtype: of the weight.
 
     Raises:
-        ValueError: `SPRAND_SDDMM` is set to something else than auto, rows or dense.
+        ValueError: `SPRAND_SDDMM` is set to something else than auto, sparse or dense.
     """
     facts = torch.cuda.get_device_properties(indices.device)
     limits = facts.shared_memory_per_block_optin, facts.multi_processor_count
@@ -82,13 +137,11 @@ def schedule_for(indices: Tensor, out_features: int, in_features: int, dtype: to
     if schedule is None:
         return None
     way = os.environ.get("SPRAND_SDDMM", "auto")
-    if way not in ("auto", "rows", "dense"):
-        raise ValueError(f"SPRAND_SDDMM: expected auto, rows or dense, got {way!r}")
+    if way not in ("auto", "sparse", "dense"):
+        raise ValueError(f"SPRAND_SDDMM: expected auto, sparse or dense, got {way!r}")
     if way == "auto":
-        tokens = costs(indices.device, dtype).dense_tokens(schedule, out_features, in_features)
-    else:
-        tokens = (0, EVERY) if way == "dense" else (0, 0)
-    return dataclasses.replace(schedule, dense_tokens=tokens)
+        return costs(indices.device, dtype).choose(schedule, out_features, in_features)
+    return dataclasses.replace(schedule, dense_tokens=(0, EVERY) if way == "dense" else (0, 0))
 
 
 def costs(device: torch.device, dtype: torch.dtype) -> Costs:
@@ -151,27 +204,36 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: Callable[[Callabl
         seconds: how to time a call; by CUDA events, the median of ten, if None.
     """
     seconds = seconds or _seconds
-    row_cases, row_times, dense_cases, dense_times = [], [], [], []
+    facts = torch.cuda.get_device_properties(device)
+    limits = facts.shared_memory_per_block_optin, facts.multi_processor_count
+    rows: list[tuple[list[float], float]] = []
+    runs: list[tuple[list[float], float]] = []
+    dense: list[tuple[list[float], float]] = []
     for features in (1024, 4096):
         for tokens in (512, 4096):
             sides = [torch.randn(tokens, features, device=device).to(dtype) for _ in range(2)]
             for density in (0.001, 0.01):
-                indices = torch.empty(round(features * features * density), dtype=torch.int32, device=device)
-                ops.stratified_indices_(indices, features, features, 0)
-                facts = torch.cuda.get_device_properties(device)
-                limits = facts.shared_memory_per_block_optin, facts.multi_processor_count
-                schedule = make_schedule(indices, features, features, dtype, *limits)
-                row_cases.append([1.0, cycles(schedule, tokens)])
-                row_times.append(seconds(lambda s=schedule, i=indices, a=sides: ops.sddmm(*a, i, s)))
+                for run in (1, 8):
+                    nnz = round(features * features * density) // 8 * 8
+                    indices = torch.empty(nnz // run, dtype=torch.int32, device=device)
+                    ops.stratified_indices_(indices, features, features // run, 0)
+                    indices = (indices[:, None] * run + torch.arange(run, dtype=torch.int32, device=device)).flatten()
+                    schedule = make_schedule(indices, features, features, dtype, *limits)
+                    taken = seconds(lambda s=schedule, i=indices, a=sides: ops.sddmm(*a, i, s))
+                    if run == 1:
+                        rows.append(([1.0, cycles(schedule, tokens)], taken))
+                    elif schedule.runs is not None:
+                        runs.append(([1.0, *(float(tokens * work) for work in run_work(schedule))], taken))
             entries = features * features
-            dense_cases.append([float(len(schedule.chunks)), float(tokens * entries), float(entries)])
-            dense_times.append(seconds(lambda s=schedule, i=indices, a=sides: ops.sddmm_dense(*a, i, s)))
-    return Costs(*fit(row_cases, row_times), *fit(dense_cases, dense_times))
+            taken = seconds(lambda s=schedule, i=indices, a=sides: ops.sddmm_dense(*a, i, s))
+            dense.append(([float(len(schedule.chunks)), float(tokens * entries), float(entries)], taken))
+    return Costs(*fit(rows), *(fit(runs) if runs else (0.0, 0.0, 0.0)), *fit(dense))
 
 
-def fit(cases: list[list[float]], times: list[float]) -> list[float]:
+def fit(measured: list[tuple[list[float], float]]) -> list[float]:
     """Coefficients, none below zero, whose sums over a case come closest to its time, by relative error."""
-    matrix, wanted = torch.tensor(cases, dtype=torch.float64), torch.tensor(times, dtype=torch.float64)
+    matrix = torch.tensor([case for case, _ in measured], dtype=torch.float64)
+    wanted = torch.tensor([time for _, time in measured], dtype=torch.float64)
     scale = matrix.amax(0)
     active = list(range(matrix.shape[1]))
     while True:
