@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native, ops, reference
+from .checks import LOW_PRECISION
 from .schedule_run8 import run8_schedule
 
 TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
@@ -53,7 +54,7 @@ def _dtypes(op: str, device: str) -> Sequence[torch.dtype]:
         return torch.int32, torch.int64
     if op == "sddmm_run8" and torch.device(device).type == "cuda":
         return torch.bfloat16, torch.float16
-    return ops.LOW_PRECISION
+    return LOW_PRECISION
 
 
 def _compare(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -96,8 +97,8 @@ class Bench:
 
         grad_output, input = self._sides(shape, tokens, DTYPES[dtype])
         indices = self._draw(shape, density, layout, DTYPES[dtype])
-        ours = self._sampled(grad_output, input, indices)
-        calls = {"sprand": ours}
+        calls = self._sampled(grad_output, input, indices)
+        ours = calls["sprand"]
         if layout == "unstructured":  # the dense product costs the same for every layout
             calls["dW + gather"] = lambda: ops.gather(grad_output.t() @ input, indices)
             if product := wide_product(grad_output, input):
@@ -108,9 +109,10 @@ class Bench:
         for name, taken in self.clock.alternate(calls).items():
             row = {"op": "sddmm", "contestant": name, **_of(shape, tokens, dtype), **microseconds(taken)}
             row |= {"layout": layout, "density": density, "nnz": nnz}
-            what = ("sddmm", layout, density) if name == "sprand" else ("dW + gather", None, None)
+            sampled = name.startswith("sprand") and name != "sprand, dense chunks"
+            what = ("sddmm", layout, density) if sampled else ("dW + gather", None, None)
             row["predicted_us"] = self.predicted.get((*what, *shape, tokens)) if dtype == "bf16" else None
-            row |= _rates(row, size * tokens * sum(shape) + 8 * nnz, 2 * tokens * (nnz if name == "sprand" else entries))
+            row |= _rates(row, size * tokens * sum(shape) + 8 * nnz, 2 * tokens * (nnz if sampled else entries))
             rows.append(row)
         exact = ops.gather(grad_output.float().t() @ input.float(), indices)
         rows[0]["error"] = ((ours() - exact).norm() / exact.norm()).item()
@@ -132,7 +134,7 @@ class Bench:
         grad_output, input = self._sides(shape, tokens, torch.float32)
         indices = self._draw(shape, density, "unstructured", torch.float32)
         facts = {"op": "sddmm", **_of(shape, tokens, "fp32"), "layout": "unstructured", "density": density, "nnz": len(indices)}
-        ours = self._sampled(grad_output, input, indices)
+        ours = self._sampled(grad_output, input, indices)["sprand"]
         try:
             theirs = peer(grad_output, input, indices)
             difference = (theirs().float() - ours()).norm() / ours().norm()
@@ -229,14 +231,26 @@ class Bench:
             self._drawn = key, model[0].sprand_indices
         return self._drawn[1]
 
-    def _sampled(self, grad_output: torch.Tensor, input: torch.Tensor, indices: torch.Tensor) -> Call:
-        """The call of `ops.sddmm`, with the schedule that a layer keeps where there is one."""
+    def _sampled(self, grad_output: torch.Tensor, input: torch.Tensor, indices: torch.Tensor) -> dict[str, Call]:
+        """`ops.sddmm` with the schedule that a layer keeps, and each of the ways that it chooses from."""
         from sprand import ops
+        from sprand.schedule import make_schedule
+        from sprand.tuning import schedule_for
 
-        if not hasattr(ops, "make_schedule"):
-            return lambda: ops.sddmm(grad_output, input, indices)
-        schedule = ops.make_schedule(indices, grad_output.shape[1], input.shape[1], input.dtype)
-        return lambda: ops.sddmm(grad_output, input, indices, schedule)
+        if self.device.type != "cuda":
+            return {"sprand": lambda: ops.sddmm(grad_output, input, indices)}
+        sizes = grad_output.shape[1], input.shape[1], input.dtype
+        chosen = schedule_for(indices, *sizes)
+        facts = torch.cuda.get_device_properties(self.device)
+        made = make_schedule(indices, *sizes, facts.shared_memory_per_block_optin, facts.multi_processor_count)
+        calls = {"sprand": lambda: ops.sddmm(grad_output, input, indices, chosen)}
+        if made is not None:
+            rows = dataclasses.replace(made, runs=None)
+            calls["sprand, row kernel"] = lambda: ops.sddmm(grad_output, input, indices, rows)
+            calls["sprand, dense chunks"] = lambda: ops.sddmm_dense(grad_output, input, indices, made)
+            if made.runs is not None:
+                calls["sprand, tensor cores"] = lambda: ops.sddmm(grad_output, input, indices, made)
+        return calls
 
     def _problem(self, shape: tuple[int, int], density: float) -> Problem:
         from sprand import ops

@@ -1,0 +1,76 @@
+"""The sampled gradient on a GPU by every way: each variant of the row kernel, tensor cores, dense chunks, and the choice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from problems import assert_within, oracle_sddmm_dense, tolerance
+from sprand import ops, pattern, schedule, tuning
+from sprand.schedule import VARIANTS, Rows, make_schedule
+from test_sddmm_rows import aligned_to, lopsided, shared_rows, sides, stratified, uniform
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and a CUDA build of torch"),
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {
+    "stratified": stratified,
+    "uniform": uniform,
+    "lopsided": lopsided,
+    **{
+        layout: lambda out, cols, nnz, layout=layout: pattern.draw(
+            "random", "weight", (out, cols), nnz // 8 * 8, 3, layout=layout
+        )
+        for layout in ("run2", "run4", "run8")
+    },
+}
+
+
+def check(result, grad_output, input, indices) -> None:
+    oracle = oracle_sddmm_dense(grad_output, input)
+    plain = grad_output.float().T @ input.float()
+    assert_within(result, oracle.flatten()[indices.long()], tolerance(plain, oracle, torch.float32))
+
+
+@pytest.mark.parametrize("dtype, variant", [(dtype, v) for dtype in DTYPES for v in VARIANTS[dtype]], ids=str)
+def test_every_variant(dtype, variant):
+    out, cols, tokens = 2 * variant.block_rows + 36, 256, 1003
+    nnz = out * min(2 * variant.slots - 1, cols // 8)
+    indices = uniform(out, cols, nnz // 3) if variant.ordered else shared_rows(out, cols, nnz, variant.unit)
+    grad_output, input = (side.cuda() for side in sides(tokens, out, cols, dtype))
+    rows = Rows.of(indices.cuda(), out, cols)
+    made = schedule._ordered(rows, variant, 132) if variant.ordered else aligned_to(variant, indices.cuda(), out, cols)
+    result = ops.sddmm(grad_output, input, indices.cuda(), made)
+    check(result, grad_output, input, indices.cuda())
+    assert torch.equal(ops.sddmm(grad_output, input, indices.cuda(), made), result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("out, cols, tokens", [(64, 72, 33), (1000, 2504, 515), (3072, 768, 2048)])
+def test_every_way_gives_the_same_sums(out, cols, tokens, layout, dtype):
+    indices = LAYOUTS[layout](out, cols, out * cols // 50).cuda()
+    grad_output, input = (side.cuda() for side in sides(tokens, out, cols, dtype))
+    made = make_schedule(indices, out, cols, dtype)
+    assert (made.runs is not None) == (layout == "run8" and dtype != torch.float32)
+    chosen = tuning.schedule_for(indices, out, cols, dtype)
+    ways = [None, dataclasses.replace(made, runs=None), made, chosen]
+    for result in (
+        *(ops.sddmm(grad_output, input, indices, way) for way in ways),
+        ops.sddmm_dense(grad_output, input, indices, made),
+    ):
+        check(result, grad_output, input, indices)
+
+
+def test_costs_are_measured_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPRAND_CACHE", str(tmp_path))
+    tuning._costs.cache_clear()
+    found = tuning.costs(torch.device("cuda"), torch.bfloat16)
+    assert min(dataclasses.astuple(found)) >= 0 and max(dataclasses.astuple(found)) > 0
+    assert len(list(tmp_path.iterdir())) == 1
+    tuning._costs.cache_clear()
+    assert tuning.costs(torch.device("cuda"), torch.bfloat16) == found
