@@ -36,7 +36,7 @@ step() { # step "title" seconds command...
   failed+=("$title ($status)")
 }
 
-SMALL=(tests/test_ops.py tests/test_sparse_adamw.py tests/test_cuda_sddmm.py tests/test_sddmm_run8.py)
+SMALL=(tests/test_ops.py tests/test_sparse_adamw.py tests/test_cuda_sddmm.py)
 PICK="(cuda or variant) and not reference and not int64 and not float64 and not compile and not opcheck"
 sanitize() { # sanitize tool seconds: the operators' problem table under compute-sanitizer, our kernels alone
   local tool=$1 sanitizer
