@@ -19,11 +19,11 @@ from report import markdown as table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPS = (
-    "sddmm", "embedding_grad", "gather", "patch_", "patch_all_", "scatter_add_", "scatter_add_all_", "sparse_adamw_",
-    "stratified_indices_", "uniform_indices_",
+    "sddmm", "sddmm_add_", "embedding_grad", "gather", "patch_", "patch_all_", "scatter_add_", "scatter_add_all_",
+    "sparse_adamw_", "stratified_indices_", "uniform_indices_",
 )  # fmt: skip
 LAYOUTS = ("unstructured", "run2", "run4", "run8")
-TOKEN_OPS = ("sddmm", "embedding_grad")
+TOKEN_OPS = ("sddmm", "sddmm_add_", "embedding_grad")
 FOR_ALL = ("patch_all_", "scatter_add_all_", "sparse_adamw_")  # operators on TARGETS equal weights in one call
 TARGETS = 8
 SHORTEST = 5e-4
@@ -80,6 +80,12 @@ def contestants(op: str, p: Problem) -> dict[str, Call]:
         return {
             **{_ours(layout): _sddmm(p, indices) for layout, indices in p.layouts.items()},
             "matmul + index_select": lambda: (p.grad_output.t() @ p.input).view(-1).index_select(0, wide).float(),
+        }
+    if op == "sddmm_add_":
+        sums = torch.zeros_like(p.delta)
+        return {
+            "sprand": lambda: ops.sddmm_add_(sums, p.grad_output, p.input, p.indices),
+            "matmul + index_select": lambda: sums.add_((p.grad_output.t() @ p.input).view(-1).index_select(0, wide)),
         }
     if op == "embedding_grad":
         rows = len(p.weight)
@@ -184,7 +190,7 @@ def adamw_contestants(p: Problem, wide: torch.Tensor) -> dict[str, Call]:
 
 def flops(op: str, name: str, p: Problem) -> float | None:
     """Multiplications and additions that the contestant carries out; None where memory is what counts."""
-    if op != "sddmm":
+    if not op.startswith("sddmm"):
         return None
     return 2.0 * len(p.input) * (len(p.indices) if name.startswith("sprand") else p.weight.numel())
 
@@ -263,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lines += summary_lines(here)
                 bar.advance()
             tokens = f", {options.tokens} tokens"
-            details = {"sddmm": tokens, "embedding_grad": tokens}
+            details = dict.fromkeys(TOKEN_OPS, tokens)
             detail = details.get(op, f", {TARGETS} such weights in one call" * (op in FOR_ALL))
             sections.append((f"{op}, {dtype}{detail} ({here[0]['kernel']})", table(lines, TABLE)))
     write_csv(options.out / "ops.csv", rows, COLUMNS)

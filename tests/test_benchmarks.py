@@ -107,4 +107,4 @@ def test_ops_times_every_op_against_plain_pytorch(tmp_path: Path, monkeypatch: p
         assert len(here) > len(ours) > 0
         assert all(float(row["seconds"]) > 0 for row in here)
         assert all(float(row["speedup"]) > 0 for row in ours)
-        assert all(bool(row["gflops"]) == (op == "sddmm") for row in here)
+        assert all(bool(row["gflops"]) == op.startswith("sddmm") for row in here)
