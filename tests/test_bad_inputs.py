@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sprand import ops
+from sprand import native, ops
 
 WEIGHT = torch.zeros(4, 6)
 INDICES = torch.tensor([1, 5, 23], dtype=torch.int32)
@@ -92,3 +92,26 @@ def test_the_largest_position_of_int32_is_allowed():
     assert drawn.min() >= 0
     ops.stratified_indices_(drawn, 2**15, 2**16, 3)
     assert (drawn.diff() > 0).all() and drawn[0] >= 0
+
+
+CALLS = {
+    "sddmm": lambda weight, bad: ops.sddmm(torch.ones(2, 4), torch.ones(2, 6), bad),
+    "gather": lambda weight, bad: ops.gather(weight, bad),
+    "patch_": lambda weight, bad: ops.patch_(weight, bad, ENTRIES, ENTRIES + 1),
+    "patch_all_": lambda weight, bad: ops.patch_all_([weight], [bad], [ENTRIES], [ENTRIES + 1], [1.0]),
+    "scatter_add_": lambda weight, bad: ops.scatter_add_(weight, bad, ENTRIES + 1),
+    "scatter_add_all_": lambda weight, bad: ops.scatter_add_all_([weight], [bad], [ENTRIES + 1], [1.0]),
+    "sparse_adamw_": lambda weight, bad: adamw(weights=[weight], indices=[bad], grads=[ENTRIES + 1]),
+}
+
+
+@pytest.mark.skipif(not native.has_extension(), reason="the compiled CPU kernels are not there; PyTorch has messages of its own")
+@pytest.mark.parametrize("bad", [[1, 5, 24], [-1, 5, 23]], ids=["behind", "before"])
+@pytest.mark.parametrize("op", CALLS)
+def test_indices_of_another_weight_are_refused_and_nothing_is_written(op, bad):
+    weight = WEIGHT.clone()
+    with pytest.raises(
+        RuntimeError, match=rf"{op}: expected indices in \[0, 24\), got {bad[0]} to {bad[-1]}; they belong to another"
+    ):
+        CALLS[op](weight, torch.tensor(bad, dtype=torch.int32))
+    assert torch.equal(weight, WEIGHT)

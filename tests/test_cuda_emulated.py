@@ -143,6 +143,34 @@ def test_gather_patch_and_scatter_add(problem, dtype, index_dtype, ops):
 
 
 @dtypes
+@index_dtypes
+def test_indices_outside_of_the_weight_are_not_followed(dtype, index_dtype, ops):
+    """No host can look at a pattern on a device without waiting for it: the kernels hold every index inside the weight."""
+    entries = make_entries(ORDINARY, dtype, index_dtype)
+    numel, count = entries.weight.numel(), 6
+    indices = torch.tensor([-(2**31), -1, 3, numel - 1, numel, 2**31 - 1], dtype=index_dtype)
+    good, where = torch.tensor([2, 3]), torch.tensor([3, numel - 1])
+    base, values = entries.base[:count].contiguous(), torch.ones(count)
+    gathered = ops.gather(entries.weight, indices)
+    assert torch.equal(gathered[good], entries.weight.flatten()[where])
+    assert gathered[[0, 1, 4, 5]].count_nonzero() == 0
+
+    weight, memory = guarded(entries.weight)
+    ops.patch_(weight, indices, base, values, 1.0)
+    ops.scatter_add_(weight, indices, values, 1.0)
+    lists = [[values.clone()] for _ in range(4)]
+    ops.sparse_adamw_([weight], [indices], [base], *lists, [torch.ones(())], [1.0], 0.1, 0.9, 0.99, 1e-8, 0.0, False)
+    assert guards_hold(memory)
+    changed = (weight != entries.weight).flatten().nonzero().flatten()
+    assert set(changed.tolist()) == set(where.tolist())
+
+    grad_output, input, _ = make_sddmm(ORDINARY, dtype, index_dtype)
+    sums = ops.sddmm(grad_output, input, indices)
+    assert torch.equal(sums[good], ops.sddmm(grad_output, input, where.to(index_dtype)))
+    assert sums[[0, 1, 4, 5]].count_nonzero() == 0
+
+
+@dtypes
 @pytest.mark.parametrize("delta, scale", [(0.0, 1.0), (-0.0, 1.0), (1.5, 0.0)])
 def test_zero_change_keeps_the_bits_of_base(dtype, delta, scale, ops):
     info = torch.finfo(dtype)

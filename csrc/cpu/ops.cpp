@@ -34,6 +34,16 @@ void with_index_type(const char* op, const Tensor& indices, F&& f) {
     f(indices.const_data_ptr<int32_t>());
 }
 
+// Sorted positions lie in a weight of `numel` entries if the first and the last one do.
+void check_range(const char* op, const Tensor& indices, int64_t numel) {
+  if (indices.numel() == 0) return;
+  with_index_type(op, indices, [&](const auto* index) {
+    const int64_t first = index[0], last = index[indices.numel() - 1];
+    STD_TORCH_CHECK(first >= 0 && last < numel, op, ": expected indices in [0, ", numel, "), got ", first, " to ", last,
+                    "; they belong to another weight");
+  });
+}
+
 template <class T>
 const T* values(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
@@ -68,6 +78,7 @@ Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& in
                 const std::vector<int64_t>&) {
   check_sddmm(grad_output, input);
   const bool is_long = long_indices("sddmm", indices);
+  check_range("sddmm", indices, grad_output.size(1) * input.size(1));
   const Tensor g = torch::stable::contiguous(grad_output), x = torch::stable::contiguous(input);
   Tensor result = torch::stable::new_empty(g, {indices.numel()}, sum_type(g));
   sddmm({g.const_data_ptr(), x.const_data_ptr(), indices.const_data_ptr(), result.mutable_data_ptr(), g.size(0), g.size(1),
@@ -119,6 +130,7 @@ Tensor embedding_grad_op(const Tensor& grad_output, const Tensor& tokens, const 
 
 Tensor gather_op(const Tensor& weight, const Tensor& indices) {
   check_weight("gather", weight, indices);
+  check_range("gather", indices, weight.numel());
   Tensor out = torch::stable::new_empty(weight, {indices.numel()});
   with_weight_type(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -133,12 +145,14 @@ Tensor gather_op(const Tensor& weight, const Tensor& indices) {
 
 void check_patch(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& base, const Tensor* delta) {
   check_weight(op, weight, indices);
+  check_range(op, indices, weight.numel());
   check_entries(op, "base", base, indices, weight.scalar_type());
   if (delta) check_entries(op, "delta", *delta, indices, sum_type(weight));
 }
 
 void check_scatter_add(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& addends) {
   check_weight(op, weight, indices);
+  check_range(op, indices, weight.numel());
   check_entries(op, "values", addends, indices, sum_type(weight));
 }
 
@@ -240,6 +254,7 @@ void sparse_adamw_op(std::vector<Tensor> weights, std::vector<Tensor> indices, s
   std::vector<std::pair<size_t, int64_t>> blocks;  // (target, first entry)
   for (size_t i = 0; i < targets; ++i) {
     check_weight("sparse_adamw_", weights[i], indices[i]);
+    check_range("sparse_adamw_", indices[i], weights[i].numel());
     check_entries("sparse_adamw_", "base", bases[i], indices[i], weights[i].scalar_type());
     for (const Tensor* t : {&deltas[i], &grads[i], &exp_avgs[i], &exp_avg_sqs[i]})
       check_entries("sparse_adamw_", "delta, grad, exp_avg and exp_avg_sq", *t, indices[i], sum_type(weights[i]));

@@ -52,6 +52,12 @@ cudaError_t with_types(DType dtype, IndexType type, F&& f) {
   });
 }
 
+// Whether a position lies in a weight of `numel` entries.
+template <class I>
+__device__ __forceinline__ bool inside(I position, int64_t numel) {
+  return static_cast<uint64_t>(static_cast<int64_t>(position)) < static_cast<uint64_t>(numel);
+}
+
 // Lets `kernel` have more dynamic shared memory than the 48 KB that need no asking.
 template <class Kernel>
 cudaError_t allow_shared([[maybe_unused]] Kernel* kernel, [[maybe_unused]] size_t bytes) {

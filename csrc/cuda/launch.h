@@ -38,7 +38,7 @@ cudaError_t embedding_grad(const void* grad_output, DType dtype, Tokens tokens, 
                            int64_t features, cudaStream_t stream);
 
 // gather.cu
-cudaError_t gather(const void* weight, DType dtype, Indices indices, void* out, cudaStream_t stream);
+cudaError_t gather(const void* weight, int64_t numel, DType dtype, Indices indices, void* out, cudaStream_t stream);
 
 // patch.cu, scatter_add.cu, sparse_adamw.cu: all targets in one launch for each pair of dtypes among them, or in as many as their
 // tables need (segments.h). No two targets share a weight.

@@ -113,7 +113,7 @@ Tensor gather_op(const Tensor& weight, const Tensor& indices) {
   const Indices positions = positions_in(op, weight, indices);
   Launch launch(weight);
   const Tensor out = torch::stable::new_empty(weight, {positions.nnz});
-  launch.check(gather(weight.const_data_ptr(), dtype, positions, out.mutable_data_ptr(), launch.stream()), op);
+  launch.check(gather(weight.const_data_ptr(), weight.numel(), dtype, positions, out.mutable_data_ptr(), launch.stream()), op);
   return out;
 }
 

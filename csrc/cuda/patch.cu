@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kEntryThreads) patch_kernel(SPRAND_GRID_CONSTA
     }
 #pragma unroll
     for (int k = 0; k < kQuad; ++k)
-      if (k < count) weight[position.value[k]] = value.value[k];
+      if (k < count && inside(position.value[k], s.numel)) weight[position.value[k]] = value.value[k];
   }
 }
 

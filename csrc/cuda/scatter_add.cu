@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kEntryThreads) scatter_add_kernel(SPRAND_GRID_
     T value[kQuad] = {};
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {  // all loads first: four misses at a time
-      written[k] = k < count && changes(added.value[k], s.scale);
+      written[k] = k < count && changes(added.value[k], s.scale) && inside(position.value[k], s.numel);
       if (written[k]) value[k] = weight[position.value[k]];
     }
 #pragma unroll

@@ -39,10 +39,13 @@ __global__ void __launch_bounds__(kThreads)
 
   int64_t row[kPerThread], column[kPerThread];
   float sum[kPerThread];
+  bool inside_weight[kPerThread];  // an index outside of it gives zero
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int64_t entry = first_entry + k * kThreads;
-    const I position = entry < nnz ? indices[entry] : I{0};  // spare threads sum entry 0 and store nothing
+    I position = entry < nnz ? indices[entry] : I{0};  // spare threads sum entry 0 and store nothing
+    inside_weight[k] = inside(position, out_features * in_features);
+    if (!inside_weight[k]) position = 0;
     row[k] = position / static_cast<I>(in_features);
     column[k] = position % static_cast<I>(in_features);
     sum[k] = 0.f;
@@ -67,7 +70,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t entry = first_entry + k * kThreads;
     if (entry >= nnz) continue;
     float& result = out[blockIdx.y * nnz + entry];
-    result = accumulate ? result + sum[k] : sum[k];
+    const float value = inside_weight[k] ? sum[k] : 0.f;
+    result = accumulate ? result + value : value;
   }
 }
 

@@ -43,7 +43,7 @@ cudaError_t sddmm_rows(const void* grad_output, const void* input, DType dtype, 
   args.out_features = out_features;
   args.in_features = in_features;
   args.nnz = indices.nnz;
-  args.split_tokens = ((whole + splits - 1) / splits + kRowsGranule - 1) / kRowsGranule * kRowsGranule;
+  args.split_tokens = rows_split_tokens(whole, splits);
   args.tiles = static_cast<int>(plan.tiles);
   args.ranks = static_cast<int>(plan.ranks);
   args.width = static_cast<int>(plan.width);

@@ -52,6 +52,11 @@ constexpr int64_t kRowsGranule = 8;  // tokens; fewer at the end go through the 
 // Whether the loads of the kernel suit these shapes and addresses; where they do not, the kernel for any shape serves.
 bool rows_fit(const RowsVariant& variant, const void* grad_output, const void* input, int64_t out_features, int64_t in_features);
 
+// Tokens of a split, in whole granules; the last splits may hold fewer or none.
+inline int64_t rows_split_tokens(int64_t tokens, int64_t splits) {
+  return ((tokens + splits - 1) / splits + kRowsGranule - 1) / kRowsGranule * kRowsGranule;
+}
+
 // Whether there is a kernel for this variant and dtype.
 bool has_rows_variant(const RowsVariant& variant, DType dtype);
 

@@ -28,6 +28,7 @@ struct PatchSegment {
   const void* base;
   const float* delta;
   int64_t nnz;
+  int64_t numel;  // entries of the weight; an index outside of it is not followed
   float scale;
   uint32_t first_block;
 };
@@ -37,6 +38,7 @@ struct ScatterAddSegment {
   const void* indices;
   const float* values;
   int64_t nnz;
+  int64_t numel;  // entries of the weight; an index outside of it is not followed
   float scale;
   uint32_t first_block;
 };
@@ -52,6 +54,7 @@ struct AdamWSegment {
   float* exp_avg_sq;
   const float* step;
   int64_t nnz;
+  int64_t numel;  // entries of the weight; an index outside of it is not followed
   float scale;
   uint32_t first_block;
 };

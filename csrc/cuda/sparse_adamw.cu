@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kEntryThreads)
     for (int k = 0; k < kQuad; ++k) {
       if (changes(delta.value[k], s.scale))
         value.value[k] = from_float<T>(patched(to_float(value.value[k]), delta.value[k], s.scale));
-      if (k < count) weight[position.value[k]] = value.value[k];
+      if (k < count && inside(position.value[k], s.numel)) weight[position.value[k]] = value.value[k];
     }
   }
 }

@@ -37,6 +37,7 @@ Target<AdamWSegment> target(int64_t nnz, DType dtype = DType::bf16, IndexType in
            .exp_avg_sq = address<float>(7 * at),
            .step = address<float>(8 * at),
            .nnz = nnz,
+           .numel = int64_t{1} << 40,
            .scale = 1.f,
            .first_block = 0},
           dtype,
