@@ -21,7 +21,9 @@ from .host import BANKS
 from .schedule_run8 import are_runs, run8_schedule
 
 RUN8_DTYPES = (torch.bfloat16, torch.float16)
-SAMPLED_ROWS = 2048  # of a pattern, to judge its bank conflicts
+SAMPLED_ROWS, SAMPLED_RANKS = 2048, 64  # of a pattern, to judge its bank conflicts
+FEW_CONFLICTS = 1.3  # wavefronts per phase, up to which nothing is gained by ordering
+MOST_PADDING = 8  # slots per entry, beyond which an aligned schedule is out of the question
 MULTIPROCESSORS = 132  # where the device does not say: an H200
 
 
@@ -139,14 +141,15 @@ def make_schedule(
         return None
     rows = Rows.of(indices, out_features, in_features)
     fitting = [v for v in VARIANTS[dtype] if v.shared_bytes <= shared_bytes]
+    conflicts = {unit: rows.conflicts(unit) for unit in (1, 2, 4) if unit <= rows.shared}
     candidates = [
         schedule
         for variant in fitting
-        if not variant.ordered and out_features % max(2, variant.unit) == 0 and rows.shared >= variant.unit
-        for schedule in _aligned(rows, variant, multiprocessors)
+        if not variant.ordered and out_features % max(2, variant.unit) == 0 and variant.unit in conflicts
+        for schedule in _aligned(rows, variant, conflicts[variant.unit], multiprocessors)
     ]
     best = min(candidates, key=lambda schedule: schedule.cost, default=None)
-    if best is None or rows.conflicts(1) > 1.3:
+    if best is None or conflicts[best.variant.unit] > FEW_CONFLICTS:
         ordered = [_ordered(rows, variant, multiprocessors) for variant in fitting if variant.ordered]
         best = min([*ordered, *([best] if best else [])], key=lambda schedule: schedule.cost, default=None)
     if best is not None and dtype in RUN8_DTYPES and are_runs(indices, in_features):
@@ -204,21 +207,24 @@ class Rows:
         """Wavefronts per shared-memory phase of an aligned schedule, 1 at best, over the first rows."""
         group = max(2, unit)
         height = min(SAMPLED_ROWS, self.out_features) // (BANKS * group) * (BANKS * group)
-        if height == 0 or int(self.begin[height]) == 0:
+        count, ranks = int(self.begin[height]), min(SAMPLED_RANKS, self.most)
+        taken = self.rank[:count] < ranks
+        if not bool(taken.any()):
             return 1.0
-        taken = slice(0, int(self.begin[height]))
-        row = self.indices[taken].long() // self.in_features
-        residues = torch.full((height, self.most), -1, device=row.device)
-        residues[row, self.rank[taken]] = self.columns[taken] % BANKS
-        lanes = residues.view(-1, BANKS, group, self.most)[:, :, ::unit].transpose(1, 2)  # [block, member, lane, rank]
+        row, rank = self.indices[:count][taken].long() // self.in_features, self.rank[:count][taken]
+        residues = torch.full((height, ranks), -1, device=row.device)
+        residues[row, rank] = self.columns[:count][taken] % BANKS
+        lanes = residues.view(-1, BANKS, group, ranks)[:, :, ::unit].transpose(1, 2)  # [block, member, lane, rank]
         worst = torch.stack([(lanes == bank).sum(2) for bank in range(BANKS)]).amax(0)
         met = worst > 0
         return float(worst[met].double().mean())
 
 
-def _aligned(rows: Rows, variant: Variant, multiprocessors: int) -> Iterator[Schedule]:
+def _aligned(rows: Rows, variant: Variant, conflicts: float, multiprocessors: int) -> Iterator[Schedule]:
     """The aligned schedule of a variant with the fewest windows that hold the pattern's columns, if there is one."""
     fewest = -(-rows.most // variant.slots)
+    if fewest * variant.slots * rows.out_features > MOST_PADDING * rows.indices.numel():
+        return
     for windows in range(fewest, 2 * fewest + 2):
         ranks = -(-rows.most // windows)
         window = rows.rank // ranks
@@ -231,7 +237,7 @@ def _aligned(rows: Rows, variant: Variant, multiprocessors: int) -> Iterator[Sch
             continue
         low.clamp_(max=rows.in_features - width)
         tiles = -(-rows.out_features // variant.block_rows)
-        cost = _cost(variant, width, rows.conflicts(variant.unit)) * tiles * windows
+        cost = _cost(variant, width, conflicts) * tiles * windows
         table = torch.cat([rows.begin, low.int()])
         yield Schedule(table, variant, tiles, windows, ranks, width, multiprocessors, cost, rows.chunks())
         return

@@ -59,7 +59,7 @@ def lopsided(out: int, cols: int, nnz: int) -> Tensor:
 
 
 def aligned_to(variant: Variant, indices: Tensor, out: int, cols: int) -> Schedule:
-    return next(schedule._aligned(Rows.of(indices, out, cols), variant, multiprocessors=3))
+    return next(schedule._aligned(Rows.of(indices, out, cols), variant, conflicts=1.0, multiprocessors=3))
 
 
 def check(emulated, grad_output: Tensor, input: Tensor, indices: Tensor, made: Schedule) -> Tensor:
@@ -109,7 +109,7 @@ def test_thread_order_and_schedule_do_not_change_a_bit(dtype, emulated, simt):
     rows = Rows.of(indices, out, cols)
     results = []
     for variant in VARIANTS[dtype]:
-        if variant.unit > 1 or (not variant.ordered and next(schedule._aligned(rows, variant, 1), None) is None):
+        if variant.unit > 1 or (not variant.ordered and next(schedule._aligned(rows, variant, 1.0, 1), None) is None):
             continue
         made = schedule._ordered(rows, variant, 1) if variant.ordered else aligned_to(variant, indices, out, cols)
         for order in simt.ORDERS:

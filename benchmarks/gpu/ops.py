@@ -258,7 +258,7 @@ class Bench:
         weight = torch.randn(shape, device=self.device).to(torch.bfloat16)
         indices = self._draw(shape, density, "unstructured", torch.bfloat16)
         delta = torch.randn(len(indices), device=self.device) * 0.01
-        return Problem(weight, indices, ops.gather(weight, indices), delta, weight, weight)
+        return Problem({}, weight, indices, ops.gather(weight, indices), delta, weight, weight)
 
     @property
     def layouts(self) -> list[str]:

@@ -24,8 +24,9 @@ bool has_rows_variant(const RowsVariant& variant, DType dtype) {
 
 bool rows_fit(const RowsVariant& v, const void* grad_output, const void* input, int64_t out_features, int64_t in_features) {
   const int64_t together = v.ordered ? 1 : v.unit > 2 ? v.unit : 2;
-  return out_features % together == 0 && in_features % 2 == 0 && reinterpret_cast<uintptr_t>(grad_output) % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(input) % 8 == 0;
+  constexpr int64_t kWidest = int64_t{1} << 26;  // the bytes of a tile's tokens are counted in 32 bits
+  return out_features % together == 0 && in_features % 2 == 0 && out_features < kWidest && in_features < kWidest &&
+         reinterpret_cast<uintptr_t>(grad_output) % 8 == 0 && reinterpret_cast<uintptr_t>(input) % 8 == 0;
 }
 
 cudaError_t sddmm_rows(const void* grad_output, const void* input, DType dtype, Indices indices, const RowsPlan& plan, float* out,

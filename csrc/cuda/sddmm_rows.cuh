@@ -149,17 +149,21 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
 #pragma unroll
   for (int s = 0; s < kRows * kSlots; ++s) acc[s] = 0.f;
 
+  // Addresses are a pointer that all threads share, advanced tile by tile, and 32-bit bytes of the lane: one addition per token.
+  const uint32_t in_bytes = static_cast<uint32_t>(in * sizeof(E)), out_bytes = static_cast<uint32_t>(out * sizeof(E));
   Pair staged[kPairs][kTokens];
-  const E* input_at = input + begin * in + first_column + 2 * tid;  // of the tile to load next
+  const char* input_tile = reinterpret_cast<const char*>(input + begin * in);  // the tile to load next
   const auto load_input = [&]() {
+    uint32_t at = static_cast<uint32_t>(first_column + 2 * tid) * sizeof(E);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
       for (int i = 0; i < kPairs; ++i)
         if (2 * (tid + i * kThreads) < args.width)
-          staged[i][t] = __ldg(reinterpret_cast<const Pair*>(input_at + t * in + 2 * i * kThreads));
+          staged[i][t] = __ldg(reinterpret_cast<const Pair*>(input_tile + (at + 2 * i * kThreads * sizeof(E))));
+      at += in_bytes;
     }
-    input_at += kTokens * in;
+    input_tile += int64_t{kTokens} * in_bytes;
   };
   const auto store_input = [&](unsigned char* stage) {
     uint4* const granules = reinterpret_cast<uint4*>(stage);
@@ -177,15 +181,16 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
   using Loaded = std::conditional_t<kGroup == 1, typename G::One, Pair>;
   constexpr int kLoads = kGroup == 1 ? 1 : kGroup / 2;
   Loaded grads[kTokens][kLoads] = {};
-  const E* grads_at = grad_output + begin * out + (kOrdered ? 0 : lane_row);  // of the tile that is multiplied, or of the next
+  const char* grads_tile = reinterpret_cast<const char*>(grad_output + begin * out);  // the tile multiplied now, or the next one
   const auto load_grads = [&](int group) {
     const int64_t row = kOrdered ? row_of(group) : lane_row + 32 * kGroup * group;
     if (row < 0 || row >= out) return;  // what the sums of such a row become is written nowhere
-    const E* const p = grads_at + (kOrdered ? row : 32 * kGroup * group);
+    uint32_t at = static_cast<uint32_t>(row) * sizeof(E);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) grads[t][i] = __ldg(reinterpret_cast<const Loaded*>(p + t * out) + i);
+      for (int i = 0; i < kLoads; ++i) grads[t][i] = __ldg(reinterpret_cast<const Loaded*>(grads_tile + at) + i);
+      at += out_bytes;
     }
   };
 
@@ -213,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
         if (next < kRows / kGroup) {
           load_grads(next);
         } else if (more) {
-          grads_at += kTokens * out;
+          grads_tile += int64_t{kTokens} * out_bytes;
           load_grads(0);
         }
       }
