@@ -237,11 +237,11 @@ class Bench:
         from sprand.schedule import make_schedule
         from sprand.tuning import schedule_for
 
-        if self.device.type != "cuda":
+        if torch.device(self.device).type != "cuda":
             return {"sprand": lambda: ops.sddmm(grad_output, input, indices)}
         sizes = grad_output.shape[1], input.shape[1], input.dtype
         chosen = schedule_for(indices, *sizes)
-        facts = torch.cuda.get_device_properties(self.device)
+        facts = torch.cuda.get_device_properties(indices.device)
         made = make_schedule(indices, *sizes, facts.shared_memory_per_block_optin, facts.multi_processor_count)
         calls = {"sprand": lambda: ops.sddmm(grad_output, input, indices, chosen)}
         if made is not None:
