@@ -160,7 +160,7 @@ class _SparseLinear(SparseModule):
 
     def make_schedule(self, parameter: str) -> None:
         weight, target = self._parameters[parameter], self._sprand_targets[parameter]
-        on_gpu = parameter == "weight" and weight.is_cuda and type(weight.data) is Tensor
+        on_gpu = parameter == "weight" and weight.is_cuda and type(weight.data) is Tensor and weight.dim() == 2
         target.schedule = schedule_for(self._buffers[target.indices], *weight.shape, weight.dtype) if on_gpu else None
 
     def forward(self, input: Tensor) -> Tensor:

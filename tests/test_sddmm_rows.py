@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import emulation
-from problems import assert_within, guarded, oracle_sddmm_dense, tolerance
+from problems import PROBLEMS, assert_within, guarded, make_sddmm, oracle_sddmm_dense, tolerance
 from sprand import host, ops, pattern, schedule
 from sprand.schedule import VARIANTS, Rows, Schedule, Variant, make_schedule
 
@@ -79,6 +79,17 @@ def test_every_variant_has_a_kernel_that_is_right(dtype, variant, emulated):
     rows = Rows.of(indices, out, cols)
     made = schedule._ordered(rows, variant, 3) if variant.ordered else aligned_to(variant, indices, out, cols)
     check(emulated, grad_output, input, indices, made)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@dtypes
+def test_the_problem_table(problem, dtype, emulated):
+    """With a schedule where there is one; none is made for odd widths and empty patterns, which other kernels serve."""
+    grad_output, input, indices = make_sddmm(problem, dtype, torch.int32)
+    made = make_schedule(indices, problem.rows, problem.cols, dtype, multiprocessors=4)
+    assert (made is None) == (problem.nnz == 0 or problem.cols % 2 == 1)
+    if made is not None:
+        check(emulated, grad_output, input, indices, made)
 
 
 @dtypes
