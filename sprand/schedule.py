@@ -57,26 +57,19 @@ class Variant:
         return 2 * 16 * self.columns + 2 * self.threads * (-(-self.rows // self.unit * self.slots // 8) * 8)
 
 
-_UNSTRUCTURED = [
-    (16, 2, 4096),
-    (8, 5, 4096),
-    (4, 5, 4096),
-    (8, 4, 2048),
-    (8, 8, 2048),
-    (8, 11, 2560),
-    (4, 11, 2560),
-    (4, 16, 2048),
-    (4, 21, 2560),
-]
-_SHARED = [(8, 4, 2048, 2), (8, 11, 2560, 2), (8, 4, 2048, 4), (4, 11, 2560, 4)]
-_FLOAT32 = [(16, 2, 4096), (8, 4, 2048), (8, 8, 2048), (8, 11, 2560), (4, 11, 2560)]
 _ORDERED = Variant(256, 8, 8, 2048, 1, True)
-_HALF = [*(Variant(256, *sizes) for sizes in (*_UNSTRUCTURED, *_SHARED)), _ORDERED]
-VARIANTS = {
-    torch.bfloat16: _HALF,
-    torch.float16: _HALF,
-    torch.float32: [*(Variant(256, *sizes) for sizes in _FLOAT32), _ORDERED],
+_SIZES = {
+    torch.bfloat16: [
+        *[(16, 2, 4096), (8, 5, 4096), (4, 5, 4096), (8, 4, 2048), (8, 8, 2048), (8, 11, 2560), (4, 11, 2560), (4, 16, 2048)],
+        *[(4, 21, 2560), (8, 4, 2048, 2), (8, 11, 2560, 2), (8, 4, 2048, 4), (4, 11, 2560, 4)],
+    ],
+    torch.float16: [
+        *[(16, 2, 4096), (8, 5, 4096), (8, 8, 2048), (8, 11, 2560), (4, 11, 2560), (4, 21, 2560)],
+        *[(8, 11, 2560, 2), (4, 11, 2560, 4)],
+    ],
+    torch.float32: [(16, 2, 4096), (8, 8, 2048), (8, 11, 2560), (4, 11, 2560)],
 }
+VARIANTS = {dtype: [*(Variant(256, *sizes) for sizes in all_sizes), _ORDERED] for dtype, all_sizes in _SIZES.items()}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 namespace sprand::cuda {
 
 cudaError_t launch_rows_f16(const RowsVariant& variant, const RowsArgs* args, dim3 grid, cudaStream_t stream) {
-  return launch_rows<__half, SPRAND_ROWS_UNSTRUCTURED, SPRAND_ROWS_SHARED, SPRAND_ROWS_ORDERED>(variant, args, grid, stream);
+  return launch_rows<__half, SPRAND_ROWS_F16>(variant, args, grid, stream);
 }
 
 }  // namespace sprand::cuda
