@@ -127,11 +127,13 @@ void test_sizes() {
 void test_pieces_of_patch_and_scatter_add() {
   const uintptr_t at = uintptr_t{1} << 44;
   const std::vector<Target<PatchSegment>> patches = {
-      {{address<void>(at), address<void>(2 * at), address<void>(3 * at), nullptr, 2 * kChunk, 1.f, 0},
+      {{address<void>(at), address<void>(2 * at), address<void>(3 * at), nullptr, 2 * kChunk, int64_t{1} << 40, 1.f, 0},
        DType::f32,
        IndexType::i64}};
   const std::vector<Target<ScatterAddSegment>> adds = {
-      {{address<void>(at), address<void>(2 * at), address<float>(3 * at), 2 * kChunk, 1.f, 0}, DType::f16, IndexType::i32}};
+      {{address<void>(at), address<void>(2 * at), address<float>(3 * at), 2 * kChunk, int64_t{1} << 40, 1.f, 0},
+       DType::f16,
+       IndexType::i32}};
   Table<PatchSegment, 1> patch;
   Table<ScatterAddSegment, 1> add;
   const std::span<const Target<PatchSegment>> patch_view(patches);
