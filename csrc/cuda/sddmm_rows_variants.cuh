@@ -11,7 +11,7 @@ namespace sprand::cuda {
 
 // clang-format off
 #define SPRAND_ROWS_BF16 \
-  RowsVariant{256, 16, 2, 4096, 1, false}, RowsVariant{256, 8, 5, 4096, 1, false}, \
+  RowsVariant{256, 8, 2, 4096, 1, false}, RowsVariant{256, 8, 5, 4096, 1, false}, \
   RowsVariant{256, 4, 5, 4096, 1, false}, RowsVariant{256, 8, 4, 2048, 1, false}, \
   RowsVariant{256, 8, 8, 2048, 1, false}, RowsVariant{256, 8, 11, 2560, 1, false}, \
   RowsVariant{256, 4, 11, 2560, 1, false}, RowsVariant{256, 4, 16, 2048, 1, false}, \
@@ -19,13 +19,13 @@ namespace sprand::cuda {
   RowsVariant{256, 8, 11, 2560, 2, false}, RowsVariant{256, 8, 4, 2048, 4, false}, \
   RowsVariant{256, 4, 11, 2560, 4, false}, RowsVariant{256, 8, 8, 2048, 1, true}
 #define SPRAND_ROWS_F16 \
-  RowsVariant{256, 16, 2, 4096, 1, false}, RowsVariant{256, 8, 5, 4096, 1, false}, \
+  RowsVariant{256, 8, 2, 4096, 1, false}, RowsVariant{256, 8, 5, 4096, 1, false}, \
   RowsVariant{256, 8, 8, 2048, 1, false}, RowsVariant{256, 8, 11, 2560, 1, false}, \
   RowsVariant{256, 4, 11, 2560, 1, false}, RowsVariant{256, 4, 21, 2560, 1, false}, \
   RowsVariant{256, 8, 11, 2560, 2, false}, RowsVariant{256, 4, 11, 2560, 4, false}, \
   RowsVariant{256, 8, 8, 2048, 1, true}
 #define SPRAND_ROWS_F32 \
-  RowsVariant{256, 16, 2, 4096, 1, false}, RowsVariant{256, 8, 8, 2048, 1, false}, \
+  RowsVariant{256, 8, 2, 4096, 1, false}, RowsVariant{256, 8, 8, 2048, 1, false}, \
   RowsVariant{256, 8, 11, 2560, 1, false}, RowsVariant{256, 4, 11, 2560, 1, false}, \
   RowsVariant{256, 8, 8, 2048, 1, true}
 // clang-format on
