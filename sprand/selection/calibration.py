@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,11 @@ from .batches import Batches, loss_of, scaled_logits, split
 from .flow import flow
 from .strategies import Stats
 from .untouched import untouched
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 logger = logging.getLogger("sprand")
 CHUNK = 1 << 22  # entries that are converted at once when a gradient is added
@@ -134,7 +140,7 @@ def calibrate(
     batches = Batches(model, run.data, run.examples, passes) if needs != "flow" or run.data is not None else None
     started = time.perf_counter()
     for number, group in enumerate(groups):
-        with untouched(model):
+        with untouched(model, checkpointing=needs in ("gradient", "fisher")):
             if needs == "flow":
                 sums, examples = _zeros(group, run), 1
                 with sums.listening():
@@ -147,8 +153,9 @@ def calibrate(
             else:
                 sums, examples = _gradients(model, group, batches, run, needs)
         logger.info(
-            "calibration: group %d of %d, %d targets, %d examples, %.1f s, accumulators of %.0f MB",
+            "calibration: group %d of %d, %d targets, %d examples, %.1f s so far, accumulators of %.0f MB, peak %s",
             number + 1, len(groups), len(group), examples, time.perf_counter() - started, _bytes_of(group, run) / 1e6,
+            _peak(group[0].parameter.device),
         )  # fmt: skip
         for place in group:
             yield place, Stats(**{needs: sums.values.pop(place.name)}, examples=examples)
@@ -233,6 +240,16 @@ def _groups(places: Sequence[Place], run: Calibration, copies: int) -> list[list
             groups.append([])
         groups[-1].append(place)
     return groups
+
+
+def _peak(device: torch.device) -> str:
+    """The highest use of memory so far; counters of the user are not reset for it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e6:.0f} MB allocated on the GPU"
+    if resource is None:
+        return "not measured"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:.0f} MB of the process"
 
 
 def _free(device: torch.device | str) -> int:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
     """Inside, the model has no gradients, trains nothing and is in evaluation mode; after, all is as before, bit for bit.
 
-    Gradient checkpointing of Hugging Face models works in training mode only; where it is on, the model is in training
-    mode but for its dropout and batch normalization.
+    Gradient checkpointing of Hugging Face models works in training mode only; where it is on, and `checkpointing` wanted,
+    the model is in training mode but for its dropout and batch normalization.
     """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -27,7 +27,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     state = random.getstate()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), _checkpointing(model):
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), _working(model, checkpointing):
             for p, _, _ in parameters:
                 p.requires_grad_(False)
                 p.grad = None
@@ -55,10 +55,11 @@ def _restore_buffers(model: nn.Module, buffers: list[tuple[nn.Module, str, Tenso
 
 
 @contextmanager
-def _checkpointing(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, or what gradient checkpointing needs of a model that all is frozen of."""
-    on = getattr(model, "is_gradient_checkpointing", False)
-    model.train(on)
+def _working(model: nn.Module, checkpointing: bool) -> Iterator[None]:
+    """Evaluation mode, or what gradient checkpointing needs in a frozen model."""
+    new, old = "is_activation_checkpointing", "is_gradient_checkpointing"  # Hugging Face's names since 5.x and before
+    on = checkpointing and getattr(model, new if hasattr(model, new) else old, False)
+    model.train(bool(on))
     for module in model.modules():
         if on and isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
             module.eval()
