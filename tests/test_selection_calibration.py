@@ -262,3 +262,14 @@ def test_time_and_memory_are_reported(caplog):
         sprand.select(built(MLP), strategy="snip", calibration_memory=4000, **fields)
     assert len(caplog.messages) == 2
     assert all("32 examples" in text and " s so far" in text and "peak" in text for text in caplog.messages)
+
+
+def test_an_optimizer_that_steps_in_backward_does_not():
+    model, steps = built(MLP), []
+    model.second.weight.register_post_accumulate_grad_hook(lambda p: steps.append(p.data.zero_()))
+    before = everything(model)
+    sprand.select(model, strategy="snip", data=batches(), loss_fn=loss_fn)
+    assert not steps
+    assert_same(everything(model), before)
+    loss_fn(model, batches()[0]).backward()
+    assert len(steps) == 1

@@ -18,7 +18,7 @@ def untouched(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
     the model is in training mode but for its dropout and batch normalization.
     """
     modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    parameters = [(p, p.requires_grad, p.grad, p._post_accumulate_grad_hooks) for p in model.parameters()]
     buffers = [
         (module, name, value, None if value is None or value.is_meta else value.detach().clone())
         for module in model.modules()
@@ -28,17 +28,17 @@ def untouched(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), _working(model, checkpointing):
-            for p, _, _ in parameters:
+            for p, _, _, _ in parameters:
                 p.requires_grad_(False)
-                p.grad = None
+                p.grad = p._post_accumulate_grad_hooks = None  # hooks of the user might step an optimizer
             yield
     finally:
         random.setstate(state)
         for module, mode in modes:
             module.training = mode
-        for p, flag, grad in parameters:
+        for p, flag, grad, hooks in parameters:
             p.requires_grad_(flag)
-            p.grad = grad
+            p.grad, p._post_accumulate_grad_hooks = grad, hooks
         _restore_buffers(model, buffers)
 
 
