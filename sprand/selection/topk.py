@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 EXCLUDED = -(2**31)  # below the key of every number: an entry that may not be chosen
-CHUNK = 1 << 24
+CHUNK = 1 << 20  # keys worked on at once
 
 
 def order_keys(score: Tensor) -> Tensor:
@@ -101,9 +101,11 @@ def _bucket(parts: Sequence[tuple[Tensor, int | None]], k: int) -> tuple[int, in
     """
     counts = torch.zeros(65536, dtype=torch.int64)
     for keys, upper in parts:
+        found = torch.zeros(65536, dtype=torch.int64, device=keys.device)
         for chunk in keys.split(CHUNK):
             values = (chunk >> 16) + 32768 if upper is None else chunk[(chunk >> 16) == upper] & 0xFFFF
-            counts += torch.bincount(values, minlength=65536).cpu()
+            found += torch.bincount(values, minlength=65536)
+        counts += found.cpu()
     from_top = counts.flip(0).cumsum(0)
     place = int((from_top < k).sum())
     return 65535 - place, int(from_top[place - 1]) if place else 0
