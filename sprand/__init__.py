@@ -12,6 +12,7 @@ from .config import SparseConfig
 from .layers import SparseLinear, SparseModule
 from .model import apply, disabled, merge, named_parameters, parameters, switch, unmerge, write
 from .optim import SparseAdamW
+from .selection.choose import select
 from .summary import print_trainable_parameters, summary
 from .version import __version__
 
@@ -30,6 +31,7 @@ __all__ = [
     "parameters",
     "print_trainable_parameters",
     "save",
+    "select",
     "summary",
     "switch",
     "unmerge",

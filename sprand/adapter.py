@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import ops, pattern
-from .config import GIVEN, SparseConfig
+from .config import AS_GIVEN, GIVEN, SparseConfig
 from .layers import SparseModule
 from .model import Adapter, State, disabled, install, sparse_modules, state_of, switch, write
 from .targets import Place, places_of
@@ -31,7 +31,6 @@ from .version import __version__
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 FORMAT_VERSION = 1
-AS_GIVEN = {"strategy": GIVEN, "density": None, "budget": None, "layout": "unstructured"}  # of a pattern saved as indices
 NARROWER = {torch.float64: (torch.float32, torch.bfloat16, torch.float16), torch.float32: (torch.bfloat16, torch.float16)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from . import host, native, ops, pattern
 from .config import SparseConfig
 from .layers import SparseModule, attach, detach, set_active
-from .targets import Place, choose, find_targets, places_of, saved_parameters
+from .selection.calibration import Calibration
+from .selection.choose import choose
+from .targets import Place, find_targets, places_of, saved_parameters
 
 
 @dataclass
@@ -51,13 +53,27 @@ class State:
         return self.mixed or (self.adapters[self.active] if self.active is not None else None)
 
 
-def apply(model: nn.Module, config: SparseConfig | None = None, **fields: Any) -> nn.Module:
+def apply(
+    model: nn.Module,
+    config: SparseConfig | None = None,
+    *,
+    data: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    calibration_memory: int | str = "auto",
+    calibration_dtype: torch.dtype = torch.float32,
+    calibration_device: torch.device | str | None = None,
+    calibration_examples: int | None = 1024,
+    **fields: Any,
+) -> nn.Module:
     """Freeze a model and let a small set of its own entries train.
 
     Args:
         model: any module; changed in place, it keeps its class and all its names. Each targeted module gains a
             parameter `sprand_delta` and the buffers `sprand_indices` and `sprand_base`.
         config: what to train; or its fields as keywords, `apply(model, density=0.01, seed=0)`.
+        data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples: for strategies that
+            score entries, as in `select`.
+        **fields: fields of `SparseConfig`.
 
     Returns:
         The same object.
@@ -73,7 +89,8 @@ def apply(model: nn.Module, config: SparseConfig | None = None, **fields: Any) -
     native.warn_if_slow()
     heads = saved_parameters(model, config)
     places = [place for place in find_targets(model, config) if place.name not in heads]
-    indices = choose(model, config, places, heads)
+    run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
+    indices = choose(model, config, places, heads, run)
     places = [place for place in places if indices[place.name].numel()]
     adapter = Adapter(
         config, {place.name: indices[place.name] for place in places}, saved={name: p.data for name, p in heads.items()}
@@ -103,7 +120,7 @@ def _attach(model: nn.Module, adapter: Adapter, places: Mapping[str, Place]) -> 
     for name, indices in adapter.indices.items():
         place = places[name]
         device, redraw, base, delta = place.parameter.device, None, None, adapter.deltas.get(name)
-        if adapter.config.strategy in pattern.RANDOM_STRATEGIES:
+        if adapter.config.strategy in pattern.RANDOM_STRATEGIES and not adapter.config.preserve_zeros:
             shape = tuple(place.parameter.shape)
             config, nnz = adapter.config, indices.numel()
             redraw = functools.partial(pattern.draw, config.strategy, name, shape, nnz, config.seed, layout=config.layout)

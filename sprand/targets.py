@@ -1,9 +1,8 @@
-"""Targets: which parameters of a model a configuration means, and how many entries of each train."""
+"""Targets: which parameters of a model a configuration means."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import pattern
 from .config import SparseConfig
 
 HEADS = ("score", "classifier")  # how Hugging Face names classification heads
@@ -53,43 +51,6 @@ def find_targets(model: nn.Module, config: SparseConfig) -> list[Place]:
             f"{_module_hint(model, config.target_modules)}"
         )
     return places_of(model, wanted)
-
-
-def choose(model: nn.Module, config: SparseConfig, places: Sequence[Place], heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The indices of every target, by parameter name.
-
-    Raises:
-        ValueError: the budget is larger than the targets hold or rounds to nothing, or a given mask does not fit.
-    """
-    if isinstance(config.strategy, Mapping):
-        given = {
-            place.name: pattern.from_user(place.name, config.strategy[place.name], place.parameter.shape) for place in places
-        }
-        if not any(indices.numel() for indices in given.values()):
-            raise ValueError("strategy: the given masks or indices choose no entry at all")
-        return {name: indices.to(place.parameter.device) for (name, indices), place in zip(given.items(), places, strict=True)}
-    sizes = [place.parameter.numel() for place in places]
-    if config.budget is None:
-        total = round(config.density * sum(sizes))
-    elif isinstance(config.budget, float):
-        total = round(config.budget * sum(p.numel() for name, p in model.named_parameters() if name not in heads))
-    else:
-        total = config.budget
-    if total == 0:
-        raise ValueError(
-            f"density {config.density or config.budget} of the {sum(sizes):,} targeted entries rounds to 0 entries; raise it, or "
-            "target more"
-        )
-    runs = [math.prod(pattern.run_of(config.layout, place.parameter.shape)) for place in places]
-    counts = pattern.shares(sizes, total, runs)
-    if not any(counts):
-        raise ValueError(f"layout {config.layout!r}: {total} entries are less than one run of {max(runs)}; raise the budget")
-    return {
-        place.name: pattern.draw(
-            config.strategy, place.name, place.parameter.shape, count, config.seed, place.parameter.device, config.layout
-        )
-        for place, count in zip(places, counts, strict=True)
-    }
 
 
 def saved_parameters(model: nn.Module, config: SparseConfig) -> dict[str, nn.Parameter]:

@@ -1,0 +1,262 @@
+"""Calibration: gradients of the targets over batches of data, in bounded memory, with the model left as it was."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..targets import Place
+from .batches import Batches, loss_of, scaled_logits, split
+from .flow import flow
+from .strategies import Stats
+from .untouched import untouched
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+logger = logging.getLogger("sprand")
+CHUNK = 1 << 22  # entries that are converted at once when a gradient is added
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration may use.
+
+    Attributes:
+        data: batches, or None.
+        loss_fn: `loss_fn(model, batch)` gives a scalar; None takes the model's own loss.
+        memory: bytes for accumulators, or `"auto"`: half of what is free on their device.
+        dtype: of accumulators, float32 or bfloat16 (float64 for float64 weights).
+        device: of accumulators; None is that of each weight.
+        examples: stop after the batch that reaches as many; None reads all data.
+    """
+
+    data: Iterable[Any] | None = None
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
+    memory: int | str = "auto"
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str | None = None
+    examples: int | None = 1024
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.memory, int) and not isinstance(self.memory, bool) and self.memory > 0
+        if self.memory != "auto" and not whole:
+            raise ValueError(f"calibration_memory: expected 'auto' or a positive number of bytes, got {self.memory!r}")
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"calibration_dtype: expected torch.float32 or torch.bfloat16, got {self.dtype}")
+        if self.examples is not None and (not isinstance(self.examples, int) or self.examples < 1):
+            raise ValueError(f"calibration_examples: expected a positive int or None, got {self.examples!r}")
+
+
+@dataclass
+class Sums:
+    """Accumulators of a group of targets while a pass over the data fills them."""
+
+    places: Sequence[Place]
+    values: dict[str, Tensor]
+    squared: bool = False
+    weight: float = 1.0  # of the batch that is worked on
+    batch: int = 0
+    bad: dict[str, Tensor] = field(default_factory=dict)  # first batch with a gradient that is not finite, or -1
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, a backward pass adds the gradient of every target of the group here and frees it at once."""
+        with ExitStack() as stack:
+            for place in self.places:
+                place.parameter.requires_grad_(True)
+                handle = place.parameter.register_post_accumulate_grad_hook(lambda p, name=place.name: self._take(name, p))
+                stack.callback(handle.remove)
+            yield
+
+    def add(self, name: str, grad: Tensor) -> None:
+        """Add one gradient."""
+        grad = grad.detach()
+        grad = (grad.to_dense() if grad.is_sparse else grad).contiguous().view(-1)
+        total = self.values[name].view(-1)
+        if name not in self.bad:
+            self.bad[name] = torch.full((), -1, dtype=torch.int64, device=grad.device)
+        finite = torch.isfinite(grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)))
+        self.bad[name] = torch.where(finite | (self.bad[name] >= 0), self.bad[name], self.batch)
+        for part, into in zip(grad.split(CHUNK), total.split(CHUNK), strict=True):
+            part = part.to(into.device, torch.promote_types(into.dtype, torch.float32))
+            into.add_(part.square() if self.squared else part, alpha=self.weight)
+
+    def finish(self, examples: int) -> None:
+        """Divide by the number of examples, and prove that every gradient was finite.
+
+        Raises:
+            ValueError: one was not; the message names the tensor and the batch.
+        """
+        bad = {place.name: int(self.bad[place.name]) for place in self.places if place.name in self.bad}
+        name, batch = min(((n, b) for n, b in bad.items() if b >= 0), key=lambda found: found[1], default=(None, -1))
+        if name is not None:
+            raise ValueError(
+                f"calibration: the gradient of {name} is not finite at batch {batch} (from 0); look at that batch, or load the "
+                "model in bfloat16 or float32"
+            )
+        for value in self.values.values():
+            value.div_(examples)
+
+    def _take(self, name: str, p: nn.Parameter) -> None:
+        grad, p.grad = p.grad, None
+        self.add(name, grad)
+
+
+def calibrate(
+    model: nn.Module, places: Sequence[Place], needs: str | None, run: Calibration, options: Mapping[str, Any]
+) -> Iterator[tuple[Place, Stats]]:
+    """What a strategy needs to know of each target, in their order, one group of them in memory at a time.
+
+    Raises:
+        ValueError: there is no data, or it cannot be read as often as needed; a gradient is not finite; memory for less
+            than one target.
+    """
+    if needs is None:
+        yield from ((place, Stats()) for place in places)
+        return
+    for place in places:
+        if not place.parameter.is_floating_point():
+            raise ValueError(f"calibration: expected a floating point weight, got {place.parameter.dtype} for {place.name}")
+    whole = needs == "hessian_gradient"  # the product runs over all targets, so their gradients are held together
+    groups = _groups(places, run, 2 if whole else 1)
+    if whole and len(groups) > 1:
+        raise ValueError(
+            f"calibration_memory: this strategy holds the gradients of all targets at once, {2 * _bytes_of(places, run):,} "
+            "bytes, which do not fit; raise it, or give calibration_device='cpu' or calibration_dtype=torch.bfloat16"
+        )
+    passes = len(groups) * (2 if whole else 1)
+    batches = Batches(model, run.data, run.examples, passes) if needs != "flow" or run.data is not None else None
+    started = time.perf_counter()
+    for number, group in enumerate(groups):
+        with untouched(model, checkpointing=needs in ("gradient", "fisher")):
+            if needs == "flow":
+                sums, examples = _zeros(group, run), 1
+                with sums.listening():
+                    flow(model, next(iter(batches))[1] if batches else None)
+                sums.finish(1)
+            elif whole:
+                with scaled_logits(model, options.get("temperature", 1.0), run.loss_fn is None):
+                    gradient, examples = _gradients(model, group, batches, run, "gradient")
+                    sums = _hessian_products(model, group, batches, run, gradient.values)
+            else:
+                sums, examples = _gradients(model, group, batches, run, needs)
+        logger.info(
+            "calibration: group %d of %d, %d targets, %d examples, %.1f s so far, accumulators of %.0f MB, peak %s",
+            number + 1, len(groups), len(group), examples, time.perf_counter() - started, _bytes_of(group, run) / 1e6,
+            _peak(group[0].parameter.device),
+        )  # fmt: skip
+        for place in group:
+            yield place, Stats(**{needs: sums.values.pop(place.name)}, examples=examples)
+
+
+def _gradients(model: nn.Module, group: Sequence[Place], batches: Batches, run: Calibration, needs: str) -> tuple[Sums, int]:
+    """The mean gradient over the examples, or the mean of the squares of each example's own."""
+    sums, examples = _zeros(group, run), 0
+    sums.squared = needs == "fisher"
+    with sums.listening():
+        for sums.batch, (count, batch) in enumerate(batches):
+            parts = split(batch, count) if sums.squared else [batch]
+            sums.weight = 1.0 if sums.squared else float(count)
+            for part in parts:
+                loss_of(model, part, run.loss_fn, sums.batch).backward()
+            examples += count
+    sums.finish(examples)
+    return sums, examples
+
+
+def _hessian_products(
+    model: nn.Module, group: Sequence[Place], batches: Batches, run: Calibration, vectors: Mapping[str, Tensor]
+) -> Sums:
+    """Hessian of the mean loss times vectors, over all of a group of targets together."""
+    sums, examples = _zeros(group, run), 0
+    for place in group:
+        place.parameter.requires_grad_(True)
+    weights = [place.parameter for place in group]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only one with second derivatives
+        for sums.batch, (count, batch) in enumerate(batches):
+            loss = loss_of(model, batch, run.loss_fn, sums.batch)
+            grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+            products = [
+                (grad * vectors[place.name].to(grad.device, grad.dtype)).sum()
+                for grad, place in zip(grads, group, strict=True)
+                if grad is not None and grad.requires_grad
+            ]
+            seconds = torch.autograd.grad(_sum(products), weights, allow_unused=True) if products else ()
+            sums.weight, examples = float(count), examples + count
+            for place, second in zip(group, seconds, strict=False):
+                if second is not None:
+                    sums.add(place.name, second)
+    sums.finish(examples)
+    return sums
+
+
+def _sum(products: Sequence[Tensor]) -> Tensor:
+    total = products[0]
+    for product in products[1:]:
+        total = total + product.to(total.device)
+    return total
+
+
+def _zeros(group: Sequence[Place], run: Calibration) -> Sums:
+    values = {}
+    for place in group:
+        weight = place.parameter
+        values[place.name] = torch.zeros(weight.shape, dtype=_dtype(weight, run), device=run.device or weight.device)
+    return Sums(group, values)
+
+
+def _dtype(weight: Tensor, run: Calibration) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else run.dtype
+
+
+def _bytes_of(group: Sequence[Place], run: Calibration) -> int:
+    return sum(place.parameter.numel() * _dtype(place.parameter, run).itemsize for place in group)
+
+
+def _groups(places: Sequence[Place], run: Calibration, copies: int) -> list[list[Place]]:
+    """Neighbouring targets whose accumulators fit into memory together."""
+    limit = run.memory if run.memory != "auto" else _free(run.device or places[0].parameter.device) // 2
+    groups: list[list[Place]] = [[]]
+    for place in places:
+        need = copies * _bytes_of([place], run)
+        if need > limit and run.memory != "auto":
+            raise ValueError(
+                f"calibration_memory: the accumulator of {place.name} alone takes {need:,} bytes, got {limit:,}; raise it, or "
+                "give calibration_device='cpu' or calibration_dtype=torch.bfloat16"
+            )
+        if groups[-1] and copies * _bytes_of([*groups[-1], place], run) > limit:
+            groups.append([])
+        groups[-1].append(place)
+    return groups
+
+
+def _peak(device: torch.device) -> str:
+    """The highest use of memory so far; counters of the user are not reset for it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e6:.0f} MB allocated on the GPU"
+    if resource is None:
+        return "not measured"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:.0f} MB of the process"
+
+
+def _free(device: torch.device | str) -> int:
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 1 << 33

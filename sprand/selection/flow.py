@@ -1,0 +1,120 @@
+"""SynFlow's pass: the gradient of the sum of outputs of a model of absolute weights without nonlinearities, for ones as input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .batches import _map, call
+
+ACTIVATIONS = {
+    getattr(owner, name)
+    for owner in (torch, Tensor, F)
+    for name in (
+        "celu", "elu", "gelu", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu_", "relu6", "selu", "sigmoid", "silu",
+        "softplus", "softsign", "tanh",
+    )
+    if hasattr(owner, name)
+}  # fmt: skip
+ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
+NOT_POINTWISE = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmax2d)
+
+
+class Linear(TorchFunctionMode):
+    """Activations become the identity, and a normalization a product with its weight and its scale, held constant.
+
+    (The softmax of attention stays: over the one token of the input it is 1.)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in ACTIVATIONS:
+            return args[0]
+        if func in (F.layer_norm, F.rms_norm):
+            return _normed(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return result.detach() if func in (torch.rsqrt, Tensor.rsqrt) else result
+
+
+def flow(model: nn.Module, batch: Any = None) -> None:
+    """Run the pass forward and backward; targets that require a gradient get it, and the weights are as they were.
+
+    Args:
+        model: in evaluation mode.
+        batch: what shapes the input has, for a model that takes neither `inputs_embeds` nor the input of its first layer.
+
+    Raises:
+        ValueError: no input of ones can be made for this model.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_absolute(model))
+        for module in model.modules():
+            if type(module).__module__ in ACTIVATION_MODULES and not isinstance(module, NOT_POINTWISE):
+                stack.callback(module.register_forward_hook(lambda m, inputs, output: inputs[0]).remove)
+            if isinstance(module, nn.Embedding) and batch is not None:
+                stack.callback(module.register_forward_hook(lambda m, inputs, output: torch.ones_like(output)).remove)
+        stack.enter_context(Linear())
+        output = _run(model, batch)
+        if not isinstance(output, Tensor):
+            output = getattr(output, "logits", None) if hasattr(output, "logits") else output[0]
+        output.sum().backward()
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    if batch is not None:
+        labels = {"labels", "label", "label_ids"}
+        batch = {key: value for key, value in batch.items() if key not in labels} if isinstance(batch, Mapping) else batch
+        return call(model, _map(batch, lambda t: torch.ones_like(t) if t.is_floating_point() else t))
+    dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embedding is not None:
+        return model(inputs_embeds=torch.ones(1, 1, embedding.weight.shape[-1], dtype=dtype, device=device))
+    first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
+    try:
+        return model(torch.ones(1, first.in_features, dtype=dtype, device=device))
+    except Exception as error:
+        raise ValueError(
+            f"synflow: no input of ones can be made for this {type(model).__name__} ({error}); give data= with one batch of the "
+            "model's input"
+        ) from error
+
+
+@contextmanager
+def _absolute(model: nn.Module) -> Iterator[None]:
+    """Clear the signs of all parameters, and put them back bit for bit; between, they take one bit per entry."""
+    signs = []
+    try:
+        for p in model.parameters():
+            if p.is_floating_point():
+                signs.append((p, _pack(torch.signbit(p.data))))
+                p.data.abs_()
+        yield
+    finally:
+        for p, packed in signs:
+            negative = _unpack(packed, p.shape)
+            p.data.copy_(torch.where(negative, -p.data, p.data))
+
+
+def _pack(bits: Tensor) -> Tensor:
+    bits = F.pad(bits.flatten().to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten()[: shape.numel()].view(shape).bool()
+
+
+def _normed(
+    input: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    square = input.float().square().mean(tuple(range(-len(shape), 0)), keepdim=True)
+    result = input * torch.rsqrt(square + (eps or torch.finfo(input.dtype).eps)).to(input.dtype).detach()
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias

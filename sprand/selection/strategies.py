@@ -1,0 +1,158 @@
+"""Strategies: the score by which each ranks the entries of a weight, and what it must know for it. A new one is added here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEEDS = ("gradient", "fisher", "hessian_gradient", "flow")  # fields of Stats; what calibration can find out
+
+
+@dataclass
+class Stats:
+    """What calibration found out about one target, in float32 (bfloat16 where asked), of the weight's shape.
+
+    Attributes:
+        gradient: mean over the examples of the gradient of the loss.
+        fisher: mean over the examples of the square of each example's own gradient.
+        hessian_gradient: Hessian of the mean loss times its gradient, over all targets together.
+        flow: gradient of SynFlow's sum of outputs, with respect to the absolute weight.
+        examples: how many examples were seen.
+    """
+
+    gradient: Tensor | None = None
+    fisher: Tensor | None = None
+    hessian_gradient: Tensor | None = None
+    flow: Tensor | None = None
+    examples: int = 0
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to rank entries.
+
+    Attributes:
+        score: `score(weight, stats, **options)` gives a tensor of the weight's shape; the largest scores are chosen.
+        needs: the field of `Stats` that it reads, or None.
+        options: its options and their default values.
+        positive: whether only a positive score speaks for an entry.
+    """
+
+    score: Callable[..., Tensor]
+    needs: str | None = None
+    options: Mapping[str, float] = field(default_factory=dict)
+    positive: bool = False
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether it cannot do without batches."""
+        return self.needs not in (None, "flow")
+
+
+STRATEGIES: dict[str, Strategy] = {}
+
+
+def strategy(needs: str | None = None, positive: bool = False, **options: float) -> Callable[[Callable], Callable]:
+    """Enter a score function under its own name."""
+
+    def enter(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        STRATEGIES[score.__name__] = Strategy(score, needs, options, positive)
+        return score
+
+    return enter
+
+
+def strategy_of(asked: str | Callable[..., Tensor], name: str, has_data: bool) -> Strategy:
+    """The strategy of a configuration; a callable `score(name, weight, stats)` is bound to the target `name`.
+
+    A callable says what it reads by an attribute `needs`; without one it gets the mean gradient where there is data.
+
+    Raises:
+        ValueError: a callable needs what there is not.
+    """
+    if isinstance(asked, str):
+        return STRATEGIES[asked]
+    needs = getattr(asked, "needs", "gradient" if has_data else None)
+    if needs is not None and needs not in NEEDS:
+        raise ValueError(f"strategy: expected `needs` of the callable to be None or one of {', '.join(NEEDS)}, got {needs!r}")
+
+    def score(weight: Tensor, stats: Stats, **options: Any) -> Tensor:
+        given = asked(name, weight, stats, **options)
+        if not isinstance(given, Tensor) or given.shape != weight.shape or given.is_complex():
+            got = f"{list(given.shape)} of {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"strategy: expected a score of shape {list(weight.shape)} for {name}, got {got}")
+        return given
+
+    return Strategy(score, needs)
+
+
+@strategy()
+def magnitude(weight: Tensor, stats: Stats) -> Tensor:
+    """|w|."""
+    return weight.abs()
+
+
+@strategy(needs="gradient")
+def gradient(weight: Tensor, stats: Stats) -> Tensor:
+    """|mean g|: signed gradients are summed, the absolute value is taken at the end."""
+    return stats.gradient.abs()
+
+
+@strategy(needs="gradient")
+def snip(weight: Tensor, stats: Stats) -> Tensor:
+    """|w g|."""
+    return _times(weight, stats.gradient).abs_()
+
+
+@strategy(needs="gradient", positive=True)
+def force(weight: Tensor, stats: Stats) -> Tensor:
+    """-w g: entries that a step of the gradient makes larger."""
+    return _times(weight, stats.gradient).neg_()
+
+
+@strategy(needs="gradient")
+def taylor_fo(weight: Tensor, stats: Stats) -> Tensor:
+    """(w g)^2, ranked by its root |w g|: the same order, and squares of small float32 do not vanish."""
+    return _times(weight, stats.gradient).abs_()
+
+
+@strategy(needs="fisher")
+def fisher(weight: Tensor, stats: Stats) -> Tensor:
+    """Mean over the examples of the squared gradient of each, the diagonal of the empirical Fisher information."""
+    return stats.fisher
+
+
+@strategy(needs="hessian_gradient", temperature=200.0)
+def grasp(weight: Tensor, stats: Stats, temperature: float) -> Tensor:
+    """-(H g) w, of the loss of logits divided by `temperature`."""
+    return _times(weight, stats.hessian_gradient).neg_()
+
+
+@strategy(needs="flow")
+def synflow(weight: Tensor, stats: Stats) -> Tensor:
+    """|w| times the gradient of the sum of outputs of the network of absolute weights, for an input of ones."""
+    return _times(weight, stats.flow).abs_()
+
+
+@strategy(rank=128)
+def lift(weight: Tensor, stats: Stats, rank: int) -> Tensor:
+    """|entries of the best approximation of rank `rank`| of the weight as a matrix `[shape[0], everything else]`."""
+    if weight.dim() < 2 or weight.numel() == 0 or rank >= min(weight.shape[0], weight[0].numel()):
+        return weight.abs()
+    matrix = weight.reshape(weight.shape[0], -1)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    exact = matrix.double() if wide else matrix.double().T
+    _, vectors = torch.linalg.eigh(exact @ exact.T)
+    top = vectors[:, -int(rank) :]
+    low = top @ (top.T @ exact)
+    return (low if wide else low.T).abs().view(weight.shape)
+
+
+def _times(weight: Tensor, other: Tensor) -> Tensor:
+    """The product in the wider of float32 and the weight's dtype."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(dtype) * other.to(weight.device, dtype)
