@@ -35,14 +35,14 @@ class DynamicMask:
     `mode="regrow"` (SpIEL, arXiv 2401.16405, and RigL, arXiv 1911.11134): every `every` steps a fraction of each weight's
     entries is dropped and as many are grown among the positions that do not train. A dropped entry goes back to its base
     value. `mode="recompute"` (SPEFT, arXiv 2412.13488): what was trained stays in the weights, and `strategy` draws the mask
-    anew; `sprand.save` writes the entries left behind beside those that train. In both modes the number of entries of each
-    weight stays, entries that stay keep the optimizer's moments, and new ones start from zero. Parameters and optimizer
-    state are changed in place.
+    anew; the adapter keeps the entries left behind (positions, folded and base values), and `sprand.save` writes them. In
+    both modes the number of entries of each weight stays, entries that stay keep the optimizer's moments, and new ones
+    start from zero. Parameters and optimizer state are changed in place.
 
     The gradients by which entries grow exist for one weight at a time and, where the weight is large, for one chunk of its
-    rows. A weight grows no entry whose gradient is zero or not finite, and drops no more than it grows. All choices are
-    deterministic, equal scores go to the lower position. Under `torch.distributed` every rank calls `step()`; the ranks'
-    gradients are added, and all of them move the mask alike.
+    rows; they are not seen inside of `torch.compile`. A weight grows no entry whose gradient is zero or not finite, and
+    drops no more than it grows. All choices are deterministic, equal scores go to the lower position. Under
+    `torch.distributed` every rank calls `step()`; the ranks' gradients are added, and all of them move the mask alike.
 
     To resume, load the model's, the optimizer's and this object's `state_dict`, in this order.
 

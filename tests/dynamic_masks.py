@@ -17,10 +17,10 @@ OPTIMIZERS = {
 }
 
 
-def train(model, optimizer, mask, steps, start=0, dtype=None):
-    dtype = dtype or model.first.weight.dtype
+def train(model, optimizer, mask, steps, start=0):
+    weight = model.first.weight
     for seed in range(start, start + steps):
-        x, y = points_and_labels(seed, dtype)
+        x, y = (value.to(weight.device) for value in points_and_labels(seed, weight.dtype))
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         mask.step()

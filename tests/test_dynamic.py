@@ -78,14 +78,14 @@ def test_resume_equals_never_stopped(tmp_path, mode, stop):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
-def test_an_adapter_after_changes_reproduces_the_model(tmp_path, mode, dtype):
+def test_an_adapter_after_changes_reproduces_the_model(tmp_path, mode, dtype, device):
     def fresh():
-        return built(MLP).to(dtype)
+        return built(MLP).to(device, dtype)
 
     model = sprand.apply(fresh(), density=0.2)
     optimizer = sprand.SparseAdamW(model, lr=LR)
     train(model, optimizer, sprand.DynamicMask(model, optimizer, **MODES[mode]()), 20)
-    x, _ = points_and_labels(0, dtype)
+    x = points_and_labels(0, dtype)[0].to(device)
     sprand.save(model, tmp_path)
     loaded = sprand.load(fresh(), tmp_path)
     assert torch.equal(loaded(x), model(x))
