@@ -9,6 +9,7 @@ sprand.merge(model)                                 # keep the trained weights, 
 from . import native  # registers the operators and their compiled kernels
 from .adapter import load, save
 from .config import SparseConfig
+from .dynamic import DynamicMask
 from .layers import SparseLinear, SparseModule
 from .model import apply, disabled, merge, named_parameters, parameters, switch, unmerge, write
 from .optim import SparseAdamW
@@ -17,6 +18,7 @@ from .summary import print_trainable_parameters, summary
 from .version import __version__
 
 __all__ = [
+    "DynamicMask",
     "SparseAdamW",
     "SparseConfig",
     "SparseLinear",

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from . import ops, pattern
 from .config import AS_GIVEN, GIVEN, SparseConfig
+from .frozen import Frozen
 from .layers import SparseModule
 from .model import Adapter, State, disabled, install, sparse_modules, state_of, switch, write
 from .targets import Place, places_of
 from .version import __version__
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION, WITHOUT_FROZEN = 2, 1  # 2 adds frozen entries; an adapter that has none is written as 1
 NARROWER = {torch.float64: (torch.float32, torch.bfloat16, torch.float16), torch.float32: (torch.bfloat16, torch.float16)}
 
 
@@ -66,6 +67,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             "nnz": delta.numel(),
             "fingerprint": fingerprints(entries.base),
         }
+        if name in adapter.frozen:
+            frozen = adapter.frozen[name]
+            tensors |= {f"frozen_indices.{name}": frozen.indices.cpu(), f"frozen_values.{name}": frozen.values.cpu()}
+            targets[name] |= {
+                "fingerprint": fingerprints(frozen.pristine(entries.indices, entries.base)),
+                "frozen": {"nnz": frozen.indices.numel(), "fingerprint": fingerprints(frozen.base)},
+            }
         given = given or not torch.equal(entries.indices.cpu(), _draw(adapter.config, name, shape, delta.numel()))
     if given:
         tensors |= {f"indices.{name}": module.sparse_entries(p).indices.cpu() for name, module, p in attached(model)}
@@ -74,7 +82,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     config = adapter.config.to_dict() | (AS_GIVEN if given else {})
     description = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if adapter.frozen else WITHOUT_FROZEN,
         "pattern_version": pattern.PATTERN_VERSION,
         "sprand_version": __version__,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
@@ -132,7 +140,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         path: folder written by `save`, or its safetensors file.
 
     Returns:
-        The description, and the tensors `delta.*`, `indices.*`, `saved.*` by name.
+        The description, and the tensors `delta.*`, `indices.*`, `saved.*`, `frozen_*.*` by name.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -208,6 +216,8 @@ def _prove(
             indices = _draw(config, name, target["shape"], target["nnz"])
         indices = indices.to(device=weight.device, dtype=pattern.index_dtype(weight.numel()))
         _check_base(path, name, ops.gather(weight.data.contiguous(), indices), target["fingerprint"])
+        if "frozen" in target:
+            adapter.frozen[name] = _prove_frozen(path, name, target, tensors, weight)
         adapter.indices[name] = indices
         adapter.deltas[name] = nn.Parameter(delta.to(device=weight.device, dtype=ops.accumulation_dtype(weight.dtype)))
     for name, entry in description["saved"].items():
@@ -216,6 +226,20 @@ def _prove(
             raise ValueError(f"{path}: expected values of shape {entry['shape']} for {name}")
         adapter.saved[name] = value.to(device=p.device, dtype=p.dtype)
     return adapter, {place.name: place for place in places_of(model, set(adapter.indices))}
+
+
+def _prove_frozen(path: Path, name: str, target: dict[str, Any], tensors: Mapping[str, Tensor], weight: nn.Parameter) -> Frozen:
+    indices, values, nnz = tensors.get(f"frozen_indices.{name}"), tensors.get(f"frozen_values.{name}"), target["frozen"]["nnz"]
+    integers = indices is not None and indices.dtype in (torch.int32, torch.int64)
+    if values is None or not integers or list(indices.shape) != [nnz] or list(values.shape) != [nnz]:
+        raise ValueError(f"{path}: expected {nnz} integer indices and values of frozen entries for {name}")
+    if not values.is_floating_point() or not torch.isfinite(values).all():
+        raise ValueError(f"{path}: the values of frozen entries of {name} are not finite numbers")
+    pattern.check_indices(f"{path}: frozen entries of {name}", indices, weight.numel())
+    indices = indices.to(device=weight.device, dtype=pattern.index_dtype(weight.numel()))
+    base = ops.gather(weight.data.contiguous(), indices)
+    _check_base(path, name, base, target["frozen"]["fingerprint"])
+    return Frozen(indices, values.to(base), base)
 
 
 def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]) -> nn.Parameter:
@@ -244,10 +268,12 @@ def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter)
     same = there.indices.keys() == adapter.indices.keys() and there.saved.keys() == adapter.saved.keys()
     if not same or not all(torch.equal(there.indices[key].cpu(), adapter.indices[key].cpu()) for key in adapter.indices):
         raise ValueError(f"adapter {name!r} is loaded already, with other entries; choose another name")
+    if there.frozen or adapter.frozen:
+        switch(model, None)
     for key, delta in adapter.deltas.items():
         there.deltas[key].data.copy_(delta.data)
     if state.active != name:
-        there.saved = adapter.saved
+        there.saved, there.frozen = adapter.saved, adapter.frozen
         return switch(model, name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, value in adapter.saved.items():

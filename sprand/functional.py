@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .candidates import Candidates
 from .schedule import Schedule
 
 
@@ -53,6 +54,7 @@ class Entries:
         scale: factor on delta.
         written: shared by all uses of the weight, or None to write every time.
         schedule: how a GPU samples the gradient of a linear layer, or None.
+        candidates: sees the gradient of the whole weight in backward, chunk by chunk, or None.
     """
 
     delta: Tensor
@@ -61,6 +63,7 @@ class Entries:
     scale: float = 1.0
     written: Written | None = None
     schedule: Schedule | None = None
+    candidates: Candidates | None = None
 
     def write(self, weight: Tensor) -> None:
         """Make the chosen entries of `weight` hold base + scale * delta."""
@@ -113,7 +116,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         bias = None if bias is None else bias.to(cast)
     return _Linear.apply(
         input, weight, bias, entries.delta, entries.indices, entries.base, entries.scale, cast, transposed, _written(entries),
-        entries.schedule,
+        entries.schedule, _candidates(entries),
     )  # fmt: skip
 
 
@@ -132,8 +135,9 @@ def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int 
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     return _Embedding.apply(
-        input, weight, entries.delta, entries.indices, entries.base, entries.scale, padding_idx, _written(entries)
-    )
+        input, weight, entries.delta, entries.indices, entries.base, entries.scale, padding_idx, _written(entries),
+        _candidates(entries),
+    )  # fmt: skip
 
 
 def alias(weight: Tensor, entries: Entries) -> Tensor:
@@ -146,7 +150,9 @@ def alias(weight: Tensor, entries: Entries) -> Tensor:
     Returns:
         A view of weight. Its dense gradient exists while backward passes through this one weight.
     """
-    return _Alias.apply(weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries))
+    return _Alias.apply(
+        weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries), _candidates(entries)
+    )
 
 
 def _written(entries: Entries) -> Written | None:
@@ -155,6 +161,10 @@ def _written(entries: Entries) -> Written | None:
     if entries.written is not None and not torch.is_grad_enabled():
         entries.written.forget()
     return entries.written
+
+
+def _candidates(entries: Entries) -> Candidates | None:
+    return None if torch.compiler.is_compiling() else entries.candidates
 
 
 def _write(weight: Tensor, delta: Tensor, indices: Tensor, base: Tensor, scale: float, written: Written | None) -> None:
@@ -169,10 +179,11 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, delta, indices, base, scale, cast, transposed, written, schedule):
+    def forward(ctx, input, weight, bias, delta, indices, base, scale, cast, transposed, written, schedule, candidates):
         _write(weight, delta, indices, base, scale, written)
         ctx.save_for_backward(input, weight, delta, indices, base)
-        ctx.scale, ctx.cast, ctx.transposed, ctx.written, ctx.schedule = scale, cast, transposed, written, schedule
+        ctx.scale, ctx.cast, ctx.transposed = scale, cast, transposed
+        ctx.written, ctx.schedule, ctx.candidates = written, schedule, candidates
         used = weight if cast is None else weight.to(cast)
         return F.linear(input, used.t() if transposed else used, bias)
 
@@ -194,7 +205,9 @@ class _Linear(torch.autograd.Function):
             columns = input.reshape(-1, input.shape[-1])
             left, right = (columns, rows) if ctx.transposed else (rows, columns)
             grad_delta = _to_delta(ops.sddmm(left, right, indices, ctx.schedule), delta, ctx.scale)
-        return grad_input, None, grad_bias, grad_delta, None, None, None, None, None, None, None
+            if ctx.candidates is not None:
+                ctx.candidates.add_linear(left, right)
+        return grad_input, None, grad_bias, grad_delta, *(None,) * 8
 
 
 class _Embedding(torch.autograd.Function):
@@ -204,10 +217,11 @@ class _Embedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tokens, weight, delta, indices, base, scale, padding_idx, written):
+    def forward(ctx, tokens, weight, delta, indices, base, scale, padding_idx, written, candidates):
         _write(weight, delta, indices, base, scale, written)
         ctx.save_for_backward(tokens, delta, indices)
-        ctx.scale, ctx.padding_idx, ctx.written = scale, padding_idx, written
+        ctx.scale, ctx.padding_idx, ctx.vocabulary = scale, padding_idx, weight.shape[0]
+        ctx.written, ctx.candidates = written, candidates
         return F.embedding(tokens, weight)
 
     @staticmethod
@@ -217,20 +231,22 @@ class _Embedding(torch.autograd.Function):
         if ctx.written is not None:
             ctx.written.forget()
         if not ctx.needs_input_grad[2]:
-            return (None,) * 8
+            return (None,) * 9
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         sampled = ops.embedding_grad(rows, tokens.flatten(), indices, ctx.padding_idx)
-        return None, None, _to_delta(sampled, delta, ctx.scale), None, None, None, None, None
+        if ctx.candidates is not None:
+            ctx.candidates.add_embedding(rows, tokens.flatten(), ctx.vocabulary, ctx.padding_idx)
+        return None, None, _to_delta(sampled, delta, ctx.scale), *(None,) * 6
 
 
 class _Alias(torch.autograd.Function):
     """Forward: W itself.  Backward: ddelta = scale * dW.flatten()[indices].  Shapes: W any, delta, indices, base [nnz]."""
 
     @staticmethod
-    def forward(ctx, weight, delta, indices, base, scale, written):
+    def forward(ctx, weight, delta, indices, base, scale, written, candidates):
         _write(weight, delta, indices, base, scale, written)
         ctx.save_for_backward(delta, indices)
-        ctx.scale, ctx.written = scale, written
+        ctx.scale, ctx.written, ctx.candidates = scale, written, candidates
         return weight.view_as(weight)
 
     @staticmethod
@@ -239,8 +255,10 @@ class _Alias(torch.autograd.Function):
         delta, indices = ctx.saved_tensors
         if ctx.written is not None:
             ctx.written.forget()
-        sampled = ops.gather(grad_output.contiguous(), indices)
-        return None, _to_delta(sampled, delta, ctx.scale), None, None, None, None
+        grad_output = grad_output.contiguous()
+        if ctx.candidates is not None:
+            ctx.candidates.add_dense(grad_output)
+        return None, _to_delta(ops.gather(grad_output, indices), delta, ctx.scale), *(None,) * 5
 
 
 def _to_delta(grad: Tensor, delta: Tensor, scale: float) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, ops
+from .candidates import Candidates
 from .functional import Entries, Written
 from .schedule import Schedule
 from .tuning import schedule_for
@@ -38,6 +39,7 @@ class Target:
         redraw: makes the indices on a device; needed when a module leaves the meta device.
         written: whether the weight holds its delta already.
         schedule: how a GPU samples the gradient of a linear layer.
+        candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
         delta, indices, base: names of the module's tensors for this parameter.
     """
 
@@ -46,6 +48,7 @@ class Target:
     redraw: Callable[[torch.device], Tensor] | None = None
     written: Written = field(default_factory=Written)
     schedule: Schedule | None = None
+    candidates: Candidates | None = None
 
     def __post_init__(self) -> None:
         suffix = "" if self.parameter == "weight" else f"_{self.parameter}"
@@ -65,7 +68,7 @@ class SparseModule(nn.Module):
         buffers = self._buffers
         return Entries(
             self._parameters[target.delta], buffers[target.indices], buffers[target.base], target.scale, target.written,
-            target.schedule,
+            target.schedule, target.candidates,
         )  # fmt: skip
 
     def write_weights(self) -> None:
@@ -131,9 +134,13 @@ class SparseModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint with the entries is taken as it is; one without them is a new base."""
+        before = {name: getattr(self, target.indices).clone() for name, target in self._sprand_targets.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, target in self._sprand_targets.items():
             target.written.forget()
+            if not torch.equal(getattr(self, target.indices), before[name]):
+                target.redraw = None
+                self.make_schedule(name)
             if prefix + name in state_dict and prefix + target.base not in state_dict:
                 weight = self._parameters[name].data
                 setattr(self, target.base, ops.gather(weight, getattr(self, target.indices)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import host, native, ops, pattern
 from .config import SparseConfig
+from .frozen import Frozen
 from .layers import SparseModule, attach, detach, set_active
 from .selection.calibration import Calibration
 from .selection.choose import choose
@@ -28,12 +29,14 @@ class Adapter:
         indices: flat positions by parameter name.
         deltas: trained changes by parameter name.
         saved: values of the parameters of `modules_to_save` by name.
+        frozen: entries that trained under an earlier mask, by parameter name.
     """
 
     config: SparseConfig
     indices: dict[str, Tensor] = field(default_factory=dict)
     deltas: dict[str, nn.Parameter] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
+    frozen: dict[str, Frozen] = field(default_factory=dict)
 
 
 @dataclass
@@ -117,6 +120,7 @@ def install(model: nn.Module, state: State, name: str, adapter: Adapter, places:
 
 
 def _attach(model: nn.Module, adapter: Adapter, places: Mapping[str, Place]) -> None:
+    _write_frozen(model, adapter, trained=True)
     for name, indices in adapter.indices.items():
         place = places[name]
         device, redraw, base, delta = place.parameter.device, None, None, adapter.deltas.get(name)
@@ -151,6 +155,7 @@ def _detach(model: nn.Module, state: State, keep: bool) -> None:
                 adapter.indices[name], adapter.deltas[name] = entries.indices, entries.delta
     detach([module for _, module in modules], keep)
     if adapter is not None and not keep:
+        _write_frozen(model, adapter, trained=False)
         adapter.saved = {name: value for name, value in _set_saved(model, state.base_saved).items() if name in adapter.saved}
         for name, p in model.named_parameters():
             if name in state.base_saved:
@@ -243,10 +248,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     active = [module._sprand_active for module in modules]
     trained = _set_saved(model, state.base_saved)
     set_active(modules, [False] * len(modules))
+    _write_frozen(model, state.current, trained=False)
     try:
         yield model
     finally:
         _set_saved(model, trained)
+        _write_frozen(model, state.current, trained=any(active))
         set_active(modules, active)
 
 
@@ -285,6 +292,8 @@ def mix(state: State, weights: Mapping[str, float]) -> Adapter:
             raise ValueError(
                 f"switch: adapter {name!r} trained whole modules ({', '.join(state.adapters[name].saved)}), which cannot be mixed"
             )
+        if state.adapters[name].frozen:
+            raise ValueError(f"switch: adapter {name!r} has entries folded by a redrawn mask, which cannot be mixed")
     chosen = [(state.adapters[name], float(weight)) for name, weight in weights.items()]
     result = Adapter(chosen[0][0].config)
     rounds: dict[tuple[int, torch.device], list[tuple[Tensor, Tensor, Tensor, float]]] = {}
@@ -324,8 +333,23 @@ def _set_saved(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tens
     return before
 
 
+def _write_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> None:
+    """Make weights hold their folded values, or what was there before any training; attached entries start from there."""
+    if adapter is None or not adapter.frozen:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, frozen in adapter.frozen.items():
+        frozen.write(parameters[name]) if trained else frozen.restore(parameters[name])
+    changed = {id(parameters[name]) for name in adapter.frozen}
+    for _, module in sparse_modules(model):
+        for parameter in module._sprand_targets:
+            if id(module._parameters[parameter]) in changed:
+                entries = module.sparse_entries(parameter)
+                entries.base.copy_(ops.gather(module._parameters[parameter].data, entries.indices))
+
+
 def _ignore_in_ddp(model: nn.Module) -> None:
-    """Indices and base never change: DistributedDataParallel need not broadcast them before every forward."""
+    """Indices and base are alike on every rank: DistributedDataParallel need not broadcast them before every forward."""
     model._ddp_params_and_buffers_to_ignore = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in sparse_modules(model)

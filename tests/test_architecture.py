@@ -34,9 +34,9 @@ ROOMS = {
         "_C_cuda",
         "_host",
     ),
-    "core": ("pattern", "functional", "layers", "optim"),
+    "core": ("pattern", "candidates", "functional", "layers", "optim"),
     "policy": ("config", "targets", "selection"),
-    "assembly": ("model", "adapter", "checkpoint", "summary", "__init__"),
+    "assembly": ("model", "frozen", "adapter", "checkpoint", "dynamic", "exchange", "summary", "__init__"),
     "doors": ("peft", "integrations", "cli", "__main__"),
 }
 MAY_IMPORT = {
