@@ -31,7 +31,7 @@ from problems import (
     sum_dtype,
     tolerance,
 )
-from sprand import reference
+from sprand import native, reference
 
 
 @problem_table
@@ -339,6 +339,7 @@ def test_generators_equal_the_reference_on_huge_matrices(rows, cols, device):
     assert torch.equal(drawn, expected)
 
 
+@pytest.mark.skipif(not native.has_extension(), reason="the compiled CPU kernels are not there; PyTorch sums in another order")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_sddmm_of_rows_that_share_columns_is_that_of_each_row_alone(dtype):
     """Sharing a load changes no bit, on the CPU and within a block of tokens."""
