@@ -34,8 +34,9 @@ std::optional<RowsPlan> plan_of(const char* op, const std::optional<Tensor>& tab
   STD_TORCH_CHECK(has_rows_variant(v, value_type(op, input)), op,
                   ": no kernel for this schedule in the dtype of input; make it anew");
   STD_TORCH_CHECK(plan.tiles > 0 && plan.tiles < int64_t{1} << 31 && plan.windows > 0 && plan.windows < 65536 &&
-                      plan.ranks >= 0 && plan.ranks <= v.slots && plan.width > 0 && plan.width <= v.columns && plan.blocks > 0,
-                  op, ": expected a schedule of sprand.ops.make_schedule, got numbers out of range");
+                      plan.ranks >= 0 && plan.ranks <= v.slots && plan.width > 0 && plan.width <= v.columns &&
+                      plan.width <= input.size(1) && plan.blocks > 0,
+                  op, ": expected a schedule of sprand.schedule.make_schedule, got numbers out of range");
   const int64_t covered = plan.tiles * v.threads * v.rows_per_lane;
   STD_TORCH_CHECK(v.ordered || covered >= grad_output.size(1), op, ": expected a schedule for ", grad_output.size(1),
                   " rows, got one for another weight");

@@ -99,7 +99,9 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
   const int tiles = static_cast<int>((rest < args.split_tokens ? rest > 0 ? rest : 0 : args.split_tokens) / kTokens);
   const int64_t lane_row = int64_t{block} * kThreads * kRows + warp * (32 * kRows) + kGroup * lane;  // aligned: the first
   const int32_t* const window_begin = args.table + (kOrdered ? 0 : out + 1);
-  const int64_t first_column = window_begin[kOrdered ? block : window];
+  // Held inside the input for any table, and even, as loads of pairs need it.
+  const int64_t wanted_column = window_begin[kOrdered ? block : window], last_column = in - args.width;
+  const int64_t first_column = (wanted_column < 0 ? 0 : wanted_column < last_column ? wanted_column : last_column) & ~int64_t{1};
   const int32_t* const tile_rows = args.table + args.tiles + int64_t{block} * kRows * kThreads + tid;
   const int32_t* const tile_entries =
       args.table + args.tiles + int64_t{args.tiles} * kRows * kThreads + int64_t{block} * kRows * kSlots * kThreads + tid;
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int pair = tid + i * kThreads;
-      if (2 * pair >= args.width || 2 * pair >= kColumns) continue;
+      if (2 * pair >= args.width) continue;
       const uint4 first = G::first(staged[i]), second = G::second(staged[i]);
       granules[2 * pair + swap] = swap ? second : first;
       granules[2 * pair + 1 - swap] = swap ? first : second;

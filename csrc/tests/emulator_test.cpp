@@ -2,12 +2,12 @@
 //
 // With the argument "out-of-bounds" it stores one element behind an array instead: the build with AddressSanitizer must stop
 // there.
-#include <cstdio>
 #include <cstring>
 #include <numeric>
 #include <string>
 #include <vector>
 
+#include "expect.h"
 #include "kernels.cuh"
 
 namespace {
@@ -15,12 +15,9 @@ namespace {
 using namespace emulator_tests;
 
 constexpr int kOrders[] = {0, 1, 2, 3, 11};
-int failures = 0;
 
 void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  std::printf("FAILED: %s (thread order %d)\n", what.c_str(), simt::order);
-  ++failures;
+  tests::expect(condition, what + " (thread order " + std::to_string(simt::order) + ")");
 }
 
 template <class F>
@@ -122,6 +119,5 @@ int main(int argc, char** argv) {
   test_right_kernels();
   test_missing_barriers();
   test_errors();
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  return tests::finish();
 }

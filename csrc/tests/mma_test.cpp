@@ -1,18 +1,14 @@
 // Tests of mma_host.h: ldmatrix and mma.sync as the PTX manual defines them, element by element, in every thread order.
-#include <cstdio>
 #include <string>
 #include <vector>
 
 #include "../common/mma_host.h"
+#include "expect.h"
 
 namespace {
 
-int failures = 0;
-
 void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  std::printf("FAILED: %s (thread order %d)\n", what.c_str(), simt::order);
-  ++failures;
+  tests::expect(condition, what + " (thread order " + std::to_string(simt::order) + ")");
 }
 
 constexpr int kSlots = 40;  // rows of 16 bytes in shared memory
@@ -120,6 +116,5 @@ int main() {
     test_multiply<__half>();
   }
   test_bad_rows();
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  return tests::finish();
 }

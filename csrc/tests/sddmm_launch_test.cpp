@@ -1,20 +1,13 @@
 // Tests of the launch arithmetic of the row kernel of sddmm (csrc/cuda/sddmm_rows.h): table and workspace sizes, splits.
-#include <cstdio>
 #include <string>
 
 #include "../cuda/sddmm_rows.h"
+#include "expect.h"
 
 namespace {
 
 using namespace sprand::cuda;
-
-int failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  std::printf("FAILED: %s\n", what.c_str());
-  ++failures;
-}
+using tests::expect;
 
 RowsPlan plan(int64_t tiles, int64_t windows, bool ordered = false) {
   return {{256, 8, 11, 2560, 1, ordered}, nullptr, tiles, windows, 11, 2500, 132};
@@ -56,6 +49,5 @@ int main() {
   tables();
   shared_memory();
   splits();
-  if (failures == 0) std::printf("All passed.\n");
-  return failures != 0;
+  return tests::finish();
 }

@@ -1,20 +1,14 @@
 // Tests of the launch arithmetic of csrc/cuda/segments.h: which targets share a launch, and which block works on which entries.
 #include "../cuda/segments.h"
 
-#include <cstdio>
 #include <string>
+
+#include "expect.h"
 
 namespace {
 
 using namespace sprand::cuda;
-
-int failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  std::printf("FAILED: %s\n", what.c_str());
-  ++failures;
-}
+using tests::expect;
 
 template <class P>
 P* address(uintptr_t value) {
@@ -154,6 +148,5 @@ int main() {
   test_launches();
   test_sizes();
   test_pieces_of_patch_and_scatter_add();
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  return tests::finish();
 }
