@@ -1,7 +1,7 @@
 """Candidates: the largest entries of a weight's gradient outside of its pattern, found in backward without that gradient.
 
-The first gradient after a `Candidates` is made is computed row chunk by row chunk (of `CHUNK_BYTES`); of each chunk only the
-largest entries are kept. Later gradients are sampled at the positions found, as those of trained entries are.
+The first gradient after a `Candidates` is made is computed row chunk by row chunk (of `schedule.CHUNK_BYTES`); of each chunk
+only the largest entries are kept. Later gradients are sampled at the positions found, as those of trained entries are.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops
-
-CHUNK_BYTES = 32 << 20  # of one chunk of the gradient, in float32
+from . import ops, schedule
+from .topk import largest, order_keys
 
 
 class Candidates:
@@ -70,7 +69,7 @@ class Candidates:
         if self.sums is None:
             return self.active.new_empty(0)
         scores = magnitudes(self.sums)
-        found = largest(scores, min(count, scores.numel()))
+        found = largest(order_keys(scores), min(count, scores.numel()))
         return self.positions[found[scores[found] > 0]]
 
     def _add(self, chunks: Callable[[], Iterator[tuple[int, Tensor]]], sample: Callable[[Tensor], Tensor]) -> None:
@@ -88,11 +87,11 @@ class Candidates:
             low, high = torch.searchsorted(self.active, edges.to(self.active.dtype)).tolist()
             scores = magnitudes(chunk)
             scores[self.active[low:high].long() - first] = 0
-            found = largest(scores, min(self.count, scores.numel()))
+            found = largest(order_keys(scores), min(self.count, scores.numel()))
             found = found[scores[found] > 0]
             positions = torch.cat([positions, (found + first).to(positions.dtype)])
             values = torch.cat([values, chunk[found]])
-            best = largest(magnitudes(values), min(self.count, values.numel()))
+            best = largest(order_keys(magnitudes(values)), min(self.count, values.numel()))
             positions, values = positions[best], values[best]
         return positions, values
 
@@ -112,18 +111,8 @@ class Candidates:
         total = values.new_zeros(union.shape)
         for positions, part in every:
             total[torch.searchsorted(union, positions[positions >= 0])] += part[positions >= 0]
-        best = largest(magnitudes(total), min(self.count, total.numel()))
+        best = largest(order_keys(magnitudes(total)), min(self.count, total.numel()))
         self.positions, self.sums, self.fresh = union[best], total[best], None
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """Where the `count` largest of `scores` stand, ascending; of equal ones the first. No score is NaN."""
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64, device=scores.device)
-    least = scores.topk(count, sorted=False).values.min()
-    above = (scores > least).nonzero().flatten()
-    level = (scores == least).nonzero().flatten()[: count - above.numel()]
-    return torch.cat([above, level]).sort().values
 
 
 def magnitudes(values: Tensor) -> Tensor:
@@ -138,14 +127,10 @@ def _gathered(value: Tensor) -> list[Tensor]:
 
 
 def _linear_chunks(grad_output: Tensor, input: Tensor) -> Iterator[tuple[int, Tensor]]:
-    dtype, cols = ops.accumulation_dtype(input.dtype), input.shape[1]
-    height = max(1, CHUNK_BYTES // (4 * cols))
+    cols = input.shape[1]
+    height = schedule.chunk_rows(cols)
     for row in range(0, grad_output.shape[1], height):
-        left = grad_output[:, row : row + height].t()
-        if input.is_cuda and input.dtype != dtype:
-            yield row * cols, torch.mm(left, input, out_dtype=dtype).flatten()
-        else:
-            yield row * cols, (left.to(dtype) @ input.to(dtype)).flatten()
+        yield row * cols, ops.dense_rows(grad_output[:, row : row + height], input).flatten()
 
 
 def _embedding_chunks(
@@ -153,7 +138,7 @@ def _embedding_chunks(
 ) -> Iterator[tuple[int, Tensor]]:
     """Chunks of the rows of tokens that occur; a row without a token has no gradient."""
     features = grad_output.shape[1]
-    height = max(1, CHUNK_BYTES // (4 * features))
+    height = schedule.chunk_rows(features)
     for part in (tokens.unique() // height).unique().tolist():
         first, end = part * height * features, min((part + 1) * height, vocabulary) * features
         positions = torch.arange(first, end, dtype=dtype, device=tokens.device)
@@ -161,5 +146,5 @@ def _embedding_chunks(
 
 
 def _dense_chunks(grad: Tensor) -> Iterator[tuple[int, Tensor]]:
-    flat, size = grad.view(-1), CHUNK_BYTES // 4
+    flat, size = grad.view(-1), schedule.CHUNK_BYTES // 4
     return ((first, flat[first : first + size]) for first in range(0, flat.numel(), size))

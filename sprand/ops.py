@@ -124,16 +124,20 @@ def sddmm_dense(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: S
         ValueError: a shape, dtype or device that does not fit.
     """
     check_sddmm("sddmm_dense", grad_output, input, indices)
-    dtype, parts = accumulation_dtype(input.dtype), []
+    parts = []
     for first_row, last_row, first, last in schedule.chunks:
-        left = grad_output[:, first_row:last_row].t()
-        if input.is_cuda and input.dtype != dtype:
-            chunk = torch.mm(left, input, out_dtype=dtype)
-        else:
-            chunk = left.to(dtype) @ input.to(dtype)
         offset = first_row * input.shape[1]
-        parts.append(torch.ops.sprand.gather(chunk, indices[first:last] - offset if offset else indices[first:last]))
+        chosen = indices[first:last] - offset if offset else indices[first:last]
+        parts.append(torch.ops.sprand.gather(dense_rows(grad_output[:, first_row:last_row], input), chosen))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def dense_rows(grad_output: Tensor, input: Tensor) -> Tensor:
+    """`grad_output.T @ input` in the accumulation dtype: some rows of a dense gradient, as many as `grad_output` has columns."""
+    dtype, left = accumulation_dtype(input.dtype), grad_output.t()
+    if input.is_cuda and input.dtype != dtype:
+        return torch.mm(left, input, out_dtype=dtype)
+    return left.to(dtype) @ input.to(dtype)
 
 
 def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding_idx: int | None = None) -> Tensor:

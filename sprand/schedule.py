@@ -10,7 +10,7 @@ that keeps the eight lanes of a shared-memory phase on different banks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from . import host
 from .host import BANKS
-from .schedule_run8 import are_runs, run8_schedule
+from .schedule_run8 import Limits, are_runs, run8_schedule
 
 RUN8_DTYPES = (torch.bfloat16, torch.float16)
 SAMPLED_ROWS, SAMPLED_RANKS = 2048, 64  # of a pattern, to judge its bank conflicts
 FEW_CONFLICTS = 1.3  # wavefronts per phase, up to which nothing is gained by ordering
 MOST_PADDING = 8  # slots per entry, beyond which an aligned schedule is out of the question
-MULTIPROCESSORS = 132  # where the device does not say: an H200
+CHUNK_BYTES = 32 << 20  # of a chunk of the dense gradient, in float32: stays in the L2 of an A100 or later until it is gathered
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,8 @@ class Schedule:
         return [*numbers, self.tiles, self.windows, self.ranks, self.width, self.blocks]
 
 
-CHUNK_BYTES = 32 << 20  # of float32 gradient: stays in the L2 of an A100 or later until it is gathered
-
-
 def make_schedule(
-    indices: Tensor,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-    shared_bytes: int = 227 << 10,
-    multiprocessors: int = MULTIPROCESSORS,
+    indices: Tensor, out_features: int, in_features: int, dtype: torch.dtype, limits: Limits | None = None
 ) -> Schedule | None:
     """The schedule of a pattern, or None where the row kernel has no use: no entries, an odd width, a float64 weight.
 
@@ -127,26 +119,26 @@ def make_schedule(
         indices: `[nnz]`, flat, sorted, distinct.
         out_features, in_features: rows and columns of the weight.
         dtype: of grad_output and input.
-        shared_bytes: what a block may use on the device.
-        multiprocessors: of the device.
+        limits: of the device; by default that of `indices`.
     """
     if indices.numel() == 0 or dtype not in VARIANTS or in_features % 2:
         return None
+    limits = limits or Limits.of(indices.device)
     rows = Rows.of(indices, out_features, in_features)
-    fitting = [v for v in VARIANTS[dtype] if v.shared_bytes <= shared_bytes]
+    fitting = [variant for variant in VARIANTS[dtype] if variant.shared_bytes <= limits.shared_bytes]
     conflicts = {unit: rows.conflicts(unit) for unit in (1, 2, 4) if unit <= rows.shared}
-    candidates = [
-        schedule
+    aligned = [
+        _aligned(rows, variant, conflicts[variant.unit], limits.processors)
         for variant in fitting
         if not variant.ordered and out_features % max(2, variant.unit) == 0 and variant.unit in conflicts
-        for schedule in _aligned(rows, variant, conflicts[variant.unit], multiprocessors)
     ]
+    candidates = [schedule for schedule in aligned if schedule is not None]
     best = min(candidates, key=lambda schedule: schedule.cost, default=None)
     if best is None or conflicts[best.variant.unit] > FEW_CONFLICTS:
-        ordered = [_ordered(rows, variant, multiprocessors) for variant in fitting if variant.ordered]
-        best = min([*ordered, *([best] if best else [])], key=lambda schedule: schedule.cost, default=None)
+        candidates += [_ordered(rows, variant, limits.processors) for variant in fitting if variant.ordered]
+        best = min(candidates, key=lambda schedule: schedule.cost, default=None)
     if best is not None and dtype in RUN8_DTYPES and are_runs(indices, in_features):
-        best = dataclasses.replace(best, runs=run8_schedule(indices, out_features, in_features))
+        best = dataclasses.replace(best, runs=run8_schedule(indices, out_features, in_features, limits=limits))
     return best
 
 
@@ -190,8 +182,10 @@ class Rows:
             shared = unit
         return cls(indices, begin.int(), columns, rank, int(counts.max()), shared, out_features, in_features)
 
+    @functools.cached_property
     def chunks(self) -> tuple[tuple[int, int, int, int], ...]:
-        height = max(1, CHUNK_BYTES // (4 * self.in_features))
+        """As `Schedule.chunks`."""
+        height = chunk_rows(self.in_features)
         edges = [*range(0, self.out_features, height), self.out_features]
         entries = self.begin[torch.tensor(edges, device=self.begin.device)].tolist()
         return tuple(zip(edges[:-1], edges[1:], entries[:-1], entries[1:], strict=True))
@@ -213,11 +207,16 @@ class Rows:
         return float(worst[met].double().mean())
 
 
-def _aligned(rows: Rows, variant: Variant, conflicts: float, multiprocessors: int) -> Iterator[Schedule]:
+def chunk_rows(in_features: int) -> int:
+    """How many rows of a dense gradient make a chunk."""
+    return max(1, CHUNK_BYTES // (4 * in_features))
+
+
+def _aligned(rows: Rows, variant: Variant, conflicts: float, multiprocessors: int) -> Schedule | None:
     """The aligned schedule of a variant with the fewest windows that hold the pattern's columns, if there is one."""
     fewest = -(-rows.most // variant.slots)
     if fewest * variant.slots * rows.out_features > MOST_PADDING * rows.indices.numel():
-        return
+        return None
     for windows in range(fewest, 2 * fewest + 2):
         ranks = -(-rows.most // windows)
         window = rows.rank // ranks
@@ -232,8 +231,8 @@ def _aligned(rows: Rows, variant: Variant, conflicts: float, multiprocessors: in
         tiles = -(-rows.out_features // variant.block_rows)
         cost = _cost(variant, width, conflicts) * tiles * windows
         table = torch.cat([rows.begin, low.int()])
-        yield Schedule(table, variant, tiles, windows, ranks, width, multiprocessors, cost, rows.chunks())
-        return
+        return Schedule(table, variant, tiles, windows, ranks, width, multiprocessors, cost, rows.chunks)
+    return None
 
 
 def _ordered(rows: Rows, variant: Variant, multiprocessors: int) -> Schedule:
@@ -243,7 +242,7 @@ def _ordered(rows: Rows, variant: Variant, multiprocessors: int) -> Schedule:
     )
     width = min(variant.columns, rows.in_features)
     cost = _cost(variant, width, conflicts) * tiles
-    return Schedule(table, variant, tiles, 1, variant.slots, width, multiprocessors, cost, rows.chunks())
+    return Schedule(table, variant, tiles, 1, variant.slots, width, multiprocessors, cost, rows.chunks)
 
 
 def _cost(variant: Variant, width: int, conflicts: float) -> float:

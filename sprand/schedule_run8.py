@@ -18,8 +18,27 @@ RUN = 8
 TILE_ROWS = 16
 UNIT_TILES = 256
 SHAPES = ((2048, 1408), (1024, 1472), (512, 1024))  # most rows and columns of a unit: the instantiations of the kernel
-PROCESSORS = 132  # blocks at once where the device cannot be asked: an H200
-SHARED_MEMORY = 227 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device offers; by default an H200.
+
+    Attributes:
+        shared_bytes: shared memory of a block.
+        processors: multiprocessors.
+    """
+
+    shared_bytes: int = 227 << 10
+    processors: int = 132
+
+    @classmethod
+    def of(cls, device: torch.device) -> Limits:
+        """Those of a GPU; the default elsewhere."""
+        if device.type != "cuda":
+            return cls()
+        facts = torch.cuda.get_device_properties(device)
+        return cls(facts.shared_memory_per_block_optin, facts.multi_processor_count)
 
 
 @dataclass(frozen=True)
@@ -45,13 +64,16 @@ def are_runs(indices: Tensor, in_features: int) -> bool:
     return bool(((first % RUN == 0) & (runs - first == torch.arange(RUN, device=indices.device))).all())
 
 
-def run8_schedule(indices: Tensor, out_features: int, in_features: int, shape: int | None = None) -> tuple[Tensor, list[int]]:
+def run8_schedule(
+    indices: Tensor, out_features: int, in_features: int, shape: int | None = None, limits: Limits | None = None
+) -> tuple[Tensor, list[int]]:
     """Schedule a pattern of runs of 8 adjacent entries.
 
     Args:
         indices: `[nnz]`, sorted flat positions, int32 or int64: eight by eight consecutive, from a multiple of 8 on.
         out_features, in_features: the size of the weight; `in_features` a multiple of 8.
-        shape: a row of `SHAPES` to use; by default that which reads the fewest bytes and fits the device of `indices`.
+        shape: a row of `SHAPES` to use; by default that which reads the fewest bytes and fits the device.
+        limits: of the device; by default that of `indices`.
 
     Returns:
         The table, int32 on the device of `indices`, and the list of ints that goes with it.
@@ -60,11 +82,11 @@ def run8_schedule(indices: Tensor, out_features: int, in_features: int, shape: i
         ValueError: the indices are no such runs, or lie outside the weight.
     """
     run_row, group = _runs(indices, out_features, in_features)
-    shared_memory, processors = _device(indices.device)
+    limits = limits or Limits.of(indices.device)
     groups = in_features // RUN
     plans = []
     for number, (rows, columns) in enumerate(SHAPES):
-        if shape == number or (shape is None and shared_bytes(rows, columns) <= shared_memory):
+        if shape == number or (shape is None and shared_bytes(rows, columns) <= limits.shared_bytes):
             plans.append(_plan(number, run_row, group, out_features, groups, rows, columns))
     _, number, rows, units = min(plans, key=lambda plan: plan[:2])
     header = torch.tensor(units, dtype=torch.int32, device=indices.device).view(-1, 4)
@@ -91,7 +113,7 @@ def run8_schedule(indices: Tensor, out_features: int, in_features: int, shape: i
     tile_group[place // TILE_ROWS] = (group[order] - header[unit[key], 1] // RUN).int()
     packed_rows = _with_spare_rows(tile_row).view(torch.int32)
     table = torch.cat([header.flatten(), runs, packed_rows, tile_group, turns.int().flatten()])
-    return table, Run8Launch(number, rows, len(units) - 1, tiles, processors).as_list()
+    return table, Run8Launch(number, rows, len(units) - 1, tiles, limits.processors).as_list()
 
 
 def run8_indices(table: Tensor, launch: list[int], in_features: int, nnz: int) -> Tensor:
@@ -213,11 +235,3 @@ def _parts(table: Tensor, launch: list[int]) -> list[Tensor]:
     )
     parts = header.view(-1, 4), runs.view(-1, 16), row.clone().view(torch.int16).view(-1, 16), group, turns.view(-1, segments)
     return [part.long() for part in parts]
-
-
-def _device(device: torch.device) -> tuple[int, int]:
-    """The shared memory of a block, and how many blocks run at once."""
-    if device.type != "cuda":
-        return SHARED_MEMORY, PROCESSORS
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, properties.multi_processor_count

@@ -131,9 +131,7 @@ def schedule_for(indices: Tensor, out_features: int, in_features: int, dtype: to
     Raises:
         ValueError: `SPRAND_SDDMM` is set to something else than auto, sparse or dense.
     """
-    facts = torch.cuda.get_device_properties(indices.device)
-    limits = facts.shared_memory_per_block_optin, facts.multi_processor_count
-    schedule = make_schedule(indices, out_features, in_features, dtype, *limits)
+    schedule = make_schedule(indices, out_features, in_features, dtype)
     if schedule is None:
         return None
     way = os.environ.get("SPRAND_SDDMM", "auto")
@@ -204,8 +202,6 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: Callable[[Callabl
         seconds: how to time a call; by CUDA events, the median of ten, if None.
     """
     seconds = seconds or _seconds
-    facts = torch.cuda.get_device_properties(device)
-    limits = facts.shared_memory_per_block_optin, facts.multi_processor_count
     rows: list[tuple[list[float], float]] = []
     runs: list[tuple[list[float], float]] = []
     dense: list[tuple[list[float], float]] = []
@@ -218,7 +214,7 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: Callable[[Callabl
                     indices = torch.empty(nnz // run, dtype=torch.int32, device=device)
                     ops.stratified_indices_(indices, features, features // run, 0)
                     indices = (indices[:, None] * run + torch.arange(run, dtype=torch.int32, device=device)).flatten()
-                    schedule = make_schedule(indices, features, features, dtype, *limits)
+                    schedule = make_schedule(indices, features, features, dtype)
                     taken = seconds(lambda s=schedule, i=indices, a=sides: ops.sddmm(*a, i, s))
                     if run == 1:
                         rows.append(([1.0, cycles(schedule, tokens)], taken))

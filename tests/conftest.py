@@ -1,4 +1,4 @@
-"""What all tests share: the import path of the problem table, fixed seeds, the devices, restored thread counts."""
+"""What all tests share: the import path of the problem table, fixed seeds, devices, thread counts, the emulated operators."""
 
 from __future__ import annotations
 
@@ -37,3 +37,21 @@ DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.i
 def device(request: pytest.FixtureRequest) -> str:
     """The CPU, and a GPU where there is one."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def simt():
+    """The CUDA kernels built for the CPU, and the order in which their threads run."""
+    import emulation
+
+    return emulation.load()
+
+
+@pytest.fixture
+def emulated(simt):
+    """The emulated operators; whatever they allocate is full of NaN before they write."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield simt.ops
+    torch.use_deterministic_algorithms(False)
+    simt.set_order(0)

@@ -199,6 +199,15 @@ def plain_embedding_dense(grad_output: Tensor, tokens: Tensor, rows: int) -> Ten
     return torch.ops.aten.embedding_dense_backward(grad_output.float(), tokens, rows, -1, False)
 
 
+def check_sddmm(result: Tensor, grad_output: Tensor, input: Tensor, indices: Tensor) -> None:
+    """The chosen part of the float64 gradient, as near as PyTorch's float32 product of the same numbers: sums are kept in it."""
+    assert result.dtype == sum_dtype(input.dtype)
+    assert result.shape == indices.shape
+    oracle = oracle_sddmm_dense(grad_output, input)
+    plain = grad_output.float().T @ input.float()
+    assert_within(result, oracle.flatten()[indices.long()], tolerance(plain, oracle, result.dtype))
+
+
 def oracle_patch(entries: Entries, scale: float) -> Tensor:
     """The weight after `patch_`, in float64."""
     return _put(entries, entries.base.double() + scale * entries.delta.double())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import emulation
 from problems import (
     INDEX_DTYPES,
     PROBLEMS,
@@ -13,6 +12,7 @@ from problems import (
     adamw_on_dense,
     assert_within,
     bits,
+    check_sddmm,
     guarded,
     guards_hold,
     make_adamw,
@@ -20,7 +20,6 @@ from problems import (
     make_sddmm,
     oracle_patch,
     oracle_scatter_add,
-    oracle_sddmm_dense,
     plain_patch,
     plain_scatter_add,
     run_problems,
@@ -39,29 +38,14 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 index_dtypes = pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-@pytest.fixture(scope="module")
-def simt() -> emulation.Emulation:
-    return emulation.load()
-
-
-@pytest.fixture
-def ops(simt):
-    """The emulated operators; whatever they allocate is full of NaN before they write."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield simt.ops
-    torch.use_deterministic_algorithms(False)
-    simt.set_order(0)
-
-
-def run_adamw(ops, made: AdamWProblem, lr_tensor=None, grad_coef=None, found_inf=None, **options) -> None:
+def run_adamw(emulated, made: AdamWProblem, lr_tensor=None, grad_coef=None, found_inf=None, **options) -> None:
     """All steps of `made` in place."""
     chosen = ADAMW | options
     rest = chosen["lr"], *chosen["betas"], chosen["eps"], chosen["weight_decay"], chosen["maximize"]
     for grads in made.grads:
         for step in made.steps:
             step += 1
-        ops.sparse_adamw_(
+        emulated.sparse_adamw_(
             made.weights, made.indices, made.bases, made.deltas, grads, made.exp_avgs, made.exp_avg_sqs, made.steps, made.scales,
             *rest, lr_tensor, grad_coef, found_inf,
         )  # fmt: skip
@@ -81,7 +65,7 @@ def check_adamw(made: AdamWProblem, coef: float = 1.0, **options) -> None:
 
 
 @pytest.mark.parametrize("op", sprand_ops.SCHEMAS)
-def test_every_operator_has_a_kernel(op, ops):
+def test_every_operator_has_a_kernel(op, emulated):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sprand_simt::{op}", "CPU")
     if native.problems["_C_cuda"] is None:
         assert native.kernel_of(op, "cuda") == "CUDA"
@@ -90,42 +74,38 @@ def test_every_operator_has_a_kernel(op, ops):
 @problem_table
 @dtypes
 @index_dtypes
-def test_sddmm(problem, dtype, index_dtype, ops):
+def test_sddmm(problem, dtype, index_dtype, emulated):
     grad_output, input, indices = make_sddmm(problem, dtype, index_dtype)
-    result = ops.sddmm(grad_output, input, indices)
-    assert result.dtype == torch.float32
-    oracle = oracle_sddmm_dense(grad_output, input)
-    plain = grad_output.float().T @ input.float()
-    assert_within(result, oracle.flatten()[indices.long()], tolerance(plain, oracle, torch.float32))
+    check_sddmm(emulated.sddmm(grad_output, input, indices), grad_output, input, indices)
 
 
 @dtypes
-def test_sddmm_takes_any_strides(dtype, ops):
+def test_sddmm_takes_any_strides(dtype, emulated):
     grad_output, input, indices = make_sddmm(ORDINARY, dtype, torch.int32)
-    expected = ops.sddmm(grad_output, input, indices)
-    assert torch.equal(ops.sddmm(grad_output.T.contiguous().T, input.T.contiguous().T, indices), expected)
-    assert torch.equal(ops.sddmm(grad_output.repeat_interleave(2, 0)[::2], input, indices), expected)
+    expected = emulated.sddmm(grad_output, input, indices)
+    assert torch.equal(emulated.sddmm(grad_output.T.contiguous().T, input.T.contiguous().T, indices), expected)
+    assert torch.equal(emulated.sddmm(grad_output.repeat_interleave(2, 0)[::2], input, indices), expected)
 
 
 @dtypes
-def test_sddmm_reads_nothing_outside_its_inputs(dtype, ops):
+def test_sddmm_reads_nothing_outside_its_inputs(dtype, emulated):
     for problem in (ORDINARY, SPLIT, LARGE):
         grad_output, input, indices = make_sddmm(problem, dtype, torch.int32)
-        expected = ops.sddmm(grad_output, input, indices)
-        assert torch.equal(ops.sddmm(guarded(grad_output)[0], guarded(input)[0], indices), expected)
+        expected = emulated.sddmm(grad_output, input, indices)
+        assert torch.equal(emulated.sddmm(guarded(grad_output)[0], guarded(input)[0], indices), expected)
 
 
 @problem_table
 @dtypes
 @index_dtypes
-def test_gather_patch_and_scatter_add(problem, dtype, index_dtype, ops):
+def test_gather_patch_and_scatter_add(problem, dtype, index_dtype, emulated):
     entries = make_entries(problem, dtype, index_dtype)
     where = entries.indices.long()
-    assert torch.equal(bits(ops.gather(entries.weight, entries.indices)), bits(entries.weight.flatten()[where]))
+    assert torch.equal(bits(emulated.gather(entries.weight, entries.indices)), bits(entries.weight.flatten()[where]))
 
     for name, values, scale in (("patch_", (entries.base, entries.delta), 0.3), ("scatter_add_", (entries.delta,), -1.7)):
         weight, memory = guarded(entries.weight)
-        getattr(ops, name)(weight, entries.indices, *values, scale)
+        getattr(emulated, name)(weight, entries.indices, *values, scale)
         assert guards_hold(memory)
         expected = entries.weight.clone()
         getattr(reference, name)(expected, entries.indices, *values, scale)
@@ -138,54 +118,54 @@ def test_gather_patch_and_scatter_add(problem, dtype, index_dtype, ops):
         assert_within(weight, oracle, tolerance(plain, oracle, dtype))
 
     weight = entries.weight.clone()
-    ops.patch_(weight, entries.indices, entries.base, None)
-    assert torch.equal(bits(ops.gather(weight, entries.indices)), bits(entries.base))
+    emulated.patch_(weight, entries.indices, entries.base, None)
+    assert torch.equal(bits(emulated.gather(weight, entries.indices)), bits(entries.base))
 
 
 @dtypes
 @index_dtypes
-def test_indices_outside_of_the_weight_are_not_followed(dtype, index_dtype, ops):
+def test_indices_outside_of_the_weight_are_not_followed(dtype, index_dtype, emulated):
     """No host can look at a pattern on a device without waiting for it: the kernels hold every index inside the weight."""
     entries = make_entries(ORDINARY, dtype, index_dtype)
     numel, count = entries.weight.numel(), 6
     indices = torch.tensor([-(2**31), -1, 3, numel - 1, numel, 2**31 - 1], dtype=index_dtype)
     good, where = torch.tensor([2, 3]), torch.tensor([3, numel - 1])
     base, values = entries.base[:count].contiguous(), torch.ones(count)
-    gathered = ops.gather(entries.weight, indices)
+    gathered = emulated.gather(entries.weight, indices)
     assert torch.equal(gathered[good], entries.weight.flatten()[where])
     assert gathered[[0, 1, 4, 5]].count_nonzero() == 0
 
     weight, memory = guarded(entries.weight)
-    ops.patch_(weight, indices, base, values, 1.0)
-    ops.scatter_add_(weight, indices, values, 1.0)
+    emulated.patch_(weight, indices, base, values, 1.0)
+    emulated.scatter_add_(weight, indices, values, 1.0)
     lists = [[values.clone()] for _ in range(4)]
-    ops.sparse_adamw_([weight], [indices], [base], *lists, [torch.ones(())], [1.0], 0.1, 0.9, 0.99, 1e-8, 0.0, False)
+    emulated.sparse_adamw_([weight], [indices], [base], *lists, [torch.ones(())], [1.0], 0.1, 0.9, 0.99, 1e-8, 0.0, False)
     assert guards_hold(memory)
     changed = (weight != entries.weight).flatten().nonzero().flatten()
     assert set(changed.tolist()) == set(where.tolist())
 
     grad_output, input, _ = make_sddmm(ORDINARY, dtype, index_dtype)
-    sums = ops.sddmm(grad_output, input, indices)
-    assert torch.equal(sums[good], ops.sddmm(grad_output, input, where.to(index_dtype)))
+    sums = emulated.sddmm(grad_output, input, indices)
+    assert torch.equal(sums[good], emulated.sddmm(grad_output, input, where.to(index_dtype)))
     assert sums[[0, 1, 4, 5]].count_nonzero() == 0
 
 
 @dtypes
 @pytest.mark.parametrize("delta, scale", [(0.0, 1.0), (-0.0, 1.0), (1.5, 0.0)])
-def test_zero_change_keeps_the_bits_of_base(dtype, delta, scale, ops):
+def test_zero_change_keeps_the_bits_of_base(dtype, delta, scale, emulated):
     info = torch.finfo(dtype)
     base = torch.tensor([0.0, -0.0, info.max, info.min, -info.tiny, float("inf"), float("-inf")], dtype=dtype)
     weight = torch.ones(len(base), dtype=dtype)
-    ops.patch_(weight, torch.arange(len(base)), base, torch.full((len(base),), delta), scale)
+    emulated.patch_(weight, torch.arange(len(base)), base, torch.full((len(base),), delta), scale)
     assert torch.equal(bits(weight), bits(base))
 
 
 @problem_table
 @dtypes
 @index_dtypes
-def test_sparse_adamw(problem, dtype, index_dtype, ops):
+def test_sparse_adamw(problem, dtype, index_dtype, emulated):
     made = make_adamw([problem], dtype, index_dtype)
-    run_adamw(ops, made)
+    run_adamw(emulated, made)
     check_adamw(made)
 
 
@@ -194,76 +174,76 @@ def test_sparse_adamw(problem, dtype, index_dtype, ops):
     [{"maximize": True}, {"weight_decay": 0.0}, {"betas": (0.0, 0.5)}, {"betas": (0.95, 0.99999)}, {"eps": 1e-3}],
     ids=str,
 )
-def test_sparse_adamw_takes_the_options_of_adamw(options, ops):
+def test_sparse_adamw_takes_the_options_of_adamw(options, emulated):
     made = make_adamw(PROBLEMS[:-1], torch.float32, torch.int32, steps=5)
-    run_adamw(ops, made, **options)
+    run_adamw(emulated, made, **options)
     check_adamw(made, **options)
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-d", "1-d"])
-def test_sparse_adamw_reads_its_scalars_from_tensors(shape, ops):
+def test_sparse_adamw_reads_its_scalars_from_tensors(shape, emulated):
     made = make_adamw([ORDINARY, SPLIT], torch.bfloat16, torch.int64)
     lr, coef, no = (torch.full(shape, value) for value in (2**-5, 0.25, 0.0))
-    run_adamw(ops, made, lr=123.0, lr_tensor=lr, grad_coef=coef, found_inf=no, maximize=True)
+    run_adamw(emulated, made, lr=123.0, lr_tensor=lr, grad_coef=coef, found_inf=no, maximize=True)
     check_adamw(made, coef=0.25, lr=2**-5, maximize=True)
 
 
-def test_sparse_adamw_with_found_inf_changes_nothing(ops):
+def test_sparse_adamw_with_found_inf_changes_nothing(emulated):
     made, untouched = (make_adamw([ORDINARY, LARGE], torch.bfloat16, torch.int32, steps=1) for _ in range(2))
     made.grads[0][0][3] = float("nan")
-    run_adamw(ops, made, found_inf=torch.ones(()))
+    run_adamw(emulated, made, found_inf=torch.ones(()))
     for name in ("weights", "deltas", "exp_avgs", "exp_avg_sqs"):
         assert all(map(torch.equal, map(bits, getattr(made, name)), map(bits, getattr(untouched, name))))
 
 
 @pytest.mark.parametrize("key", [0, -1, 2**63 - 1, 0x0123456789ABCDEF])
 @index_dtypes
-def test_draws_equal_the_reference_bit_for_bit(key, index_dtype, ops):
+def test_draws_equal_the_reference_bit_for_bit(key, index_dtype, emulated):
     shapes = [(1, 1, 1), (1, 64, 8), (7, 24, 0), (7, 24, 24), (16, 256, 512), (33, 65, 300), (40, 30, 1200), (3000, 8, 700)]
     for rows, cols, nnz in shapes:
         drawn, expected = (torch.full((nnz,), -1, dtype=index_dtype) for _ in range(2))
-        ops.stratified_indices_(drawn, rows, cols, key)
+        emulated.stratified_indices_(drawn, rows, cols, key)
         reference.stratified_indices_(expected, rows, cols, key)
         assert torch.equal(drawn, expected)
-        ops.uniform_indices_(drawn, rows * cols, key)
+        emulated.uniform_indices_(drawn, rows * cols, key)
         reference.uniform_indices_(expected, rows * cols, key)
         assert torch.equal(drawn, expected)
 
 
 @run_problems
 @index_dtypes
-def test_runs_equal_the_reference_bit_for_bit(rows, cols, nnz, run, index_dtype, ops):
+def test_runs_equal_the_reference_bit_for_bit(rows, cols, nnz, run, index_dtype, emulated):
     drawn, expected = (torch.full((nnz,), -1, dtype=index_dtype) for _ in range(2))
-    ops.stratified_indices_(drawn, rows, cols, -5, *run)
+    emulated.stratified_indices_(drawn, rows, cols, -5, *run)
     reference.stratified_indices_(expected, rows, cols, -5, *run)
     assert torch.equal(drawn, expected)
 
 
 @pytest.mark.parametrize("rows, cols", [(1, 2**32 - 1), (3, 2**32 - 8), (2**20, 2**20)])
-def test_draws_equal_the_reference_on_huge_matrices(rows, cols, ops):
+def test_draws_equal_the_reference_on_huge_matrices(rows, cols, emulated):
     drawn, expected = (torch.full((600,), -1, dtype=torch.int64) for _ in range(2))
-    ops.stratified_indices_(drawn, rows, cols, 11)
+    emulated.stratified_indices_(drawn, rows, cols, 11)
     reference.stratified_indices_(expected, rows, cols, 11)
     assert torch.equal(drawn, expected)
-    ops.uniform_indices_(drawn, 2**62 - 1, 11)
+    emulated.uniform_indices_(drawn, 2**62 - 1, 11)
     reference.uniform_indices_(expected, 2**62 - 1, 11)
     assert torch.equal(drawn, expected)
 
 
 @pytest.mark.parametrize("problem", [ORDINARY, SPLIT, LARGE], ids=str)
-def test_results_do_not_depend_on_the_order_of_threads(problem, simt, ops):
+def test_results_do_not_depend_on_the_order_of_threads(problem, simt, emulated):
     def run() -> list[torch.Tensor]:
         made = make_adamw([problem], torch.bfloat16, torch.int32, steps=2)
         entries = make_entries(problem, torch.bfloat16, torch.int32)
-        run_adamw(ops, made)
+        run_adamw(emulated, made)
         patched, added = entries.weight.clone(), entries.weight.clone()
-        ops.patch_(patched, entries.indices, entries.base, entries.delta)
-        ops.scatter_add_(added, entries.indices, entries.delta)
+        emulated.patch_(patched, entries.indices, entries.base, entries.delta)
+        emulated.scatter_add_(added, entries.indices, entries.delta)
         drawn, shuffled = torch.empty_like(entries.indices), torch.empty_like(entries.indices)
-        ops.stratified_indices_(drawn, problem.rows, problem.cols, 3)
-        ops.uniform_indices_(shuffled, problem.rows * problem.cols, 3)
-        sums = ops.sddmm(*make_sddmm(problem, torch.bfloat16, torch.int32))
-        values = ops.gather(entries.weight, entries.indices)
+        emulated.stratified_indices_(drawn, problem.rows, problem.cols, 3)
+        emulated.uniform_indices_(shuffled, problem.rows * problem.cols, 3)
+        sums = emulated.sddmm(*make_sddmm(problem, torch.bfloat16, torch.int32))
+        values = emulated.gather(entries.weight, entries.indices)
         return [sums, values, patched, added, drawn, shuffled, *made.weights, *made.deltas, *made.exp_avgs, *made.exp_avg_sqs]
 
     expected = run()
@@ -273,21 +253,21 @@ def test_results_do_not_depend_on_the_order_of_threads(problem, simt, ops):
             assert torch.equal(bits(result), bits(first))
 
 
-def test_wrong_arguments_are_refused(ops):
+def test_wrong_arguments_are_refused(emulated):
     entries = make_entries(ORDINARY, torch.float32, torch.int32)
     weight, indices, base, delta = entries.weight, entries.indices, entries.base, entries.delta
     calls = {
-        "float32, bfloat16 or float16": lambda: ops.gather(weight.double(), indices),
-        "int32 or int64": lambda: ops.gather(weight, indices.short()),
-        "contiguous weight": lambda: ops.patch_(weight.T, indices, base, delta),
-        "base": lambda: ops.patch_(weight, indices, base.half(), delta),
-        "delta": lambda: ops.patch_(weight, indices, base, delta[1:]),
-        "values": lambda: ops.scatter_add_(weight, indices, delta.double()),
-        "input \\[T, in\\]": lambda: ops.sddmm(weight, weight[1:], indices),
-        "one length": lambda: ops.sparse_adamw_([weight], [], [], [], [], [], [], [], [], 0.1, 0.9, 0.99, 1e-8, 0.0, False),
-        "more entries": lambda: ops.stratified_indices_(indices, 2, 3, 0),
-        "runs of 2 x 1": lambda: ops.stratified_indices_(indices, 9, 64, 0, 2, 1),
-        "positions": lambda: ops.uniform_indices_(indices, 5, 0),
+        "float32, bfloat16 or float16": lambda: emulated.gather(weight.double(), indices),
+        "int32 or int64": lambda: emulated.gather(weight, indices.short()),
+        "contiguous weight": lambda: emulated.patch_(weight.T, indices, base, delta),
+        "base": lambda: emulated.patch_(weight, indices, base.half(), delta),
+        "delta": lambda: emulated.patch_(weight, indices, base, delta[1:]),
+        "values": lambda: emulated.scatter_add_(weight, indices, delta.double()),
+        "input \\[T, in\\]": lambda: emulated.sddmm(weight, weight[1:], indices),
+        "one length": lambda: emulated.sparse_adamw_([weight], [], [], [], [], [], [], [], [], 0.1, 0.9, 0.99, 1e-8, 0.0, False),
+        "more entries": lambda: emulated.stratified_indices_(indices, 2, 3, 0),
+        "runs of 2 x 1": lambda: emulated.stratified_indices_(indices, 9, 64, 0, 2, 1),
+        "positions": lambda: emulated.uniform_indices_(indices, 5, 0),
     }
     for message, call in calls.items():
         with pytest.raises(RuntimeError, match=message):

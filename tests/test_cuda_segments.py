@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import emulation
 from problems import INDEX_DTYPES, PROBLEMS, AdamWProblem, Problem, bits, make_adamw, make_entries
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,17 +18,6 @@ AT_EDGES = [Problem(f"{nnz} entries", 0, 64, 80, nnz) for nnz in (1, 3, 4, 5, 20
 SMALL = [Problem("few entries", 0, 5, 7, 6), Problem("one entry", 0, 3, 1, 1), EMPTY]
 HYPER = (2**-7, 0.9, 0.999, 1e-8, 0.01, False)
 WRITTEN = ("weights", "deltas", "exp_avgs", "exp_avg_sqs")
-
-
-@pytest.fixture(scope="module")
-def simt() -> emulation.Emulation:
-    return emulation.load()
-
-
-@pytest.fixture
-def ops(simt):
-    yield simt.ops
-    simt.set_order(0)
 
 
 def interleaved(problems: list[Problem], kinds: list[tuple[torch.dtype, torch.dtype]]) -> AdamWProblem:
@@ -70,16 +58,18 @@ def part_of(made: AdamWProblem, target: int) -> AdamWProblem:
     return AdamWProblem(made.problems[target : target + 1], made.seed, **lists, grads=[made.grads[0][target : target + 1]])
 
 
-def adamw(ops, made: AdamWProblem, found_inf: Tensor | None = None) -> None:
+def adamw(emulated, made: AdamWProblem, found_inf: Tensor | None = None) -> None:
     lists = (made.weights, made.indices, made.bases, made.deltas, made.grads[0], made.exp_avgs, made.exp_avg_sqs, made.steps)
-    ops.sparse_adamw_(*lists, made.scales, *HYPER, None, None, found_inf)
+    emulated.sparse_adamw_(*lists, made.scales, *HYPER, None, None, found_inf)
 
 
 CALLS = {
     "sparse_adamw_": adamw,
-    "patch_all_": lambda ops, made: ops.patch_all_(made.weights, made.indices, made.bases, made.deltas, made.scales),
-    "patch_all_ without deltas": lambda ops, made: ops.patch_all_(made.weights, made.indices, made.bases, None, made.scales),
-    "scatter_add_all_": lambda ops, made: ops.scatter_add_all_(made.weights, made.indices, made.deltas, made.scales),
+    "patch_all_": lambda emulated, made: emulated.patch_all_(made.weights, made.indices, made.bases, made.deltas, made.scales),
+    "patch_all_ without deltas": lambda emulated, made: emulated.patch_all_(
+        made.weights, made.indices, made.bases, None, made.scales
+    ),
+    "scatter_add_all_": lambda emulated, made: emulated.scatter_add_all_(made.weights, made.indices, made.deltas, made.scales),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 
@@ -90,20 +80,20 @@ def assert_same_bits(left: AdamWProblem, right: AdamWProblem) -> None:
 
 
 @every_call
-def test_all_targets_together_get_the_bits_of_each_alone(name, ops):
+def test_all_targets_together_get_the_bits_of_each_alone(name, emulated):
     together = interleaved([*AT_EDGES, *SMALL, LARGE], KINDS)
     alone = copy_of(together)
-    CALLS[name](ops, together)
+    CALLS[name](emulated, together)
     for target in range(len(alone.problems)):
-        CALLS[name](ops, part_of(alone, target))
+        CALLS[name](emulated, part_of(alone, target))
     assert_same_bits(together, alone)
 
 
 @every_call
-def test_one_launch_for_each_pair_of_dtypes(name, simt, ops):
+def test_one_launch_for_each_pair_of_dtypes(name, simt, emulated):
     def launches(made: AdamWProblem) -> int:
         before = simt.launches()
-        CALLS[name](ops, made)
+        CALLS[name](emulated, made)
         return simt.launches() - before
 
     problems = [AT_EDGES[3], EMPTY, LARGE] * 20
@@ -113,22 +103,22 @@ def test_one_launch_for_each_pair_of_dtypes(name, simt, ops):
 
 
 @every_call
-def test_more_targets_than_one_table_holds(name, simt, ops):
+def test_more_targets_than_one_table_holds(name, simt, emulated):
     together = interleaved(SMALL * 450, KINDS[2:3])
     alone = copy_of(together)
     before = simt.launches()
-    CALLS[name](ops, together)
+    CALLS[name](emulated, together)
     taken = simt.launches() - before
     assert 1 < taken <= 3
     for begin in range(0, len(alone.problems), 150):  # 150 fit into a table of any operator
         batch = {f.name: getattr(alone, f.name)[begin : begin + 150] for f in fields(alone)[2:-1]}
-        CALLS[name](ops, AdamWProblem(alone.problems, 0, **batch, grads=[alone.grads[0][begin : begin + 150]]))
+        CALLS[name](emulated, AdamWProblem(alone.problems, 0, **batch, grads=[alone.grads[0][begin : begin + 150]]))
     assert_same_bits(together, alone)
 
 
 @every_call
 @pytest.mark.parametrize("offset", [0, 1, 2])
-def test_nothing_is_read_or_written_outside_the_targets_at_any_alignment(name, offset, ops):
+def test_nothing_is_read_or_written_outside_the_targets_at_any_alignment(name, offset, emulated):
     memories = []
 
     def placed(tensor: Tensor) -> Tensor:
@@ -144,8 +134,8 @@ def test_nothing_is_read_or_written_outside_the_targets_at_any_alignment(name, o
 
     expected = interleaved([*AT_EDGES, *SMALL], KINDS)
     guarded = copy_of(expected, placed)
-    CALLS[name](ops, guarded)
-    CALLS[name](ops, expected)
+    CALLS[name](emulated, guarded)
+    CALLS[name](emulated, expected)
     assert_same_bits(guarded, expected)
     for memory, before, first, size in memories:
         for outside in (slice(first), slice(first + size, None)):
@@ -153,48 +143,48 @@ def test_nothing_is_read_or_written_outside_the_targets_at_any_alignment(name, o
 
 
 @every_call
-def test_results_do_not_depend_on_the_order_of_threads(name, simt, ops):
+def test_results_do_not_depend_on_the_order_of_threads(name, simt, emulated):
     given = interleaved([*AT_EDGES, *SMALL], KINDS[:4])
     expected = copy_of(given)
-    CALLS[name](ops, expected)
+    CALLS[name](emulated, expected)
     for order in simt.ORDERS[1:]:
         simt.set_order(order)
         made = copy_of(given)
-        CALLS[name](ops, made)
+        CALLS[name](emulated, made)
         assert_same_bits(made, expected)
 
 
-def test_found_inf_leaves_every_target_as_it_was(ops):
+def test_found_inf_leaves_every_target_as_it_was(emulated):
     made = interleaved([*AT_EDGES, *SMALL], KINDS)
     untouched = copy_of(made)
     made.grads[0][0][:] = math.inf
-    adamw(ops, made, found_inf=torch.ones(()))
+    adamw(emulated, made, found_inf=torch.ones(()))
     assert_same_bits(made, untouched)
-    adamw(ops, made, found_inf=torch.zeros(()))
+    adamw(emulated, made, found_inf=torch.zeros(()))
     assert not torch.equal(made.deltas[1], untouched.deltas[1])
 
 
-def test_a_weight_of_which_no_entry_was_chosen_may_have_no_memory(ops):
+def test_a_weight_of_which_no_entry_was_chosen_may_have_no_memory(emulated):
     none = make_entries(Problem("empty weight", 0, 0, 4, 0), torch.bfloat16, torch.int32)
     some = make_entries(AT_EDGES[1], torch.bfloat16, torch.int32)
     expected = some.weight.clone()
-    ops.patch_(expected, some.indices, some.base, some.delta, 0.5)
+    emulated.patch_(expected, some.indices, some.base, some.delta, 0.5)
     lists = [[getattr(e, name) for e in (none, some, none)] for name in ("weight", "indices", "base", "delta")]
-    ops.patch_all_(*lists, [0.5] * 3)
+    emulated.patch_all_(*lists, [0.5] * 3)
     assert torch.equal(bits(some.weight), bits(expected))
 
 
-def test_lists_that_do_not_fit_are_refused(ops):
+def test_lists_that_do_not_fit_are_refused(emulated):
     e = make_entries(AT_EDGES[1], torch.float32, torch.int32)
     weights, indices, bases, deltas = [e.weight], [e.indices], [e.base], [e.delta]
     calls = {
-        "one length": lambda: ops.patch_all_(weights, indices, bases, [], [1.0]),
-        "patch_all_: expected lists": lambda: ops.patch_all_(weights, indices, bases, None, []),
-        "contiguous delta": lambda: ops.patch_all_(weights, indices, bases, [e.delta[1:]], [1.0]),
-        "contiguous base": lambda: ops.patch_all_(weights, indices, [e.base.half()], None, [1.0]),
-        "scatter_add_all_: expected lists": lambda: ops.scatter_add_all_(weights, indices, [], [1.0]),
-        "contiguous values": lambda: ops.scatter_add_all_(weights, indices, [e.delta.double()], [1.0]),
-        "float32, bfloat16 or float16": lambda: ops.scatter_add_all_([e.weight.double()], indices, deltas, [1.0]),
+        "one length": lambda: emulated.patch_all_(weights, indices, bases, [], [1.0]),
+        "patch_all_: expected lists": lambda: emulated.patch_all_(weights, indices, bases, None, []),
+        "contiguous delta": lambda: emulated.patch_all_(weights, indices, bases, [e.delta[1:]], [1.0]),
+        "contiguous base": lambda: emulated.patch_all_(weights, indices, [e.base.half()], None, [1.0]),
+        "scatter_add_all_: expected lists": lambda: emulated.scatter_add_all_(weights, indices, [], [1.0]),
+        "contiguous values": lambda: emulated.scatter_add_all_(weights, indices, [e.delta.double()], [1.0]),
+        "float32, bfloat16 or float16": lambda: emulated.scatter_add_all_([e.weight.double()], indices, deltas, [1.0]),
     }
     before = e.weight.clone()
     for message, call in calls.items():

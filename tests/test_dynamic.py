@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sprand
 from dynamic_masks import LR, MODES, OPTIMIZERS, Drawn, pair, train
 from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels, tokens_and_labels
-from sprand import candidates as candidates_module
-from sprand.candidates import largest
+from sprand import schedule
+from sprand.topk import largest, order_keys
+from watch import WatchSizes
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -165,26 +165,10 @@ def test_tied_weights_move_together():
     assert model.embed.sprand_delta is model.out.sprand_delta
 
 
-class WatchSizes(TorchDispatchMode):
-    """Records every tensor of at least so many entries that an operator makes."""
-
-    def __init__(self, numel):
-        super().__init__()
-        self.numel, self.seen = numel, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            fresh = isinstance(value, torch.Tensor) and value.numel() >= self.numel
-            if fresh and not any(isinstance(a, torch.Tensor) and a.data_ptr() == value.data_ptr() for a in args):
-                self.seen.append(f"{func} {list(value.shape)}")
-        return result
-
-
 @pytest.mark.parametrize("layer", ["linear", "embedding"])
 def test_no_dense_gradient_is_made(monkeypatch, layer):
     """Candidates come from chunks of rows: of 200 here, at most 10 at a time."""
-    monkeypatch.setattr(candidates_module, "CHUNK_BYTES", 10 * 300 * 4)
+    monkeypatch.setattr(schedule, "CHUNK_BYTES", 10 * 300 * 4)
     if layer == "linear":
         model, x = nn.Sequential(nn.Linear(300, 200)), torch.randn(6, 300)
         sprand.apply(model, density=0.01)
@@ -208,7 +192,7 @@ def test_no_dense_gradient_is_made(monkeypatch, layer):
 def test_chunks_do_not_change_the_choice(monkeypatch, size):
     results = []
     for chunk in (size * 4, 1 << 20):
-        monkeypatch.setattr(candidates_module, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(schedule, "CHUNK_BYTES", chunk)
         model = sprand.apply(built(MLP, width=8), density=0.1)
         optimizer = sprand.SparseAdamW(model, lr=LR)
         train(model, optimizer, sprand.DynamicMask(model, optimizer, every=2, fraction=0.3), 4)
@@ -217,9 +201,9 @@ def test_chunks_do_not_change_the_choice(monkeypatch, size):
 
 
 def test_equal_scores_go_to_the_lower_position():
-    assert largest(torch.tensor([1.0, 3.0, 1.0, 3.0, 1.0]), 3).tolist() == [0, 1, 3]
-    assert largest(torch.zeros(1000), 4).tolist() == [0, 1, 2, 3]
-    assert largest(torch.ones(3), 0).tolist() == []
+    assert largest(order_keys(torch.tensor([1.0, 3.0, 1.0, 3.0, 1.0])), 3).tolist() == [0, 1, 3]
+    assert largest(order_keys(torch.zeros(1000)), 4).tolist() == [0, 1, 2, 3]
+    assert largest(order_keys(torch.ones(3)), 0).tolist() == []
 
 
 def test_overflow_grows_nothing():

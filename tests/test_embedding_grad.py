@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import emulation
 from problems import (
     ORDINARY,
     PROBLEMS,
@@ -27,11 +26,6 @@ from problems import (
 from sprand import reference
 
 LONG = next(problem for problem in PROBLEMS if problem.reason == "more tokens than one token block")
-
-
-@pytest.fixture(scope="module")
-def simt() -> emulation.Emulation:
-    return emulation.load()
 
 
 @pytest.fixture(params=["dispatched", "reference", "emulated"])

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import emulation
-from problems import assert_within, guarded, oracle_sddmm_dense, tolerance
+from problems import check_sddmm, guarded
 from sprand import ops as sprand_ops
 from sprand import reference, schedule_run8
 from sprand.schedule_run8 import RUN, SHAPES, conflict_degree, run8_indices, run8_schedule
@@ -89,96 +88,75 @@ def stratified(rows: int, cols: int, density: float) -> Tensor:
     return (runs[:, None] * RUN + torch.arange(RUN)).flatten()
 
 
-@pytest.fixture(scope="module")
-def simt() -> emulation.Emulation:
-    return emulation.load()
-
-
-@pytest.fixture
-def ops(simt):
-    """The emulated operators; whatever they allocate is full of NaN before they write."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield simt.ops
-    torch.use_deterministic_algorithms(False)
-    simt.set_order(0)
-
-
-def check(result: Tensor, grad_output: Tensor, input: Tensor, indices: Tensor) -> None:
-    assert result.dtype == torch.float32
-    oracle = oracle_sddmm_dense(grad_output, input)
-    plain = grad_output.float().T @ input.float()
-    assert_within(result, oracle.flatten()[indices.long()], tolerance(plain, oracle, torch.float32))
-
-
 @problem_table
 @dtypes
-def test_the_kernel_is_the_chosen_part_of_the_weight_gradient(problem, dtype, ops):
+def test_the_kernel_is_the_chosen_part_of_the_weight_gradient(problem, dtype, emulated):
     grad_output, input, indices = make(problem, dtype)
     table, launch = run8_schedule(indices, problem.rows, problem.cols)
-    check(ops.sddmm_run8(grad_output, input, table, launch, len(indices)), grad_output, input, indices)
+    check_sddmm(emulated.sddmm_run8(grad_output, input, table, launch, len(indices)), grad_output, input, indices)
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
 @pytest.mark.parametrize("problem", [SPLIT, MANY_UNITS], ids=str)
-def test_every_shape_of_block_is_right(problem, shape, ops):
+def test_every_shape_of_block_is_right(problem, shape, emulated):
     grad_output, input, indices = make(problem, torch.bfloat16)
     table, launch = run8_schedule(indices, problem.rows, problem.cols, shape)
     assert launch[0] == shape
-    check(ops.sddmm_run8(grad_output, input, table, launch, len(indices)), grad_output, input, indices)
+    check_sddmm(emulated.sddmm_run8(grad_output, input, table, launch, len(indices)), grad_output, input, indices)
 
 
 @dtypes
-def test_the_tokens_are_split_and_summed_in_order(dtype, ops):
+def test_the_tokens_are_split_and_summed_in_order(dtype, emulated):
     grad_output, input, indices = make(SPLIT, dtype)
     table, launch = run8_schedule(indices, SPLIT.rows, SPLIT.cols)
     few, many = [*launch[:4], 1], [*launch[:4], 10_000]
-    whole, parts = (ops.sddmm_run8(grad_output, input, table, each, len(indices)) for each in (few, many))
+    whole, parts = (emulated.sddmm_run8(grad_output, input, table, each, len(indices)) for each in (few, many))
     assert not torch.equal(whole, parts)
-    check(whole, grad_output, input, indices)
-    check(parts, grad_output, input, indices)
+    check_sddmm(whole, grad_output, input, indices)
+    check_sddmm(parts, grad_output, input, indices)
 
 
-def test_results_do_not_depend_on_the_order_of_threads(simt, ops):
+def test_results_do_not_depend_on_the_order_of_threads(simt, emulated):
     for problem in (PROBLEMS[4], PROBLEMS[9]):
         grad_output, input, indices = make(problem, torch.bfloat16)
         arguments = grad_output, input, *run8_schedule(indices, problem.rows, problem.cols), len(indices)
         simt.set_order(0)
-        expected = ops.sddmm_run8(*arguments)
+        expected = emulated.sddmm_run8(*arguments)
         for order in simt.ORDERS[1:]:
             simt.set_order(order)
-            assert torch.equal(ops.sddmm_run8(*arguments), expected)
+            assert torch.equal(emulated.sddmm_run8(*arguments), expected)
 
 
 @dtypes
-def test_nothing_is_read_that_was_not_chosen(dtype, ops):
+def test_nothing_is_read_that_was_not_chosen(dtype, emulated):
     for problem in (ORDINARY, PROBLEMS[4], PROBLEMS[5], PROBLEMS[10]):
         grad_output, input, indices = make(problem, dtype)
         arguments = *run8_schedule(indices, problem.rows, problem.cols), len(indices)
-        expected = ops.sddmm_run8(grad_output, input, *arguments)
+        expected = emulated.sddmm_run8(grad_output, input, *arguments)
         unused_rows = torch.ones(problem.rows, dtype=torch.bool).index_fill(0, indices.long() // problem.cols, False)
         unused_cols = torch.ones(problem.cols, dtype=torch.bool).index_fill(0, indices.long() % problem.cols, False)
         left, right = grad_output.masked_fill(unused_rows, math.nan), input.masked_fill(unused_cols, math.nan)
-        assert torch.equal(ops.sddmm_run8(guarded(left)[0], guarded(right)[0], *arguments), expected)
+        assert torch.equal(emulated.sddmm_run8(guarded(left)[0], guarded(right)[0], *arguments), expected)
 
 
 @dtypes
-def test_any_strides_and_alignment(dtype, ops):
+def test_any_strides_and_alignment(dtype, emulated):
     grad_output, input, indices = make(ORDINARY, dtype)
     arguments = *run8_schedule(indices, ORDINARY.rows, ORDINARY.cols), len(indices)
-    expected = ops.sddmm_run8(grad_output, input, *arguments)
-    assert torch.equal(ops.sddmm_run8(grad_output.T.contiguous().T, input.T.contiguous().T, *arguments), expected)
+    expected = emulated.sddmm_run8(grad_output, input, *arguments)
+    assert torch.equal(emulated.sddmm_run8(grad_output.T.contiguous().T, input.T.contiguous().T, *arguments), expected)
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in (grad_output, input)]
     assert all(t.data_ptr() % 4 for t in shifted)
-    assert torch.equal(ops.sddmm_run8(*shifted, *arguments), expected)
+    assert torch.equal(emulated.sddmm_run8(*shifted, *arguments), expected)
 
 
-def test_a_table_of_another_weight_touches_nothing_outside(ops):
+def test_a_table_of_another_weight_touches_nothing_outside(emulated):
     big, small = MANY_UNITS, ORDINARY
     table, launch = run8_schedule(big.indices(), big.rows, big.cols)
     grad_output, input, indices = make(small, torch.bfloat16)
-    ops.sddmm_run8(grad_output, input, table, launch, len(indices))
+    emulated.sddmm_run8(grad_output, input, table, launch, len(indices))
     noise = torch.randint(-(2**31), 2**31 - 1, table.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    ops.sddmm_run8(grad_output, input, noise, launch, len(indices))
+    emulated.sddmm_run8(grad_output, input, noise, launch, len(indices))
 
 
 @problem_table
@@ -252,7 +230,7 @@ def test_indices_that_are_no_runs_are_refused(indices, size):
         run8_schedule(indices, *size)
 
 
-def test_wrong_arguments_are_refused(ops):
+def test_wrong_arguments_are_refused(emulated):
     grad_output, input, indices = make(ORDINARY, torch.bfloat16)
     table, launch = run8_schedule(indices, ORDINARY.rows, ORDINARY.cols)
     nnz = len(indices)
@@ -267,7 +245,7 @@ def test_wrong_arguments_are_refused(ops):
     }
     for message, call in calls.items():
         with pytest.raises(RuntimeError, match=message):
-            call(ops.sddmm_run8)
+            call(emulated.sddmm_run8)
     for message in ("one device|int32", "5", "multiple", "input \\[T, in\\]"):
         with pytest.raises(ValueError, match=message):
             calls[message](sprand_ops.sddmm_run8)

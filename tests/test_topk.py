@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sprand.selection import topk
-from sprand.selection.topk import EXCLUDED, Pool, largest, order_keys
+from sprand import topk
+from sprand.topk import EXCLUDED, Pool, largest, order_keys
 
 SCORES = {
     "normal": lambda n: torch.randn(n),
@@ -27,9 +27,11 @@ def by_sorting(score, k):
 
 
 @scores
+@pytest.mark.parametrize("small", [0, 1 << 16])
 @pytest.mark.parametrize("n, k", [(1, 1), (7, 0), (7, 3), (7, 7), (1000, 1), (1000, 137), (1000, 999)])
-def test_largest_is_what_a_stable_sort_chooses(make, n, k, monkeypatch):
+def test_largest_is_what_a_stable_sort_chooses(make, n, k, small, monkeypatch):
     monkeypatch.setattr(topk, "CHUNK", 300)
+    monkeypatch.setattr(topk, "SMALL", small)
     score = make(n)
     assert torch.equal(largest(order_keys(score), k), by_sorting(score, k))
 

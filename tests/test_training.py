@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, Tied, built, points_and_labels, tokens_and_labels
+from watch import WatchSizes
 
 
 def dense_losses(model, masks, steps, dtype, optimizer=None, **options):
@@ -233,22 +233,6 @@ def test_gradient_accumulation_equals_one_large_batch():
         (F.cross_entropy(parts(x[8 * i : 8 * i + 8]), y[8 * i : 8 * i + 8]) / 4).backward()
     for a, b in zip(sprand.parameters(whole), sprand.parameters(parts), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-15)
-
-
-class WatchSizes(TorchDispatchMode):
-    """Records every tensor of a given number of entries that an operator makes."""
-
-    def __init__(self, numel):
-        super().__init__()
-        self.numel, self.seen = numel, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            fresh = isinstance(value, torch.Tensor) and value.numel() >= self.numel
-            if fresh and not any(isinstance(a, torch.Tensor) and a.data_ptr() == value.data_ptr() for a in args):
-                self.seen.append(f"{func} {list(value.shape)}")
-        return result
 
 
 @pytest.mark.parametrize("layer", ["linear", "embedding"])

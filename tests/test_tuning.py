@@ -14,7 +14,7 @@ from torch import nn
 
 import sprand
 from sprand import ops, pattern, tuning
-from sprand.schedule import make_schedule
+from sprand.schedule import Limits, make_schedule
 from sprand.tuning import EVERY, Costs, fit, read_or_measure
 
 COSTS = Costs(
@@ -57,8 +57,6 @@ def test_fit_gives_no_negative_cost():
 
 
 def test_measuring_finds_the_costs_of_a_card(monkeypatch):
-    facts = type("Facts", (), {"shared_memory_per_block_optin": 227 << 10, "multi_processor_count": 132})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     called = []
     monkeypatch.setattr(ops, "sddmm", lambda a, b, i, s: called.append(("rows", s, a.shape)))
     monkeypatch.setattr(ops, "sddmm_dense", lambda a, b, i, s: called.append(("dense", s, a.shape)))
@@ -116,8 +114,7 @@ def test_a_folder_that_cannot_be_written_to_costs_a_measurement(tmp_path):
 
 @pytest.mark.parametrize("way, dense", [("dense", (0, EVERY)), ("sparse", (0, 0)), ("auto", (7, 9))])
 def test_the_environment_overrides_the_table(way, dense, monkeypatch):
-    facts = type("Facts", (), {"shared_memory_per_block_optin": 99 << 10, "multi_processor_count": 20})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(Limits, "of", lambda device: Limits(99 << 10, 20))
     monkeypatch.setattr(Costs, "choose", lambda costs, made, *_: replace(made, dense_tokens=(7, 9)))
     monkeypatch.setattr(tuning, "costs", lambda device, dtype: COSTS)
     monkeypatch.setenv("SPRAND_SDDMM", way)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 EXCLUDED = -(2**31)  # below the key of every number: an entry that may not be chosen
 CHUNK = 1 << 20  # keys worked on at once
+SMALL = 1 << 16  # keys that are sorted sooner than counted
 
 
 def order_keys(score: Tensor) -> Tensor:
@@ -42,6 +43,8 @@ def largest(keys: Tensor, k: int) -> Tensor:
         return keys.new_empty(0, dtype=torch.int64)
     if k == keys.numel():
         return torch.arange(k, device=keys.device)
+    if keys.numel() <= SMALL:
+        return keys.sort(descending=True, stable=True).indices[:k].sort().values
     threshold, ties = kth_largest([keys], k)
     chosen = keys > threshold
     chosen[(keys == threshold).nonzero().flatten()[:ties]] = True
