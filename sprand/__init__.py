@@ -13,12 +13,15 @@ from .dynamic import DynamicMask
 from .layers import SparseLinear, SparseModule
 from .model import apply, disabled, merge, named_parameters, parameters, switch, unmerge, write
 from .optim import SparseAdamW
+from .plots import plot_selection
 from .selection.choose import select
+from .selection.mask import Mask
 from .summary import print_trainable_parameters, summary
 from .version import __version__
 
 __all__ = [
     "DynamicMask",
+    "Mask",
     "SparseAdamW",
     "SparseConfig",
     "SparseLinear",
@@ -31,6 +34,7 @@ __all__ = [
     "named_parameters",
     "native",
     "parameters",
+    "plot_selection",
     "print_trainable_parameters",
     "save",
     "select",

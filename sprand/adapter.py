@@ -8,29 +8,25 @@ atomic step, so that a crash or a full disk leaves the old adapter. Loading prov
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import ops, pattern
+from . import files, ops, pattern
 from .config import AS_GIVEN, GIVEN, SparseConfig
 from .frozen import Frozen
 from .layers import SparseModule
 from .model import Adapter, State, disabled, install, sparse_modules, state_of, switch, write
+from .selection.mask import Mask
 from .targets import Place, places_of
 from .version import __version__
 
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS_FILE, CONFIG_FILE, KEY = "adapter_model.safetensors", "adapter_config.json", "sprand"
 FORMAT_VERSION, WITHOUT_FROZEN = 2, 1  # 2 adds frozen entries; an adapter that has none is written as 1
 NARROWER = {torch.float64: (torch.float32, torch.bfloat16, torch.float16), torch.float32: (torch.bfloat16, torch.float16)}
 
@@ -87,15 +83,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         "sprand_version": __version__,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
         "config": config,
+        **({} if adapter.selection is None else {"selection": adapter.selection}),
         "targets": targets,
         "saved": {name: {"shape": list(value.shape), "dtype": _name(value.dtype)} for name, value in heads.items()},
-        "checksum": checksum(tensors),
+        "checksum": files.checksum(tensors),
     }
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"sprand": json.dumps(description)})
-    with _replacing(folder / CONFIG_FILE) as temporary:
+    files.write(folder / WEIGHTS_FILE, KEY, description, tensors)
+    with files.replacing(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -150,23 +145,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     file = file / WEIGHTS_FILE if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"no adapter at {path}: expected {WEIGHTS_FILE} there, as written by sprand.save")
-    try:
-        with safe_open(file, framework="pt") as content:
-            metadata = content.metadata() or {}
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error}); take another copy of the adapter") from error
-    if "sprand" not in metadata:
-        raise ValueError(f"{file} was not written by sprand.save: its header has no description")
-    description = json.loads(metadata["sprand"])
+    description, tensors = files.read(file, KEY, "adapter")
     if description["format_version"] > FORMAT_VERSION or description["pattern_version"] != pattern.PATTERN_VERSION:
         raise ValueError(
             f"{file} has format {description['format_version']} and pattern {description['pattern_version']} (of sprand "
             f"{description['sprand_version']}); this sprand {__version__} reads format {FORMAT_VERSION} and pattern "
             f"{pattern.PATTERN_VERSION}"
         )
-    if description["checksum"] != checksum(tensors):
-        raise ValueError(f"{file} is damaged: its values do not match their checksum; take another copy of the adapter")
     return description, tensors
 
 
@@ -181,14 +166,24 @@ def attached(model: nn.Module) -> Iterable[tuple[str, SparseModule, str]]:
                 yield (f"{prefix}.{parameter}" if prefix else parameter), module, parameter
 
 
+def mask_of(model: nn.Module) -> Mask:
+    """The entries that a model trains, as a mask.
+
+    Raises:
+        ValueError: the model has no trained entries, or no adapter is active.
+    """
+    adapter = state_of(model).current
+    if adapter is None:
+        raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
+    places = [(name, module, parameter) for name, module, parameter in attached(model)]
+    indices = {name: module.sparse_entries(parameter).indices for name, module, parameter in places}
+    shapes = {name: module._parameters[parameter].shape for name, module, parameter in places}
+    return Mask(indices, shapes, adapter.selection)
+
+
 def fingerprints(base: Tensor) -> dict[str, str]:
     """Hashes of base entries, in their dtype and as they would be in narrower ones, so that a base may be cast."""
-    return {_name(dtype): _hash([base.to(dtype)]) for dtype in (base.dtype, *NARROWER.get(base.dtype, ()))}
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """One hash of names, shapes and values."""
-    return _hash([part for name in sorted(tensors) for part in (f"{name} {list(tensors[name].shape)}", tensors[name])])
+    return {_name(dtype): files.digest([base.to(dtype)]) for dtype in (base.dtype, *NARROWER.get(base.dtype, ()))}
 
 
 def _prove(
@@ -197,7 +192,7 @@ def _prove(
     """The adapter and its places in the model, after every check; the model holds its base values now."""
     config = SparseConfig.from_dict(description["config"])
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    adapter = Adapter(config)
+    adapter = Adapter(config, selection=description.get("selection"))
     for name, target in description["targets"].items():
         weight = _matching(path, parameters, name, target["shape"])
         delta = tensors.get(f"delta.{name}")
@@ -288,34 +283,5 @@ def _draw(config: SparseConfig, name: str, shape: list[int], nnz: int) -> Tensor
     return pattern.draw(config.strategy, name, shape, nnz, config.seed, layout=config.layout)
 
 
-def _hash(parts: Iterable[str | Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, str):
-            digest.update(part.encode())
-        elif part.numel():
-            part = part.detach().cpu().contiguous()
-            digest.update((ctypes.c_char * part.nbytes).from_address(part.data_ptr()))
-    return digest.hexdigest()
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def _replacing(file: Path) -> Iterable[Path]:
-    """A temporary file beside `file` that takes its place when the block ends well, and is gone when it does not."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, pattern
-from .candidates import Candidates, largest
+from .candidates import Candidates
 from .config import AS_GIVEN
 from .exchange import Site, carried, sites_of
 from .frozen import Frozen, nothing_frozen
 from .model import state_of, write
+from .topk import largest, order_keys
 
 ALLOWED = {
     "drop": ("delta_change", "delta"),
@@ -203,6 +204,8 @@ class DynamicMask:
             name: Frozen(*(frozen[part].to(sites[name].weight.device) for part in ("indices", "values", "base")))
             for name, frozen in state["frozen"].items()
         }
+        for name in self._adapter.frozen:
+            sites[name].mark_folded()
         if self.changes:
             self._adapter.config = dataclasses.replace(self._adapter.config, **AS_GIVEN)
         self._disarm()
@@ -255,7 +258,7 @@ class DynamicMask:
                 continue
             moved = entries.delta.detach() - (self._anchors[site.name] if self.drop == "delta_change" else 0)
             nearness = moved.abs().neg().nan_to_num(nan=-math.inf)
-            dropped = largest(nearness, grown.numel())
+            dropped = largest(order_keys(nearness), grown.numel())
             ops.patch_(weight.data, entries.indices[dropped], entries.base[dropped], None)
             stays = torch.ones_like(entries.indices, dtype=torch.bool).index_fill_(0, dropped, False).nonzero().flatten()
             indices, order = torch.cat([entries.indices[stays], grown]).sort()
@@ -295,6 +298,7 @@ class DynamicMask:
             frozen = self._adapter.frozen.get(site.name) or nothing_frozen(entries.indices, entries.base)
             values = ops.gather(weight.data, entries.indices)
             self._adapter.frozen[site.name] = frozen.fold(entries.indices, values, entries.base)
+            site.mark_folded()
             place = torch.searchsorted(entries.indices, indices).clamp_(max=indices.numel() - 1)
             source = torch.where(entries.indices[place] == indices, place, -1)
             site.replace(indices, ops.gather(weight.data, indices), torch.zeros_like(entries.delta), source, self.optimizer)

@@ -43,6 +43,11 @@ class Site:
         for module, parameter in self.owners:
             module._sprand_targets[parameter].candidates = candidates
 
+    def mark_folded(self) -> None:
+        """Remember that trained values of an earlier mask lie in the weight."""
+        for module, parameter in self.owners:
+            module._sprand_targets[parameter].folded = True
+
     def moments(self, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         """The optimizer's tensors for this weight's entries.
 

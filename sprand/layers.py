@@ -40,6 +40,7 @@ class Target:
         written: whether the weight holds its delta already.
         schedule: how a GPU samples the gradient of a linear layer.
         candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
+        folded: whether an earlier mask left trained values in the weight, which a new base would lose.
         delta, indices, base: names of the module's tensors for this parameter.
     """
 
@@ -49,6 +50,7 @@ class Target:
     written: Written = field(default_factory=Written)
     schedule: Schedule | None = None
     candidates: Candidates | None = None
+    folded: bool = False
 
     def __post_init__(self) -> None:
         suffix = "" if self.parameter == "weight" else f"_{self.parameter}"
@@ -113,7 +115,8 @@ class SparseModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves and casts like any module; deltas stay in their accumulation dtype, indices and base stay right."""
         before = {name: getattr(self, target.delta).data for name, target in self._sprand_targets.items()}
-        was_meta = {name: self._parameters[name].is_meta for name in self._sprand_targets}
+        weights = {name: self._parameters[name] for name in self._sprand_targets}
+        was = {name: (weight.device, weight.dtype) for name, weight in weights.items()}
         super()._apply(fn, recurse)
         for name, target in self._sprand_targets.items():
             weight, delta = self._parameters[name], getattr(self, target.delta)
@@ -121,11 +124,12 @@ class SparseModule(nn.Module):
             dtype = ops.accumulation_dtype(weight.dtype)
             if delta.dtype != dtype:
                 delta.data = before[name].to(device=delta.device, dtype=dtype)
-            if was_meta[name] and not weight.is_meta:
+            if was[name][0].type == "meta" and not weight.is_meta:
                 delta.data.zero_()
                 if target.redraw is not None:
                     getattr(self, target.indices).copy_(target.redraw(weight.device))
-            self.make_schedule(name)
+            if was[name] != (weight.device, weight.dtype):
+                self.make_schedule(name)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -133,7 +137,19 @@ class SparseModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint with the entries is taken as it is; one without them is a new base."""
+        """A checkpoint with the entries is taken as it is; one without them is a new base, if nothing is folded into the old."""
+        folded = [name for name, target in self._sprand_targets.items() if target.folded]
+        lost = [
+            prefix + name
+            for name in folded
+            if prefix + name in state_dict and prefix + self._sprand_targets[name].base not in state_dict
+        ]
+        if lost:
+            args[-1].append(
+                f"{lost[0]} holds values that an earlier mask trained, and a new base would lose them: save the adapter with "
+                "sprand.save, and load it into a model of that base."
+            )
+            return
         before = {name: getattr(self, target.indices).clone() for name, target in self._sprand_targets.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, target in self._sprand_targets.items():

@@ -17,6 +17,7 @@ from .frozen import Frozen
 from .layers import SparseModule, attach, detach, set_active
 from .selection.calibration import Calibration
 from .selection.choose import choose
+from .selection.mask import selection_of
 from .targets import Place, find_targets, places_of, saved_parameters
 
 
@@ -30,6 +31,7 @@ class Adapter:
         deltas: trained changes by parameter name.
         saved: values of the parameters of `modules_to_save` by name.
         frozen: entries that trained under an earlier mask, by parameter name.
+        selection: how the entries were chosen, where not by a random draw: fields of `SparseConfig` as JSON types.
     """
 
     config: SparseConfig
@@ -37,6 +39,7 @@ class Adapter:
     deltas: dict[str, nn.Parameter] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
     frozen: dict[str, Frozen] = field(default_factory=dict)
+    selection: dict[str, Any] | None = None
 
 
 @dataclass
@@ -95,9 +98,9 @@ def apply(
     run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
     indices = choose(model, config, places, heads, run)
     places = [place for place in places if indices[place.name].numel()]
-    adapter = Adapter(
-        config, {place.name: indices[place.name] for place in places}, saved={name: p.data for name, p in heads.items()}
-    )
+    chosen = {place.name: indices[place.name] for place in places}
+    saved = {name: p.data for name, p in heads.items()}
+    adapter = Adapter(config, chosen, saved=saved, selection=selection_of(config))
     state = State(trained_before={name for name, p in model.named_parameters() if p.requires_grad})
     install(model, state, "default", adapter, {place.name: place for place in places})
     return model
@@ -133,6 +136,7 @@ def _attach(model: nn.Module, adapter: Adapter, places: Mapping[str, Place]) -> 
         indices = adapter.indices[name] = indices.to(device)
         for module, parameter in place.owners:
             entries = attach(module, parameter, indices, delta, base, redraw=redraw)
+            module._sprand_targets[parameter].folded = name in adapter.frozen
             delta, base = entries.delta, entries.base
         adapter.deltas[name] = delta
     _set_saved(model, adapter.saved)

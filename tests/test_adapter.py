@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, built, points_and_labels, tokens_and_labels
-from sprand import adapter as adapter_module
-from sprand.adapter import CONFIG_FILE, WEIGHTS_FILE, checksum
+from sprand import files
+from sprand.adapter import CONFIG_FILE, WEIGHTS_FILE
+from sprand.files import checksum
 
 
 def random_deltas(model):
@@ -211,7 +212,7 @@ def test_no_adapter(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected adapter_model.safetensors"):
         sprand.load(built(MLP), tmp_path)
     save_file({"a": torch.zeros(3)}, tmp_path / WEIGHTS_FILE)
-    with pytest.raises(ValueError, match="not written by sprand"):
+    with pytest.raises(ValueError, match="is no adapter of sprand"):
         sprand.load(built(MLP), tmp_path)
 
 
@@ -242,7 +243,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch):
         Path(name).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapter_module, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     model.second.sprand_delta.data.add_(1.0)
     with pytest.raises(OSError, match="No space left"):
         sprand.save(model, path)

@@ -28,6 +28,7 @@ ROOMS = {
         "schedule",
         "schedule_run8",
         "selftest",
+        "topk",
         "tuning",
         "version",
         "_C",
@@ -35,14 +36,14 @@ ROOMS = {
         "_host",
     ),
     "core": ("pattern", "candidates", "functional", "layers", "optim"),
-    "policy": ("config", "targets", "selection"),
-    "assembly": ("model", "frozen", "adapter", "checkpoint", "dynamic", "exchange", "summary", "__init__"),
+    "policy": ("config", "files", "targets", "selection"),
+    "assembly": ("model", "frozen", "adapter", "checkpoint", "dynamic", "exchange", "plots", "summary", "__init__"),
     "doors": ("peft", "integrations", "cli", "__main__"),
 }
 MAY_IMPORT = {
     "ops": set(),
     "core": {"ops"},
-    "policy": {"pattern"},
+    "policy": {"pattern", "topk"},
     "assembly": {"ops", "core", "policy"},
     "doors": {"ops", "core", "policy", "assembly"},
 }

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 import sprand
 from dynamic_masks import LR, MODES, Drawn, train
 from models import MLP, assert_same_bits, bits, built, points_and_labels
-from sprand.adapter import CONFIG_FILE, WEIGHTS_FILE, checksum
+from sprand.adapter import CONFIG_FILE, WEIGHTS_FILE
+from sprand.files import checksum
 
 
 class WithLoss(nn.Module):
@@ -219,3 +220,13 @@ def test_the_example_runs(capsys):
     fixed, dynamic, equal = capsys.readouterr().out.splitlines()
     assert float(dynamic.split()[-1]) < float(fixed.split()[-1])
     assert equal.endswith("True")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_new_base_under_folded_entries_is_refused(tmp_path, loaded):
+    model = saved(tmp_path, "recompute")
+    model = sprand.load(built(MLP), tmp_path) if loaded else model
+    before = bits(model)
+    with pytest.raises(RuntimeError, match=r"second.weight holds values that an earlier mask trained.*sprand.save"):
+        model.load_state_dict(built(MLP).state_dict(), strict=False)
+    assert_same_bits(bits(model), before)

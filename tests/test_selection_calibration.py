@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def loss_fn(model, batch):
 
 
 def loss_that_draws(model, batch):
-    torch.rand(3), random.random()
+    torch.rand(3), random.random(), numpy.random.rand()
     return loss_fn(model, batch)
 
 
@@ -86,6 +87,7 @@ def everything(model):
         + [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()],
         "rng": torch.get_rng_state(),
         "random": random.getstate(),
+        "numpy": str(numpy.random.get_state()),
         "grad mode": torch.is_grad_enabled(),
     }
 

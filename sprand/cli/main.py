@@ -1,4 +1,4 @@
-"""The command line: `sprand finetune` and `sprand doctor`, their options, and how errors are shown."""
+"""The command line: `sprand finetune`, `select` and `doctor`, their options, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ..pattern import RANDOM_STRATEGIES
+from ..selection.strategies import STRATEGIES
 from ..version import __version__
 from . import CliError
 
@@ -47,9 +50,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="sprand", description="Fine-tune a model by training a small, random set of its own weights."
-    )
+    parser = argparse.ArgumentParser(prog="sprand", description="Fine-tune a model by training a small set of its own weights.")
     parser.add_argument("--version", action="version", version=f"sprand {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="what is installed, which kernel serves what, and a self test")
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     finetune = commands.add_parser(
         "finetune",
         help="fine-tune a Hugging Face model on a file",
-        description="Fine-tune a Hugging Face model by training a random share of its weights. "
+        description="Fine-tune a Hugging Face model by training a share of its weights, drawn at random or by score. "
         "Without --model and --train it runs a demo: all-MiniLM-L6-v2 learns which package of Python's standard library a "
         "docstring comes from.",
         epilog="The learning rate, where not given, rises as the density falls: 5e-3 at 1 %, 1e-2 at 0.1 %, 3e-3 at 3 %, "
@@ -66,9 +67,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     finetune.set_defaults(command=_finetune)
     _add_data(finetune.add_argument_group("model and data"))
-    _add_sparse(finetune.add_argument_group("what trains"))
+    sparse = finetune.add_argument_group("what trains")
+    _add_sparse(sparse)
+    _add_selection(sparse)
+    sparse.add_argument("--mask", type=Path, metavar="FILE", help="instead of all these: the entries that sprand select chose")
     _add_training(finetune.add_argument_group("training"))
     _add_output(finetune.add_argument_group("output and comparison"))
+    select = commands.add_parser(
+        "select",
+        help="choose which entries of a model to train, into a file",
+        description="Choose which entries of a Hugging Face model train: drawn at random, or the largest scores of a strategy.",
+        epilog="The file is for sprand finetune --mask FILE, and sprand.apply(model, strategy=sprand.Mask.load(FILE)).",
+    )
+    select.set_defaults(command=_select)
+    _add_selected(select)
     return parser
 
 
@@ -95,7 +107,6 @@ def _add_sparse(group: argparse._ArgumentGroup) -> None:
     add("--density", type=float, metavar="X", help="share of the targeted weights' entries that train (default 0.01)")
     add("--budget", metavar="N", help="instead: a count of entries, or a fraction of the model")
     add("--target-modules", type=_names, metavar="A,B", help="names or suffixes of modules (default all-linear)")
-    add("--strategy", choices=("random", "uniform"), help="how positions are drawn (default random: stratified)")
     add(
         "--layout",
         choices=("unstructured", "run2", "run4", "run8"),
@@ -104,6 +115,56 @@ def _add_sparse(group: argparse._ArgumentGroup) -> None:
     add(
         "--sparta", action="store_true", default=None, help="the SpaRTA recipe: v and o projections, density over the whole model"
     )
+
+
+def _add_selection(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--strategy",
+        choices=(*RANDOM_STRATEGIES, *STRATEGIES),
+        metavar="NAME",
+        help=f"how entries are chosen: {', '.join(RANDOM_STRATEGIES)} draw them (default random: stratified); by the largest "
+        f"scores on the training rows: {', '.join(name for name, s in STRATEGIES.items() if s.wants_data)}; or of the weights "
+        f"alone: {', '.join(name for name, s in STRATEGIES.items() if not s.wants_data)}",
+    )
+    add(
+        "--strategy-option",
+        type=_option,
+        action="append",
+        metavar="NAME=X",
+        help="an option of the strategy: temperature (grasp), rank (lift)",
+    )
+    add("--scope", choices=("local", "global"), help="scores: the same share of each weight (default), or ranked over all")
+    add("--preserve-zeros", action="store_true", default=None, help="choose among entries that are not zero (a pruned model)")
+    add("--calibration-examples", type=int, metavar="N", help="rows that scores are computed on (default 1024)")
+    add(
+        "--calibration-memory",
+        metavar="BYTES",
+        help="for summed gradients; less means more passes (default: half of what is free)",
+    )
+
+
+def _add_selected(select: argparse.ArgumentParser) -> None:
+    add = select.add_argument
+    add("model", metavar="MODEL", help="a directory in the Hugging Face layout, or a name on the Hub")
+    add("--out", type=Path, required=True, metavar="FILE", help="the mask, a safetensors file")
+    add("--data", type=Path, metavar="FILE", help="rows to compute scores on: TSV (unquoted), CSV, JSONL, or plain text")
+    add("--plot", type=Path, metavar="PNG", help="draw the density of each layer and kind of module")
+    add("--compare", type=Path, metavar="MASK", help="draw the overlap with another mask as well (needs --plot)")
+    add("--json", action="store_true", help="print the counts as JSON")
+    _add_sparse(select.add_argument_group("how much"))
+    _add_selection(select.add_argument_group("which"))
+    data = select.add_argument_group("model and data").add_argument
+    data("--task", choices=("auto", "classification", "causal-lm"), help="auto: by the data, or by what the model was made for")
+    for name, what in (("text", "text"), ("text2", "text2 if there is one"), ("label", "label"), ("prompt", "prompt")):
+        data(f"--{name}-column", metavar="NAME", help=f"default: {what}")
+    data("--completion-column", metavar="NAME", help="default: completion")
+    data("--max-length", type=int, metavar="N", help="tokens of a row (default 128)")
+    data("--pooling", choices=("auto", "mean", "model"), help="of a text classifier, as in finetune")
+    data("--batch-size", type=int, metavar="N", help="default 32")
+    data("--seed", type=int, help="of a random draw, a new head, and the rows taken (default 0)")
+    data("--dtype", choices=("float32", "bfloat16"), help="of the weights (default float32)")
+    data("--device", metavar="NAME", help="default: a GPU if there is one")
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
@@ -143,12 +204,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 def _finetune(options: argparse.Namespace) -> int:
     from .settings import Settings
 
-    fields = {f.name for f in dataclasses.fields(Settings)}
-    given = {name: value for name, value in vars(options).items() if name in fields and value is not None}
-    if "compare_lr" in given:
-        given["compare_lr"] = tuple(given["compare_lr"])
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    given = _given(options, Settings)
     if "train" in given and "model" not in given:
         raise CliError("--train needs --model: a directory in the Hugging Face layout, or a name on the Hub.")
     if "train" not in given:
@@ -166,6 +222,26 @@ def _finetune(options: argparse.Namespace) -> int:
     return 0
 
 
+def _select(options: argparse.Namespace) -> int:
+    from .settings import Settings
+
+    given = _given(options, Settings)
+    settings = Settings(**given | {"train": options.data or Path(), "eval": options.data, "out": options.out, "compare": ()})
+    from . import select
+
+    select.run(settings, options.out, options.plot, options.compare, options.json)
+    return 0
+
+
+def _given(options: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The options that were given and are fields of the settings."""
+    fields = {f.name for f in dataclasses.fields(settings)}
+    given = {name: value for name, value in vars(options).items() if name in fields and value is not None}
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from . import doctor
 
@@ -177,8 +253,17 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _rate(text: str) -> tuple[str, float]:
+    return _named_number(text, "lora=1e-3")
+
+
+def _option(text: str) -> tuple[str, float]:
+    name, value = _named_number(text, "rank=64")
+    return name, int(value) if value == int(value) else value
+
+
+def _named_number(text: str, example: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
         return name, float(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, for example lora=1e-3, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, for example {example}, got {text!r}") from None

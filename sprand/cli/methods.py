@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 import sprand
 
+from ..selection.strategies import STRATEGIES
 from . import CliError, require
+from .data import limited
 from .models import head_names
 from .settings import Settings, default_rate, peer_rate
+from .tasks import Task
 
 
 @dataclasses.dataclass
@@ -43,21 +47,26 @@ class Method:
         return sum(p.numel() for p in self.trained.values())
 
 
-def sparse(model: nn.Module, settings: Settings) -> Method:
-    """Random entries of the model's own weights.
+def sparse(model: nn.Module, settings: Settings, task: Task, kept: Path | None = None) -> Method:
+    """Entries of the model's own weights: drawn at random, scored on the training rows, or given by a mask.
+
+    Args:
+        model: changed in place.
+        settings: the options.
+        task: its training rows are what strategies calibrate on.
+        kept: a mask that an interrupted run has chosen already.
 
     Raises:
         CliError: the options fit no weight of this model.
     """
-    fields: dict[str, Any] = settings.sparse_fields() | {"modules_to_save": head_names(model) or None}
+    heads = head_names(model) or None
     try:
-        if settings.sparta:
-            targets = {"target_modules": fields["target_modules"]} if "target_modules" in fields else {}
-            sparsity = 1 - (0.01 if settings.density is None else settings.density)
-            config = sprand.SparseConfig.sparta(sparsity, seed=settings.seed, layout=settings.layout, **targets)
+        if settings.mask is not None or kept is not None:
+            mask = sprand.Mask.load(kept or settings.mask)
+            sprand.apply(model, strategy=mask, modules_to_save=heads, seed=settings.seed)
         else:
-            config = sprand.SparseConfig(**fields)
-        sprand.apply(model, config)
+            config = sparse_config(settings, heads)
+            sprand.apply(model, config, **(calibration(settings, task) if config.strategy in STRATEGIES else {}))
     except ValueError as error:
         raise CliError(f"{error}.") from None
     entries = [module.sparse_entries(name) for _, module in _sparse_modules(model) for name in module._sprand_targets]
@@ -66,6 +75,37 @@ def sparse(model: nn.Module, settings: Settings) -> Method:
     lr = settings.lr or default_rate(density, _width(model))
     optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
     return Method("sprand", model, dict(sprand.named_parameters(model)), optimizer, lr, f"{density:.2%} of the targets")
+
+
+def sparse_config(settings: Settings, heads: list[str] | None) -> sprand.SparseConfig:
+    """What the options ask to train.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    fields = settings.sparse_fields() | {"modules_to_save": heads}
+    if not settings.sparta:
+        return sprand.SparseConfig(**fields)
+    density = fields.pop("density", 0.01)
+    return sprand.SparseConfig.sparta(1 - density, **fields)
+
+
+def calibration(settings: Settings, task: Task) -> dict[str, Any]:
+    """What `sprand.apply` and `sprand.select` need to score entries on the training rows of a task."""
+    size = settings.batch_size
+    rows = limited(task.train, settings.calibration_examples, random.Random(settings.seed))
+    memory = settings.calibration_memory
+
+    def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        total, terms, _ = task.loss(model, batch)
+        return total / max(1, terms)
+
+    return {
+        "data": [task.collate(rows[start : start + size]) for start in range(0, len(rows), size)],
+        "loss_fn": mean_loss,
+        "calibration_examples": settings.calibration_examples,
+        "calibration_memory": memory if memory == "auto" else int(memory),
+    }
 
 
 def target_names(model: nn.Module) -> list[str]:

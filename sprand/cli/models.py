@@ -80,6 +80,23 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
     return model, tokenizer
 
 
+def task_of(name: str) -> str:
+    """What a model was made for, by its configuration: "causal-lm", or else "classification".
+
+    Raises:
+        CliError: there is no such model.
+    """
+    try:
+        made_for = require("transformers").AutoConfig.from_pretrained(name).architectures or []
+    except (OSError, ValueError, KeyError) as error:
+        raise CliError(f"--model {name}: no configuration could be loaded: {' '.join(str(error).split())[:300]}.") from None
+    return (
+        "causal-lm"
+        if any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in made_for)
+        else "classification"
+    )
+
+
 def head_names(model: nn.Module) -> list[str]:
     """The modules of a classifier that start from random weights, and so train in full under every method."""
     return [name for name, _ in model.named_children() if name in ("classifier", "score", "classification_head")]

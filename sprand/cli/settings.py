@@ -19,6 +19,9 @@ DTYPES = ("float32", "bfloat16")
 # classification tasks, batch 32). The fewer weights train, the further each has to move.
 MEASURED_RATES = ((1e-3, 1e-2), (1e-2, 5e-3), (3.125e-2, 3e-3), (1.0, 1e-4))
 MEASURED_WIDTH = 384
+FIXED_BY_MASK = (
+    "density", "budget", "target_modules", "strategy", "strategy_option", "scope", "preserve_zeros", "layout", "sparta",
+)  # fmt: skip
 PEER_RATES = {"lora": 2e-3, "full": 3e-4, "head": 1e-2}
 
 
@@ -43,6 +46,12 @@ class Settings:
     budget: str | None = None
     target_modules: tuple[str, ...] = ()
     strategy: str = "random"
+    strategy_option: tuple[tuple[str, float], ...] = ()
+    scope: str = "local"
+    preserve_zeros: bool = False
+    mask: Path | None = None
+    calibration_examples: int = 1024
+    calibration_memory: str = "auto"
     layout: str = "unstructured"
     sparta: bool = False
     pooling: str = "auto"
@@ -80,6 +89,7 @@ class Settings:
             "--checkpoint-every": self.checkpoint_every,
             "--limit-train": self.limit_train,
             "--limit-eval": self.limit_eval,
+            "--calibration-examples": self.calibration_examples,
             **{f"--compare-lr {name}": rate for name, rate in self.compare_lr},
         }
         for option, value in positive.items():
@@ -94,13 +104,34 @@ class Settings:
             raise CliError("--max-length: expected at least 2 tokens, got 1.")
         if not 0 <= self.seed < 2**63:
             raise CliError(f"--seed: expected a whole number from 0 up, got {self.seed}.")
+        if self.calibration_memory != "auto" and not self.calibration_memory.isdigit():
+            raise CliError(f"--calibration-memory: expected auto or a number of bytes, got {self.calibration_memory!r}.")
+        if self.sparta and self.budget is not None:
+            raise CliError("--sparta: its count is --density of the whole model; leave out --budget.")
+        if self.mask is not None:
+            self._check_mask()
         unknown = [name for name in (*self.compare, *(name for name, _ in self.compare_lr)) if name not in COMPARABLE]
         if unknown:
             raise CliError(f"--compare: expected some of {', '.join(COMPARABLE)}, got {unknown[0]!r}.")
 
+    def _check_mask(self) -> None:
+        own = {field.name: field.default for field in dataclasses.fields(self) if field.name in FIXED_BY_MASK}
+        given = [name for name, default in own.items() if getattr(self, name) != default]
+        if given:
+            raise CliError(f"--mask: the file fixes which entries train; leave out --{given[0].replace('_', '-')}.")
+        if not self.mask.is_file():
+            raise CliError(f"--mask: no file {self.mask}; sprand select writes one.")
+
     def sparse_fields(self) -> dict[str, Any]:
         """The fields of `SparseConfig` that the options ask for."""
-        fields: dict[str, Any] = {"strategy": self.strategy, "layout": self.layout, "seed": self.seed}
+        fields: dict[str, Any] = {
+            "strategy": self.strategy,
+            "strategy_options": dict(self.strategy_option) or None,
+            "scope": self.scope,
+            "preserve_zeros": self.preserve_zeros,
+            "layout": self.layout,
+            "seed": self.seed,
+        }
         if self.target_modules:
             names = self.target_modules
             fields["target_modules"] = names[0] if names == ("all-linear",) else names

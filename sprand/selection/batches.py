@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..targets import HEADS
+from .untouched import random_states, set_random_states
 
 
 class Batches:
@@ -39,11 +38,10 @@ class Batches:
             )
         self.data, self.examples, self.passes, self.done = data, examples, passes, 0
         self.device = next(model.parameters()).device
-        self._states = torch.get_rng_state(), random.getstate()
+        self._states = random_states()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        torch.set_rng_state(self._states[0])
-        random.setstate(self._states[1])
+        set_random_states(self._states)
         self.done += 1
         seen = 0
         for batch in _shown(self.data, f"calibration {self.done}/{self.passes}"):

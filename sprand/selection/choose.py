@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .. import pattern
 from ..config import SparseConfig
 from ..targets import Place, find_targets, saved_parameters
+from ..topk import EXCLUDED, Pool, largest, order_keys
 from .calibration import Calibration, calibrate
+from .mask import Mask, selection_of
 from .strategies import Stats, strategy_of
-from .topk import EXCLUDED, Pool, largest, order_keys
 
 
 def select(
@@ -30,7 +31,7 @@ def select(
     calibration_device: torch.device | str | None = None,
     calibration_examples: int | None = 1024,
     **fields: Any,
-) -> dict[str, Tensor]:
+) -> Mask:
     """Choose which entries of a model to train; the model is left as it was, bit for bit.
 
     The result can be given to `apply` as its strategy: `apply(model, strategy=select(model, ...))`.
@@ -49,7 +50,8 @@ def select(
         **fields: fields of `SparseConfig`.
 
     Returns:
-        `{parameter name: indices [nnz]}`, flat, sorted, distinct, int32 (int64 from 2**31 entries), on the weight's device.
+        `{parameter name: indices [nnz]}`, flat, sorted, distinct, int32 (int64 from 2**31 entries), on the weight's device;
+        a dict that also saves itself, `mask.save(path)`, and is read by `sprand.Mask.load(path)`.
 
     Raises:
         ValueError: nothing is targeted, the budget does not fit, data or labels are missing, or a score is NaN.
@@ -62,7 +64,8 @@ def select(
     heads = saved_parameters(model, config)
     places = [place for place in find_targets(model, config) if place.name not in heads]
     run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
-    return choose(model, config, places, heads, run)
+    indices = choose(model, config, places, heads, run)
+    return Mask(indices, {place.name: tuple(place.parameter.shape) for place in places}, selection_of(config))
 
 
 def choose(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ def untouched(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
         for module in model.modules()
         for name, value in module._buffers.items()
     ]
-    state = random.getstate()
+    state = random_states()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), _working(model, checkpointing):
@@ -33,13 +35,28 @@ def untouched(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
                 p.grad = p._post_accumulate_grad_hooks = None  # hooks of the user might step an optimizer
             yield
     finally:
-        random.setstate(state)
+        set_random_states(state)
         for module, mode in modes:
             module.training = mode
         for p, flag, grad, hooks in parameters:
             p.requires_grad_(flag)
             p.grad, p._post_accumulate_grad_hooks = grad, hooks
         _restore_buffers(model, buffers)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of the generators that batches are drawn with: Python's, NumPy's where it is in use, and torch's of the CPU."""
+    numpy = sys.modules.get("numpy")
+    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    return states if numpy is None else states | {"numpy": numpy.random.get_state()}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the generators back."""
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])
 
 
 def _restore_buffers(model: nn.Module, buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]]) -> None:

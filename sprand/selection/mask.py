@@ -1,0 +1,90 @@
+"""Masks: chosen entries by parameter name, how they were chosen, and their file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import files, pattern
+from ..config import GIVEN, SparseConfig
+
+FORMAT_VERSION = 1
+KEY = "sprand_mask"
+CHOOSING = (
+    "strategy", "strategy_options", "density", "budget", "scope", "min_density", "max_density", "preserve_zeros",
+)  # fmt: skip
+
+
+class Mask(dict[str, Tensor]):
+    """`{parameter name: indices [nnz]}`, flat, sorted, distinct: what `sprand.select` gives and `apply` takes as `strategy`.
+
+    Attributes:
+        shapes: shape of each parameter.
+        selection: the fields of `SparseConfig` that chose the entries, as JSON types; None where they are not known.
+    """
+
+    def __init__(
+        self, indices: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], selection: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(indices)
+        self.shapes = {name: tuple(shapes[name]) for name in indices}
+        self.selection = None if selection is None else dict(selection)
+
+    @property
+    def nnz(self) -> int:
+        """Chosen entries in all."""
+        return sum(indices.numel() for indices in self.values())
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the mask to one safetensors file, in one atomic step.
+
+        Returns:
+            The file.
+
+        Raises:
+            OSError: it cannot be written; a file that was there is untouched.
+        """
+        tensors = {name: indices.cpu().contiguous() for name, indices in self.items()}
+        description = {
+            "format_version": FORMAT_VERSION,
+            "selection": self.selection,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "checksum": files.checksum(tensors),
+        }
+        files.write(Path(path), KEY, description, tensors)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Mask:
+        """Read a file written by `save`, and prove that it is whole and its indices are distinct and in range.
+
+        Raises:
+            FileNotFoundError: there is no file.
+            ValueError: it is damaged, no mask, or of a newer format.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"no mask at {path}; expected a file written by sprand select or Mask.save")
+        description, tensors = files.read(file, KEY, "mask")
+        version, shapes = description.get("format_version"), description.get("shapes")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{file} has mask format {version}, this sprand reads {FORMAT_VERSION}; install a newer sprand")
+        if not isinstance(shapes, dict) or shapes.keys() != tensors.keys():
+            raise ValueError(f"{file} is damaged: its description names other parameters; take another copy of the mask")
+        indices = {name: pattern.from_user(f"{file}: {name}", tensors[name], shape) for name, shape in shapes.items()}
+        return cls(indices, shapes, description.get("selection"))
+
+
+def selection_of(config: SparseConfig) -> dict[str, Any] | None:
+    """How the entries of a configuration are chosen, as JSON types; None for a random draw and for unnamed indices."""
+    if isinstance(config.strategy, Mapping):
+        return getattr(config.strategy, "selection", None)
+    if config.strategy in (*pattern.RANDOM_STRATEGIES, GIVEN):
+        return None
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in CHOOSING}
+    return fields | ({} if isinstance(config.strategy, str) else {"strategy": getattr(config.strategy, "__name__", "callable")})
