@@ -59,10 +59,12 @@ if ((build)); then step "Build" 140 "$PYTHON" setup.py -q build_ext --inplace; f
 loaded='from sprand import native; print(native.problems); assert native.kernel_of("sddmm", "cuda") == "CUDA"'
 step "CUDA kernels are loaded" 30 "$PYTHON" -c "$loaded"
 step "Tests" 100 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu --durations 5
-sanitize memcheck 60
-sanitize racecheck 60
+sanitize memcheck 50
+sanitize racecheck 50
 step "Operators" 105 "$PYTHON" benchmarks/gpu/ops.py --budget 85 ${out[@]+"${out[@]}"}
 step "Training step" 85 "$PYTHON" benchmarks/gpu/step.py --budget 65 ${out[@]+"${out[@]}"}
+selection=(--device cuda --llama-8b --methods snip fisher 'snip, bounded' 'naive snip')
+step "Selection" 40 "$PYTHON" benchmarks/bench_selection.py "${selection[@]}" ${out[@]+"${out[@]}"}
 
 if ((${#failed[@]})); then
   echo "FAILED after $SECONDS s:"

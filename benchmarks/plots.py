@@ -15,7 +15,7 @@ THEIRS = ("#b7c4cf", "#7d92a3", "#4a5f70")
 def time_ratios(rows: Sequence[Row], path: Path) -> None:
     """Step time over the frozen model's, per method and width, one panel per dtype."""
     rows = [row for row in rows if row.get("ratio") is not None and row["method"] != "frozen"]
-    figure, panels = _panels([_dtype(row) for row in rows], path)
+    figure, panels = figure_with([_dtype(row) for row in rows], path)
     if figure is None:
         return
     for panel, dtype in panels:
@@ -34,14 +34,14 @@ def time_ratios(rows: Sequence[Row], path: Path) -> None:
         _finish(panel, labels, f"{dtype}, bars top to bottom: {', '.join(map(str, widths))} wide")
         panel.axvline(1, color="black", linewidth=1)
         panel.set_xlabel("training step / frozen model's forward + input-gradient backward")
-    _save(figure, path)
+    figure_saved(figure, path)
 
 
 def memory(rows: Sequence[Row], path: Path) -> None:
     """Peak memory above the frozen model's at the most tokens measured, per method, one panel per dtype and setting."""
     rows = [row for row in rows if row.get("above_mib") is not None and row["method"] != "frozen"]
     rows = [row for row in rows if row["tokens"] == max(other["tokens"] for other in rows)]
-    figure, panels = _panels([_setting(row) for row in rows], path)
+    figure, panels = figure_with([_setting(row) for row in rows], path)
     if figure is None:
         return
     for panel, setting in panels:
@@ -61,13 +61,13 @@ def memory(rows: Sequence[Row], path: Path) -> None:
         if end > 0:
             panel.set_xlim(right=end)
         panel.set_xlabel("MiB above the frozen model's own peak (hatched: activations saved for backward)")
-    _save(figure, path)
+    figure_saved(figure, path)
 
 
 def speedups(rows: Sequence[Row], path: Path) -> None:
     """Plain PyTorch's time over ours, per op, one panel per dtype; one dot per shape, one line of dots per density."""
     rows = [row for row in rows if row.get("speedup") is not None]
-    figure, panels = _panels([_dtype(row) for row in rows], path)
+    figure, panels = figure_with([_dtype(row) for row in rows], path)
     if figure is None:
         return
     for panel, dtype in panels:
@@ -84,7 +84,7 @@ def speedups(rows: Sequence[Row], path: Path) -> None:
         panel.axvline(1, color="black", linewidth=1)
         panel.set_xlabel("times faster than the fastest plain PyTorch, one dot per shape")
         panel.legend(title="density", fontsize=8)
-    _save(figure, path)
+    figure_saved(figure, path)
 
 
 def _operator(row: Row) -> str:
@@ -99,7 +99,7 @@ def _setting(row: Row) -> str:
     return f"{row['dtype']}, {row['tokens']} tokens" + (", checkpointing" if row["checkpointing"] else "")
 
 
-def _panels(names: Sequence[str], path: Path):
+def figure_with(names: Sequence[str], path: Path):
     names = list(dict.fromkeys(names))
     if not names:
         print(f"{path.name} not drawn: no numbers", file=sys.stderr)
@@ -139,9 +139,34 @@ def _finish(panel, labels: Sequence[str], title: str) -> None:
         panel.spines[side].set_visible(False)
 
 
-def _save(figure, path: Path) -> None:
+def figure_saved(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     from matplotlib import pyplot
 
     pyplot.close(figure)
+
+
+def selection(rows: Sequence[Row], path: Path) -> None:
+    """Time and memory of each way to choose entries, over the model's own forward and backward."""
+    rows = [row for row in rows if row.get("ratio") is not None]
+    figure, panels = figure_with(["time", "memory"] if rows else [], path)
+    if figure is None:
+        return
+    labels = [str(row["method"]) for row in rows]
+    colours = [THEIRS[1] if label.startswith("naive") else "grey" if label == "one pass" else OURS[1] for label in labels]
+    for (panel, _), column, what in zip(
+        panels,
+        ("ratio", "above_mib"),
+        ("seconds over one forward and backward of the same data", "MiB above its peak"),
+        strict=True,
+    ):
+        panel.barh(range(len(rows)), [row[column] for row in rows], 0.7, color=colours)
+        for y, row in enumerate(rows):
+            panel.annotate(
+                f"{row[column]:.2f}" if column == "ratio" else f"{row[column]:.0f}", (max(row[column], 0), y), xytext=(4, 0),
+                textcoords="offset points", va="center", fontsize=8,
+            )  # fmt: skip
+        _finish(panel, labels, "")
+        panel.set_xlabel(what)
+    figure_saved(figure, path)

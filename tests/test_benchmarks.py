@@ -108,3 +108,67 @@ def test_ops_times_every_op_against_plain_pytorch(tmp_path: Path, monkeypatch: p
         assert all(float(row["seconds"]) > 0 for row in here)
         assert all(float(row["speedup"]) > 0 for row in ours)
         assert all(bool(row["gflops"]) == op.startswith("sddmm") for row in here)
+
+
+def test_selection_measures_every_way_of_choosing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc, which this system does not have")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_selection
+
+    monkeypatch.setattr(bench_selection, "measure", bench_selection.run)
+    assert bench_selection.main(["--quick", "--out", str(tmp_path), "--density", "0.1"]) == 0
+    rows = {row["method"]: row for row in read(tmp_path / "selection.csv")}
+    assert next(iter(rows)) == "one pass" and {"grasp", "snip, bounded", "naive snip", "naive fisher"} < set(rows)
+    assert not any(row["note"] for row in rows.values())
+    assert {row["chosen"] for name, row in rows.items() if name != "one pass"} == {"6963"}
+    assert all(float(row["ratio"]) > 0 for row in rows.values())
+
+
+@pytest.fixture
+def first_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script with a tiny task of its own, and its runs in this process."""
+    import concurrent.futures
+
+    from tiny_models import WORDS, save_llama
+
+    (tmp_path / "shared" / "models").mkdir(parents=True)
+    (tmp_path / "shared" / "data").mkdir()
+    save_llama(tmp_path / "shared" / "models" / "tiny")
+    for name in ("train", "dev", "test"):
+        text = "\n".join(" ".join(WORDS[i % 7 : i % 7 + 12]) for i in range(30))
+        (tmp_path / "shared" / "data" / f"{name}.txt").write_text(text)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from quality import first_look
+
+    plan = first_look.TaskPlan("tiny", "train.txt", "dev.txt", "test.txt", {"max_steps": 2, "batch_size": 4, "max_length": 16})
+    monkeypatch.setitem(first_look.TASKS, "shakespeare", plan)
+    threads = concurrent.futures.ThreadPoolExecutor
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda workers, context: threads(1))
+    return first_look
+
+
+def test_the_first_look_fills_a_table_and_goes_on_where_it_stopped(
+    first_look: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--tasks", "shakespeare", "--methods", "random", "snip", "lora", "full", "--budgets", "0.01", "--quick"]
+    places = ["--shared", str(tmp_path / "shared"), "--masks", str(tmp_path / "masks"), "--out", str(tmp_path / "out")]
+    assert first_look.main([*asked, *places]) == 0
+    rows = read(tmp_path / "out" / "first_look.csv")
+    assert len(rows) == 1 + 4 * 3
+    assert {row["method"] for row in rows} == {"untrained", "random", "snip", "lora", "full"}
+    assert all(float(row["dev"]) > 0 and float(row["test"]) > 0 for row in rows)
+    table = (tmp_path / "out" / "first_look.md").read_text()
+    assert "snip = taylor_fo" in table and "rank 2, value" in table
+    assert (tmp_path / "out" / "first_look.png").read_bytes().startswith(b"\x89PNG")
+    last = rows[-1]
+    kept = (tmp_path / "out" / "first_look.csv").read_text().splitlines()[:-1]
+    (tmp_path / "out" / "first_look.csv").write_text("\n".join(kept) + "\n")
+    done = []
+    perform = first_look.perform
+    monkeypatch.setattr(first_look, "perform", lambda run, *rest: done.append(run) or perform(run, *rest))
+    assert first_look.main([*asked, *places]) == 0
+    assert [(run.method, str(run.seed)) for run in done] == [(last["method"], last["seed"])]
+    again = read(tmp_path / "out" / "first_look.csv")[-1]
+    timed = ("seconds", "calibration_seconds")
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in last.items() if k not in timed}

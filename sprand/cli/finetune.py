@@ -11,8 +11,6 @@ import torch
 
 import sprand
 
-from ..adapter import mask_of
-from ..selection.strategies import STRATEGIES
 from . import CliError, data, methods, models, report, require, tasks, verify
 from .checkpoint import Checkpoints, identity
 from .progress import Log
@@ -45,10 +43,11 @@ def run(settings: Settings) -> list[report.Result]:
     model, tokenizer = fresh_model()
     task = tasks.make(dataset, tokenizer, settings)
     log = Log(settings.out / "metrics.jsonl", task.metric)
-    chosen = settings.out / "mask.safetensors"
-    method = methods.sparse(model, settings, task, chosen if settings.resume and chosen.exists() else None)
-    if settings.strategy in STRATEGIES and not settings.resume:
-        mask_of(model).save(chosen)
+    kept = settings.out / "mask.safetensors"
+    mask = methods.chosen(model, settings, task, kept if settings.resume and kept.exists() else None)
+    if mask is not None and settings.mask is None:
+        mask.save(kept)
+    method = methods.sparse(model, settings, mask)
     targets, count = methods.target_names(model), method.count
     everything = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("sprand_delta"))
     steps = total_steps(settings, len(task.train))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import random
 import tempfile
 from pathlib import Path
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 
 import sprand
 
-from ..selection.strategies import STRATEGIES
+from ..adapter import mask_of
+from ..pattern import RANDOM_STRATEGIES
+from ..selection.mask import selection_of
+from ..targets import find_targets
 from . import CliError, require
 from .data import limited
 from .models import head_names
@@ -47,34 +52,67 @@ class Method:
         return sum(p.numel() for p in self.trained.values())
 
 
-def sparse(model: nn.Module, settings: Settings, task: Task, kept: Path | None = None) -> Method:
-    """Entries of the model's own weights: drawn at random, scored on the training rows, or given by a mask.
+def chosen(model: nn.Module, settings: Settings, task: Task, kept: Path | None = None) -> sprand.Mask | None:
+    """The entries to train where they are given or scored on the training rows; None where they are drawn at random.
+
+    Args:
+        model: as it was loaded; it is left as it is.
+        settings: the options.
+        task: its training rows are what strategies calibrate on.
+        kept: the mask of the run that is resumed.
+
+    Raises:
+        CliError: the options fit no weight of this model, or the mask is another run's.
+    """
+    try:
+        if settings.mask is not None:
+            return sprand.Mask.load(settings.mask)
+        if settings.strategy in RANDOM_STRATEGIES:
+            return None
+        config = sparse_config(settings, head_names(model) or None)
+        if kept is None:
+            return sprand.select(model, config, **calibration(settings, task))
+        mask = sprand.Mask.load(kept)
+        _prove_same(mask, config, kept)
+        return mask
+    except ValueError as error:
+        raise CliError(f"{error}.") from None
+
+
+def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Method:
+    """Entries of the model's own weights.
 
     Args:
         model: changed in place.
         settings: the options.
-        task: its training rows are what strategies calibrate on.
-        kept: a mask that an interrupted run has chosen already.
+        mask: the entries, or None for a random draw.
 
     Raises:
         CliError: the options fit no weight of this model.
     """
     heads = head_names(model) or None
     try:
-        if settings.mask is not None or kept is not None:
-            mask = sprand.Mask.load(kept or settings.mask)
-            sprand.apply(model, strategy=mask, modules_to_save=heads, seed=settings.seed)
-        else:
+        if mask is None:
             config = sparse_config(settings, heads)
-            sprand.apply(model, config, **(calibration(settings, task) if config.strategy in STRATEGIES else {}))
+            size = sum(place.parameter.numel() for place in find_targets(model, config))
+        else:
+            config = sprand.SparseConfig(strategy=mask, modules_to_save=heads, seed=settings.seed)
+            size = sum(math.prod(shape) for shape in mask.shapes.values())
+        sprand.apply(model, config)
     except ValueError as error:
         raise CliError(f"{error}.") from None
-    entries = [module.sparse_entries(name) for _, module in _sparse_modules(model) for name in module._sprand_targets]
-    nnz = sum(e.indices.numel() for e in entries)
-    density = nnz / sum(getattr(m, n).numel() for _, m in _sparse_modules(model) for n in m._sprand_targets)
+    density = mask_of(model).nnz / size
     lr = settings.lr or default_rate(density, _width(model))
     optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
     return Method("sprand", model, dict(sprand.named_parameters(model)), optimizer, lr, f"{density:.2%} of the targets")
+
+
+def _prove_same(mask: sprand.Mask, config: sprand.SparseConfig, file: Path) -> None:
+    asked = json.loads(json.dumps(selection_of(config)))
+    if mask.selection != asked:
+        raise CliError(
+            f"--resume: {file} was chosen by {mask.selection}, here {asked} is asked for; begin anew with --overwrite."
+        )
 
 
 def sparse_config(settings: Settings, heads: list[str] | None) -> sprand.SparseConfig:
