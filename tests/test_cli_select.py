@@ -38,7 +38,9 @@ def test_each_strategy_chooses_and_its_mask_trains(bert, rows, tmp_path, strateg
     mask = tmp_path / "mask.safetensors"
     asked = ("--strategy", strategy, "--density", 0.02, "--data", rows, "--out", mask, "--json")
     assert run("select", bert, *asked, "--plot", tmp_path / "mask.png") == 0
-    said = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    said = json.loads(printed.out)
+    assert ("calibration: " in printed.err and "peak" in printed.err) == (STRATEGIES[strategy].needs is not None)
     chosen = sprand.Mask.load(mask)
     assert said["nnz"] == chosen.nnz and said["selection"]["strategy"] == strategy
     assert {name: target["nnz"] for name, target in said["targets"].items()} == {n: len(i) for n, i in chosen.items()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,29 @@ def run(arguments: Sequence[str]) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        return options.command(options)
+        with _library_lines():
+            return options.command(options)
     except CliError as error:
         print(f"sprand: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("sprand: stopped.", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _library_lines() -> Iterator[None]:
+    """Show what the library logs, the time and memory of a calibration say, on standard error."""
+    logger, handler = logging.getLogger("sprand"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def build_parser() -> argparse.ArgumentParser:
