@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -46,10 +47,18 @@ def build(headers: Path) -> Path:
     for file in sorted(files):
         state.update(file.name.encode() + file.read_bytes())
     library = ROOT / "build" / "simt" / f"sprand_simt_{state.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side build it once
+        if not library.exists():
+            _compile(sources, compiler, flags, library)
+    return library
+
+
+def _compile(sources: list[Path], compiler: list[str], flags: list[str], library: Path) -> None:
+    torch_home = Path(torch.__file__).parent
     folder = library.with_suffix(f".{os.getpid()}")
-    folder.mkdir(parents=True)
+    folder.mkdir()
 
     def compile(source: Path) -> str:
         target = str(folder / f"{source.name}.o")
@@ -63,7 +72,6 @@ def build(headers: Path) -> Path:
     subprocess.run([*compiler, *link], check=True)
     linked.replace(library)
     shutil.rmtree(folder)
-    return library
 
 
 class Emulation:

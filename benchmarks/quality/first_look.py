@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS = {
     "sst2": TaskPlan(
         None, "sst2/train.tsv", "sst2/dev.tsv", "sst2/test.tsv",
-        {"limit_train": 1000, "epochs": 3.0, "batch_size": 32, "max_length": 48},
+        {"limit_train": 1000, "limit_eval": 872, "epochs": 2.0, "batch_size": 32, "max_length": 48},
     ),
     "shakespeare": TaskPlan(
         "stories260k-hf", "tinyshakespeare/train.txt", "tinyshakespeare/dev.txt", "tinyshakespeare/test.txt",
