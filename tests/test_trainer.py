@@ -83,6 +83,20 @@ def test_a_checkpoint_is_a_clean_merged_model_and_resumes_to_the_bit(tmp_path, d
     assert_same_bits(bits(sprand.unmerge(resumed)), bits(llama(dtype)))
 
 
+def test_tied_weights_are_saved_once_and_resume_to_the_bit(tmp_path):
+    def tied():
+        model = llama(tie_word_embeddings=True)
+        return sprand.apply(model, density=0.05, target_modules=["embed_tokens", "q_proj"])
+
+    model, trainer = trained(tmp_path, tied(), save_strategy="steps", save_steps=3)
+    assert model.lm_head.sprand_delta is model.model.embed_tokens.sprand_delta
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    assert_same_bits(reloaded.state_dict(), bits(model))
+    resumed, other = trained(tmp_path, tied(), resume=str(tmp_path / "checkpoint-3"), save_strategy="no")
+    assert_same_bits(everything(resumed, other), everything(model, trainer))
+    assert_same_bits(bits(sprand.unmerge(resumed)), bits(llama(tie_word_embeddings=True)))
+
+
 def test_a_saved_model_is_clean_and_its_adapter_loads_into_the_base(tmp_path):
     model, trainer = trained(tmp_path, save_strategy="steps", save_steps=6)
     trainer.save_model(tmp_path / "final")
