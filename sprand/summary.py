@@ -55,15 +55,18 @@ def visible_share(model: nn.Module) -> float:
     A delta of less than half a unit in the last place of its base changes no weight: a share near 0 in a low-precision
     model says that the learning rate is too low to train anything (yet), however well the deltas move.
 
+    Args:
+        model: of `sprand.apply`, or of PEFT with a `SprandConfig`.
+
     Returns:
         A number in [0, 1].
 
     Raises:
         ValueError: the model has no trained entries, or no adapter is active.
     """
-    state_of(model)
     entries = [module.sparse_entries(parameter) for _, module, parameter in attached(model)]
     if not entries:
+        state_of(model)
         raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
     visible: dict[torch.device, Tensor] = {}
     for e in entries:
