@@ -55,7 +55,8 @@ def sparse(density=0.05, seed=0, dtype=torch.float32, **fields):
 def trained(folder, model=None, optimizer=sparse_adamw, resume=None, **options):
     """The model after a training, and its trainer."""
     model = sparse() if model is None else model
-    trainer = trainer_of(model, folder, [SparseCheckpointCallback()], optimizer, **options)
+    callbacks = [] if hasattr(model, "peft_config") else [SparseCheckpointCallback()]
+    trainer = trainer_of(model, folder, callbacks, optimizer, **options)
     trainer.train(resume_from_checkpoint=resume)
     return model, trainer
 
