@@ -198,8 +198,8 @@ class AdapterTarget:
                 self.entries(weight, others).restore(weight)
             self.bases[name] = _gather(weight.data, indices)
             self.forget()
-        elif base.device != weight.device:
-            self.bases._buffers[name] = base.to(weight.device)
+        elif base.device != weight.device or base.dtype != weight.dtype:  # PEFT upcasts every tensor of a new adapter
+            self.bases._buffers[name] = base.to(weight)
 
     def _union(self, names: tuple[str, ...]) -> tuple[Tensor, list[Tensor], Tensor]:
         if names not in self._unions:
