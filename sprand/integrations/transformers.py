@@ -36,7 +36,8 @@ ADAPTER_FOLDER, ENTRIES_FILE, KEY = "sprand", "entries.safetensors", "sprand"
 def sparse_adamw(args: TrainingArguments, **options: Any) -> tuple[type[SparseAdamW], dict[str, Any]]:
     """`SparseAdamW` as a `Trainer` takes it: `Trainer(..., optimizer_cls_and_kwargs=sparse_adamw(args))`.
 
-    The trainer makes the parameter groups, as for its own optimizers.
+    The trainer makes the parameter groups, as for its own optimizers. Where a trainer's constructor does not take it (TRL's
+    for DPO and GRPO), set it before training: `trainer.optimizer_cls_and_kwargs = sparse_adamw(args)`.
 
     Args:
         args: learning rate, betas, epsilon and weight decay are read from here.
