@@ -62,7 +62,13 @@ def test_a_parameter_of_the_model_itself():
             super().__init__()
             self.factor = nn.Parameter(torch.ones(4))
 
-    refused("PEFT replaces the module that holds a weight", built(Scaled), target_modules=None, target_parameters=["factor"], density=1.0)
+    refused(
+        "PEFT replaces the module that holds a weight",
+        built(Scaled),
+        target_modules=None,
+        target_parameters=["factor"],
+        density=1.0,
+    )
 
 
 def test_attention_that_reads_a_weight_without_calling_the_layer():
