@@ -344,11 +344,11 @@ def targets_by_delta() -> dict[int, tuple[SparseModule, str]]:
     return {id(delta): (module, name) for module in _live for delta, name in module.sparse_deltas()}
 
 
-def track(module: SparseModule) -> None:
-    """Let `targets_by_delta` find a module that `attach` did not make."""
+def track(module: nn.Module) -> None:
+    """Let `targets_by_delta` find a module that `attach` did not make; it has `sparse_deltas`."""
     _live.add(module)
 
 
-def untrack(module: SparseModule) -> None:
+def untrack(module: nn.Module) -> None:
     """The inverse of `track`."""
     _live.discard(module)

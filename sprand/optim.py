@@ -216,6 +216,8 @@ class SparseAdamW(torch.optim.AdamW):
 
 def _fusable(module: SparseModule, name: str) -> bool:
     """Whether the fused step can take a delta; one that others cast, sharded or moved is a dense parameter to it."""
+    if not isinstance(module, SparseModule):  # the delta of a weight that is stored packed
+        return False
     delta, weight = module.sparse_entries(name).delta, module._parameters[name]
     plain = type(delta.data) is Tensor and type(weight.data) is Tensor and weight.is_contiguous()
     dtype = ops.accumulation_dtype(weight.dtype)

@@ -48,6 +48,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """The base model's own tensors as they are now, under their own names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+
     from sprand.peft.plan import base_modules
 
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
@@ -73,3 +74,27 @@ def saved(folder: Path, **fields) -> Path:
     """The folder of a trained adapter."""
     adapted(**fields).save_pretrained(folder)
     return folder
+
+
+def deltas(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
+    from sprand.peft import SprandLayer
+
+    return {
+        target.name: target.deltas[adapter].detach().clone()
+        for layer in model.modules()
+        if isinstance(layer, SprandLayer)
+        for _, _, target in layer.weights()
+        if adapter in target.deltas
+    }
+
+
+def positions(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
+    from sprand.peft import SprandLayer
+
+    return {
+        target.name: target.indices[adapter].clone()
+        for layer in model.modules()
+        if isinstance(layer, SprandLayer)
+        for _, _, target in layer.weights()
+        if adapter in target.deltas
+    }

@@ -7,33 +7,12 @@ import pickle
 
 import pytest
 import torch
-from models import MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels, tokens_and_labels
-from peft_models import adapted, base_weights, llama, logits, peft, train, trainable
 from torch import nn
 
 import sprand
+from models import MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels, tokens_and_labels
+from peft_models import adapted, base_weights, deltas, llama, logits, peft, positions, train, trainable
 from sprand.peft import SprandConfig
-from sprand.peft.layer import SprandLayer
-
-
-def deltas(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
-    return {
-        target.name: target.deltas[adapter].detach().clone()
-        for layer in model.modules()
-        if isinstance(layer, SprandLayer)
-        for _, _, target in layer.weights()
-        if adapter in target.deltas
-    }
-
-
-def positions(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
-    return {
-        target.name: target.indices[adapter].clone()
-        for layer in model.modules()
-        if isinstance(layer, SprandLayer)
-        for _, _, target in layer.weights()
-        if adapter in target.deltas
-    }
 
 
 @pytest.mark.parametrize(
@@ -56,13 +35,17 @@ def test_both_doors_train_the_same_bits(optimizer):
     assert torch.equal(logits(ours), logits(theirs))
     theirs.base_model.layers()[0].refresh()
     weights = bits(ours)
-    assert_same_bits({name: value for name, value in base_weights(theirs).items()}, {name: weights[name] for name in base_weights(theirs)})
+    assert_same_bits(
+        {name: value for name, value in base_weights(theirs).items()}, {name: weights[name] for name in base_weights(theirs)}
+    )
 
 
 def test_the_fused_optimizer_is_fused(monkeypatch):
     model = peft.get_peft_model(llama(), SprandConfig(density=0.1))
     optimizer = sprand.SparseAdamW(model, lr=1e-2)
-    monkeypatch.setattr(optimizer, "_dense_step", lambda params, *rest: pytest.fail("a delta took the dense step") if params else None)
+    monkeypatch.setattr(
+        optimizer, "_dense_step", lambda params, *rest: pytest.fail("a delta took the dense step") if params else None
+    )
     train(model, optimizer, 2)
 
 

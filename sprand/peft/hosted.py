@@ -141,7 +141,7 @@ class AdapterTarget:
     def write(self, weight: Tensor) -> None:
         """Make the weight hold the merged adapters, or the active ones."""
         names = self.merged or self.active
-        if names and _writable(weight):
+        if names and _writable(weight) and not any(self.deltas[name].is_meta for name in names):
             with torch.no_grad():
                 self.entries(weight, names).write(weight)
 

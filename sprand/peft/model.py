@@ -169,7 +169,10 @@ class SprandModel(BaseTuner):
         """Nothing to warn of: a weight that several modules share has one delta, which all of them train."""
 
     def _check_merge_allowed(self) -> None:
-        """Tied weights merge like any other; a quantized layer refuses by itself."""
+        """Tied weights merge like any other; a quantized layer refuses before any layer is merged."""
+        for layer in self.layers():
+            if isinstance(layer, QuantizedLayer):
+                layer.merge()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         layers = self.layers()

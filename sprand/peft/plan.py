@@ -59,11 +59,10 @@ class Site:
 
 @dataclass
 class Part:
-    """What an adapter trains of one site: `indices [nnz]`, flat; `known` is False where a file is still to bring them."""
+    """What an adapter trains of one site: `indices [nnz]`, flat."""
 
     site: Site
     indices: Tensor
-    known: bool = True
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -139,27 +138,28 @@ def make_plan(model: nn.Module, config: SprandConfig, adapter_name: str, kwargs:
 
 
 def _saved(config: SprandConfig, sites: Mapping[str, Site], adapter_name: str) -> list[Part]:
-    parts = []
     for name, entry in config.targets.items():
         site = sites.get(name)
         if site is None or list(site.shape) != entry["shape"]:
             found = "has none of that name" if site is None else f"has {list(site.shape)}"
             raise ValueError(
-                f"adapter {adapter_name!r} was made for another model: expected {name} of shape {entry['shape']}, "
-                f"this one {found}"
+                f"adapter {adapter_name!r} was made for another model: expected {name} of shape {entry['shape']}, but this "
+                f"one {found}"
             )
-        if config.indices_saved:
-            known = config.indices is not None
-            indices = (
-                config.indices[name] if known else torch.arange(entry["nnz"], dtype=pattern.index_dtype(math.prod(site.shape)))
-            )
-            parts.append(Part(site, indices.to(_real(site.device)), known))
+    parts = []
+    for name, site in sites.items():
+        if name not in config.targets:
             continue
-        indices = pattern.draw(config.strategy, name, site.shape, entry["nnz"], config.seed, layout=config.layout)
-        parts.append(Part(site, indices.to(_real(site.device))))
-        check_same_base(adapter_name, site, parts[-1].indices, entry)
-    order = {name: number for number, name in enumerate(sites)}
-    return sorted(parts, key=lambda part: order[part.site.name])
+        nnz, device = config.targets[name]["nnz"], _real(site.device)
+        if not config.indices_saved:
+            indices = pattern.draw(config.strategy, name, site.shape, nnz, config.seed, layout=config.layout).to(device)
+            check_same_base(adapter_name, site, indices, config.targets[name])
+        elif config.indices is not None:
+            indices = config.indices[name].to(device)
+        else:  # the file brings them
+            indices = torch.arange(nnz, dtype=pattern.index_dtype(math.prod(site.shape)), device=device)
+        parts.append(Part(site, indices))
+    return parts
 
 
 def check_same_base(adapter_name: str, site: Site, indices: Tensor, entry: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..functional import Entries
+from ..layers import track, untrack
 from .hosted import AdapterTarget
 from .layer import SprandLayer
 from .plan import Site
@@ -29,6 +30,15 @@ class QuantizedLayer(SprandLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.shape: tuple[int, ...] = ()
+        track(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        track(self)
+
+    def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
+        """The deltas of the active adapters, for `SparseAdamW`, which updates them without writing a weight."""
+        return ((target.deltas[name], key) for key, target in self.hosted.items() for name in target.active)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[..., in]` to `[..., out]`, in the dtype of `x`."""
@@ -71,6 +81,7 @@ class QuantizedLayer(SprandLayer):
         super(SprandLayer, self).delete_adapter(adapter_name)
 
     def leave(self, keep: bool) -> None:
+        untrack(self)
         self.hosted.clear()
 
     def site(self, parameter: str) -> Site:

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
+from peft.tuners.tuners_utils import BaseTuner
+
 NAME = "SPRAND"
-TESTED = ">=0.21,<0.23"
+TESTED = "0.21"
+NEEDED = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load")  # how a method saves and loads since 0.21
+
+
+def check_peft() -> None:
+    """Prove that PEFT lets a method from outside save and load its adapters.
+
+    Raises:
+        ImportError: it does not.
+    """
+    missing = [name for name in NEEDED if not hasattr(BaseTuner, name)]
+    if missing:
+        raise ImportError(f"{_advice()} (BaseTuner has no {missing[0]})")
 
 
 def register(config_cls: type, model_cls: type) -> Any:
@@ -21,7 +36,6 @@ def register(config_cls: type, model_cls: type) -> Any:
     Raises:
         ImportError: PEFT is older or newer than what this was tested with and works in another way.
     """
-    import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     try:
@@ -31,11 +45,15 @@ def register(config_cls: type, model_cls: type) -> Any:
                 name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix
             )
     except Exception as error:
-        raise ImportError(
-            f"sprand.peft cannot register itself in peft {peft.__version__} ({type(error).__name__}: {error}); it was tested "
-            f"with peft{TESTED}. Install one of those (pip install 'peft{TESTED}'), or use sprand.apply, which needs no PEFT"
-        ) from error
+        raise ImportError(f"{_advice()} ({type(error).__name__}: {error})") from error
     return kind
+
+
+def _advice() -> str:
+    return (
+        f"sprand.peft works with peft {TESTED}.*, and not with peft {peft.__version__}: install another, pip install "
+        f"'peft=={TESTED}.*', or use sprand.apply, which needs no PEFT"
+    )
 
 
 def _member(types: Any) -> Any:
@@ -50,3 +68,6 @@ def _member(types: Any) -> Any:
     if types(NAME) is not member or NAME not in list(types):
         raise TypeError(f"{types.__name__} did not take the member {NAME}")
     return member
+
+
+check_peft()
