@@ -74,7 +74,7 @@ class SparseModule(nn.Module):
         )  # fmt: skip
 
     def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
-        """Every delta that a fused optimizer may write into its weight, with the name of the targeted parameter."""
+        """Every delta that trains, with the name of the targeted parameter."""
         return ((self._parameters[target.delta], name) for name, target in self._sprand_targets.items())
 
     def write_weights(self) -> None:

@@ -238,10 +238,8 @@ class HostedModule(SparseModule):
         return self._sprand_hosted[parameter].entries(self._parameters[parameter])
 
     def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
-        for name, target in self._sprand_targets.items():
-            weight = self._parameters[name]
-            if len(target.active) == 1 and _writable(weight) and target.in_order(target.active[0]):
-                yield target.deltas[target.active[0]], name
+        """The active deltas; one of several, or one whose indices do not ascend, is no delta of `sparse_entries` itself."""
+        return ((target.deltas[key], name) for name, target in self._sprand_targets.items() for key in target.active)
 
     def make_schedule(self, parameter: str) -> None:
         """Nothing: a target makes its schedules when it is used."""
