@@ -151,7 +151,6 @@ class SprandModel(BaseTuner):
         self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """The parts that no targeted module stood for."""
-        named = [part.site.name for parts in self._plan.values() for part in parts]
         places = {id(module): name for name, module in model.named_modules()}
         for key in list(self._plan):
             site = self._plan[key][0].site
@@ -160,7 +159,7 @@ class SprandModel(BaseTuner):
             parent, _, last = outer.rpartition(".")
             owner = model.get_submodule(parent)
             self._create_and_replace(peft_config, adapter_name, getattr(owner, last), last, owner, current_key=outer)
-        return named
+        return list(peft_config.target_parameters)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
