@@ -17,6 +17,7 @@ LEARNING_RATE = 1e-3
 PEER_DENSITY = 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METHODS = ("frozen", "sprand", "lora", "lora-bf16", "shira", "peft-sparta", "supertuning", "full")
+ON_PEFT = ("frozen", "shira", "shira-accelerated", "supertuning", "supertuning-accelerated", "sprand-peft")
 
 Attach = Callable[[nn.Module], tuple[nn.Module, torch.optim.Optimizer | None]]
 
@@ -217,6 +218,26 @@ def attach_supertuning(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimiz
     return model, adamw(model.parameters())
 
 
+def attach_accelerated(model: nn.Module, attach: Attach) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model of PEFT's, moved to this project's kernels in place, with this project's optimizer."""
+    import sprand
+    from sprand.peft import accelerate
+
+    model = accelerate(attach(model)[0])
+    return model, sprand.SparseAdamW(model, lr=LEARNING_RATE)
+
+
+def attach_sprand_peft(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """This project as a PEFT method."""
+    from peft import get_peft_model
+
+    import sprand
+    from sprand.peft import SprandConfig
+
+    model = get_peft_model(model, SprandConfig(density=PEER_DENSITY, target_modules=targets(model)))
+    return model, sprand.SparseAdamW(model, lr=LEARNING_RATE)
+
+
 PEERS: dict[str, tuple[str, float | None, Attach]] = {
     "frozen": ("frozen model", None, attach_frozen),
     "lora": ("PEFT LoRA", PEER_DENSITY, attach_lora),
@@ -225,6 +246,13 @@ PEERS: dict[str, tuple[str, float | None, Attach]] = {
     "peft-sparta": ("peft-sparta", PEER_DENSITY, attach_peft_sparta),
     "supertuning": ("PEFT Super-Tuning", PEER_DENSITY, attach_supertuning),
     "full": ("full AdamW", 1.0, attach_full),
+    "shira-accelerated": ("PEFT SHiRA, accelerated", PEER_DENSITY, partial(attach_accelerated, attach=attach_shira)),
+    "supertuning-accelerated": (
+        "PEFT Super-Tuning, accelerated",
+        PEER_DENSITY,
+        partial(attach_accelerated, attach=attach_supertuning),
+    ),
+    "sprand-peft": ("sprand as a PEFT method", PEER_DENSITY, attach_sprand_peft),
 }
 
 

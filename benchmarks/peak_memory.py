@@ -60,7 +60,7 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
 
 def run(case: Case) -> dict[str, object]:
     """Measure `case` in this process."""
-    from methods import METHODS, Trainer, Unavailable, build, expand, random_tokens
+    from methods import METHODS, ON_PEFT, Trainer, Unavailable, build, expand, random_tokens
 
     name, _, density = case.method.partition("@")
     (method,) = expand([name], [float(density)] if density else [], case.dtype)
@@ -68,7 +68,7 @@ def run(case: Case) -> dict[str, object]:
         with contextlib.suppress(ImportError):
             __import__(package)
     try:
-        if name not in METHODS:
+        if name not in (*METHODS, *ON_PEFT):
             raise Unavailable(f"no such method: {name}")
         model = build(case.width, case.layers, case.dtype, case.checkpointing)
         tokens = random_tokens(case.tokens)

@@ -16,7 +16,7 @@ from .optim import SparseAdamW
 from .plots import plot_selection
 from .selection.choose import select
 from .selection.mask import Mask
-from .summary import print_trainable_parameters, summary
+from .summary import print_trainable_parameters, summary, visible_share
 from .version import __version__
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "summary",
     "switch",
     "unmerge",
+    "visible_share",
     "write",
 ]

@@ -210,7 +210,7 @@ def _prove(
         else:
             indices = _draw(config, name, target["shape"], target["nnz"])
         indices = indices.to(device=weight.device, dtype=pattern.index_dtype(weight.numel()))
-        _check_base(path, name, ops.gather(weight.data.contiguous(), indices), target["fingerprint"])
+        check_base(path, name, ops.gather(weight.data.contiguous(), indices), target["fingerprint"])
         if "frozen" in target:
             adapter.frozen[name] = _prove_frozen(path, name, target, tensors, weight)
         adapter.indices[name] = indices
@@ -233,7 +233,7 @@ def _prove_frozen(path: Path, name: str, target: dict[str, Any], tensors: Mappin
     pattern.check_indices(f"{path}: frozen entries of {name}", indices, weight.numel())
     indices = indices.to(device=weight.device, dtype=pattern.index_dtype(weight.numel()))
     base = ops.gather(weight.data.contiguous(), indices)
-    _check_base(path, name, base, target["frozen"]["fingerprint"])
+    check_base(path, name, base, target["frozen"]["fingerprint"])
     return Frozen(indices, values.to(base), base)
 
 
@@ -245,7 +245,7 @@ def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, sha
     return parameters[name]
 
 
-def _check_base(path: Path, name: str, base: Tensor, stored: Mapping[str, str]) -> None:
+def check_base(path: Path, name: str, base: Tensor, stored: Mapping[str, str]) -> None:
     """Compare in the narrower of the two dtypes: a checkpoint may be loaded in another one than it was trained in."""
     trained = next(iter(stored))
     here = fingerprints(base)

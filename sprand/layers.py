@@ -73,6 +73,10 @@ class SparseModule(nn.Module):
             target.schedule, target.candidates,
         )  # fmt: skip
 
+    def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
+        """Every delta that trains, with the name of the targeted parameter."""
+        return ((self._parameters[target.delta], name) for name, target in self._sprand_targets.items())
+
     def write_weights(self) -> None:
         """Make every targeted parameter hold its trained values now (its base values while disabled)."""
         _write([(self, parameter, self._sprand_active) for parameter in self._sprand_targets])
@@ -208,7 +212,8 @@ class _SparseEmbedding(SparseModule):
         return functional.embedding(input, self.weight, self.sparse_entries(), self.padding_idx)
 
 
-def _kind_of(cls: type[nn.Module]) -> type[SparseModule]:
+def kind_of(cls: type[nn.Module]) -> type[SparseModule]:
+    """What to mix into a module class, by how it uses its weight."""
     if cls.forward is nn.Linear.forward:
         return _SparseLinear
     if cls.forward is nn.Embedding.forward:
@@ -221,7 +226,7 @@ def _kind_of(cls: type[nn.Module]) -> type[SparseModule]:
 @functools.cache
 def sparse_class(cls: type[nn.Module]) -> type[SparseModule]:
     """The subclass of `cls` that `attach` gives to a module: `Linear` becomes `SparseLinear`."""
-    return type(f"Sparse{cls.__name__}", (_kind_of(cls), cls), {"_sprand_class": cls, "__module__": __name__})
+    return type(f"Sparse{cls.__name__}", (kind_of(cls), cls), {"_sprand_class": cls, "__module__": __name__})
 
 
 SparseLinear = sparse_class(nn.Linear)
@@ -336,6 +341,14 @@ def _write(items: Sequence[tuple[SparseModule, str, bool]]) -> None:
 
 def targets_by_delta() -> dict[int, tuple[SparseModule, str]]:
     """Every live delta parameter by its `id`, with the module and parameter it belongs to."""
-    return {
-        id(getattr(module, target.delta)): (module, name) for module in _live for name, target in module._sprand_targets.items()
-    }
+    return {id(delta): (module, name) for module in _live for delta, name in module.sparse_deltas()}
+
+
+def track(module: nn.Module) -> None:
+    """Let `targets_by_delta` find a module that `attach` did not make; it has `sparse_deltas`."""
+    _live.add(module)
+
+
+def untrack(module: nn.Module) -> None:
+    """The inverse of `track`."""
+    _live.discard(module)

@@ -114,7 +114,7 @@ class SparseAdamW(torch.optim.AdamW):
                     )
                 self._init_state(p)
                 target = targets.get(id(p))
-                if target is not None and _fusable(*target):
+                if target is not None and _fusable(p, *target):
                     sparse.append((p, *target))
                 else:
                     dense.append(p)
@@ -214,10 +214,12 @@ class SparseAdamW(torch.optim.AdamW):
             state["step"] = state["step"].to(p.device)
 
 
-def _fusable(module: SparseModule, name: str) -> bool:
+def _fusable(p: nn.Parameter, module: SparseModule, name: str) -> bool:
     """Whether the fused step can take a delta; one that others cast, sharded or moved is a dense parameter to it."""
+    if not isinstance(module, SparseModule):  # the delta of a weight that is stored packed
+        return False
     delta, weight = module.sparse_entries(name).delta, module._parameters[name]
-    plain = type(delta.data) is Tensor and type(weight.data) is Tensor and weight.is_contiguous()
+    plain = delta is p and type(delta.data) is Tensor and type(weight.data) is Tensor and weight.is_contiguous()
     dtype = ops.accumulation_dtype(weight.dtype)
     return plain and module._sprand_active and delta.device == weight.device and delta.dtype == dtype
 

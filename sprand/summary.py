@@ -1,8 +1,9 @@
-"""What trains, in words: PEFT's one line, and a table by target."""
+"""What trains, in words: PEFT's one line, a table by target, and the share of deltas that change a weight."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .adapter import attached
 from .model import state_of
@@ -46,6 +47,33 @@ def summary(model: nn.Module) -> str:
     ]
     active = "a mixture" if state.mixed else state.active or "none, the base"
     return "\n".join([*lines, f"{trained:,} of {total:,} parameters train ({trained / total:.4%}); active adapter: {active}"])
+
+
+def visible_share(model: nn.Module) -> float:
+    """The share of the trained entries that differ from the base in their weight's dtype.
+
+    A delta of less than half a unit in the last place of its base changes no weight: a share near 0 in a low-precision
+    model says that the learning rate is too low to train anything (yet), however well the deltas move.
+
+    Args:
+        model: of `sprand.apply`, or of PEFT with a `SprandConfig`.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: the model has no trained entries, or no adapter is active.
+    """
+    entries = [module.sparse_entries(parameter) for _, module, parameter in attached(model)]
+    if not entries:
+        state_of(model)
+        raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
+    visible: dict[torch.device, Tensor] = {}
+    for e in entries:
+        written = (e.base.to(e.delta.dtype) + e.scale * e.delta.detach()).to(e.base.dtype)
+        count = (written != e.base).sum()
+        visible[count.device] = visible.get(count.device, 0) + count
+    return sum(count.item() for count in visible.values()) / sum(e.delta.numel() for e in entries)
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def find_targets(model: nn.Module, config: SparseConfig) -> list[Place]:
         unknown = sorted(wanted - {name for name, _ in model.named_parameters(remove_duplicate=False)})
         if unknown:
             raise ValueError(
-                f"strategy: the model has no parameter {unknown[0]!r}; {_closest(unknown[0], _parameter_names(model))}"
+                f"strategy: the model has no parameter {unknown[0]!r}; {closest(unknown[0], _parameter_names(model))}"
             )
         return places_of(model, wanted)
     wanted = {f"{name}.weight" if name else "weight" for name in _matching_modules(model, config)}
@@ -133,7 +133,7 @@ def _match_all(field_name: str, wanted: Sequence[str], names: Sequence[str]) -> 
     for pattern_ in wanted:
         found = {name for name in names if _is_suffix(pattern_, name)}
         if not found:
-            raise ValueError(f"{field_name}: {pattern_!r} matches nothing in this model; {_closest(pattern_, names)}")
+            raise ValueError(f"{field_name}: {pattern_!r} matches nothing in this model; {closest(pattern_, names)}")
         chosen |= found
     return chosen
 
@@ -143,10 +143,10 @@ def _is_suffix(wanted: str, name: str) -> bool:
 
 
 def _module_hint(model: nn.Module, wanted: Any) -> str:
-    return f'{_closest(str(wanted), _linear_names(model))}, or "all-linear"'
+    return f'{closest(str(wanted), _linear_names(model))}, or "all-linear"'
 
 
-def _closest(wanted: str, names: Sequence[str]) -> str:
+def closest(wanted: str, names: Sequence[str]) -> str:
     last = {name.rpartition(".")[2] for name in names}
     near = difflib.get_close_matches(wanted, [*last, *names], n=5, cutoff=0.0)
     return f"the closest names are {', '.join(near)}" if near else "it has none of that kind"

@@ -90,6 +90,30 @@ def test_memory_is_measured_in_a_fresh_process(train_step: ModuleType) -> None:
     assert found["state"] == found["trained"] == 0
 
 
+def test_shira_is_measured_before_and_after_acceleration(
+    train_step: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft", reason="SHiRA and Super-Tuning are PEFT's")
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc, which this system does not have")
+    import bench_shira
+    import peak_memory
+
+    monkeypatch.setattr(train_step, "measure", lambda case, repeats: peak_memory.run(case))
+    assert bench_shira.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "shira.csv")
+    timed = {row["method"]: row for row in rows if row["seconds"]}
+    weighed = {row["method"]: row for row in rows if row["peak_mib"]}
+    assert set(timed) == set(weighed) == {
+        "frozen", "shira", "shira-accelerated", "supertuning", "supertuning-accelerated", "sprand-peft",
+    }  # fmt: skip
+    for name in ("shira", "supertuning"):
+        stock, ours = timed[name], timed[f"{name}-accelerated"]
+        assert stock["trained"] == ours["trained"]
+        assert float(ours["loss_last"]) == pytest.approx(float(stock["loss_last"]), rel=1e-4)
+        assert float(weighed[f"{name}-accelerated"]["saved_above_mib"]) < float(weighed[name]["saved_above_mib"])
+
+
 def test_ops_times_every_op_against_plain_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sprand import ops
 

@@ -1,4 +1,15 @@
-"""Dynamic masks in a Hugging Face `Trainer`: a callback that moves the mask after each step and keeps it in checkpoints."""
+"""sprand in a Hugging Face `Trainer`: its optimizer, exact resume beside clean checkpoints, and what is logged.
+
+args = TrainingArguments(...)
+trainer = Trainer(
+    sprand.apply(model, density=0.01), args, train_dataset=...,
+    optimizer_cls_and_kwargs=sparse_adamw(args),  # optional: any optimizer is correct
+    callbacks=[SparseCheckpointCallback()],  # checkpoints are plain merged models, with the adapter in a folder beside
+)
+trainer.add_callback(VisibleShareCallback(trainer))
+
+Models of `sprand.peft` need no callback for their checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +18,126 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .. import files, ops
+from ..adapter import attached, read, save
 from ..dynamic import DynamicMask
+from ..exchange import Site, sites_of
+from ..model import sparse_modules, state_of, write
+from ..optim import SparseAdamW
+from ..summary import visible_share
 
 MASK_FILE = "dynamic_mask.pt"
+ADAPTER_FOLDER, ENTRIES_FILE, KEY = "sprand", "entries.safetensors", "sprand"
+
+
+def sparse_adamw(args: TrainingArguments, **options: Any) -> tuple[type[SparseAdamW], dict[str, Any]]:
+    """`SparseAdamW` as a `Trainer` takes it: `Trainer(..., optimizer_cls_and_kwargs=sparse_adamw(args))`.
+
+    The trainer makes the parameter groups, as for its own optimizers. Where a trainer's constructor does not take it (TRL's
+    for DPO and GRPO), set it before training: `trainer.optimizer_cls_and_kwargs = sparse_adamw(args)`.
+
+    Args:
+        args: learning rate, betas, epsilon and weight decay are read from here.
+        **options: further options of `SparseAdamW`; `max_grad_norm` clips in the fused step (set `args.max_grad_norm=0` then).
+
+    Returns:
+        The optimizer's class and its keywords.
+
+    Raises:
+        ValueError: an option that comes from `args`.
+    """
+    given = {"lr": "learning_rate", "betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
+    for name in options.keys() & given.keys():
+        raise ValueError(f"sparse_adamw: expected {name} in the training arguments; set {given[name]} there")
+    betas = args.adam_beta1, args.adam_beta2
+    return SparseAdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon} | options
+
+
+class VisibleShareCallback(TrainerCallback):
+    """Logs `visible_share` with each training loss: the share of trained entries whose weight has changed at all.
+
+    `trainer.add_callback(VisibleShareCallback(trainer))`. In a plain loop call `sprand.visible_share(model)`.
+
+    Args:
+        trainer: its log takes the number, so that every reporter gets it.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        visible_share(trainer.model)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Follow a log of the training loss by one of the share."""
+        if "loss" in logs:
+            self.trainer.log({"visible_share": visible_share(self.trainer.model)})
+
+
+class SparseCheckpointCallback(TrainerCallback):
+    """Makes the checkpoints of a model of `sprand.apply` plain merged models, from which training resumes to the bit.
+
+    A checkpoint is what the model's class saves and loads, trained values in place and no tensors of sprand. Its folder
+    `sprand` holds the adapter (`sprand.load(base, "checkpoint-8/sprand")`) and what else a resume needs; the best
+    model, with `load_best_model_at_end`, gets its entries back from there. Stands before a `DynamicMaskCallback`.
+
+    Without this callback checkpoints hold the tensors of sprand among the model's own: a resume is exact as well.
+    """
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the tensors of sprand out of what the model saves.
+
+        Raises:
+            ValueError: the model has no trained entries, or its checkpoints hold them already.
+        """
+        model = kwargs["model"]
+        if hasattr(model, "peft_config"):
+            raise ValueError("SparseCheckpointCallback: expected a model of sprand.apply; one of PEFT needs no callback")
+        if args.fsdp or args.deepspeed:
+            raise ValueError("SparseCheckpointCallback: FSDP and DeepSpeed write checkpoints of their own; use sprand.peft there")
+        state_of(model)
+        if hasattr(model, "_keys_to_ignore_on_save"):
+            model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | _own_keys(model)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Where a training is resumed, give the model the entries of the checkpoint that the trainer has just loaded.
+
+        Raises:
+            FileNotFoundError: the checkpoint has no entries.
+            ValueError: they are of another checkpoint, or of other weights than the model trains.
+        """
+        model = kwargs["model"]
+        self.on_init_end(args, state, control, model=model)
+        if state.global_step:
+            found = _of_resumed(args, state, f"{ADAPTER_FOLDER}/{ENTRIES_FILE}", type(self).__name__)
+            _restore(model, [file.parent for file in found])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the adapter, and what a resume needs, into the checkpoint that the trainer has just written.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+        """
+        if not state.is_world_process_zero:
+            return
+        folder = _folder(args, state)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"SparseCheckpointCallback: expected the checkpoint of this step at {folder}")
+        model, folder = kwargs["model"], folder / ADAPTER_FOLDER
+        save(model, folder)
+        tensors = {}
+        for name, module, parameter in attached(model):
+            entries = module.sparse_entries(parameter)
+            tensors |= {f"indices.{name}": entries.indices.cpu(), f"base.{name}": entries.base.cpu()}
+        files.write(folder / ENTRIES_FILE, KEY, {"checksum": files.checksum(tensors)}, tensors)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Where the trainer has just loaded the best model, give it its entries."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            _restore(kwargs["model"], [Path(state.best_model_checkpoint) / ADAPTER_FOLDER])
 
 
 class DynamicMaskCallback(TrainerCallback):
@@ -34,18 +160,9 @@ class DynamicMaskCallback(TrainerCallback):
             FileNotFoundError: the checkpoint has no mask.
         """
         self.mask.bind(kwargs["optimizer"])
-        if state.global_step == 0:
-            return
-        folders = [_folder(args, state)]
-        if isinstance(args.resume_from_checkpoint, str):
-            folders.append(Path(args.resume_from_checkpoint))
-        found = [folder / MASK_FILE for folder in folders if (folder / MASK_FILE).is_file()]
-        if not found:
-            raise FileNotFoundError(
-                f"DynamicMaskCallback: training goes on from step {state.global_step}, but there is no {MASK_FILE} in "
-                f"{' or '.join(map(str, folders))}; if the checkpoint is elsewhere, set args.resume_from_checkpoint to it"
-            )
-        self.mask.load_state_dict(torch.load(found[0], map_location="cpu", weights_only=True))
+        if state.global_step:
+            found = _of_resumed(args, state, MASK_FILE, type(self).__name__)
+            self.mask.load_state_dict(torch.load(found[0], map_location="cpu", weights_only=True))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step, and change the mask if it is time."""
@@ -63,3 +180,66 @@ class DynamicMaskCallback(TrainerCallback):
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _of_resumed(args: TrainingArguments, state: TrainerState, name: str, callback: str) -> list[Path]:
+    """The files of this name in the folders that a resumed training may come from."""
+    folders = [_folder(args, state)]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.append(Path(args.resume_from_checkpoint))
+    found = [folder / name for folder in folders if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{callback}: training goes on from step {state.global_step}, but there is no {name} in "
+            f"{' or '.join(map(str, folders))}; if the checkpoint is elsewhere, set args.resume_from_checkpoint to it"
+        )
+    return found
+
+
+def _own_keys(model: nn.Module) -> set[str]:
+    """The names of all tensors of sprand in the model's state dict."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in sparse_modules(model)
+        for target in module._sprand_targets.values()
+        for name in (target.delta, target.indices, target.base)
+    }
+
+
+def _restore(model: nn.Module, folders: list[Path]) -> None:
+    """Give the model the entries of the folder whose trained values its weights hold."""
+    for folder in folders:
+        _, tensors = read(folder)
+        tensors |= files.read(folder / ENTRIES_FILE, KEY, "checkpoint")[1]
+        sites = sites_of(model)
+        values = [_values_of(site, tensors, folder) for site in sites]
+        if all(_holds(site, *entries) for site, entries in zip(sites, values, strict=True)):
+            for site, entries in zip(sites, values, strict=True):
+                for module, parameter in site.owners:
+                    target = module._sprand_targets[parameter]
+                    names = target.delta, target.indices, target.base
+                    module.load_state_dict(dict(zip(names, entries, strict=True)), strict=False)
+            write(model)
+            return
+    raise ValueError(
+        f"SparseCheckpointCallback: the weights that the trainer loaded are not those of {' or '.join(map(str, folders))}; set "
+        "args.resume_from_checkpoint to the checkpoint that training goes on from"
+    )
+
+
+def _values_of(site: Site, tensors: dict[str, Tensor], folder: Path) -> list[Tensor]:
+    """Delta, indices and base `[nnz]` of a weight."""
+    values = [tensors.get(f"{kind}.{site.name}") for kind in ("delta", "indices", "base")]
+    nnz = site.entries.delta.numel()
+    if any(value is None or list(value.shape) != [nnz] for value in values):
+        raise ValueError(
+            f"SparseCheckpointCallback: expected {nnz} entries of {site.name} in {folder}, got "
+            f"{[None if value is None else list(value.shape) for value in values]}; make the model by the same sprand.apply"
+        )
+    return [value.to(site.weight.device) for value in values]
+
+
+def _holds(site: Site, delta: Tensor, indices: Tensor, base: Tensor) -> bool:
+    """Whether a weight holds the trained values of these entries."""
+    held = ops.gather(site.weight.data, indices)
+    return torch.equal(held, (base.to(delta.dtype) + site.entries.scale * delta).to(held.dtype))

@@ -1,0 +1,17 @@
+"""sprand as a PEFT method: `get_peft_model(model, SprandConfig(density=0.01))`, for Trainer, TRL and everything on PEFT.
+
+Importing this module registers the method. `hotswap` puts the values of a saved adapter into a live one; `export_adapter` and
+`import_adapter` go to and from SHiRA and Super-Tuning; `accelerate` lets those run on sprand's kernels.
+"""
+
+from .config import SprandConfig
+from .faster import accelerate
+from .hotswap import hotswap
+from .interchange import export_adapter, import_adapter
+from .layer import SprandLayer
+from .model import SprandModel
+from .registration import register
+
+register(SprandConfig, SprandModel)
+
+__all__ = ["SprandConfig", "SprandLayer", "SprandModel", "accelerate", "export_adapter", "hotswap", "import_adapter"]

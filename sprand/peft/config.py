@@ -1,0 +1,126 @@
+"""`SprandConfig`: sparse scalar fine-tuning as a PEFT method, next to `LoraConfig` and the rest."""
+
+from __future__ import annotations
+
+import copy
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from torch import Tensor
+
+from ..config import GIVEN, SparseConfig
+from ..pattern import RANDOM_STRATEGIES
+from ..selection.mask import Mask
+from ..selection.strategies import STRATEGIES
+from .registration import NAME
+
+
+@dataclass
+class SprandConfig(PeftConfig):
+    """Which scalar weights of a model train, as a PEFT config: `get_peft_model(model, SprandConfig(density=0.01))`.
+
+    The same seed, density, layout and targets choose the same entries as `sprand.apply`.
+
+    Attributes:
+        density: fraction of the entries of the targeted weights that train, in (0, 1]; 0.01 if nothing else is given.
+        budget: instead of density: an int is the exact number of trained entries, a float the fraction of all model parameters.
+        target_modules: modules whose `weight` is targeted: a list of names or suffixes, one regular expression, or
+            `"all-linear"` (every linear layer but the output head). None with `target_parameters` alone.
+        exclude_modules: modules left out again: names or suffixes, or one regular expression.
+        target_parameters: further weights by name or suffix: fused 3-D experts, embeddings, biases, norms.
+        modules_to_save: modules trained in full and saved with the adapter.
+        layers_to_transform: only layers with these numbers; an int or a list. Needs a list of `target_modules`.
+        layers_pattern: name of the list of layers, for `layers_to_transform`; by default any.
+        strategy: `"random"` (stratified) or `"uniform"`. Entries that were chosen by a score are given by `mask`.
+        mask: the entries themselves: a `sprand.Mask`, a mapping `{parameter name: bool mask or flat indices}`, or the path
+            of a mask file. They decide what is targeted, too; the adapter's file then stores the indices.
+        layout: how random positions may fall: `"unstructured"`, `"run2"`, `"run4"`, `"run8"`.
+        seed: of the random draw. None takes a new one now, so that whoever copies this config draws the same entries.
+        targets: written by `save_pretrained`: shape, count and a fingerprint of the base by parameter name.
+        indices_saved: written by `save_pretrained`: whether the indices are in the file, or follow from the seed.
+
+    Raises:
+        ValueError: a value outside of what is allowed, named with what was expected.
+    """
+
+    density: float | None = field(default=None, metadata={"help": "Fraction of the targeted entries that train."})
+    budget: int | float | None = field(default=None, metadata={"help": "Number of trained entries, or fraction of all."})
+    target_modules: list[str] | str | None = field(default="all-linear", metadata={"help": "Modules whose weight trains."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules left out."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Further weights by parameter name."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Numbers of the layers to use."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    strategy: str = field(default="random", metadata={"help": "'random' or 'uniform'; a mask for everything else."})
+    mask: str | None = field(default=None, metadata={"help": "A sprand.Mask, a mapping of indices, or a mask file."})
+    layout: str = field(default="unstructured", metadata={"help": "How random positions may fall."})
+    seed: int | None = field(default=0, metadata={"help": "Seed of the random draw; None takes a new one."})
+    targets: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
+    indices_saved: bool = field(default=False, metadata={"help": "Written by save_pretrained."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from peft import PeftType
+
+        self.peft_type = PeftType[NAME]
+        self.indices: dict[str, Tensor] | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        if self.seed is None:
+            self.seed = secrets.randbits(31)
+        if isinstance(self.target_modules, tuple):
+            self.target_modules = list(self.target_modules)
+        if isinstance(self.target_parameters, str):
+            self.target_parameters = [self.target_parameters]
+        if self.targets is not None:
+            return
+        if self.mask is not None:
+            self._take_mask()
+        elif self.strategy not in RANDOM_STRATEGIES:
+            self._refuse_strategy()
+        else:
+            self.density = SparseConfig(
+                density=self.density, budget=self.budget, layout=self.layout, seed=self.seed, strategy=self.strategy
+            ).density
+
+    def _take_mask(self) -> None:
+        given = self.mask
+        if isinstance(given, (str, os.PathLike)):
+            self.mask, given = str(given), Mask.load(given)
+        else:
+            self.mask = None
+        if not isinstance(given, Mapping) or not given:
+            raise ValueError(f"mask: expected a sprand.Mask, a mapping of indices, or a file, got {type(given).__name__}")
+        if self.density is not None or self.budget is not None or self.layout != "unstructured":
+            raise ValueError("mask: it fixes which entries train; leave out density, budget and layout")
+        self.indices, self.shapes = dict(given), dict(getattr(given, "shapes", {}))
+        selection = getattr(given, "selection", None) or {}
+        self.strategy = selection.get("strategy", GIVEN) if self.strategy in (*RANDOM_STRATEGIES, GIVEN) else self.strategy
+
+    def _refuse_strategy(self) -> None:
+        if self.strategy in STRATEGIES or self.strategy == GIVEN:
+            raise ValueError(
+                f"strategy: {self.strategy!r} chooses entries by looking at the model, which a config cannot; choose them first, "
+                f"mask = sprand.select(model, strategy={self.strategy!r}, density=0.01, data=batches), and pass "
+                "SprandConfig(mask=mask), or the path of a file written by mask.save(path)"
+            )
+        raise ValueError(
+            f"strategy: expected one of {', '.join((*RANDOM_STRATEGIES, *STRATEGIES))}, got {self.strategy!r} "
+            "(all but the first two need a mask)"
+        )
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the entries follow from the seed."""
+        return self.indices is None and not self.indices_saved
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SprandConfig:
+        """A copy that shares the indices, which nobody changes."""
+        result = copy.copy(self)
+        result.__dict__.update(
+            {key: value if key == "indices" else copy.deepcopy(value, memo) for key, value in vars(self).items()}
+        )
+        return result

@@ -1,0 +1,185 @@
+"""PEFT's SHiRA and Super-Tuning on sprand's kernels: the layers stay theirs, their forward makes no dense copy of a weight."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.shira import ShiraModel
+from peft.tuners.shira.layer import Linear as ShiraLinear
+from peft.tuners.supertuning import SupertuningModel
+from peft.tuners.supertuning.layer import Linear as SupertuningLinear
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .. import pattern
+from .hosted import AdapterTarget, Positions, host, unhost
+from .memory import check_writable, read_only_ranges
+
+
+class FastLayer:
+    """Mixed into a PEFT layer: its parameters, names and files stay, and its entries are written into the weight."""
+
+    _sprand_target: AdapterTarget
+    _sprand_sources: dict[str, Tensor]
+
+    def flat_indices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """The tensor that the layer keeps positions in, and flat indices made from it."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with the active adapters in its weight."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        self._follow()
+        return self.base_layer(x, *args, **kwargs)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT."""
+        super().set_adapter(*args, **kwargs)
+        self._follow()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As in PEFT."""
+        super().enable_adapters(enabled)
+        self._follow()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As in PEFT, and exact: `unmerge` gives the base back bit for bit."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self._sprand_target.deltas]
+        if not names:
+            return
+        self._follow()
+        target, weight = self._sprand_target, self.base_layer.weight
+        for name in names:
+            self._take(name)
+            if safe_merge and not target.deltas[name].isfinite().all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.merged_adapters.extend(names)
+        target.merge(weight, self.merged_adapters)
+
+    def unmerge(self) -> None:
+        """Put the base back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._sprand_target.unmerge(self.base_layer.weight)
+        self.merged_adapters.clear()
+        self._follow()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT."""
+        target = self._sprand_target
+        target.activate(self.base_layer.weight, [name for name in target.active if name != adapter_name])
+        super().delete_adapter(adapter_name)
+        self._sprand_sources.pop(adapter_name, None)
+        target.indices._buffers.pop(adapter_name, None)
+        target.bases._buffers.pop(adapter_name, None)
+        target.forget()
+
+    def _take(self, name: str) -> None:
+        source, flat = self.flat_indices(name)
+        if self._sprand_sources.get(name) is not source:
+            self._sprand_sources[name] = source
+            self._sprand_target.activate(self.base_layer.weight, [a for a in self._sprand_target.active if a != name])
+            self._sprand_target.indices.put(name, flat.to(self.base_layer.weight.device), persistent=False)
+            self._sprand_target.forget()
+
+    def _follow(self) -> None:
+        target = self._sprand_target
+        names = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in target.deltas]
+        for name in names:
+            self._take(name)
+        target.activate(self.base_layer.weight, names)
+
+
+class FastShira(FastLayer, ShiraLinear):
+    """PEFT's SHiRA layer on sprand's kernels."""
+
+    def flat_indices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        source = self.shira_indices[adapter_name]
+        if self._sprand_sources.get(adapter_name) is source:
+            return source, source
+        flat = source[0].long() * self.in_features + source[1].long()
+        return source, flat.to(pattern.index_dtype(self.base_layer.weight.numel()))
+
+
+class FastSupertuning(FastLayer, SupertuningLinear):
+    """PEFT's Super-Tuning layer on sprand's kernels. Of a 16-bit weight a change is rounded once, not twice."""
+
+    def flat_indices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        source = self.supertuning_indices[adapter_name]
+        return source, source
+
+
+class FastTuner:
+    """Mixed into a PEFT tuner: unloading gives ordinary modules back."""
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        layers = [module for module in self.model.modules() if isinstance(module, FastLayer)]
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for layer in layers:
+            if not merge:
+                layer._sprand_target.activate(layer.base_layer.weight, ())
+            unhost(layer.base_layer)
+        return model
+
+
+class FastShiraModel(FastTuner, ShiraModel):
+    """PEFT's SHiRA tuner over `FastShira` layers."""
+
+
+class FastSupertuningModel(FastTuner, SupertuningModel):
+    """PEFT's Super-Tuning tuner over `FastSupertuning` layers."""
+
+
+FAST = {
+    ShiraLinear: (FastShira, "shira_weight"), SupertuningLinear: (FastSupertuning, "supertuning_values"),
+}  # fmt: skip
+FAST_TUNERS = {ShiraModel: FastShiraModel, SupertuningModel: FastSupertuningModel}
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Let a SHiRA or Super-Tuning model run on sprand's kernels, in place: its parameters, files and verbs stay PEFT's.
+
+    No dense copy of a weight is made or kept for backward, the gradient is sampled, and merging is exact. Layers with a quantized
+    base, and Super-Tuning with low-rank parts, stay as they are.
+
+    Args:
+        model: a PEFT model, or one that PEFT layers were injected into.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: there is no such layer, one is merged, or its weight cannot be written.
+    """
+    layers = [module for module in model.modules() if type(module) in FAST and _can_change(module)]
+    if not layers:
+        kinds = sorted({type(module).__name__ for module in model.modules() if isinstance(module, BaseTunerLayer)})
+        raise ValueError(
+            f"accelerate: expected a model with SHiRA or Super-Tuning layers on plain linear layers, got "
+            f"{', '.join(kinds) or 'none'}"
+        )
+    read_only = read_only_ranges()
+    for layer in layers:
+        if layer.merged:
+            raise ValueError("accelerate: the adapters are merged; call model.unmerge_adapter() first")
+        check_writable(type(layer).__name__, layer.base_layer.weight, read_only)
+    for layer in layers:
+        layer.__class__, values = FAST[type(layer)]
+        scales = getattr(layer, "scaling", None)
+        target = AdapterTarget("weight", getattr(layer, values), Positions(), BufferDict(persistent=False), scales)
+        layer._sprand_target, layer._sprand_sources = target, {}
+        host(layer.base_layer, "weight", target)
+        layer._follow()
+    tuner = getattr(model, "base_model", None)
+    if type(tuner) in FAST_TUNERS:
+        tuner.__class__ = FAST_TUNERS[type(tuner)]
+    return model
+
+
+def _can_change(layer: Any) -> bool:
+    plain = type(layer.base_layer) is nn.Linear and getattr(layer, "quantization_backend", None) is None
+    return plain and not any(getattr(layer, "supertuning_rank", {}).values())

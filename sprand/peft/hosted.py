@@ -1,0 +1,328 @@
+"""Hosted modules: sparse modules whose deltas live in a PEFT layer around them, one delta per adapter.
+
+`host` gives a module the same class-with-a-delta that `sprand.apply` gives it, so that both doors run one forward. What
+differs is where the entries are kept (`AdapterTarget`, shared with the PEFT layer) and that several adapters may be in
+effect on one weight: then `base + sum of scale * delta` is summed in float32 in their order and rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from .. import ops
+from ..functional import Entries, Written
+from ..layers import SparseModule, kind_of, track, untrack
+from ..tuning import schedule_for
+
+
+class Deltas(nn.ParameterDict):
+    """Deltas by adapter: they follow their module to a device, and keep their dtype where it is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = {name: p.data for name, p in self.items()}
+        super()._apply(fn, recurse)
+        for name, was in before.items():
+            p = self[name]
+            if was.is_meta and not p.is_meta:
+                p.data.zero_()
+            elif p.dtype != was.dtype:
+                p.data = was.to(p.device)
+        return self
+
+
+class Positions(BufferDict):
+    """Flat indices by adapter; remembers which of them were replaced by others, as a checkpoint does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replaced: set[str] = set()
+
+    def put(self, name: str, indices: Tensor, persistent: bool) -> None:
+        """Keep the indices of an adapter; in `state_dict` if persistent."""
+        self._buffers.pop(name, None)
+        self.register_buffer(name, indices, persistent=persistent)
+        self.replaced.add(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.replaced.add(name)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.replaced |= {name for name in self if prefix + name in state_dict}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for name, indices in self._buffers.items():
+            device = fn(indices).device
+            if device.type != "meta":  # they cannot be made again from nothing
+                self._buffers[name] = indices.to(device)
+        return self
+
+
+class AdapterTarget:
+    """One parameter of a base model, and the entries that each adapter trains of it.
+
+    Attributes:
+        name: the parameter's name in the base model.
+        deltas, indices, bases: by adapter; the containers of the PEFT layer.
+        scales: factor on each adapter's delta; 1 where it says nothing.
+        active: adapters that a forward uses now, in their order.
+        merged: adapters that are merged into the weight.
+        written: whether the weight holds the delta of the one active adapter already.
+    """
+
+    candidates = None
+    folded = False
+
+    def __init__(
+        self,
+        name: str,
+        deltas: Mapping[str, Tensor],
+        indices: Positions,
+        bases: BufferDict,
+        scales: Mapping[str, float] | None = None,
+    ) -> None:
+        self.name, self.deltas, self.indices, self.bases = name, deltas, indices, bases
+        self.scales = {} if scales is None else scales
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.written = Written()
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_unions": {}, "_schedules": {}}
+
+    def forget(self) -> None:
+        """Drop what was derived from indices, base or the weight's place."""
+        self.written.forget()
+        self._unions: dict[tuple[str, ...], tuple[Tensor, list[Tensor], Tensor]] = {}
+        self._schedules: dict[Any, Any] = {}
+        self._ordered: dict[str, bool] = {}
+
+    def forget_base(self) -> None:
+        """The weight holds a new base: read it anew before the next use."""
+        self.indices.replaced |= set(self.indices)
+        self.forget()
+
+    def entries(self, weight: Tensor, names: Sequence[str] | None = None) -> Entries:
+        """The entries of the given adapters, by default the active ones."""
+        names = self.active if names is None else tuple(names)
+        for name in names:
+            self._settle(weight, name)
+        if len(names) == 1 and self.in_order(names[0]):
+            (name,) = names
+            indices = self.indices[name]
+            return Entries(
+                self.deltas[name], indices, self.bases[name], float(self.scales.get(name, 1.0)), self.written,
+                self._schedule(weight, names, indices),
+            )  # fmt: skip
+        union, positions, base = self._union(names)
+        delta = torch.zeros(union.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device)
+        for name, position in zip(names, positions, strict=True):
+            delta = delta.index_add(0, position, self.deltas[name].to(delta) * float(self.scales.get(name, 1.0)))
+        return Entries(delta, union, base, schedule=self._schedule(weight, names, union))
+
+    def in_order(self, name: str) -> bool:
+        """Whether an adapter's indices ascend, so that its delta can be used as it is."""
+        if name not in self._ordered:
+            indices = self.indices[name]
+            self._ordered[name] = bool((indices[1:] > indices[:-1]).all()) if not indices.is_meta else True
+        return self._ordered[name]
+
+    def write(self, weight: Tensor) -> None:
+        """Make the weight hold the merged adapters, or the active ones."""
+        names = self.merged or self.active
+        if names and _writable(weight) and not any(self.deltas[name].is_meta for name in names):
+            with torch.no_grad():
+                self.entries(weight, names).write(weight)
+
+    def restore(self, weight: Tensor) -> None:
+        """Put the base back, bit for bit."""
+        self.written.forget()
+        names = [name for name in self.merged or self.active if name in self.bases and name not in self.indices.replaced]
+        if names and _writable(weight) and not self.bases[names[0]].is_meta:
+            with torch.no_grad():
+                self.entries(weight, names).restore(weight)
+
+    @contextmanager
+    def pristine(self, weight: Tensor) -> Iterator[None]:
+        """The weight holds its base inside of a `with` block."""
+        self.restore(weight)
+        try:
+            yield
+        finally:
+            self.write(weight)
+
+    def activate(self, weight: Tensor, names: Sequence[str]) -> None:
+        """Let other adapters be in effect."""
+        names = tuple(name for name in names if name in self.deltas)
+        if names == self.active:
+            return
+        if not self.merged:
+            self.restore(weight)
+        self.active = names
+        if not self.merged:
+            self.write(weight)
+
+    def merge(self, weight: Tensor, names: Sequence[str]) -> None:
+        """Write the sum of these adapters for good, until `unmerge`."""
+        self.restore(weight)
+        self.merged, self.active = tuple(names), ()
+        self.write(weight)
+
+    def unmerge(self, weight: Tensor) -> None:
+        """Put the base back."""
+        self.restore(weight)
+        self.merged = ()
+
+    def _settle(self, weight: Tensor, name: str) -> None:
+        """Indices and base of an adapter on the weight's device, read from the weight where they are not known yet."""
+        indices, base = self.indices[name], self.bases._buffers.get(name)
+        if indices.device != weight.device:
+            self.indices._buffers[name] = indices = indices.to(weight.device)
+            self.forget()
+        if base is None or name in self.indices.replaced or base.is_meta != weight.is_meta:
+            self.indices.replaced.discard(name)
+            self.bases._buffers.pop(name, None)
+            others = [other for other in self.merged or self.active if other != name and other in self.bases]
+            if others and _writable(weight):
+                self.entries(weight, others).restore(weight)
+            self.bases[name] = _gather(weight.data, indices)
+            self.forget()
+        elif base.device != weight.device or base.dtype != weight.dtype:  # PEFT upcasts every tensor of a new adapter
+            self.bases._buffers[name] = base.to(weight)
+
+    def _union(self, names: tuple[str, ...]) -> tuple[Tensor, list[Tensor], Tensor]:
+        if names not in self._unions:
+            lists = [self.indices[name] for name in names]
+            union, inverse = torch.unique(torch.cat(lists), return_inverse=True)
+            positions = list(inverse.split([indices.numel() for indices in lists]))
+            base = torch.empty(union.shape, dtype=self.bases[names[0]].dtype, device=union.device)
+            for name, position in zip(names, positions, strict=True):
+                base[position] = self.bases[name]
+            self._unions[names] = union, positions, base
+        return self._unions[names]
+
+    def _schedule(self, weight: Tensor, names: tuple[str, ...], indices: Tensor) -> Any:
+        if not weight.is_cuda or weight.dim() != 2 or type(weight.data) is not Tensor or torch.compiler.is_compiling():
+            return None
+        key = names, weight.device, weight.dtype
+        if key not in self._schedules:
+            self._schedules[key] = schedule_for(indices, *weight.shape, weight.dtype)
+        return self._schedules[key]
+
+
+class HostedModule(SparseModule):
+    """A sparse module that registers no tensor of its own: its entries are those of its `AdapterTarget`s."""
+
+    _sprand_hosted: dict[str, AdapterTarget]
+
+    @property
+    def _sprand_targets(self) -> dict[str, AdapterTarget]:
+        return {name: target for name, target in self._sprand_hosted.items() if target.active}
+
+    @property
+    def _sprand_active(self) -> bool:
+        return any(target.active for target in self._sprand_hosted.values())
+
+    def sparse_entries(self, parameter: str = "weight") -> Entries:
+        return self._sprand_hosted[parameter].entries(self._parameters[parameter])
+
+    def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
+        """The active deltas; one of several, or one whose indices do not ascend, is no delta of `sparse_entries` itself."""
+        return ((target.deltas[key], name) for name, target in self._sprand_targets.items() for key in target.active)
+
+    def make_schedule(self, parameter: str) -> None:
+        """Nothing: a target makes its schedules when it is used."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super(SparseModule, self)._apply(fn, recurse)
+        for target in self._sprand_hosted.values():
+            target.forget()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A checkpoint of a PEFT model holds base weights, and the adapters beside them."""
+        for name, target in self._sprand_hosted.items():
+            if not target.merged:
+                target.restore(self._parameters[name])
+        super(SparseModule, self)._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, target in self._sprand_hosted.items():
+            if not target.merged:
+                target.restore(self._parameters[name])
+        super(SparseModule, self)._load_from_state_dict(state_dict, prefix, *args)
+        for name, target in self._sprand_hosted.items():
+            if prefix + name in state_dict:
+                target.forget_base()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new_hosted_module, (self._sprand_class,), self.__getstate__()
+
+    def extra_repr(self) -> str:
+        return super(SparseModule, self).extra_repr()
+
+
+@functools.cache
+def hosted_class(cls: type[nn.Module]) -> type[HostedModule]:
+    """The subclass of `cls` that `host` gives to a module."""
+    return type(f"Sparse{cls.__name__}", (HostedModule, kind_of(cls), cls), {"_sprand_class": cls, "__module__": __name__})
+
+
+def host(module: nn.Module, parameter: str, target: AdapterTarget) -> None:
+    """Let a module use the entries of `target` wherever it uses `parameter`.
+
+    Raises:
+        ValueError: another tool has replaced the module's forward.
+    """
+    if not isinstance(module, HostedModule):
+        cls = hosted_class(type(module))
+        if "forward" in module.__dict__:  # accelerate's hooks keep the method they wrap
+            wrapped = module.__dict__.get("_old_forward")
+            if getattr(wrapped, "__func__", None) is not type(module).forward:
+                raise ValueError(
+                    f"{target.name}: another tool has replaced the forward of this {type(module).__name__}, and the trained "
+                    "entries would be bypassed; apply that tool after sprand"
+                )
+            module._old_forward = types.MethodType(cls.forward, module)
+        module.__class__ = cls
+        module.__dict__["_sprand_hosted"] = {}
+        track(module)
+    module._sprand_hosted[parameter] = target
+    module._parameters[parameter].requires_grad_(False)
+
+
+def unhost(module: nn.Module) -> None:
+    """Give a module its class back; its weights stay as they are."""
+    if isinstance(module, HostedModule):
+        untrack(module)
+        cls = module._sprand_class
+        if "_old_forward" in module.__dict__:
+            module._old_forward = types.MethodType(cls.forward, module)
+        module.__class__ = cls
+        del module.__dict__["_sprand_hosted"]
+
+
+def _new_hosted_module(cls: type[nn.Module]) -> HostedModule:
+    hosted = hosted_class(cls)
+    return hosted.__new__(hosted)
+
+
+def _gather(weight: Tensor, indices: Tensor) -> Tensor:
+    if indices.numel() > 1 and not indices.is_meta and not bool((indices[1:] > indices[:-1]).all()):
+        return weight.flatten()[indices.long()]
+    return ops.gather(weight.contiguous(), indices)
+
+
+def _writable(weight: Tensor) -> bool:
+    return type(weight.data) is Tensor and not weight.is_meta and weight.numel() > 0

@@ -1,0 +1,205 @@
+"""The PEFT layer: holds the adapters of one module of the base model, which it lets use them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .. import ops
+from ..layers import BASE, DELTA, INDICES
+from .hosted import AdapterTarget, Deltas, Positions, host, unhost
+from .plan import Part, Site
+
+
+class SprandLayer(nn.Module, BaseTunerLayer):
+    """Wraps a module of any kind. For its `weight` it has `sprand_delta`, a dict of one parameter `[nnz]` per adapter.
+
+    For another parameter `name` that is `sprand_delta_name`. Indices are in `sprand_indices`, the original entries in
+    `sprand_base`, both by adapter too.
+    """
+
+    adapter_layer_names: tuple[str, ...] = (DELTA,)
+    other_param_names: tuple[str, ...] = (INDICES, BASE)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.hosted: dict[str, AdapterTarget] = {}
+        self.followers: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+        self._containers("weight")
+
+    def add(self, part: Part, adapter_name: str, drawn: bool, low_cpu_mem_usage: bool, inference_mode: bool) -> None:
+        """Give an adapter its entries of one parameter, with a delta of zero."""
+        site = part.site
+        if site.parameter not in self.hosted:
+            deltas, indices, bases = self._containers(site.parameter)
+            self.hosted[site.parameter] = AdapterTarget(site.name, deltas, indices, bases)
+            self._host(site)
+        target = self.hosted[site.parameter]
+        device = site.device if not low_cpu_mem_usage else torch.device("meta")
+        delta = torch.zeros(part.indices.shape, dtype=self._delta_dtype(site), device=device)
+        target.deltas[adapter_name] = nn.Parameter(delta)
+        target.indices.put(adapter_name, part.indices, persistent=not drawn)
+        self._read_base(site, target, adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base layer makes of its input, with the active adapters in its weights."""
+        return self.base_layer(*args, **kwargs)
+
+    def weights(self) -> Iterator[tuple[str, Tensor, AdapterTarget]]:
+        """Name, weight and target of every parameter that an adapter trains."""
+        module = self.get_base_layer()
+        return ((name, module._parameters.get(name), target) for name, target in self.hosted.items())
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Let these adapters be in effect; with several, their changes are summed in float32 in this order and rounded once."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the adapters, or the base alone, bit for bit."""
+        super().enable_adapters(enabled)
+        if not enabled and self.merged:
+            self.unmerge()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Write into the weights what is in effect now."""
+        names = [] if self.disable_adapters or self.merged else self.active_adapters
+        for _, weight, target in self.weights():
+            target.activate(weight, names)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter away."""
+        for _, weight, target in self.weights():
+            target.activate(weight, [name for name in target.active if name != adapter_name])
+            target.forget()
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Leave the sum of adapters in the weights.
+
+        Args:
+            safe_merge: prove first that every merged entry is finite.
+            adapter_names: which; by default the active ones.
+
+        Raises:
+            ValueError: safe_merge found an entry that is not finite; the weights are as they were.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if self.trains(name)]
+        if not names:
+            return
+        if safe_merge:
+            for _, weight, target in self.weights():
+                self._check_finite(target, weight, [name for name in (*self.merged_adapters, *names) if name in target.deltas])
+        self.merged_adapters.extend(names)
+        for _, weight, target in self.weights():
+            target.merge(weight, [name for name in self.merged_adapters if name in target.deltas])
+
+    def unmerge(self) -> None:
+        """Put the base back into the weights, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for _, weight, target in self.weights():
+            target.unmerge(weight)
+        self.merged_adapters.clear()
+        self.refresh()
+
+    def leave(self, keep: bool) -> None:
+        """Make the base layer an ordinary module again, with the merged weights if `keep`, else with its base."""
+        for _, weight, target in self.weights():
+            if not keep:
+                target.activate(weight, ())
+        for module in self._modules_with_entries():
+            unhost(module)
+        self.hosted.clear()
+
+    def trains(self, adapter_name: str) -> bool:
+        """Whether an adapter trains anything of this module."""
+        return any(adapter_name in target.deltas for target in self.hosted.values())
+
+    def site(self, parameter: str) -> Site:
+        """Where a parameter is in the base model."""
+        target, module = self.hosted[parameter], self.get_base_layer()
+        shape = tuple(module._parameters[parameter].shape)
+        return Site(target.name, target.name.rpartition(".")[0], module, parameter, shape)
+
+    def base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
+        """The original entries `[nnz]` of an adapter; None where the base is quantized."""
+        target, weight = self.hosted[parameter], self.get_base_layer()._parameters[parameter]
+        if weight.is_meta or type(weight.data) is not Tensor or not weight.numel():
+            return target.bases._buffers.get(adapter_name)
+        return target.entries(weight, (adapter_name,)).base
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The change that an adapter makes to `weight`, dense, float32."""
+        target, site = self.hosted["weight"], self.site("weight")
+        dense = torch.zeros(site.shape, dtype=target.deltas[adapter_name].dtype, device=target.deltas[adapter_name].device)
+        dense.view(-1)[target.indices[adapter_name].long()] = target.deltas[adapter_name].detach()
+        return dense
+
+    def _containers(self, parameter: str) -> tuple[Deltas, Positions, BufferDict]:
+        suffix = "" if parameter == "weight" else f"_{parameter}"
+        if not hasattr(self, DELTA + suffix):
+            self.add_module(DELTA + suffix, Deltas())
+            self.add_module(INDICES + suffix, Positions())
+            self.add_module(BASE + suffix, BufferDict(persistent=False))
+            if suffix:
+                self.adapter_layer_names = (*self.adapter_layer_names, DELTA + suffix)
+                self.other_param_names = (*self.other_param_names, INDICES + suffix, BASE + suffix)
+        return self._modules[DELTA + suffix], self._modules[INDICES + suffix], self._modules[BASE + suffix]
+
+    def _host(self, site: Site) -> None:
+        target = self.hosted[site.parameter]
+        self.followers[site.parameter] = site.followers
+        for module, parameter in ((site.module, site.parameter), *site.followers):
+            host(module, parameter, target)
+
+    def _modules_with_entries(self) -> list[nn.Module]:
+        return [self.get_base_layer(), *(module for shared in self.followers.values() for module, _ in shared)]
+
+    def _read_base(self, site: Site, target: AdapterTarget, adapter_name: str) -> None:
+        if not site.weight.is_meta:
+            target.entries(site.weight, (adapter_name,))
+
+    def _delta_dtype(self, site: Site) -> torch.dtype:
+        return ops.accumulation_dtype(site.weight.dtype)
+
+    def _check_finite(self, target: AdapterTarget, weight: Tensor, names: Sequence[str]) -> None:
+        if not names:
+            return
+        with torch.no_grad():
+            entries = target.entries(weight, names)
+            if not torch.isfinite((entries.base + entries.scale * entries.delta).to(weight.dtype)).all():
+                raise ValueError(
+                    f"merge: entries of {target.name} would not be finite with the adapter {', '.join(names)}; load the last "
+                    "good checkpoint"
+                )
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for _, weight, target in self.weights():
+            if adapter_name in target.deltas and not target.deltas[adapter_name].is_meta and weight is not None:
+                delta = target.deltas[adapter_name]
+                delta.data = delta.data.to(device or weight.device)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return f"sprand.{super().__repr__()}"

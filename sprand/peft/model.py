@@ -1,0 +1,246 @@
+"""The PEFT tuner: puts `SprandLayer`s into a base model, saves and loads their adapters, and adds up several of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from .. import native, pattern
+from ..layers import DELTA, INDICES
+from .combine import combined
+from .config import SprandConfig
+from .hosted import AdapterTarget
+from .layer import SprandLayer
+from .plan import Part, Site, check_same_base, describe, make_plan
+from .quantized import QuantizedLayer
+
+
+class SprandModel(BaseTuner):
+    """What `get_peft_model(model, SprandConfig(...))` puts around a model."""
+
+    prefix = "sprand_"
+    tuner_layer_cls = SprandLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter. Everything is proven before the model is touched.
+
+        Raises:
+            ValueError: nothing matches, the counts do not fit, or the model is not the one the adapter was trained on.
+        """
+        native.warn_if_slow()
+        _check_name(adapter_name)
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        parts = make_plan(model, config, adapter_name, get_quantization_kwargs(model))
+        plan: dict[int, list[Part]] = {}
+        for part in parts:
+            plan.setdefault(id(part.site.module), []).append(part)
+        self.__dict__["_plan"], self.__dict__["_low_cpu_mem_usage"] = plan, low_cpu_mem_usage
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, None)
+        finally:
+            del self.__dict__["_plan"], self.__dict__["_low_cpu_mem_usage"]
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):  # its inference path reads weights without calling the layers
+                module.activation_relu_or_gelu = 0
+        if adapter_name == "ref" and "default" in self.peft_config:
+            self._start_from_default(adapter_name)
+
+    def _start_from_default(self, adapter_name: str) -> None:
+        """TRL makes an adapter "ref" of the config of "default" as the reference of a trained adapter, and copies values between
+        parameters named `.default.` and `.ref.`; those of sprand have the adapter's name last, so they are copied here."""
+        pairs = [
+            (target.deltas, target.indices)
+            for layer in self.layers()
+            for _, _, target in layer.weights()
+            if adapter_name in target.deltas or "default" in target.deltas
+        ]
+        both = all(adapter_name in deltas and "default" in deltas for deltas, _ in pairs)
+        if both and all(torch.equal(indices[adapter_name], indices["default"]) for _, indices in pairs):
+            for deltas, _ in pairs:
+                deltas[adapter_name].data.copy_(deltas["default"].data)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Make a new adapter from several: its entries are the union of theirs.
+
+        Args:
+            adapters: names of adapters of this model.
+            weights: one factor for each.
+            adapter_name: name of the new one.
+            combination_type: `"linear"`: the weighted sum; `"ties"` (arXiv 2306.01708): of each adapter the largest changes
+                are kept, at each entry the sign with more weight wins, and the mean of the changes of that sign is taken.
+            density: for ties: fraction of each adapter's changes that is kept, in (0, 1].
+            majority_sign_method: for ties: `"total"` elects signs by the sums of changes, `"frequency"` by their numbers.
+
+        Raises:
+            ValueError: an unknown adapter, a name that is taken, or options that do not fit.
+        """
+        config, values = combined(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in self.layers():
+            for _, _, target in layer.weights():
+                if adapter_name in target.deltas:
+                    target.deltas[adapter_name].data.copy_(values[target.name])
+
+    def layers(self) -> list[SprandLayer]:
+        """The layers that hold adapters, in the order of the model."""
+        return [module for module in self.model.modules() if isinstance(module, SprandLayer)]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Indices and base are alike on every rank: DistributedDataParallel need not broadcast them."""
+        names = [name for name, _ in self.named_buffers() if re.search(r"\.sprand_(indices|base)[^.]*\.[^.]+$", name)]
+        return [f"base_model.{name}" for name in names]
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        config: SprandConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        parts = self._plan.pop(id(base), None)
+        if parts is None:
+            return
+        layer = target
+        if not isinstance(target, SprandLayer):
+            layer = (SprandLayer if parts[0].site.backend is None else QuantizedLayer)(target)
+            layer.train(target.training)
+            self._replace_module(parent, target_name, layer, target)
+        layer.set_adapter(self.active_adapters)
+        for part in parts:
+            layer.add(part, adapter_name, config.drawn, self._low_cpu_mem_usage, config.inference_mode)
+
+    def _inject_parameters(
+        self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """The parts that no targeted module stood for."""
+        places = {id(module): name for name, module in model.named_modules()}
+        for key in list(self._plan):
+            site = self._plan[key][0].site
+            name = places[id(site.module)]
+            outer = name.removesuffix(".base_layer") if not name.endswith(site.module_name) else name
+            parent, _, last = outer.rpartition(".")
+            owner = model.get_submodule(parent)
+            self._create_and_replace(peft_config, adapter_name, getattr(owner, last), last, owner, current_key=outer)
+        return list(peft_config.target_parameters)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        """Nothing to warn of: a weight that several modules share has one delta, which all of them train."""
+
+    def _check_merge_allowed(self) -> None:
+        """Tied weights merge like any other; a quantized layer refuses before any layer is merged."""
+        for layer in self.layers():
+            if isinstance(layer, QuantizedLayer):
+                layer.merge()
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        layers = self.layers()
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for layer in layers:
+            layer.leave(keep=merge or layer.merged)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The tensors of an adapter; what its targets are is written into the config, which is saved after this."""
+        config.targets, config.indices_saved = {}, not config.drawn
+        for layer in model.modules():
+            if not isinstance(layer, SprandLayer):
+                continue
+            for parameter, _, target in layer.weights():
+                if adapter_name not in target.deltas:
+                    continue
+                if not torch.isfinite(target.deltas[adapter_name]).all():
+                    raise ValueError(f"save: the values of {target.name} are not finite; load the last good checkpoint")
+                site, indices = layer.site(parameter), target.indices[adapter_name]
+                config.targets[target.name] = describe(site, indices, layer.base_of(parameter, adapter_name))
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors under the model's names, proven to fit this model."""
+        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for key, layer in model.named_modules():
+            if not isinstance(layer, SprandLayer):
+                continue
+            for parameter, _, target in layer.weights():
+                if adapter_name in target.deltas:
+                    suffix = "" if parameter == "weight" else f"_{parameter}"
+                    delta = result.get(f"{key}.{DELTA}{suffix}.{adapter_name}")
+                    indices = result.get(f"{key}.{INDICES}{suffix}.{adapter_name}")
+                    _check_loaded(config, adapter_name, layer.site(parameter), target, delta, indices)
+                    if indices is not None:
+                        config.indices = (config.indices or {}) | {target.name: indices}
+        return result
+
+
+def _check_loaded(
+    config: SprandConfig, adapter_name: str, site: Site, target: AdapterTarget, delta: Tensor | None, indices: Tensor | None
+) -> None:
+    count = target.deltas[adapter_name].numel()
+    if delta is None or delta.numel() != count or not torch.isfinite(delta).all():
+        raise ValueError(
+            f"adapter {adapter_name!r}: expected {count:,} finite values for {site.name}, got "
+            f"{'none' if delta is None else list(delta.shape)}; its files do not belong together, or are damaged"
+        )
+    if indices is not None:
+        pattern.check_indices(f"adapter {adapter_name!r}: {site.name}", indices, math.prod(site.shape))
+        if config.targets and site.name in config.targets:
+            check_same_base(adapter_name, site, indices.to(site.device), config.targets[site.name])
+
+
+def _check_name(name: str) -> None:
+    if not name or "." in name or hasattr(nn.ParameterDict(), name):
+        raise ValueError(
+            f"adapter name: {name!r} cannot be used, since it becomes the name of a parameter; choose one without a dot that is "
+            "no method of torch.nn.Module, for example 'default'"
+        )

@@ -1,0 +1,197 @@
+"""Quantized base layers: the packed weight is never touched; a dense copy of one layer is patched and used, or none at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.utils import quantization_extra_repr
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from ..functional import Entries
+from ..layers import track, untrack
+from .hosted import AdapterTarget
+from .layer import SprandLayer
+from .plan import Site
+
+
+class QuantizedLayer(SprandLayer):
+    """Wraps a quantized linear layer.
+
+    Where PEFT can dequantize the format, forward and backward each make the dense weight of this one layer, write the
+    entries `cast(base + sum of delta)` into it, and use it. Where it cannot, the base layer's output gains the product of
+    the input with the sparse change.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.shape: tuple[int, ...] = ()
+        track(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        track(self)
+
+    def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
+        """The deltas of the active adapters, for `SparseAdamW`, which updates them without writing a weight."""
+        return ((target.deltas[name], key) for key, target in self.hosted.items() for name in target.active)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[..., in]` to `[..., out]`, in the dtype of `x`."""
+        target = self.hosted["weight"]
+        if not target.active:
+            return self.base_layer(x, *args, **kwargs)
+        indices, delta = self._change(target)
+        base_layer, given = self.get_base_layer(), x.dtype
+        if not self.quantization_backend.supports_merge:
+            return self.base_layer(x, *args, **kwargs) + _SparseProduct.apply(x, delta, indices, self.shape[0]).to(given)
+        if torch.is_autocast_enabled(x.device.type):
+            x, given = x.to(torch.get_autocast_dtype(x.device.type)), torch.get_autocast_dtype(x.device.type)
+        elif getattr(base_layer, "compute_dtype", None) is not None and getattr(base_layer, "compute_type_is_set", True):
+            x = x.to(base_layer.compute_dtype)
+        bias = None if base_layer.bias is None else base_layer.bias.to(x.dtype)
+        read = self.quantization_backend.get_base_weight
+        return _DequantizedLinear.apply(x, bias, delta, indices, read, base_layer).to(given)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: what was trained would be quantized anew, and be another thing.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{self.hosted['weight'].name} is quantized ({self.quantization_backend.backend_name}); merging would quantize it "
+            "anew and change what was trained. Save the adapter, load the base model in 16 bits, and merge there: "
+            "PeftModel.from_pretrained(base, path).merge_and_unload()"
+        )
+
+    def refresh(self) -> None:
+        names = [] if self.disable_adapters else self.active_adapters
+        for target in self.hosted.values():
+            target.active = tuple(name for name in names if name in target.deltas)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        for target in self.hosted.values():
+            target.active = tuple(name for name in target.active if name != adapter_name)
+            target.forget()
+        super(SprandLayer, self).delete_adapter(adapter_name)
+
+    def leave(self, keep: bool) -> None:
+        untrack(self)
+        self.hosted.clear()
+
+    def site(self, parameter: str) -> Site:
+        name = self.hosted[parameter].name
+        return Site(name, name.rpartition(".")[0], self.get_base_layer(), parameter, self.shape, self.quantization_backend)
+
+    def base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
+        return None
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def _host(self, site: Site) -> None:
+        self.quantization_backend, self.shape = site.backend, site.shape
+        self.get_base_layer().requires_grad_(False)
+
+    def _read_base(self, site: Site, target: AdapterTarget, adapter_name: str) -> None:
+        """Nothing: the dense copy brings the base with it."""
+
+    def _delta_dtype(self, site: Site) -> torch.dtype:
+        return torch.float32
+
+    def _change(self, target: AdapterTarget) -> tuple[Tensor, Tensor]:
+        """Indices and summed delta of the active adapters, float32."""
+        names = target.active
+        for name in names:
+            indices, device = target.indices[name], target.deltas[name].device
+            if indices.device != device:
+                target.indices._buffers[name] = indices.to(device)
+            target.indices.replaced.discard(name)
+        if len(names) == 1:
+            return target.indices[names[0]], target.deltas[names[0]].float()
+        lists = [target.indices[name] for name in names]
+        union, inverse = torch.unique(torch.cat(lists), return_inverse=True)
+        delta = torch.zeros(union.shape, dtype=torch.float32, device=union.device)
+        for name, position in zip(names, inverse.split([i.numel() for i in lists]), strict=True):
+            delta = delta.index_add(0, position, target.deltas[name].float())
+        return union, delta
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for target in self.hosted.values():
+            if adapter_name in target.deltas and not target.deltas[adapter_name].is_meta:
+                delta = target.deltas[adapter_name]
+                delta.data = delta.data.to(device or self.site("weight").device)
+
+
+def _patched(read: Callable[[nn.Module], Tensor], layer: nn.Module, indices: Tensor, delta: Tensor) -> Tensor:
+    """A dense copy of a packed weight with the entries in it."""
+    weight = read(layer).contiguous()
+    if any(weight.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in layer.parameters()):
+        weight = weight.clone()
+    Entries(delta.to(ops.accumulation_dtype(weight.dtype)), indices, ops.gather(weight, indices)).write(weight)
+    return weight
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    """Forward: y = x W^T + b with W made from the packed weight.  Backward: W made again; dx = dy W, ddelta = (dy^T x)[indices].
+
+    Shapes: x [..., in], dy [..., out], delta, indices [nnz]. Kept for backward: x, delta, indices.
+    """
+
+    @staticmethod
+    def forward(ctx, input, bias, delta, indices, read, layer):
+        weight = _patched(read, layer, indices, delta).to(input.dtype)
+        ctx.save_for_backward(input, delta, indices)
+        ctx.read, ctx.layer = read, layer
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        input, delta, indices = ctx.saved_tensors
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_input = grad_delta = None
+        if ctx.needs_input_grad[0]:
+            weight = _patched(ctx.read, ctx.layer, indices, delta).to(rows.dtype)
+            grad_input = (rows @ weight).view(input.shape)
+            del weight
+        if ctx.needs_input_grad[2]:
+            grad_delta = ops.sddmm(rows, input.reshape(-1, input.shape[-1]), indices).to(delta.dtype)
+        return grad_input, None, grad_delta, None, None, None
+
+
+class _SparseProduct(torch.autograd.Function):
+    """Forward: y = x S^T with S [out, in] sparse.  Backward: dx = dy S, ddelta = (dy^T x)[indices].
+
+    Shapes: x [..., in], dy [..., out], delta, indices [nnz]. float32 within.
+    """
+
+    @staticmethod
+    def forward(ctx, input, delta, indices, out_features):
+        ctx.save_for_backward(input, delta, indices)
+        matrix = _sparse(delta, indices, out_features, input.shape[-1])
+        columns = input.reshape(-1, input.shape[-1]).float()
+        return torch.sparse.mm(matrix, columns.t()).t().reshape(*input.shape[:-1], out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        input, delta, indices = ctx.saved_tensors
+        rows = grad_output.reshape(-1, grad_output.shape[-1]).float().contiguous()
+        grad_input = grad_delta = None
+        if ctx.needs_input_grad[0]:
+            matrix = _sparse(delta, indices, rows.shape[-1], input.shape[-1])
+            grad_input = torch.sparse.mm(matrix.t(), rows.t()).t().to(input.dtype).reshape(input.shape)
+        if ctx.needs_input_grad[1]:
+            grad_delta = ops.sddmm(rows, input.reshape(-1, input.shape[-1]).float(), indices).to(delta.dtype)
+        return grad_input, grad_delta, None, None
+
+
+def _sparse(delta: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
+    flat = indices.long()
+    return torch.sparse_coo_tensor(torch.stack([flat // columns, flat % columns]), delta, (rows, columns), is_coalesced=True)
