@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import socket
 import sys
 import traceback
@@ -115,8 +116,9 @@ def sum_of(tensors):
 def _one_rank(rank, port, folder, module, names):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    store = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60))
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{WORLD}", "LOCAL_WORLD_SIZE": f"{WORLD}"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     report = {}
     for name in names:
         try:
