@@ -344,7 +344,7 @@ def _write(items: Sequence[tuple[SparseModule, str, bool]]) -> None:
     met: Counter[int] = Counter()
     for module, name, trained in items:
         weight, entries = module._parameters[name], module.sparse_entries(name)
-        if sharding.is_partition(weight):
+        if sharding.is_partition(weight) or (weight.is_meta and sharding.is_dtensor(weight)):
             continue
         if sharding.is_dtensor(weight):
             delta = sharding.whole(entries.delta) if trained else None

@@ -159,6 +159,17 @@ def a_sharded_model_takes_a_new_base(rank, folder):
     assert_same_training(model, plain)
 
 
+def a_model_may_be_filled_after_it_is_sharded(rank, folder):
+    with torch.device("meta"):
+        model = sprand.apply(Net(), **TARGETS)
+    sharded(model).state_dict()
+    model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, made().state_dict(), options=options)
+    train(model, adamw(model), HALVES[rank : rank + 1])
+    assert_same_training(model, trained_alone())
+
+
 def adapters_are_saved_from_shards(rank, folder):
     alone = trained_alone()
     model = trained_sharded(rank, again=False)
@@ -273,7 +284,8 @@ def gathers_weights_and_reduces_deltas(rank, folder):
 CHECKS = (
     every_resharding_trains_as_one_process, sparse_adamw_steps_shards_as_fused_adamw_does,
     clipping_and_scaling_know_the_whole_norm, mixed_precision_computes_in_what_it_says, state_dicts_hold_the_trained_weights,
-    a_resumed_run_goes_on_exactly, a_sharded_model_takes_a_new_base, adapters_are_saved_from_shards, disabled_is_the_base_model,
+    a_resumed_run_goes_on_exactly, a_sharded_model_takes_a_new_base,
+    a_model_may_be_filled_after_it_is_sharded, adapters_are_saved_from_shards, disabled_is_the_base_model,
     input_gradients_of_a_disabled_model_are_those_of_the_base, write_puts_trained_values_into_the_shards,
     what_cannot_be_done_is_refused, tensor_parallel_models_are_refused, gathers_weights_and_reduces_deltas,
 )  # fmt: skip
