@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import files, ops, pattern
+from . import files, ops, pattern, sharding
 from .config import AS_GIVEN, GIVEN, SparseConfig
 from .frozen import Frozen
 from .layers import SparseModule
@@ -34,6 +34,9 @@ NARROWER = {torch.float64: (torch.float32, torch.bfloat16, torch.float16), torch
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the active adapter to a folder: 4 bytes per trained weight for a random pattern, 8 for another.
 
+    Of a model sharded by FSDP2 or ZeRO-3 every rank must call this: the deltas are gathered, the first rank writes, and the
+    folder is there when any of them returns. Elsewhere nothing is sent, and one rank may save alone.
+
     Args:
         model: a model with trained entries.
         path: the folder; made if it is not there, an adapter in it is replaced.
@@ -49,11 +52,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     adapter = state.current
     if adapter is None:
         raise ValueError("save: no adapter is active; call sprand.switch(model, name) first")
+    sharding.reshard(model)
     tensors, targets, given = {}, {}, adapter.config.strategy not in pattern.RANDOM_STRATEGIES or state.mixed is not None
     shapes = {}
     for name, module, parameter in attached(model):
         entries, weight = module.sparse_entries(parameter), module._parameters[parameter]
-        delta, shape = entries.delta.detach().cpu(), list(weight.shape)
+        delta, shape = sharding.whole(entries.delta).cpu(), list(sharding.shape_of(weight))
         if not torch.isfinite(delta).all():
             raise ValueError(f"save: the trained values of {name} are not finite; load the last good checkpoint")
         tensors[f"delta.{name}"], shapes[name] = delta, shape
@@ -73,7 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         given = given or not torch.equal(entries.indices.cpu(), _draw(adapter.config, name, shape, delta.numel()))
     if given:
         tensors |= {f"indices.{name}": module.sparse_entries(p).indices.cpu() for name, module, p in attached(model)}
-    heads = {name: p.detach().cpu() for name, p in model.named_parameters() if name in adapter.saved}
+    heads = {name: sharding.whole(p).cpu() for name, p in model.named_parameters() if name in adapter.saved}
     tensors |= {f"saved.{name}": value for name, value in heads.items()}
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     config = adapter.config.to_dict() | (AS_GIVEN if given else {})
@@ -89,9 +93,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         "checksum": files.checksum(tensors),
     }
     folder = Path(path)
-    files.write(folder / WEIGHTS_FILE, KEY, description, tensors)
-    with files.replacing(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    with sharding.first_rank(model) as writes:
+        if writes:
+            files.write(folder / WEIGHTS_FILE, KEY, description, tensors)
+            with files.replacing(folder / CONFIG_FILE) as temporary:
+                temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -109,8 +115,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
 
     Raises:
         FileNotFoundError: there is no adapter.
-        ValueError: it is damaged, made by a newer sprand, or for another base. The model is as it was then.
+        ValueError: it is damaged, made by a newer sprand, or for another base; or the model is sharded. The model is as it
+            was then.
     """
+    sharding.refuse(model, "load", "load the adapter first, then shard the model")
     description, tensors = read(path)
     state = getattr(model, "_sprand", None)
     with contextlib.nullcontext() if state is None else disabled(model):
@@ -177,7 +185,7 @@ def mask_of(model: nn.Module) -> Mask:
         raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
     places = [(name, module, parameter) for name, module, parameter in attached(model)]
     indices = {name: module.sparse_entries(parameter).indices for name, module, parameter in places}
-    shapes = {name: module._parameters[parameter].shape for name, module, parameter in places}
+    shapes = {name: sharding.shape_of(module._parameters[parameter]) for name, module, parameter in places}
     return Mask(indices, shapes, adapter.selection)
 
 

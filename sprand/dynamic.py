@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, pattern
+from . import ops, pattern, sharding
 from .candidates import Candidates
 from .config import AS_GIVEN
 from .exchange import Site, carried, sites_of
@@ -113,11 +113,8 @@ class DynamicMask:
         self._adapter = state_of(model).current
         if self._adapter is None or not self._adapter.indices:
             raise ValueError("DynamicMask: this model has no sparse entries that are active now")
+        sharding.refuse(model, "DynamicMask", "train with DistributedDataParallel, ZeRO-1 or ZeRO-2 instead")
         sites = sites_of(model)
-        for site in sites:
-            if type(site.entries.delta.data) is not Tensor or type(site.weight.data) is not Tensor:
-                kind = type(site.weight.data).__name__
-                raise ValueError(f"DynamicMask: {site.name} is sharded ({kind}), expected a plain tensor")
         self._anchors = {site.name: site.entries.delta.detach().clone() for site in sites}
         self._candidates: dict[str, Candidates] = {}
         if optimizer is not None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from . import ops
 from .candidates import Candidates
 from .schedule import Schedule
+from .sharding import is_dtensor
 
 
 class Written:
@@ -66,15 +69,21 @@ class Entries:
     candidates: Candidates | None = None
 
     def write(self, weight: Tensor) -> None:
-        """Make the chosen entries of `weight` hold base + scale * delta."""
-        delta = self.delta.detach()
-        ops.patch_(weight.data, self.indices, self.base, delta.to(ops.accumulation_dtype(weight.dtype)), self.scale)
+        """Make the chosen entries of `weight` hold base + scale * delta.
+
+        A weight of another dtype than base is one that FSDP2 cast for its mixed precision: the sum is rounded once, to it.
+        """
+        delta = self.delta.detach().to(ops.accumulation_dtype(self.base.dtype))
+        if self.base.dtype == weight.dtype:
+            ops.patch_(weight.data, self.indices, self.base, delta, self.scale)
+        else:
+            ops.patch_(weight.data, self.indices, (self.base + self.scale * delta).to(weight.dtype), None)
 
     def restore(self, weight: Tensor) -> None:
         """Make the chosen entries of `weight` hold base, bit for bit."""
         if self.written is not None:
             self.written.forget()
-        ops.patch_(weight.data, self.indices, self.base, None)
+        ops.patch_(weight.data, self.indices, self.base.to(weight.dtype), None)
 
 
 def write_all(weights: Sequence[Tensor], entries: Sequence[Entries], trained: bool) -> None:
@@ -114,10 +123,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         cast = torch.get_autocast_dtype(device)
         input = input.to(cast)
         bias = None if bias is None else bias.to(cast)
-    return _Linear.apply(
+    leading = None
+    if bias is not None and input.dim() > 2 and input.is_contiguous():
+        # F.linear computes so too, but the view of a result that it returns may not be changed in place
+        leading, input = input.shape[:-1], input.flatten(0, -2)
+    output = _Linear.apply(
         input, weight, bias, entries.delta, entries.indices, entries.base, entries.scale, cast, transposed, _written(entries),
         entries.schedule, _candidates(entries),
     )  # fmt: skip
+    return output if leading is None else output.unflatten(0, leading)
 
 
 def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int | None = None) -> Tensor:
@@ -155,6 +169,21 @@ def alias(weight: Tensor, entries: Entries) -> Tensor:
     )
 
 
+def written_in_backward(output: Any, weight: Tensor, entries: Entries) -> None:
+    """Have the weight patched when backward comes to `output`, for an operation that reads it there (a convolution).
+
+    Where FSDP2 gathered the weight anew after forward, it holds its base then.
+
+    Args:
+        output: what was computed from the alias of `weight`: tensors, in any nest of tuples, lists and dicts.
+        weight: the weight itself.
+        entries: the chosen entries of weight.
+    """
+    arguments = weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries)
+    for node in {tensor.grad_fn for tensor in tree_leaves(output) if isinstance(tensor, Tensor)} - {None}:
+        node.register_prehook(lambda grads: _write(*arguments))
+
+
 def _written(entries: Entries) -> Written | None:
     if torch.compiler.is_compiling():
         return None
@@ -168,6 +197,11 @@ def _candidates(entries: Entries) -> Candidates | None:
 
 
 def _write(weight: Tensor, delta: Tensor, indices: Tensor, base: Tensor, scale: float, written: Written | None) -> None:
+    if is_dtensor(weight):
+        raise ValueError(
+            "expected a whole weight in a forward pass, got a DTensor: sprand does not train models under tensor parallelism; "
+            "shard the model by torch.distributed.fsdp.fully_shard over one mesh dimension instead"
+        )
     if written is None or not written.holds(delta):
         Entries(delta, indices, base, scale).write(weight)
 

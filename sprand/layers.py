@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, ops
+from . import functional, ops, sharding
 from .candidates import Candidates
 from .functional import Entries, Written
 from .schedule import Schedule
@@ -89,7 +89,11 @@ class SparseModule(nn.Module):
             self.write_weights()
             return super().forward(*args, **kwargs)
         with self._aliases():
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for name in self._sprand_targets:
+                functional.written_in_backward(output, self._parameters[name], self.sparse_entries(name))
+        return output
 
     def _value(self, parameter: str) -> Tensor | None:
         """The parameter as the forward pass must see it."""
@@ -142,16 +146,17 @@ class SparseModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint with the entries is taken as it is; one without them is a new base, if nothing is folded into the old."""
-        folded = [name for name, target in self._sprand_targets.items() if target.folded]
-        lost = [
-            prefix + name
-            for name in folded
-            if prefix + name in state_dict and prefix + self._sprand_targets[name].base not in state_dict
-        ]
+
+        def given(name: str) -> bool:  # torch.distributed.checkpoint adds what is missing: our own tensors themselves
+            value = state_dict.get(prefix + name)
+            return value is not None and value is not self._parameters.get(name) and value is not self._buffers.get(name)
+
+        new = [name for name, target in self._sprand_targets.items() if given(name) and not given(target.base)]
+        lost = [name for name in new if self._sprand_targets[name].folded]
         if lost:
             args[-1].append(
-                f"{lost[0]} holds values that an earlier mask trained, and a new base would lose them: save the adapter with "
-                "sprand.save, and load it into a model of that base."
+                f"{prefix}{lost[0]} holds values that an earlier mask trained, and a new base would lose them: save the adapter "
+                "with sprand.save, and load it into a model of that base."
             )
             return
         before = {name: getattr(self, target.indices).clone() for name, target in self._sprand_targets.items()}
@@ -161,8 +166,8 @@ class SparseModule(nn.Module):
             if not torch.equal(getattr(self, target.indices), before[name]):
                 target.redraw = None
                 self.make_schedule(name)
-            if prefix + name in state_dict and prefix + target.base not in state_dict:
-                weight = self._parameters[name].data
+            if name in new:
+                weight = sharding.whole(self._parameters[name])
                 setattr(self, target.base, ops.gather(weight, getattr(self, target.indices)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -296,9 +301,22 @@ def attach(
 
 
 def set_active(modules: Sequence[SparseModule], active: Sequence[bool]) -> None:
-    """Switch the trained entries of each module on or off, and write all weights accordingly, in one pass per device."""
+    """Switch the trained entries of each module on or off, and write all weights accordingly, in one pass per device.
+
+    A sharded weight gets its base, which needs nothing from other ranks: its layer writes what it uses in any case.
+    """
     for module, on in zip(modules, active, strict=True):
         module._sprand_active = on
+        for target in module._sprand_targets.values():
+            target.written.forget()
+    items = [(module, name) for module in modules for name in module._sprand_targets]
+    whole = [not sharding.is_sharded(module._parameters[name]) for module, name in items]
+    _write([(*item, item[0]._sprand_active and here) for item, here in zip(items, whole, strict=True)])
+
+
+def write_now(modules: Sequence[SparseModule]) -> None:
+    """Make every weight hold what its layer would use; where they are sharded, every rank must call this."""
+    for module in modules:
         for target in module._sprand_targets.values():
             target.written.forget()
     _write([(module, name, module._sprand_active) for module in modules for name in module._sprand_targets])
@@ -325,12 +343,19 @@ def _write(items: Sequence[tuple[SparseModule, str, bool]]) -> None:
     """Write the parameters `(module, name, trained)`: their trained values or, bit for bit, their base.
 
     One call of an operator for all parameters of a device; a parameter of several modules is written by each, in their order.
+    Of a DTensor each rank writes its part; what ZeRO-3 has put away is left alone, it is written where it is used.
     """
     calls: dict[tuple[int, torch.device, bool], list[tuple[Tensor, Entries]]] = {}
     met: Counter[int] = Counter()
     for module, name, trained in items:
         weight, entries = module._parameters[name], module.sparse_entries(name)
-        if type(weight.data) is not Tensor or type(entries.delta.data) is not Tensor:
+        if sharding.is_partition(weight) or (weight.is_meta and sharding.is_dtensor(weight)):
+            continue
+        if sharding.is_dtensor(weight):
+            delta = sharding.whole(entries.delta) if trained else None
+            sharding.patch_(weight, entries.indices, entries.base, delta, entries.scale)
+            continue
+        if type(weight.data) is not Tensor or type(entries.delta.data) is not Tensor or weight.dtype != entries.base.dtype:
             entries.write(weight) if trained else entries.restore(weight)
             continue
         calls.setdefault((met[id(weight)], weight.device, trained), []).append((weight, entries))

@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import host, native, ops, pattern
+from . import host, native, ops, pattern, sharding
 from .config import SparseConfig
 from .frozen import Frozen
-from .layers import SparseModule, attach, detach, set_active
+from .layers import SparseModule, attach, detach, set_active, write_now
 from .selection.calibration import Calibration
 from .selection.choose import choose
 from .selection.mask import selection_of
 from .targets import Place, find_targets, places_of, saved_parameters
+
+ELSEWHERE = (
+    "write the adapter by sprand.save(model, path) on every rank, and load it into a model that is not sharded (the base model "
+    "is to be had by `with sprand.disabled(model)`)"
+)
 
 
 @dataclass
@@ -85,13 +90,15 @@ def apply(
         The same object.
 
     Raises:
-        ValueError: nothing is targeted, a name matches nothing, the budget does not fit, or the model has entries already.
+        ValueError: nothing is targeted, a name matches nothing, the budget does not fit, the model has entries already, or it is
+            sharded (apply first, then shard; of a model that ZeRO-3 has in parts, gather the parameters first).
     """
     if config is not None and fields:
         raise ValueError(f"give a config or its fields, not both (got a config and {', '.join(fields)})")
     config = config or SparseConfig(**fields)
     if hasattr(model, "_sprand"):
         raise ValueError("this model already trains entries; call sprand.merge(model) or sprand.unmerge(model) first")
+    sharding.refuse_parts(model)
     native.warn_if_slow()
     heads = saved_parameters(model, config)
     places = [place for place in find_targets(model, config) if place.name not in heads]
@@ -206,10 +213,17 @@ def sparse_modules(model: nn.Module) -> Iterator[tuple[str, SparseModule]]:
 
 
 def write(model: nn.Module) -> None:
-    """Make every weight hold its trained values now, for code that reads weights without a forward."""
+    """Make every weight hold its trained values now, for code that reads weights without a forward.
+
+    Of an FSDP2 model every rank must call this: the shards hold the trained values then. Under ZeRO-3 gather the parameters
+    first (`deepspeed.zero.GatheredParameters`); what is in parts stays as it is.
+
+    Raises:
+        ValueError: the model has no trained entries.
+    """
     state_of(model)
-    modules = [module for _, module in sparse_modules(model)]
-    set_active(modules, [module._sprand_active for module in modules])
+    sharding.reshard(model)
+    write_now([module for _, module in sparse_modules(model)])
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -219,9 +233,10 @@ def merge(model: nn.Module) -> nn.Module:
         The same object.
 
     Raises:
-        ValueError: the model has no trained entries.
+        ValueError: the model has no trained entries, or is sharded.
     """
     state = state_of(model)
+    sharding.refuse(model, "merge", ELSEWHERE)
     _detach(model, state, keep=True)
     return _leave(model, state)
 
@@ -233,9 +248,10 @@ def unmerge(model: nn.Module) -> nn.Module:
         The same object.
 
     Raises:
-        ValueError: the model has no trained entries.
+        ValueError: the model has no trained entries, or is sharded.
     """
     state = state_of(model)
+    sharding.refuse(model, "unmerge", ELSEWHERE)
     _detach(model, state, keep=False)
     return _leave(model, state)
 
@@ -244,10 +260,15 @@ def unmerge(model: nn.Module) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base model, exactly, inside of a `with` block.
 
+    Of an FSDP2 or ZeRO-3 model every rank enters and leaves the block.
+
     Raises:
-        ValueError: the model has no trained entries.
+        ValueError: the model has no trained entries, or is sharded and cannot be put back: one with folded entries of a
+            redrawn mask, or with modules trained in full under ZeRO-3.
     """
     state = state_of(model)
+    _refuse_to_disable(model, state)
+    sharding.reshard(model)
     modules = [module for _, module in sparse_modules(model)]
     active = [module._sprand_active for module in modules]
     trained = _set_saved(model, state.base_saved)
@@ -256,6 +277,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
+        sharding.reshard(model)
         _set_saved(model, trained)
         _write_frozen(model, state.current, trained=any(active))
         set_active(modules, active)
@@ -272,9 +294,10 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
         The same object. An optimizer made for one adapter goes on when that adapter is active again.
 
     Raises:
-        ValueError: no such adapter, or a mixture of adapters with modules trained in full.
+        ValueError: no such adapter, a mixture of adapters with modules trained in full, or a sharded model.
     """
     state = state_of(model)
+    sharding.refuse(model, "switch", "make the adapter active before the model is sharded")
     wanted = {name: 1.0} if isinstance(name, str) else dict(name or {})
     if name is not None and not wanted:
         raise ValueError("switch: expected a name, {name: weight} of at least one adapter, or None for the base, got {}")
@@ -318,7 +341,10 @@ def mix(state: State, weights: Mapping[str, float]) -> Adapter:
 def _leave(model: nn.Module, state: State) -> nn.Module:
     del model._sprand
     if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
+        kept = [name for name in model._ddp_params_and_buffers_to_ignore if "sprand_" not in name]
         del model._ddp_params_and_buffers_to_ignore
+        if kept:
+            model._ddp_params_and_buffers_to_ignore = kept
     for module, activation in state.fast_paths:
         module.activation_relu_or_gelu = activation
     for name, p in model.named_parameters():
@@ -329,12 +355,18 @@ def _leave(model: nn.Module, state: State) -> nn.Module:
 def _set_saved(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the parameters of `modules_to_save` other memory, and return what they had."""
     parameters = dict(model.named_parameters(remove_duplicate=False)) if values else {}
-    before = {}
-    for name, value in values.items():
-        p = parameters[name]
-        before[name] = p.data
-        p.data = value.data.to(device=p.device, dtype=p.dtype)
-    return before
+    return {name: sharding.put(parameters[name], value) for name, value in values.items()}
+
+
+def _refuse_to_disable(model: nn.Module, state: State) -> None:
+    kind = sharding.kind_of(model)
+    what = None
+    if kind is not None and state.current is not None and state.current.frozen:
+        what = "folded entries of a redrawn mask"
+    elif kind == "zero3" and state.base_saved:
+        what = "modules trained in full"
+    if what is not None:
+        raise ValueError(f"disabled: {what} cannot be put back under {sharding.KINDS[kind]}; use a model that is not sharded")
 
 
 def _write_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> None:
@@ -354,7 +386,8 @@ def _write_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> N
 
 def _ignore_in_ddp(model: nn.Module) -> None:
     """Indices and base are alike on every rank: DistributedDataParallel need not broadcast them before every forward."""
-    model._ddp_params_and_buffers_to_ignore = [
+    before = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if "sprand_" not in name]
+    model._ddp_params_and_buffers_to_ignore = before + [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in sparse_modules(model)
         for target in module._sprand_targets.values()

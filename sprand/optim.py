@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, sharding
 from .layers import SparseModule, targets_by_delta
 
 
@@ -137,7 +137,7 @@ class SparseAdamW(torch.optim.AdamW):
             else grad_scale.to(device=grads[0].device, dtype=torch.float64).reciprocal()
         )
         if self.max_grad_norm is not None:
-            self.grad_norm = torch.nn.utils.get_total_norm(grads) * factor
+            self.grad_norm = sharding.whole(torch.nn.utils.get_total_norm(grads)) * factor
             factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         dtype = torch.float64 if all(g.dtype == torch.float64 for g in grads) else torch.float32
         return {device: factor.to(device=device, dtype=dtype) for device in {g.device for g in grads}}

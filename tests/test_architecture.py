@@ -28,6 +28,7 @@ ROOMS = {
         "schedule",
         "schedule_run8",
         "selftest",
+        "sharding",
         "topk",
         "tuning",
         "version",

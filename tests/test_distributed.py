@@ -1,0 +1,119 @@
+"""Two ranks under DistributedDataParallel train what one process does, to the bit, and send nothing but deltas."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sprand
+from models import assert_same_bits, bits, tokens_and_labels
+from ranks import HALVES, LR, Wire, adamw, all_passed, assert_same_training, made, run, train, trained_alone
+
+OPTIONS = {
+    "plain": {},
+    "find_unused": {"find_unused_parameters": True},
+    "static_graph": {"static_graph": True},
+    "bucket_view": {"gradient_as_bucket_view": True},
+}
+
+
+def sparse(model):
+    return sprand.SparseAdamW(model, lr=LR)
+
+
+def each_option_trains_as_one_process(rank, folder):
+    for make in (adamw, sparse):
+        alone = trained_alone(optimizer=make)
+        for options in OPTIONS.values():
+            model = made()
+            train(DistributedDataParallel(model, **options), make(model), HALVES[rank : rank + 1])
+            assert_same_training(model, alone)
+            sprand.write(alone)
+            sprand.write(model)
+            assert_same_bits(bits(model), bits(alone))
+
+
+def only_deltas_travel(rank, folder):
+    for name, options in OPTIONS.items():
+        model = made()
+        trained = sum(p.nbytes for p in sprand.parameters(model))
+        with Wire() as start:
+            wrapped = DistributedDataParallel(model, **options)
+        weights = sum(p.nbytes for p in model.parameters())
+        beyond = start.bytes["broadcast"] - weights  # DDP compares the shapes of the parameters first
+        assert 0 <= beyond < 256 < sum(buffer.nbytes for buffer in model.buffers()), start.bytes
+        optimizer = sparse(model)
+        train(wrapped, optimizer, HALVES[rank : rank + 1], steps=3)  # buckets are settled in the first ones
+        with Wire() as step:
+            train(wrapped, optimizer, HALVES[rank : rank + 1], steps=3)
+        used = 3 * 4 * len(sprand.parameters(model)) if name == "find_unused" else 0  # one int32 says which were used
+        assert step.bytes == {"allreduce": 3 * trained + used}, step.bytes
+
+
+def accumulated_gradients_travel_once(rank, folder):
+    model, alone = made(), made()
+    wrapped, optimizer, other = DistributedDataParallel(model), sparse(model), sparse(alone)
+    x, y = tokens_and_labels()
+    parts = [slice(2 * i, 2 * i + 2) for i in range(4)]
+    with Wire() as wire:
+        with wrapped.no_sync():
+            (F.cross_entropy(wrapped(x[parts[2 * rank]]), y[parts[2 * rank]]) / 2).backward()
+        (F.cross_entropy(wrapped(x[parts[2 * rank + 1]]), y[parts[2 * rank + 1]]) / 2).backward()
+    assert wire.bytes["allreduce"] == sum(p.nbytes for p in sprand.parameters(model))
+    optimizer.step()
+    halves = []
+    for half in (0, 1):
+        for part in parts[2 * half : 2 * half + 2]:
+            (F.cross_entropy(alone(x[part]), y[part]) / 2).backward()
+        halves.append([p.grad.clone() for p in sprand.parameters(alone)])
+        alone.zero_grad()
+    for p, *grads in zip(sprand.parameters(alone), *halves, strict=True):
+        p.grad = grads[0] / 2 + grads[1] / 2
+    other.step()
+    assert_same_training(model, alone)
+
+
+def ranks_draw_the_same_positions_and_send_nothing(rank, folder):
+    torch.manual_seed(100 + rank)
+    with Wire() as wire:
+        model = sprand.apply(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 8)), density=0.1, seed=5)
+    assert not wire.bytes
+    mine = torch.cat([layer.sprand_indices for layer in model])
+    both = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(both, mine)
+    assert torch.equal(both[0], both[1])
+
+
+def one_rank_saves_alone(rank, folder):
+    """Nothing is sent: the other rank is elsewhere."""
+    model = trained_alone()
+    if rank == 0:
+        sprand.save(model, folder / "adapter")
+    dist.barrier()
+    torch.manual_seed(0)
+    base = sprand.unmerge(copy.deepcopy(model))
+    assert_same_training(sprand.load(base, folder / "adapter"), model)
+
+
+CHECKS = (
+    each_option_trains_as_one_process, only_deltas_travel, accumulated_gradients_travel_once,
+    ranks_draw_the_same_positions_and_send_nothing, one_rank_saves_alone,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return run(__name__, [check.__name__ for check in CHECKS], tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_two_ranks(report, check):
+    all_passed(report, check)
