@@ -35,6 +35,9 @@ TASKS = {
     ),
 }  # fmt: skip
 SAME_MASK = {"taylor_fo": "snip"}  # tested in tests/test_selection.py: one order, one mask
+OPTIONS = {  # an eighth of the width: from the width on, LIFT is magnitude
+    ("sst2", "lift"): (("rank", 48),), ("shakespeare", "lift"): (("rank", 8),),
+}  # fmt: skip
 SPARSE = ("random", *(name for name in STRATEGIES if name not in SAME_MASK))
 BUDGETS = (0.001, 0.01)
 THIRD = 10**0.5
@@ -116,7 +119,8 @@ def rates(task: str, method: str, budget: float | None, options: argparse.Namesp
 def plan_of(run: Run, options: argparse.Namespace) -> TaskPlan:
     """The task of a run, shortened where asked."""
     plan = TASKS[run.task]
-    return dataclasses.replace(plan, options=plan.options | options.changes)
+    own = {"strategy_option": OPTIONS.get((run.task, run.method), ())}
+    return dataclasses.replace(plan, options=plan.options | own | options.changes)
 
 
 def read(file: Path) -> dict[Run, dict[str, object]]:
