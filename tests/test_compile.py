@@ -112,15 +112,13 @@ def test_inductor_differs_by_the_order_of_its_sums_only(tower):
         assert b.abs().sum() > 0
 
 
-@pytest.mark.parametrize("marked", [True, False], ids=["mark_dynamic", "dynamic=True"])
-def test_any_length_runs_the_same_graph(tower, marked):
+def test_any_length_runs_the_same_graph(tower):
     eager, compiled = tower(), tower()
     counting = Counting()
-    fast = torch.compile(compiled, fullgraph=True, backend=counting, dynamic=None if marked else True)
+    fast = torch.compile(compiled, fullgraph=True, backend=counting)
 
     def called(tokens, labels):
-        if marked:
-            torch._dynamo.mark_dynamic(tokens, 1)
+        torch._dynamo.mark_dynamic(tokens, 1)
         return fast(tokens, labels)
 
     lengths = (12, 7, 31, 5, 64)
