@@ -24,6 +24,10 @@ class SparseAdamW(torch.optim.AdamW):
     A step leaves every weight up to date, and the next forward does not write it again. Code that then changes a delta
     behind autograd's back (through `delta.data`) must call `sprand.write(model)`.
 
+    Under DistributedDataParallel the step is fused. Under FSDP2 and ZeRO deltas are sharded, dense parameters to it: the step is
+    that of `torch.optim.AdamW(fused=True)`, and layers write their weights. DeepSpeed asks for `"zero_allow_untested_optimizer":
+    true` in its configuration; `torch.optim.AdamW` needs no flag there.
+
     Args:
         params: a model, or parameters as for any optimizer: an iterable of parameters, of groups (dicts), or of named
             parameters. Of a model, everything that requires a gradient.

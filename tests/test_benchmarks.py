@@ -196,3 +196,19 @@ def test_the_first_look_fills_a_table_and_goes_on_where_it_stopped(
     again = read(tmp_path / "out" / "first_look.csv")[-1]
     timed = ("seconds", "calibration_seconds")
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in last.items() if k not in timed}
+
+
+def test_wire_counts_what_each_method_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="the model to train comes from transformers")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_wire
+
+    assert bench_wire.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = {(row["strategy"], row["method"]): row for row in read(tmp_path / "wire.csv")}
+    assert set(rows) == {(strategy, method) for strategy in ("ddp", "fsdp2") for method in ("sprand@0.01", "lora", "full")}
+    ours, full = rows["ddp", "sprand@0.01"], rows["ddp", "full"]
+    assert int(ours["gradient_bytes"]) == int(ours["all_reduce_bytes"]) == 4 * int(ours["trained"])
+    assert int(ours["broadcast_bytes"]) == int(full["broadcast_bytes"])
+    sharded = rows["fsdp2", "sprand@0.01"]
+    assert int(sharded["gradient_bytes"]) < int(rows["fsdp2", "full"]["gradient_bytes"]) / 20
+    assert int(sharded["all_gather_bytes"]) < 1.05 * int(rows["fsdp2", "full"]["all_gather_bytes"])
