@@ -321,3 +321,14 @@ def test_layers_to_transform_and_excluded_modules():
         llama(), SprandConfig(target_modules=["q_proj", "k_proj"], layers_to_transform=[1], exclude_modules=["k_proj"])
     )
     assert list(positions(model)) == ["model.layers.1.self_attn.q_proj.weight"]
+
+
+def test_an_adapter_is_copied_by_its_parameter_names():
+    model = adapted()
+    trained = logits(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, p in model.named_parameters():  # as TRL makes the reference of a trained adapter
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(p.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), trained)

@@ -23,19 +23,40 @@ from ..layers import SparseModule, kind_of, track, untrack
 from ..tuning import schedule_for
 
 
-class Deltas(nn.ParameterDict):
-    """Deltas by adapter: they follow their module to a device, and keep their dtype where it is cast."""
+class Delta(nn.Module):
+    """One adapter's delta `[nnz]`, as `weight`: it follows its module to a device, and keeps its dtype where that is cast.
+
+    It is a module of its own so that its name ends in `.default.weight`, by which TRL copies an adapter into its reference.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = {name: p.data for name, p in self.items()}
+        before = self.weight.data
         super()._apply(fn, recurse)
-        for name, was in before.items():
-            p = self[name]
-            if was.is_meta and not p.is_meta:
-                p.data.zero_()
-            elif p.dtype != was.dtype:
-                p.data = was.to(p.device)
+        if before.is_meta and not self.weight.is_meta:
+            self.weight.data.zero_()
+        elif self.weight.dtype != before.dtype:
+            self.weight.data = before.to(self.weight.device)
         return self
+
+
+class Deltas(Mapping[str, nn.Parameter]):
+    """The parameters of a dict of `Delta`s, by adapter."""
+
+    def __init__(self, modules: nn.ModuleDict) -> None:
+        self.modules = modules
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self.modules[name].weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
 
 
 class Positions(BufferDict):

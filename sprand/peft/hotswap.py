@@ -76,7 +76,7 @@ def _proven(
     entry, live = config.targets[name], target.indices[adapter_name].cpu()
     suffix = "" if parameter == "weight" else f"_{parameter}"
     key = f"base_model.model.{name.rpartition('.')[0]}.sprand_"
-    delta = tensors.get(f"{key}delta{suffix}")
+    delta = tensors.get(f"{key}delta{suffix}.weight")
     site = layer.site(parameter)
     if config.indices_saved:
         indices = tensors.get(f"{key}indices{suffix}")

@@ -131,7 +131,7 @@ def _sprand_changes(folder: Path, config: SprandConfig, tensors: Mapping[str, Te
     for name, entry in config.targets.items():
         site = _site(folder, sites, name)
         suffix = "" if site.parameter == "weight" else f"_{site.parameter}"
-        delta = tensors[f"{PREFIX}{site.module_name}.sprand_delta{suffix}"]
+        delta = tensors[f"{PREFIX}{site.module_name}.sprand_delta{suffix}.weight"]
         if config.indices_saved:
             indices = tensors[f"{PREFIX}{site.module_name}.sprand_indices{suffix}"]
         else:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layers import BASE, DELTA, INDICES
-from .hosted import AdapterTarget, Deltas, Positions, host, unhost
+from .hosted import AdapterTarget, Delta, Deltas, Positions, host, unhost
 from .plan import Part, Site
 
 
 class SprandLayer(nn.Module, BaseTunerLayer):
-    """Wraps a module of any kind. For its `weight` it has `sprand_delta`, a dict of one parameter `[nnz]` per adapter.
+    """Wraps a module of any kind. For its `weight` it has `sprand_delta`, a dict of one parameter `[nnz]` per adapter,
+    under the name `sprand_delta.default.weight`.
 
     For another parameter `name` that is `sprand_delta_name`. Indices are in `sprand_indices`, the original entries in
     `sprand_base`, both by adapter too.
@@ -40,15 +41,14 @@ class SprandLayer(nn.Module, BaseTunerLayer):
     def add(self, part: Part, adapter_name: str, drawn: bool, low_cpu_mem_usage: bool, inference_mode: bool) -> None:
         """Give an adapter its entries of one parameter, with a delta of zero."""
         site = part.site
+        modules, indices, bases = self._containers(site.parameter)
         if site.parameter not in self.hosted:
-            deltas, indices, bases = self._containers(site.parameter)
-            self.hosted[site.parameter] = AdapterTarget(site.name, deltas, indices, bases)
+            self.hosted[site.parameter] = AdapterTarget(site.name, Deltas(modules), indices, bases)
             self._host(site)
         target = self.hosted[site.parameter]
         device = site.device if not low_cpu_mem_usage else torch.device("meta")
-        delta = torch.zeros(part.indices.shape, dtype=self._delta_dtype(site), device=device)
-        target.deltas[adapter_name] = nn.Parameter(delta)
-        target.indices.put(adapter_name, part.indices, persistent=not drawn)
+        modules[adapter_name] = Delta(torch.zeros(part.indices.shape, dtype=self._delta_dtype(site), device=device))
+        indices.put(adapter_name, part.indices, persistent=not drawn)
         self._read_base(site, target, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -149,10 +149,10 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         dense.view(-1)[target.indices[adapter_name].long()] = target.deltas[adapter_name].detach()
         return dense
 
-    def _containers(self, parameter: str) -> tuple[Deltas, Positions, BufferDict]:
+    def _containers(self, parameter: str) -> tuple[nn.ModuleDict, Positions, BufferDict]:
         suffix = "" if parameter == "weight" else f"_{parameter}"
         if not hasattr(self, DELTA + suffix):
-            self.add_module(DELTA + suffix, Deltas())
+            self.add_module(DELTA + suffix, nn.ModuleDict())
             self.add_module(INDICES + suffix, Positions())
             self.add_module(BASE + suffix, BufferDict(persistent=False))
             if suffix:

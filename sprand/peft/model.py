@@ -215,7 +215,7 @@ class SprandModel(BaseTuner):
             for parameter, _, target in layer.weights():
                 if adapter_name in target.deltas:
                     suffix = "" if parameter == "weight" else f"_{parameter}"
-                    delta = result.get(f"{key}.{DELTA}{suffix}.{adapter_name}")
+                    delta = result.get(f"{key}.{DELTA}{suffix}.{adapter_name}.weight")
                     indices = result.get(f"{key}.{INDICES}{suffix}.{adapter_name}")
                     _check_loaded(config, adapter_name, layer.site(parameter), target, delta, indices)
                     if indices is not None:
