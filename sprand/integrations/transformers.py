@@ -63,6 +63,9 @@ class VisibleShareCallback(TrainerCallback):
 
     Args:
         trainer: its log takes the number, so that every reporter gets it.
+
+    Raises:
+        ValueError: its model has no trained entries.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -82,7 +85,7 @@ class SparseCheckpointCallback(TrainerCallback):
 
     A checkpoint is what the model's class saves and loads, trained values in place and no tensors of sprand. Its folder
     `sprand` holds the adapter (`sprand.load(base, "checkpoint-8/sprand")`) and what else a resume needs; the best
-    model, with `load_best_model_at_end`, gets its entries back from there. Stands before a `DynamicMaskCallback`.
+    model, with `load_best_model_at_end`, gets its entries back from there.
 
     Without this callback checkpoints hold the tensors of sprand among the model's own: a resume is exact as well.
     """
@@ -152,17 +155,22 @@ class DynamicMaskCallback(TrainerCallback):
 
     def __init__(self, mask: DynamicMask) -> None:
         self.mask = mask
+        self._resumed: Path | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take the trainer's optimizer and, where a training is resumed, the mask's progress.
+        """Take the trainer's optimizer and, where a training is resumed, look for the mask's progress.
 
         Raises:
             FileNotFoundError: the checkpoint has no mask.
         """
         self.mask.bind(kwargs["optimizer"])
-        if state.global_step:
-            found = _of_resumed(args, state, MASK_FILE, type(self).__name__)
-            self.mask.load_state_dict(torch.load(found[0], map_location="cpu", weights_only=True))
+        self._resumed = _of_resumed(args, state, MASK_FILE, type(self).__name__)[0] if state.global_step else None
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Where a training is resumed, go on from the mask's progress; the model holds the entries of the checkpoint by now."""
+        if self._resumed is not None:
+            self.mask.load_state_dict(torch.load(self._resumed, map_location="cpu", weights_only=True))
+            self._resumed = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step, and change the mask if it is time."""
