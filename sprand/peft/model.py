@@ -59,22 +59,6 @@ class SprandModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoderLayer):  # its inference path reads weights without calling the layers
                 module.activation_relu_or_gelu = 0
-        if adapter_name == "ref" and "default" in self.peft_config:
-            self._start_from_default(adapter_name)
-
-    def _start_from_default(self, adapter_name: str) -> None:
-        """TRL makes an adapter "ref" of the config of "default" as the reference of a trained adapter, and copies values between
-        parameters named `.default.` and `.ref.`; those of sprand have the adapter's name last, so they are copied here."""
-        pairs = [
-            (target.deltas, target.indices)
-            for layer in self.layers()
-            for _, _, target in layer.weights()
-            if adapter_name in target.deltas or "default" in target.deltas
-        ]
-        both = all(adapter_name in deltas and "default" in deltas for deltas, _ in pairs)
-        if both and all(torch.equal(indices[adapter_name], indices["default"]) for _, indices in pairs):
-            for deltas, _ in pairs:
-                deltas[adapter_name].data.copy_(deltas["default"].data)
 
     def add_weighted_adapter(
         self,
