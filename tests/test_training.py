@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -222,6 +223,21 @@ def test_activation_checkpointing(reentrant):
             optimizer.step()
             optimizer.zero_grad()
     for a, b in zip(sprand.parameters(plain), sprand.parameters(saved), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_saved_tensors_may_be_moved_away_until_backward():
+    x, y = points_and_labels()
+    plain, offloaded = (sprand.apply(built(MLP), density=0.3) for _ in range(2))
+    for model, hooks in ((plain, nullcontext), (offloaded, torch.autograd.graph.save_on_cpu)):
+        optimizer = sprand.SparseAdamW(model, lr=1e-2)
+        for _ in range(4):
+            with hooks():
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(sprand.parameters(plain), sprand.parameters(offloaded), strict=True):
         assert torch.equal(a, b)
 
 
