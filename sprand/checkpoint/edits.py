@@ -16,7 +16,7 @@ from .. import host, ops, pattern
 from ..adapter import check_base, entries, frozen_entries, read
 from ..config import SparseConfig
 from .names import resolve, twins
-from .shards import TRAINABLE, Checkpoint, Stored
+from .shards import CHUNK, TRAINABLE, Checkpoint, Stored
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,23 @@ class Edit:
     def __post_init__(self) -> None:
         self.base = torch.empty(self.indices.shape, dtype=self.stored.dtype)
         self.set_base = torch.empty(self.set_indices.shape, dtype=self.stored.dtype)
+        step = CHUNK // self.stored.dtype.itemsize
+        self._cut, self._set_cut = (_Cut(indices, self.stored.numel, step) for indices in (self.indices, self.set_indices))
 
     def touches(self, first: int, count: int) -> bool:
         """Whether it changes any of `count` entries from `first` on."""
-        return any(_part(indices, first, count)[0].stop > _part(indices, first, count)[0].start for indices in self._lists())
+        return any(cut.span(first, count)[0] < cut.span(first, count)[1] for cut in (self._cut, self._set_cut))
 
     def apply(self, part: Tensor, first: int) -> None:
         """Change a part of the tensor, flat, in place; `first` is the position of its first entry."""
-        own, local = _part(self.indices, first, part.numel())
-        self.base[own] = ops.gather(part, local)
+        own, local = self._cut.part(first, part.numel())
+        start = self.base[own] = ops.gather(part, local)
         if self.set_indices.numel():
-            other, places = _part(self.set_indices, first, part.numel())
+            other, places = self._set_cut.part(first, part.numel())
             self.set_base[other] = ops.gather(part, places)
             ops.patch_(part, places, self.set_values[other], None)
-        ops.patch_(part, local, ops.gather(part, local), self.deltas[own])
+            start = ops.gather(part, local)
+        ops.patch_(part, local, start, self.deltas[own])
 
     def restore(self, part: Tensor, first: int) -> None:
         """Put the base back into a part that holds the trained values.
@@ -105,15 +108,12 @@ class Edit:
             ValueError: it holds others.
         """
         before = part.clone()
-        for indices, base in ((self.set_indices, self.set_base), (self.indices, self.base)):
-            own, local = _part(indices, first, part.numel())
+        for cut, base in ((self._set_cut, self.set_base), (self._cut, self.base)):
+            own, local = cut.part(first, part.numel())
             ops.patch_(part, local, base[own], None)
         again = part.clone()
         self.apply(again, first)
         _same(self.stored, again, before)
-
-    def _lists(self) -> tuple[Tensor, Tensor]:
-        return self.indices, self.set_indices
 
 
 @dataclass(eq=False)
@@ -295,10 +295,22 @@ def _trainable(stored: Stored) -> None:
         )
 
 
-def _part(indices: Tensor, first: int, count: int) -> tuple[slice, Tensor]:
-    """Which of sorted indices lie among `count` entries from `first` on, and where they lie there."""
-    low, high = _bounds(indices, first, count)
-    return slice(low, high), (indices[low:high] - first).to(torch.int32)
+class _Cut:
+    """Sorted indices of a tensor, cut where the parts of `step` entries begin in which it is read."""
+
+    def __init__(self, indices: Tensor, numel: int, step: int) -> None:
+        starts = torch.arange(0, numel + step, step).clamp_(max=numel)
+        self.indices, self.step, self.bounds = indices, step, torch.searchsorted(indices.long(), starts).tolist()
+
+    def span(self, first: int, count: int) -> tuple[int, int]:
+        """Which of the indices lie in the part that begins at `first`."""
+        assert first % self.step == 0 and count <= self.step
+        return self.bounds[first // self.step], self.bounds[first // self.step + 1]
+
+    def part(self, first: int, count: int) -> tuple[slice, Tensor]:
+        """The same as a slice, and where they lie in the part."""
+        low, high = self.span(first, count)
+        return slice(low, high), (self.indices[low:high] - first).to(torch.int32)
 
 
 def _bounds(indices: Tensor, first: int, count: int) -> tuple[int, int]:

@@ -111,9 +111,9 @@ def _experts(tensors: Mapping[str, Stored], name: str, shape: Sequence[int]) -> 
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """The leading parts of a name that end before its first number: `""`, `"model."`, `"model.layers."`."""
+    """The leading parts of a name that end before its first number, and leave two: `""`, `"model."`, `"model.layers."`."""
     parts = name.split(".")
-    for count in range(len(parts)):
+    for count in range(max(1, len(parts) - 1)):
         if any(part.isdigit() for part in parts[:count]):
             return
         yield "".join(f"{part}." for part in parts[:count])

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -57,7 +58,11 @@ def write(
     Raises:
         OSError: it cannot be written.
     """
-    with open(shard.path, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
+    with (
+        open(shard.path, "rb", buffering=0) as source,
+        open(target, "wb", buffering=0) as out,
+        ThreadPoolExecutor(1) as writer,
+    ):
         shared = header is None and not added and _share(source.fileno(), out.fileno())
         shift = 0
         if not shared:
@@ -70,10 +75,14 @@ def write(
             elif change is None:
                 progress(end - begin)
             else:
-                for at, content, touched in _changed(source.fileno(), begin, end, change):
-                    if touched or not shared:
-                        write_all(out.fileno(), content, at + shift)
+                under_way = None
+                for at, content, touched in _changed(source.fileno(), begin, end, change, buffers=2):
+                    if under_way is not None:
+                        under_way.result()
+                    under_way = writer.submit(write_all, out.fileno(), content, at + shift) if touched or not shared else None
                     progress(len(content))
+                if under_way is not None:
+                    under_way.result()
         at = max((stored.end for stored in shard.tensors), default=shard.data) + shift
         for values in added.values():
             at += write_all(out.fileno(), _bytes(values), at)
@@ -157,11 +166,13 @@ def write_all(handle: int, content: memoryview, at: int) -> int:
     return done
 
 
-def _changed(handle: int, begin: int, end: int, change: Change) -> Iterator[tuple[int, memoryview, bool]]:
-    """The bytes of a tensor after its change, in parts, and whether each of them was touched."""
+def _changed(handle: int, begin: int, end: int, change: Change, buffers: int = 1) -> Iterator[tuple[int, memoryview, bool]]:
+    """The bytes of a tensor after its change, in parts, and whether each was touched; memory is reused `buffers` parts later."""
     stored = change.stored
     size = stored.dtype.itemsize
-    for at, content in read_range(handle, bytearray(min(CHUNK, max(size, end - begin))), begin, end):
+    memory = [bytearray(min(CHUNK, end - begin)) for _ in range(buffers)]
+    for number, start in enumerate(range(begin, end, CHUNK)):
+        at, content = next(read_range(handle, memory[number % buffers], start, min(start + CHUNK, end)))
         first, count = (at - begin) // size, len(content) // size
         touched = change.touches(first, count)
         if touched:

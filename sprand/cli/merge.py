@@ -21,8 +21,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "way: the same bits as sprand.load, sprand.merge and save_pretrained. Several adapters, or a weight, give the sum of "
         "their changes, as sprand.switch(model, {name: weight}) does.",
         epilog="A merge that was stopped goes on when the same command is given again. OUT is written under a hidden name "
-        "beside it, and is there whole or not at all. --revert needs sprand_revert.dat, which merge keeps in OUT (the base values "
-        "of the changed entries): a merged value and its change do not determine the value before, which was rounded away.",
+        "beside it, and is there whole or not at all. --revert needs sprand_revert.dat, which merge keeps in OUT (the base "
+        "values of the changed entries): a merged value and its change do not determine the value before.",
     )
     parser.add_argument("base", metavar="BASE", help="checkpoint folder, a .safetensors file, or a name on the Hub")
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER[:WEIGHT]", help="folders written by sprand.save")
