@@ -100,13 +100,16 @@ class Checkpoint:
         return torch.cat(parts) if parts else torch.empty(0, dtype=stored.dtype)
 
     def chunks(self, name: str) -> Iterator[tuple[Tensor, int]]:
-        """The entries of a tensor, flat, a few megabytes at a time, with the position of the first; each part is overwritten by
-        the next."""
+        """The entries of a tensor, flat, in parts that each next one overwrites, with the position of the first.
+
+        They are bytes where torch has no dtype for the tensor.
+        """
         stored = self.tensors[name]
+        dtype = stored.dtype or torch.uint8
         with open(self.folder / stored.file, "rb", buffering=0) as file:
             buffer = bytearray(min(CHUNK, stored.end - stored.begin))
             for begin, content in read_range(file.fileno(), buffer, stored.begin, stored.end):
-                yield torch.frombuffer(content, dtype=stored.dtype), (begin - stored.begin) // stored.dtype.itemsize
+                yield torch.frombuffer(content, dtype=dtype), (begin - stored.begin) // dtype.itemsize
 
 
 def read_range(handle: int, buffer: bytearray, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:

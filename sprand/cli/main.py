@@ -16,9 +16,9 @@ from typing import Any
 from ..pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from ..version import __version__
-from . import CliError, merge
+from . import CliError, diff, inspect, merge
 
-FILES = (merge,)  # commands on files, each with its options in a module of its own
+FILES = (merge, diff, inspect)  # commands on files, each with its options in a module of its own
 DEMO = {
     "epochs": 1.0,
     "batch_size": 16,
