@@ -16,9 +16,9 @@ from typing import Any
 from ..pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from ..version import __version__
-from . import CliError, diff, inspect, merge
+from . import CliError, diff, export, inspect, merge, plan
 
-FILES = (merge, diff, inspect)  # commands on files, each with its options in a module of its own
+FILES = (merge, diff, inspect, plan, export)  # commands on files, each with its options in a module of its own
 DEMO = {
     "epochs": 1.0,
     "batch_size": 16,
