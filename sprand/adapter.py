@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -78,26 +79,51 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if given:
         tensors |= {f"indices.{name}": module.sparse_entries(p).indices.cpu() for name, module, p in attached(model)}
     heads = {name: sharding.whole(p).cpu() for name, p in model.named_parameters() if name in adapter.saved}
-    tensors |= {f"saved.{name}": value for name, value in heads.items()}
-    tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    config = adapter.config.to_dict() | (AS_GIVEN if given else {})
     description = {
         "format_version": FORMAT_VERSION if adapter.frozen else WITHOUT_FROZEN,
-        "pattern_version": pattern.PATTERN_VERSION,
-        "sprand_version": __version__,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
-        "config": config,
+        "config": adapter.config.to_dict() | (AS_GIVEN if given else {}),
         **({} if adapter.selection is None else {"selection": adapter.selection}),
         "targets": targets,
+    }
+    with sharding.first_rank(model) as writes:
+        return store(path, description, tensors, heads) if writes else Path(path)
+
+
+def store(
+    path: str | os.PathLike[str], description: Mapping[str, Any], tensors: Mapping[str, Tensor], heads: Mapping[str, Tensor]
+) -> Path:
+    """Write an adapter to a folder: its file in one atomic step, then the copy of its description.
+
+    Args:
+        path: the folder; made if it is not there, an adapter in it is replaced.
+        description: `format_version`, `base_model`, `config`, `targets`, and `selection` where there is one.
+        tensors: `delta.*`, `indices.*`, `frozen_indices.*` and `frozen_values.*` by name, on the CPU.
+        heads: values of parameters trained in full, by parameter name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: the folder cannot be written; an adapter that was there is untouched.
+    """
+    tensors = {**tensors, **{f"saved.{name}": value for name, value in heads.items()}}
+    tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    version = {
+        "format_version": description["format_version"],
+        "pattern_version": pattern.PATTERN_VERSION,
+        "sprand_version": __version__,
+    }
+    description = {
+        **version,
+        **description,
         "saved": {name: {"shape": list(value.shape), "dtype": _name(value.dtype)} for name, value in heads.items()},
         "checksum": files.checksum(tensors),
     }
     folder = Path(path)
-    with sharding.first_rank(model) as writes:
-        if writes:
-            files.write(folder / WEIGHTS_FILE, KEY, description, tensors)
-            with files.replacing(folder / CONFIG_FILE) as temporary:
-                temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    files.write(folder / WEIGHTS_FILE, KEY, description, tensors)
+    with files.replacing(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -203,21 +229,8 @@ def _prove(
     adapter = Adapter(config, selection=description.get("selection"))
     for name, target in description["targets"].items():
         weight = _matching(path, parameters, name, target["shape"])
-        delta = tensors.get(f"delta.{name}")
-        if delta is None or list(delta.shape) != [target["nnz"]]:
-            raise ValueError(
-                f"{path}: expected {target['nnz']} values for {name}, got {None if delta is None else list(delta.shape)}"
-            )
-        if not torch.isfinite(delta).all():
-            raise ValueError(f"{path}: the values of {name} are not finite")
-        if config.strategy == GIVEN:
-            indices = tensors.get(f"indices.{name}")
-            if indices is None or indices.shape != delta.shape or indices.dtype not in (torch.int32, torch.int64):
-                raise ValueError(f"{path}: expected {target['nnz']} integer indices for {name}")
-            pattern.check_indices(f"{path}: {name}", indices, weight.numel())
-        else:
-            indices = _draw(config, name, target["shape"], target["nnz"])
-        indices = indices.to(device=weight.device, dtype=pattern.index_dtype(weight.numel()))
+        indices, delta = entries(path, config, name, target, tensors)
+        indices = indices.to(weight.device)
         check_base(path, name, ops.gather(weight.data.contiguous(), indices), target["fingerprint"])
         if "frozen" in target:
             adapter.frozen[name] = _prove_frozen(path, name, target, tensors, weight)
@@ -231,15 +244,54 @@ def _prove(
     return adapter, {place.name: place for place in places_of(model, set(adapter.indices))}
 
 
-def _prove_frozen(path: Path, name: str, target: dict[str, Any], tensors: Mapping[str, Tensor], weight: nn.Parameter) -> Frozen:
+def entries(
+    path: Path, config: SparseConfig, name: str, target: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The trained entries of one target of an adapter that was read, proven.
+
+    Returns:
+        Their indices `[nnz]`, flat and sorted, int32 (int64 from 2**31 entries), and their deltas `[nnz]`.
+
+    Raises:
+        ValueError: they are missing, not finite, or no indices of that target.
+    """
+    delta, numel = tensors.get(f"delta.{name}"), math.prod(target["shape"])
+    if delta is None or list(delta.shape) != [target["nnz"]]:
+        raise ValueError(
+            f"{path}: expected {target['nnz']} values for {name}, got {None if delta is None else list(delta.shape)}"
+        )
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"{path}: the values of {name} are not finite")
+    if config.strategy == GIVEN:
+        indices = tensors.get(f"indices.{name}")
+        if indices is None or indices.shape != delta.shape or indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{path}: expected {target['nnz']} integer indices for {name}")
+        pattern.check_indices(f"{path}: {name}", indices, numel)
+    else:
+        indices = _draw(config, name, target["shape"], target["nnz"])
+    return indices.to(pattern.index_dtype(numel)), delta
+
+
+def frozen_entries(path: Path, name: str, target: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The folded entries of one target of an adapter that was read, proven: indices and values, both `[n]`.
+
+    Raises:
+        ValueError: they are missing, not finite, or no indices of that target.
+    """
     indices, values, nnz = tensors.get(f"frozen_indices.{name}"), tensors.get(f"frozen_values.{name}"), target["frozen"]["nnz"]
     integers = indices is not None and indices.dtype in (torch.int32, torch.int64)
     if values is None or not integers or list(indices.shape) != [nnz] or list(values.shape) != [nnz]:
         raise ValueError(f"{path}: expected {nnz} integer indices and values of frozen entries for {name}")
     if not values.is_floating_point() or not torch.isfinite(values).all():
         raise ValueError(f"{path}: the values of frozen entries of {name} are not finite numbers")
-    pattern.check_indices(f"{path}: frozen entries of {name}", indices, weight.numel())
-    indices = indices.to(device=weight.device, dtype=pattern.index_dtype(weight.numel()))
+    numel = math.prod(target["shape"])
+    pattern.check_indices(f"{path}: frozen entries of {name}", indices, numel)
+    return indices.to(pattern.index_dtype(numel)), values
+
+
+def _prove_frozen(path: Path, name: str, target: dict[str, Any], tensors: Mapping[str, Tensor], weight: nn.Parameter) -> Frozen:
+    indices, values = frozen_entries(path, name, target, tensors)
+    indices = indices.to(weight.device)
     base = ops.gather(weight.data.contiguous(), indices)
     check_base(path, name, base, target["frozen"]["fingerprint"])
     return Frozen(indices, values.to(base), base)
@@ -254,7 +306,13 @@ def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, sha
 
 
 def check_base(path: Path, name: str, base: Tensor, stored: Mapping[str, str]) -> None:
-    """Compare in the narrower of the two dtypes: a checkpoint may be loaded in another one than it was trained in."""
+    """Prove by their fingerprint that entries are those an adapter was trained on.
+
+    The narrower of the two dtypes is compared: a checkpoint may be loaded in another one than it was trained in.
+
+    Raises:
+        ValueError: they are not.
+    """
     trained = next(iter(stored))
     here = fingerprints(base)
     common = [dtype for dtype in stored if dtype in here]

@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +39,47 @@ def plot_selection(
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: the model trains nothing, or the two have no weight in common or one of another shape.
     """
-    try:
-        importlib.import_module("matplotlib").use("Agg", force=False)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plot_selection needs matplotlib; install it: pip install matplotlib", name="matplotlib"
-        ) from error
-    pyplot = importlib.import_module("matplotlib.pyplot")
     mask = chosen if isinstance(chosen, Mask) else mask_of(chosen)
-    panels = [(_averaged(mask, densities(mask)), f"density: {mask.nnz:,} entries{_named(mask)}", "density")]
+    sizes = {name: math.prod(shape) for name, shape in mask.shapes.items()}
+    panels = [(averaged(densities(mask), sizes), f"density: {mask.nnz:,} entries{_named(mask)}", "density", ".2%")]
     if other is not None:
         second = other if isinstance(other, Mask) else mask_of(other)
         shared, chance = overlaps(mask, second)
         title = f"overlap with {second.nnz:,} entries{_named(second)}\n(independent draws: {chance:.2%})"
-        panels.append((_averaged(mask, shared), title, "share of the smaller choice in both"))
+        panels.append((averaged(shared, sizes), title, "share of the smaller choice in both", ".2%"))
+    return draw(panels, path)
+
+
+def draw(panels: Sequence[tuple[Cells, str, str, str]], path: str | os.PathLike[str]) -> Path:
+    """Draw values of layers and kinds of module side by side, with the rows and columns of the first.
+
+    Args:
+        panels: values, title, unit and number format of each panel.
+        path: of the PNG (or SVG, PDF, by its suffix).
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        importlib.import_module("matplotlib").use("Agg", force=False)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a plot needs matplotlib; install it: pip install matplotlib", name="matplotlib") from error
+    pyplot = importlib.import_module("matplotlib.pyplot")
     rows = list(dict.fromkeys(row for row, _ in panels[0][0]))
     columns = list(dict.fromkeys(column for _, column in panels[0][0]))
     size = (1.6 + (0.62 * len(columns) + 2.0) * len(panels), 2.4 + 0.3 * len(rows))
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, (cells, title, unit) in zip(axes.flat, panels, strict=True):
+    for axis, (cells, title, unit, spec) in zip(axes.flat, panels, strict=True):
         grid = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
         image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
         axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
         axis.set_ylabel("layer")
         axis.set_title(title, fontsize=10)
-        figure.colorbar(image, ax=axis, label=unit, format=lambda value, _: f"{value:.2%}")
+        figure.colorbar(image, ax=axis, label=unit, format=lambda value, _, spec=spec: format(value, spec))
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
@@ -106,14 +121,13 @@ def place_of(name: str) -> tuple[str, str]:
     return (number.group(1) if number else "-"), kind
 
 
-def _averaged(mask: Mask, values: Mapping[str, float]) -> Cells:
+def averaged(values: Mapping[str, float], sizes: Mapping[str, int]) -> Cells:
     """One value for each layer and kind; where several weights share them, their mean, each with the weight of its size."""
     sums: dict[tuple[str, str], list[float]] = {}
     for name, value in values.items():
         total = sums.setdefault(place_of(name), [0.0, 0.0])
-        size = math.prod(mask.shapes[name])
-        total[0] += value * size
-        total[1] += size
+        total[0] += value * sizes[name]
+        total[1] += sizes[name]
     return {place: value / max(size, 1) for place, (value, size) in sums.items()}
 
 

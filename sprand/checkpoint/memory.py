@@ -1,0 +1,162 @@
+"""What training a model will need in memory, from the headers of its checkpoint: sprand beside LoRA and full fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .names import INPUTS, OUTPUTS
+from .shards import DTYPES, TRAINABLE
+
+WIDE = 4  # bytes of a delta, its gradient, and each of its two moments: float32
+NOT_LINEAR = ("embed", "wte.", "wpe.", "norm", "score.", "classifier.", "position", "token_type", "conv", "shared.")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint: name, shape, and dtype in the words of safetensors."""
+
+    name: str
+    shape: tuple[int, ...]
+    code: str
+
+    @property
+    def numel(self) -> int:
+        """How many entries it has."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an entry."""
+        return DTYPES[self.code].itemsize if self.code in DTYPES else 1
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one way of training needs, in bytes.
+
+    Attributes:
+        method: its name.
+        trained: trained scalars.
+        weights: the model's own.
+        values: of trained scalars kept beside the model: deltas, LoRA's matrices, float32 copies.
+        grads, moments: of the trained scalars.
+        indices, base: positions, and base values of the entries.
+        activations: an estimate.
+        file: what is saved.
+    """
+
+    method: str
+    trained: int
+    weights: int
+    values: int
+    grads: int
+    moments: int
+    indices: int
+    base: int
+    activations: int
+    file: int
+
+    @property
+    def total(self) -> int:
+        """All of it but the file."""
+        return self.weights + self.values + self.grads + self.moments + self.indices + self.base + self.activations
+
+
+def linear(weights: Iterable[Weight]) -> list[Weight]:
+    """The weights of linear layers, by their names and shapes; embeddings, output heads and norms are none."""
+    return [
+        weight
+        for weight in weights
+        if len(weight.shape) == 2 and weight.name.endswith("weight") and DTYPES.get(weight.code) in TRAINABLE
+        and not weight.name.endswith((*INPUTS, *OUTPUTS)) and not any(part in weight.name for part in NOT_LINEAR)
+    ]  # fmt: skip
+
+
+def plan(
+    weights: Sequence[Weight],
+    *,
+    densities: Iterable[float] = (),
+    memory: int | None = None,
+    ranks: Iterable[int] = (8, 16, 32, 64),
+    tokens: int = 2048,
+    checkpointing: bool = False,
+) -> list[Need]:
+    """What training needs, method by method.
+
+    For each trained entry sprand keeps a delta, its gradient and two moments in float32, an index of 4 bytes (8 in weights from
+    2**31 entries), and the base value; LoRA four float32 values for each of its own; full fine-tuning a gradient in the weights'
+    dtype, two float32 moments, and for 16-bit weights a float32 copy. Activations are estimated: what goes into and comes out of
+    each linear layer, or with checkpointing what enters each layer and all of one; and float32 logits with their gradient.
+
+    Args:
+        weights: of the checkpoint.
+        densities: shares of the linear weights to train.
+        memory: bytes there are; adds the largest density that fits.
+        ranks: of LoRA.
+        tokens: of a batch.
+        checkpointing: activations are computed again in backward.
+
+    Raises:
+        ValueError: there is no linear weight, a density is out of range, or the memory is too small for any entry.
+    """
+    targets = linear(weights)
+    if not targets:
+        raise ValueError("the checkpoint has no weight that is known as a linear layer's by name and shape")
+    bad = [density for density in densities if not 0 < density <= 1]
+    if bad:
+        raise ValueError(f"density: expected fractions in (0, 1], got {bad[0]}")
+    held = sum(weight.numel * weight.itemsize for weight in weights)
+    activations = _activations(weights, targets, tokens, checkpointing)
+    needs = [_sparse(targets, density, held, activations) for density in densities]
+    if memory is not None:
+        needs.append(_largest(targets, memory, held, activations))
+    for rank in ranks:
+        count = sum(rank * sum(weight.shape) for weight in targets)
+        needs.append(Need(f"LoRA r={rank}", count, held, *[count * WIDE] * 2, 2 * count * WIDE, 0, 0, activations, count * WIDE))
+    trainable = [weight for weight in weights if DTYPES.get(weight.code) in TRAINABLE]
+    count = sum(weight.numel for weight in trainable)
+    copies = sum(weight.numel * WIDE for weight in trainable if weight.itemsize == 2)
+    grads = sum(weight.numel * weight.itemsize for weight in trainable)
+    return [*needs, Need("full fine-tuning", count, held, copies, grads, 2 * count * WIDE, 0, 0, activations, held)]
+
+
+def _sparse(targets: Sequence[Weight], density: float, held: int, activations: int) -> Need:
+    counts = {weight: round(density * weight.numel) for weight in targets}
+    total = sum(counts.values())
+    return Need(
+        f"sprand {density:.4%}".rstrip("%").rstrip("0").rstrip(".") + " %",
+        total, held, *[total * WIDE] * 2, 2 * total * WIDE,
+        sum(count * (4 if weight.numel < 2**31 else 8) for weight, count in counts.items()),
+        sum(count * weight.itemsize for weight, count in counts.items()), activations, total * WIDE,
+    )  # fmt: skip
+
+
+def _largest(targets: Sequence[Weight], memory: int, held: int, activations: int) -> Need:
+    """The largest density, of three digits, whose need is within the memory."""
+    everything = _sparse(targets, 1.0, held, activations)
+    share = (memory - held - activations) / (everything.total - held - activations)
+    if share <= 0:
+        raise ValueError(
+            f"memory: the model's own {held:,} bytes and {activations:,} bytes of activations do not fit into {memory:,}; give "
+            "more memory, fewer --tokens, or --checkpointing"
+        )
+    share = min(1.0, share)
+    step = 10.0 ** (math.floor(math.log10(share)) - 2)
+    density = math.floor(share / step) * step
+    while density > step and _sparse(targets, density, held, activations).total > memory:
+        density -= step
+    return _sparse(targets, density, held, activations)
+
+
+def _activations(weights: Sequence[Weight], targets: Sequence[Weight], tokens: int, checkpointing: bool) -> int:
+    sizes: dict[str, int] = {}
+    entering: dict[str, int] = {}
+    for weight in targets:
+        layer = next((part for part in weight.name.split(".") if part.isdigit()), "")
+        sizes[layer] = sizes.get(layer, 0) + sum(weight.shape) * weight.itemsize
+        entering[layer] = max(entering.get(layer, 0), min(weight.shape) * weight.itemsize)
+    vocabulary = max((weight.shape[0] for weight in weights if weight.name.endswith((*OUTPUTS, *INPUTS))), default=0)
+    kept = sum(entering.values()) + max(sizes.values()) if checkpointing else sum(sizes.values())
+    return tokens * (kept + 2 * WIDE * vocabulary)

@@ -1,0 +1,216 @@
+"""Merges adapters into a checkpoint folder without loading a model, exactly, and proves what was written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import files
+from .edits import Edit, Edits, Overwrite, Source, Target, base_values, edits_of, open_adapters
+from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
+from .shards import INDEX, Checkpoint, Shard, open_checkpoint
+from .stream import Progress, differs, header_with, write
+
+Adapters = Iterable[tuple[str | os.PathLike[str], float]]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written.
+
+    Attributes:
+        folder: the new checkpoint.
+        entries: how many entries are other than in what was read, whole tensors included.
+        tensors: how many tensors have some.
+        added: names of tensors that were added (or, by `revert`, taken out).
+        left_out: files that hold weights in another form and were not copied, relative to the folder that was read.
+    """
+
+    folder: Path
+    entries: int
+    tensors: int
+    added: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    out: str | os.PathLike[str],
+    *,
+    revertible: bool = True,
+    progress: Progress = lambda count: None,
+) -> Merged:
+    """Write a checkpoint with adapters merged into it: the bits that `sprand.load`, `sprand.merge` and saving would give.
+
+    One adapter with weight 1 is merged whole; several, or other weights, are summed as by `sprand.switch(model, {name: weight})`.
+    Everything is written to a hidden folder beside `out`, which takes its name at the end. A merge that was stopped goes on
+    with the files that are missing there.
+
+    Args:
+        base: folder of the base checkpoint, or one safetensors file.
+        adapters: folders of adapters, each with its weight.
+        out: the folder to make; it must not exist, or be empty.
+        revertible: also keep the base values of the changed entries, in `sprand_revert.dat`.
+        progress: called with the number of bytes that are done.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint or no adapter.
+        FileExistsError: `out` is there.
+        ValueError: an adapter is of another base or damaged. `out` is not there then.
+        OSError: it cannot be written. `out` is not there then.
+    """
+    checkpoint, sources = open_checkpoint(base), open_adapters(adapters)
+    made = NewFolder(out, identity_of(checkpoint, adapters=adapters_of(sources)))
+    edits = edits_of(checkpoint, sources)
+    job = _Job(checkpoint, edits)
+    job.prove_samples()
+    unfinished = made.begin()
+    try:
+        for shard in checkpoint.shards.values():
+            if not (unfinished / shard.name).is_file() or job.differs(unfinished, shard, lambda count: None) is not None:
+                job.write(unfinished, shard, progress)
+            else:
+                progress(shard.size)
+        for target in edits.targets:
+            target.prove()
+    except ValueError:
+        made.discard()
+        raise
+    left_out = carry_over(Path(base), unfinished, checkpoint)
+    job.write_index(unfinished)
+    if revertible:
+        files.write(unfinished / REVERT_FILE, REVERT_KEY, job.revert_description(sources), base_values(edits.by_tensor))
+    return Merged(made.finish(), count_of(edits), len(edits.by_tensor) + len(edits.added), tuple(edits.added), left_out)
+
+
+def verify(
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    out: str | os.PathLike[str],
+    *,
+    progress: Progress = lambda count: None,
+) -> None:
+    """Read a merged checkpoint and its base again, and prove every byte: changed entries, and all that must not change.
+
+    Raises:
+        ValueError: something is different; the message names the tensor.
+    """
+    checkpoint = open_checkpoint(base)
+    edits = edits_of(checkpoint, open_adapters(adapters))
+    job = _Job(checkpoint, edits)
+    for shard in checkpoint.shards.values():
+        wrong = job.differs(Path(out), shard, progress)
+        if wrong is not None:
+            raise ValueError(f"{Path(out) / shard.name} is not what the merge writes: {wrong} is different; merge again")
+    for target in edits.targets:
+        target.prove()
+    if checkpoint.index is not None and json.loads((Path(out) / INDEX).read_text(encoding="utf-8")) != job.index():
+        raise ValueError(f"{Path(out) / INDEX} is not what the merge writes; merge again")
+
+
+class _Job:
+    """The files of one merge of adapters into a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, edits: Edits) -> None:
+        self.checkpoint, self.edits = checkpoint, edits
+        self.last = list(checkpoint.shards)[-1]
+        whole = {name: edit for name, edit in edits.by_tensor.items() if isinstance(edit, Overwrite)}
+        self.changes = {name: _Applied(edit, None) for name, edit in whole.items()}
+        self.changes |= {edit.stored.name: _Applied(edit, target) for target in edits.targets for edit in target.edits}
+
+    def prove_samples(self) -> None:
+        """Prove the smallest targets, one of each shard, so that a wrong base is refused before anything is written."""
+        smallest: dict[str, Target] = {}
+        for target in sorted(self.edits.targets, key=lambda target: sum(edit.stored.numel for edit in target.edits)):
+            smallest.setdefault(target.edits[0].stored.file, target)
+        for target in smallest.values():
+            for edit in target.edits:
+                for part, first in self.checkpoint.chunks(edit.stored.name):
+                    edit.apply(part, first)
+            target.prove()
+
+    def write(self, folder: Path, shard: Shard, progress: Progress) -> None:
+        """Write one file."""
+        unfinished, added = folder / f"{shard.name}.part", self._added(shard)
+        write(shard, unfinished, self.changes, added, header_with(shard, added), progress)
+        os.replace(unfinished, folder / shard.name)
+
+    def differs(self, folder: Path, shard: Shard, progress: Progress) -> str | None:
+        """What is different between a written file and what it should be."""
+        if not (folder / shard.name).is_file():
+            return "all of it (there is no such file)"
+        added = self._added(shard)
+        return differs(shard, folder / shard.name, self.changes, added, header_with(shard, added), progress)
+
+    def index(self) -> dict[str, Any] | None:
+        """The index of the new checkpoint; None where there is one file."""
+        index = copy.deepcopy(self.checkpoint.index)
+        if index is None or not self.edits.added:
+            return index
+        index["weight_map"] |= {name: self.last for name in self.edits.added}
+        metadata = index.get("metadata") or {}
+        for key, size in (("total_size", lambda values: values.nbytes), ("total_parameters", Tensor.numel)):
+            if isinstance(metadata.get(key), int):
+                metadata[key] += sum(size(values) for values in self.edits.added.values())
+        return index
+
+    def write_index(self, folder: Path) -> None:
+        """Write the index, with the bytes of the base's where nothing was added."""
+        if self.checkpoint.index is not None and self.edits.added:
+            (folder / INDEX).write_text(json.dumps(self.index(), indent=2) + "\n", encoding="utf-8")
+        elif self.checkpoint.index is not None:
+            shutil.copyfile(self.checkpoint.folder / INDEX, folder / INDEX)
+
+    def revert_description(self, sources: Iterable[Source]) -> dict[str, Any]:
+        """What `revert` needs beside the base values: which adapters, and what the last file's header and the index were."""
+        header = index = None
+        if self.edits.added:
+            shard = self.checkpoint.shards[self.last]
+            with open(shard.path, "rb") as file:
+                header = file.read(shard.data)[8:].decode()
+            index = (self.checkpoint.folder / INDEX).read_text(encoding="utf-8") if self.checkpoint.index is not None else None
+        return {
+            "format_version": 1,
+            "adapters": adapters_of(sources),
+            "added": list(self.edits.added),
+            "header": header,
+            "index": index,
+            "checksum": files.checksum(base_values(self.edits.by_tensor)),
+        }
+
+    def _added(self, shard: Shard) -> Mapping[str, Tensor]:
+        return self.edits.added if shard.name == self.last else {}
+
+
+class _Applied:
+    """An edit as a file is written; a target that is one tensor is proven as soon as that is done."""
+
+    def __init__(self, edit: Edit | Overwrite, target: Target | None) -> None:
+        self.edit, self.stored, self.touches, self.target = edit, edit.stored, edit.touches, target
+
+    def __call__(self, part: Tensor, first: int) -> None:
+        self.edit.apply(part, first)
+
+    def finish(self) -> None:
+        if self.target is not None and len(self.target.edits) == 1:
+            self.target.prove()
+
+
+def adapters_of(sources: Iterable[Source]) -> list[dict[str, Any]]:
+    """Which adapters, with which weights."""
+    return [{"checksum": source.description["checksum"], "weight": source.weight} for source in sources]
+
+
+def count_of(edits: Edits) -> int:
+    """How many entries are changed or added."""
+    changed = sum(values.numel() for values in base_values(edits.by_tensor).values())
+    return changed + sum(values.numel() for values in edits.added.values())

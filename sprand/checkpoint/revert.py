@@ -1,0 +1,116 @@
+"""Takes merged adapters out of a checkpoint again: the base, bit for bit, from the values that the merge kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import files
+from .edits import Edit, Overwrite, base_values, edits_of, open_adapters
+from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
+from .merge import Adapters, Merged, adapters_of
+from .shards import INDEX, Checkpoint, open_checkpoint
+from .stream import Progress, write
+
+
+def revert(
+    merged: str | os.PathLike[str], adapters: Adapters, out: str | os.PathLike[str], *, progress: Progress = lambda count: None
+) -> Merged:
+    """Write the base of a merged checkpoint.
+
+    A merged value and a delta do not determine the base value: it was rounded. The merge keeps the base values of the changed
+    entries in `sprand_revert.dat`; where they are, what was merged, and that they are those of the base is known from the
+    adapters. Every entry is proven: the base value found, changed by the adapters, must give the merged one.
+
+    Args:
+        merged: a folder that `merge` wrote.
+        adapters: those that were merged, with the same weights, in the same order.
+        out: the folder to make; it must not exist, or be empty.
+        progress: called with the number of bytes that are done.
+
+    Raises:
+        FileNotFoundError: there is no merged checkpoint, no adapter, or no base values.
+        FileExistsError: `out` is there.
+        ValueError: other adapters were merged, or the checkpoint was changed since. `out` is not there then.
+        OSError: it cannot be written. `out` is not there then.
+    """
+    sources = open_adapters(adapters)
+    folder = Path(merged)
+    if not (folder / REVERT_FILE).is_file():
+        raise FileNotFoundError(
+            f"no {REVERT_FILE} in {merged}: a merged value and a delta do not determine the base value, and only a merge that "
+            "keeps the base values can be reverted; take the base checkpoint instead"
+        )
+    description, values = files.read(folder / REVERT_FILE, REVERT_KEY, "merge's base values")
+    if description.get("format_version") != 1:
+        raise ValueError(f"{folder / REVERT_FILE} has format {description.get('format_version')}; install a newer sprand")
+    if description["adapters"] != adapters_of(sources):
+        weights = ", ".join(str(entry["weight"]) for entry in description["adapters"])
+        raise ValueError(
+            f"{merged} was merged from other adapters, or with other weights: expected {len(description['adapters'])}, with "
+            f"weights {weights}, in the order of the merge"
+        )
+    checkpoint = _without(open_checkpoint(merged), description["added"])
+    made = NewFolder(out, identity_of(checkpoint, revert=adapters_of(sources)))
+    edits = edits_of(checkpoint, sources)
+    _give_base(edits.by_tensor, values, folder / REVERT_FILE)
+    for target in edits.targets:
+        target.prove()
+    changes = {name: _Restored(edit) for name, edit in edits.by_tensor.items()}
+    last = list(checkpoint.shards)[-1]
+    made.discard()
+    unfinished = made.begin()
+    try:
+        for shard in checkpoint.shards.values():
+            text = description["header"].encode() if shard.name == last and description["header"] is not None else None
+            header = None if text is None else len(text).to_bytes(8, "little") + text
+            write(shard, unfinished / shard.name, changes, {}, header, progress)
+    except ValueError:
+        made.discard()
+        raise
+    left_out = carry_over(folder, unfinished, checkpoint)
+    if description["index"] is not None:
+        (unfinished / INDEX).write_text(description["index"], encoding="utf-8")
+    elif checkpoint.index is not None:
+        shutil.copyfile(folder / INDEX, unfinished / INDEX)
+    count = sum(value.numel() for value in values.values())
+    return Merged(made.finish(), count, len(changes), tuple(description["added"]), left_out)
+
+
+class _Restored:
+    """An edit taken back as a file is written."""
+
+    def __init__(self, edit: Edit | Overwrite) -> None:
+        self.edit, self.stored, self.touches = edit, edit.stored, edit.touches
+
+    def __call__(self, part: Tensor, first: int) -> None:
+        self.edit.restore(part, first)
+
+    def finish(self) -> None:
+        """Every part was proven."""
+
+
+def _without(checkpoint: Checkpoint, added: list[str]) -> Checkpoint:
+    """The same files, seen as if they did not hold some tensors."""
+    shards = {
+        name: dataclasses.replace(shard, tensors=tuple(stored for stored in shard.tensors if stored.name not in added))
+        for name, shard in checkpoint.shards.items()
+    }
+    tensors = {name: stored for name, stored in checkpoint.tensors.items() if name not in added}
+    return dataclasses.replace(checkpoint, shards=shards, tensors=tensors)
+
+
+def _give_base(edits: dict[str, Edit | Overwrite], values: dict[str, Tensor], file: Path) -> None:
+    expected = {name: (value.shape, value.dtype) for name, value in base_values(edits).items()}
+    if expected != {name: (value.shape, value.dtype) for name, value in values.items()}:
+        raise ValueError(f"{file} does not hold the base values of these adapters; take the base checkpoint instead")
+    for name, edit in edits.items():
+        if isinstance(edit, Overwrite):
+            edit.base = values[f"whole.{name}"]
+            continue
+        edit.base = values[f"base.{name}"]
+        edit.set_base = values.get(f"set.{name}", edit.set_base)

@@ -1,0 +1,222 @@
+"""A checkpoint on disk as its headers tell it: which tensors it has and where their bytes lie. No weight is read for that."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
+CHUNK = 1 << 21  # bytes read at a time: what stays in a core's cache between reading, patching and writing
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: its name in the checkpoint.
+        file: the file that holds it, relative to the folder.
+        code: its dtype in the words of safetensors, `"BF16"`.
+        shape: its shape.
+        begin, end: where its bytes lie in the file.
+    """
+
+    name: str
+    file: str
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Its dtype, or None where torch has none for it."""
+        return DTYPES.get(self.code)
+
+    @property
+    def numel(self) -> int:
+        """How many entries it has."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its header, and its tensors in the order of their bytes."""
+
+    name: str
+    path: Path
+    header: dict[str, Any]
+    data: int
+    size: int
+    tensors: tuple[Stored, ...]
+
+
+@dataclass
+class Checkpoint:
+    """The safetensors files of one model.
+
+    Attributes:
+        folder: where they lie.
+        shards: the files by name, in the order of the index.
+        tensors: every tensor by name.
+        index: the content of `model.safetensors.index.json`, or None where there is one file.
+        config: the content of `config.json`, empty where there is none.
+    """
+
+    folder: Path
+    shards: dict[str, Shard]
+    tensors: dict[str, Stored]
+    index: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tied(self) -> bool:
+        """Whether its configuration says that input and output embedding are one weight."""
+        inner = self.config.get("text_config")
+        said = self.config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
+        return bool(said)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, flat, with its own memory."""
+        stored = self.tensors[name]
+        parts = [part.clone() for part, _ in self.chunks(name)]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=stored.dtype)
+
+    def chunks(self, name: str) -> Iterator[tuple[Tensor, int]]:
+        """The entries of a tensor, flat, in parts that each next one overwrites, with the position of the first.
+
+        They are bytes where torch has no dtype for the tensor.
+        """
+        stored = self.tensors[name]
+        dtype = stored.dtype or torch.uint8
+        with open(self.folder / stored.file, "rb", buffering=0) as file:
+            buffer = bytearray(min(CHUNK, stored.end - stored.begin))
+            for begin, content in read_range(file.fileno(), buffer, stored.begin, stored.end):
+                yield torch.frombuffer(content, dtype=dtype), (begin - stored.begin) // dtype.itemsize
+
+
+def read_range(handle: int, buffer: bytearray, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of a file from `begin` to `end`, as views of a buffer that each next one overwrites, with their positions.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    view = memoryview(buffer)
+    while begin < end:
+        wanted = view[: min(len(view), end - begin)]
+        got = 0
+        while got < len(wanted):
+            count = os.preadv(handle, [wanted[got:]], begin + got)
+            if count == 0:
+                raise OSError(f"a file became shorter while it was read: expected {end:,} bytes, got {begin + got:,}")
+            got += count
+        yield begin, wanted
+        begin += got
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the headers of a checkpoint.
+
+    Args:
+        path: a folder with `model.safetensors`, or with `model.safetensors.index.json` and the files that it names; or one
+            `.safetensors` file.
+
+    Raises:
+        FileNotFoundError: there is none, or a file of the index is missing.
+        ValueError: a file is damaged, or the index and the files do not agree.
+    """
+    given = Path(path)
+    folder = given if given.is_dir() else given.parent
+    index = None
+    if given.is_file():
+        names = [given.name]
+    elif (folder / SINGLE).is_file():
+        names = [SINGLE]
+    elif (folder / INDEX).is_file():
+        index = _json(folder / INDEX)
+        if not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder / INDEX} is damaged: expected a weight_map from tensor names to files")
+        names = list(dict.fromkeys(index["weight_map"].values()))
+    else:
+        found = sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: expected {SINGLE} or {INDEX} there"
+            + (f"; give one of its files by name ({', '.join(found[:3])})" if found else "")
+        )
+    shards = {}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{folder / INDEX} is damaged: expected names of files beside it, got {name!r}")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing, which {INDEX} names; download the checkpoint again")
+        shards[name] = read_header(folder / name)
+    tensors = {stored.name: stored for shard in shards.values() for stored in shard.tensors}
+    if index is not None:
+        wrong = [name for name, file in index["weight_map"].items() if name not in tensors or tensors[name].file != file]
+        if wrong or len(tensors) != sum(len(shard.tensors) for shard in shards.values()):
+            raise ValueError(
+                f"{folder}: the index and the files do not agree on {wrong[0] if wrong else 'which tensors there are'}"
+            )
+    config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return Checkpoint(folder, shards, tensors, index, config)
+
+
+def read_header(path: Path) -> Shard:
+    """The header of one safetensors file, proven to describe the bytes that follow it.
+
+    Raises:
+        ValueError: it is damaged, or another kind of file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if 2 <= length <= min(size - 8, LONGEST_HEADER) else b""
+    try:
+        header = json.loads(text)
+        data = 8 + length
+        tensors = [
+            Stored(
+                name, path.name, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0],
+                data + entry["data_offsets"][1],
+            )
+            for name, entry in header.items() if name != "__metadata__"
+        ]  # fmt: skip
+        tensors.sort(key=lambda stored: (stored.begin, stored.end))
+        at = data
+        for stored in tensors:
+            expected = at + stored.numel * stored.dtype.itemsize if stored.dtype is not None else stored.end
+            if stored.begin != at or stored.end != expected:
+                raise ValueError(f"the bytes of {stored.name} do not follow")
+            at = stored.end
+        if at != size:
+            raise ValueError(f"expected {at:,} bytes, got {size:,}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); take another copy of it") from error
+    return Shard(path.name, path, header, data, size, tuple(tensors))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,49 @@
+"""`sprand diff`: what one checkpoint changes in another, as an adapter."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..adapter import WEIGHTS_FILE
+from ..checkpoint.diff import diff
+from ..checkpoint.shards import open_checkpoint
+from .files import bar, failing_in_words, folder_of
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "diff",
+        help="the exact difference of two checkpoints, as an adapter",
+        description="Write what TUNED changes in BASE as an adapter, a tensor at a time, without loading a model. Merged into "
+        "BASE, it gives TUNED again, bit for bit (without --density).",
+    )
+    parser.add_argument("base", metavar="BASE", help="checkpoint folder, a .safetensors file, or a name on the Hub")
+    parser.add_argument("tuned", metavar="TUNED", help="the checkpoint that was trained from it, in the same dtype")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="ADAPTER", help="the adapter's folder")
+    parser.add_argument("--density", type=float, metavar="X", help="keep the largest changes: this share of each tensor at most")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the difference, and say how large it is.
+
+    Raises:
+        CliError: there is no such checkpoint, they do not fit or are equal, or the adapter cannot be written.
+    """
+    with failing_in_words():
+        base, tuned = folder_of(options.base), folder_of(options.tuned)
+        checkpoint = open_checkpoint(base)
+        with bar("diff", sum(shard.size for shard in checkpoint.shards.values())) as progress:
+            said = diff(base, tuned, options.out, density=options.density, progress=progress)
+    total = sum(stored.numel for stored in checkpoint.tensors.values())
+    print(f"{said.changed:,} of {total:,} entries differ ({said.changed / max(1, total):.4%}), in {said.tensors} tensors")
+    exactly = f"{said.values:,} of them as values, where no delta rounds to the same bits" if said.values else "all as deltas"
+    print(f"{said.kept:,} kept, {exactly}; {(options.out / WEIGHTS_FILE).stat().st_size:,} bytes")
+    if said.added:
+        print(f"kept whole, not in BASE: {', '.join(said.added)}")
+    if said.missing:
+        print(f"not in TUNED, left as they are: {', '.join(said.missing)}")
+    print(f"written: {options.out}")
+    return 0

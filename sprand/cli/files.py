@@ -1,0 +1,77 @@
+"""What the commands on files share: places by path or Hub name, adapters with weights, a progress bar, errors as sentences."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import CliError, require
+
+
+@contextmanager
+def failing_in_words() -> Iterator[None]:
+    """Turn what files and their content can do wrong into the command's own error."""
+    try:
+        yield
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        raise CliError(f"{' '.join(str(error).split()).removesuffix('.')}.") from error
+
+
+def folder_of(name: str, patterns: tuple[str, ...] | None = None) -> Path:
+    """A path that exists, or the folder where a model of the Hub lies after it was fetched.
+
+    Args:
+        name: a path, or `owner/name`.
+        patterns: which files of the Hub are wanted; all of them by default.
+
+    Raises:
+        CliError: it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise CliError(f"No file or folder {name}.")
+    hub = require("huggingface_hub")
+    hub.utils.disable_progress_bars() if not sys.stderr.isatty() else None
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # offline, unknown, private, gated: the Hub's client has a class for each
+        reason = " ".join(str(error).split())[:200].removesuffix(".")
+        raise CliError(f"No file or folder {name}, and it could not be fetched from the Hub: {reason}.") from None
+
+
+def adapter_and_weight(text: str) -> tuple[Path, float]:
+    """`PATH`, or `PATH:WEIGHT`."""
+    path, colon, number = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return folder_of(path), float(number)
+        except ValueError:
+            pass
+    return folder_of(text), 1.0
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows bytes as they are done, in a terminal and where rich is installed; the function it gives counts them."""
+    try:
+        rich = require("rich.progress") if sys.stderr.isatty() else None
+    except CliError:
+        rich = None
+    if rich is None:
+        yield lambda count: None
+        return
+    console = require("rich.console").Console(stderr=True)
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    with rich.Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda count: shown.advance(task, count)

@@ -1,0 +1,73 @@
+"""`sprand merge`: adapters into a checkpoint folder, or out of it again, without loading a model."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from ..checkpoint import merge, revert
+from ..checkpoint.shards import open_checkpoint
+from . import CliError
+from .files import adapter_and_weight, bar, failing_in_words, folder_of
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "merge",
+        help="write a checkpoint with adapters merged into it, without loading the model",
+        description="Copy a checkpoint folder (safetensors files, configuration, tokenizer) and set the trained entries on the "
+        "way: the same bits as sprand.load, sprand.merge and save_pretrained. Several adapters, or a weight, give the sum of "
+        "their changes, as sprand.switch(model, {name: weight}) does.",
+        epilog="A merge that was stopped goes on when the same command is given again. OUT is written under a hidden name "
+        "beside it, and is there whole or not at all. --revert needs sprand_revert.dat, which merge keeps in OUT (the base "
+        "values of the changed entries): a merged value and its change do not determine the value before.",
+    )
+    parser.add_argument("base", metavar="BASE", help="checkpoint folder, a .safetensors file, or a name on the Hub")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[:WEIGHT]", help="folders written by sprand.save")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument("--verify", action="store_true", help="read both again, and prove every byte")
+    parser.add_argument("--revert", action="store_true", help="BASE is a merged checkpoint: write what it was merged from to OUT")
+    parser.add_argument("--no-base-values", action="store_true", help="do not keep sprand_revert.dat (2 or 4 bytes per entry)")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Merge or revert, and say what was written.
+
+    Raises:
+        CliError: there is no such checkpoint or adapter, they do not fit, or OUT cannot be written.
+    """
+    if options.revert and options.no_base_values:
+        raise CliError("--no-base-values is for merging; leave it out with --revert.")
+    with failing_in_words():
+        base, adapters = folder_of(options.base), [adapter_and_weight(text) for text in options.adapters]
+        size = sum(shard.size for shard in open_checkpoint(base).shards.values())
+        started = time.perf_counter()
+        try:
+            with bar("revert" if options.revert else "merge", size) as progress:
+                if options.revert:
+                    said = revert.revert(base, adapters, options.out, progress=progress)
+                else:
+                    keep = not options.no_base_values
+                    said = merge.merge(base, adapters, options.out, revertible=keep, progress=progress)
+        except OSError as error:
+            if isinstance(error, (FileNotFoundError, FileExistsError)):
+                raise
+            raise CliError(
+                f"{options.out} is not written: {error}. What was written so far is beside it; run the same again."
+            ) from error
+        seconds = time.perf_counter() - started
+        print(f"{said.entries:,} entries of {said.tensors} tensors {'put back' if options.revert else 'set'} in {seconds:.1f} s")
+        if said.added:
+            print(f"{'taken out' if options.revert else 'added'}: {', '.join(said.added)}")
+        if said.left_out:
+            print(f"left out, weights in another form: {', '.join(said.left_out)}")
+        if options.verify:
+            with bar("verify", size) as progress:
+                pair = (options.out, base) if options.revert else (base, options.out)
+                merge.verify(pair[0], adapters, pair[1], progress=progress)
+            print("verified: every byte read again is the base's, or the entry that the adapters give")
+    print(f"written: {options.out}")
+    return 0
