@@ -160,6 +160,7 @@ def mixed_precision_rounds_once(rank, folder):
 
 def alone_with(model):
     """A model that is not sharded, with the values of one that is."""
+    sprand.sharding.reshard(model)
     result = made()
     for name, value in trained_values(model).items():
         result.get_parameter(name).data.copy_(value)
@@ -176,7 +177,6 @@ def shards_are_saved_as_adapters(rank, folder):
         model.save_pretrained(folder / "gathered", state_dict=state)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             assert (folder / "gathered" / name).read_bytes() == (folder / "fsdp" / name).read_bytes()
-        assert_same_bits(base_weights(model)["linear.weight"], base().linear.weight) if False else None
     with torch.no_grad():
         model(tokens_and_labels()[0])  # the root's own parameters stay gathered after a forward
     assert_saved(model, folder / "again", rank, expected)

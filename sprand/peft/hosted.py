@@ -117,6 +117,7 @@ class AdapterTarget:
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.written = Written()
+        self._ordered: dict[str, bool] = {}
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,7 +128,6 @@ class AdapterTarget:
         self.written.forget()
         self._unions: dict[tuple[str, ...], tuple[Tensor, Tensor, list[Tensor]]] = {}
         self._schedules: dict[Any, Any] = {}
-        self._ordered: dict[str, bool] = {}
 
     def forget_base(self) -> None:
         """The weight holds a new base: read it anew before the next use."""
@@ -225,6 +225,7 @@ class AdapterTarget:
         if base is None or name in self.indices.replaced or base.is_meta != weight.is_meta:
             self.indices.replaced.discard(name)
             self.bases._buffers.pop(name, None)
+            self._ordered.pop(name, None)
             others = [other for other in self.merged or self.active if other != name and other in self.bases]
             if others and _whole(weight):
                 self._restore(weight, others)

@@ -250,6 +250,8 @@ class SprandModel(BaseTuner):
         """
         result = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         result = _gathered(model, result)
+        heads = {name: value for name, value in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
+        state_dict.update(_gathered(model, heads))  # PEFT takes them from there
         config.targets, config.indices_saved = {}, not config.drawn
         for key, layer in model.named_modules():
             if not isinstance(layer, SprandLayer):
