@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sprand
 from models import assert_same_bits, tokens_and_labels
-from peft_models import base_weights, peft, trainable
+from peft_models import peft, trainable
 from ranks import HALVES, LR, TARGETS, Net, Wire, all_passed, run, train, trained_alone
 from sprand.peft import SprandConfig, SprandLayer
 from sprand.sharding import whole
@@ -243,17 +243,21 @@ def adapters_are_switched_and_disabled_while_sharded(rank, folder):
                 assert torch.equal(whole(named[name]), p.detach()), name
 
 
+def refuses(model, kind):
+    for verb, call in {
+        "merge_adapter": model.merge_adapter,
+        "unmerge_adapter": model.unmerge_adapter,
+        "unload": model.merge_and_unload,
+        "delete_adapter": lambda: model.delete_adapter("default"),
+        "get_peft_model": lambda: model.add_adapter("second", SprandConfig(density=0.1)),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{verb}: expected a model whose parameters are whole, got .* {kind}"):
+            call()
+
+
 def what_shards_cannot_do_is_refused(rank, folder):
-    for model, kind in ((trained_sharded(rank, again=False), "fully_shard"), (trained_by_zero(rank, 3)[0], "ZeRO-3")):
-        for verb, call in {
-            "merge_adapter": model.merge_adapter,
-            "unmerge_adapter": model.unmerge_adapter,
-            "unload": model.merge_and_unload,
-            "delete_adapter": lambda: model.delete_adapter("default"),
-            "get_peft_model": lambda: model.add_adapter("second", SprandConfig(density=0.1)),
-        }.items():
-            with pytest.raises(ValueError, match=rf"^{verb}: expected a model whose parameters are whole, got .* {kind}"):
-                call()
+    refuses(trained_sharded(rank, again=False), "fully_shard")
+    refuses(trained_by_zero(rank, 3)[0], "ZeRO-3")
     model = made()
     model.merge_adapter()
     fully_shard(model)

@@ -23,7 +23,6 @@ from .layer import SprandLayer
 from .plan import Part, Site, check_same_base, describe, make_plan
 from .quantized import QuantizedLayer
 
-
 ELSEWHERE = (
     "save the adapter by model.save_pretrained(path, is_main_process=rank == 0) on every rank, and load it into a model that is "
     "not sharded (the base model is to be had by `with model.disable_adapter()`)"
@@ -48,8 +47,8 @@ class SprandModel(BaseTuner):
         """Add an adapter. Everything is proven before the model is touched.
 
         Raises:
-            ValueError: nothing matches, the counts do not fit, the model is not the one the adapter was trained on, or it is sharded
-                already; one whose parameters only are in parts (`deepspeed.zero.Init`) may be, and every rank calls this.
+            ValueError: nothing matches, the counts do not fit, the model is not the one the adapter was trained on, or it is
+                sharded already; one that `deepspeed.zero.Init` made in parts may be, and every rank calls this.
         """
         native.warn_if_slow()
         if sharding.kind_of(model) != "zero3" or _has_engine(model):
