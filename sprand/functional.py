@@ -154,18 +154,25 @@ def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int 
     )  # fmt: skip
 
 
-def alias(weight: Tensor, entries: Entries) -> Tensor:
+def alias(weight: Tensor, entries: Entries, copy: bool = False) -> Tensor:
     """The patched weight itself, as a tensor whose dense gradient is gathered into delta: for any operation.
 
     Args:
         weight: any shape, frozen.
         entries: the chosen entries of weight.
+        copy: leave weight alone, and write into a copy of it, which autograd may keep until backward.
 
     Returns:
-        A view of weight. Its dense gradient exists while backward passes through this one weight.
+        A view of weight, or of its copy. Its dense gradient exists while backward passes through this one weight.
     """
     return _Alias.apply(
-        weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries), _candidates(entries)
+        weight.clone() if copy else weight,
+        entries.delta,
+        entries.indices,
+        entries.base,
+        entries.scale,
+        _written(entries),
+        _candidates(entries),
     )
 
 

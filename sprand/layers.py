@@ -98,7 +98,11 @@ class SparseModule(nn.Module):
     def _value(self, parameter: str) -> Tensor | None:
         """The parameter as the forward pass must see it."""
         value = self._parameters[parameter]
-        return functional.alias(value, self.sparse_entries(parameter)) if parameter in self._sprand_targets else value
+        if parameter not in self._sprand_targets:
+            return value
+        # a compiled backward reads the memory that forward read, and nothing can write entries there in between
+        copy = torch.compiler.is_compiling() and sharding.is_gathered(self)
+        return functional.alias(value, self.sparse_entries(parameter), copy)
 
     @contextmanager
     def _aliases(self) -> Iterator[None]:

@@ -222,10 +222,12 @@ def _fusable(p: nn.Parameter, module: SparseModule, name: str) -> bool:
     """Whether the fused step can take a delta; one that others cast, sharded or moved is a dense parameter to it."""
     if not isinstance(module, SparseModule):  # the delta of a weight that is stored packed
         return False
-    delta, weight = module.sparse_entries(name).delta, module._parameters[name]
-    plain = delta is p and type(delta.data) is Tensor and type(weight.data) is Tensor and weight.is_contiguous()
-    dtype = ops.accumulation_dtype(weight.dtype)
-    return plain and module._sprand_active and delta.device == weight.device and delta.dtype == dtype
+    weight = module._parameters[name]
+    if type(p.data) is not Tensor or type(weight.data) is not Tensor or not weight.is_contiguous():
+        return False
+    entries, dtype = module.sparse_entries(name), ops.accumulation_dtype(weight.dtype)
+    alike = entries.base.dtype == weight.dtype and p.dtype == dtype and p.device == weight.device
+    return entries.delta is p and module._sprand_active and alike
 
 
 def _advance(steps: list[Tensor], found_inf: Tensor | None) -> None:

@@ -40,6 +40,11 @@ def is_fsdp(module: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
+def is_gathered(module: nn.Module) -> bool:
+    """Whether `fully_shard`, called on this module or on one around it, gathers its parameters anew for backward."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
 def kind_of(model: nn.Module) -> str | None:
     """A key of `KINDS` for a model whose parameters are sharded, also while some of them are gathered; None for others."""
     parameters = list(model.parameters())

@@ -160,3 +160,57 @@ def test_no_dense_copy_of_a_weight_is_made():
         assert "sprand" in code
         assert not re.search(r"empty_strided\w*\(\(200, 300\)", code)
     assert model[0].weight.data_ptr() == pointer
+
+
+@pytest.fixture
+def adapted():
+    """The tower through the other door."""
+
+    def build(dtype=torch.float32):
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        transformers = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
+        from sprand.peft import SprandConfig
+
+        torch.manual_seed(0)
+        return peft.get_peft_model(Tower(transformers.Conv1D).to(dtype), SprandConfig(**TARGETS))
+
+    return build
+
+
+def trained_values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_peft_models_train_to_the_same_bits_and_follow_their_adapters(adapted):
+    """A graph made for one set of adapters is not used for another."""
+    from sprand.peft import SprandConfig
+
+    other = SprandConfig(density=0.2, seed=1, target_modules=["linear", "transposed", "conv"], target_parameters=["norm.weight"])
+    seen = []
+    for compile_it in (False, True):
+        model = adapted()
+        model.add_adapter("other", other)
+        called = torch.compile(model, fullgraph=True, backend="aot_eager") if compile_it else model
+        losses = train(called, sprand.SparseAdamW(model, lr=1e-2), steps=3)
+        with model.disable_adapter(), torch.no_grad():
+            losses.append(called(*batch()).item())
+        model.set_adapter("other")
+        losses += train(called, sprand.SparseAdamW(model, lr=1e-2), steps=2)
+        model.base_model.set_adapter(["default", "other"])
+        losses += train(called, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), steps=2)
+        model.set_adapter("default")
+        with torch.no_grad():
+            losses.append(called(*batch()).item())
+        seen.append((losses, trained_values(model)))
+    assert seen[0][0] == seen[1][0]
+    assert_same_bits(seen[1][1], seen[0][1])
+    with torch.no_grad():
+        assert seen[0][0][3] == adapted().unload()(*batch()).item() != seen[0][0][-1]
+
+
+def test_peft_models_differ_under_inductor_by_rounding_only(adapted):
+    eager, compiled = adapted(torch.float64), adapted(torch.float64)
+    expected = train(eager, sprand.SparseAdamW(eager, lr=1e-2), steps=2)
+    got = train(torch.compile(compiled, fullgraph=True), sprand.SparseAdamW(compiled, lr=1e-2), steps=2)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(trained_values(compiled), trained_values(eager), rtol=1e-9, atol=1e-12)

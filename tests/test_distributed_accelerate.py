@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +43,25 @@ def plugin(again):
         fsdp_version=2, reshard_after_forward=again, cpu_ram_efficient_loading=False,
         auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["SparseLinear", "SparseConv1d"],
     )  # fmt: skip
+
+
+LAUNCHED = """
+import sys
+import torch
+from accelerate import Accelerator
+import sprand
+from ranks import HALVES, adamw, made, train
+
+torch.set_num_threads(1)
+helper = Accelerator(cpu=True)
+model = made()
+wrapped, optimizer = helper.prepare(model, adamw(model))
+train(wrapped, optimizer, HALVES[helper.process_index : helper.process_index + 1], backward=helper.backward)
+if helper.is_main_process:
+    sprand.save(helper.unwrap_model(wrapped), sys.argv[1])
+print("ran", helper.process_index, "of", helper.num_processes, flush=True)
+helper.end_training()
+"""
 
 
 def sparse(model):
@@ -97,3 +120,26 @@ def report(tmp_path_factory):
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
 def test_two_ranks(report, check):
     all_passed(report, check)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
+@pytest.mark.slow
+def test_accelerate_launch_starts_two_processes(tmp_path):
+    """Its launcher for several GPUs is torchrun; the one for CPUs starts a single process where there is no MPI."""
+    here = Path(__file__).parent
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"num_processes": 2, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no", "main_process_port": port}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    paths = os.pathsep.join((str(here), str(here.parent)))
+    ran = subprocess.run(
+        [*command, str(script), str(tmp_path / "adapter")], env=os.environ | {"PYTHONPATH": paths}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert sorted(line for line in ran.stdout.splitlines() if line.startswith("ran")) == ["ran 0 of 2", "ran 1 of 2"]
+    assert_same_training(sprand.load(sprand.unmerge(made()), tmp_path / "adapter"), trained_alone())

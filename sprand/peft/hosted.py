@@ -17,7 +17,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, sharding
 from ..functional import Entries, Written
 from ..layers import SparseModule, kind_of, track, untrack
 from ..tuning import schedule_for
@@ -117,6 +117,7 @@ class AdapterTarget:
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.written = Written()
+        self._ordered: dict[str, bool] = {}
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,13 +126,24 @@ class AdapterTarget:
     def forget(self) -> None:
         """Drop what was derived from indices, base or the weight's place."""
         self.written.forget()
-        self._unions: dict[tuple[str, ...], tuple[Tensor, list[Tensor], Tensor]] = {}
+        self._unions: dict[tuple[str, ...], tuple[Tensor, Tensor, list[Tensor]]] = {}
         self._schedules: dict[Any, Any] = {}
-        self._ordered: dict[str, bool] = {}
 
     def forget_base(self) -> None:
         """The weight holds a new base: read it anew before the next use."""
         self.indices.replaced |= set(self.indices)
+        self.forget()
+
+    def read_base(self, weight: Tensor) -> None:
+        """Read every base that is not known; of a sharded weight every rank must call this."""
+        with torch.no_grad():
+            for name in self.indices:
+                self._settle(weight, name)
+
+    def cast_base(self, weight: Tensor) -> None:
+        """Let each base have the dtype of the weight, which a module's own cast changes, and FSDP2's mixed precision does not."""
+        for name, base in self.bases._buffers.items():
+            self.bases._buffers[name] = base.to(weight.dtype)
         self.forget()
 
     def entries(self, weight: Tensor, names: Sequence[str] | None = None) -> Entries:
@@ -146,7 +158,7 @@ class AdapterTarget:
                 self.deltas[name], indices, self.bases[name], float(self.scales.get(name, 1.0)), self.written,
                 self._schedule(weight, names, indices),
             )  # fmt: skip
-        union, positions, base = self._union(names)
+        union, base, positions = self._union(names)
         delta = torch.zeros(union.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device)
         for name, position in zip(names, positions, strict=True):
             delta = delta.index_add(0, position, self.deltas[name].to(delta) * float(self.scales.get(name, 1.0)))
@@ -162,7 +174,7 @@ class AdapterTarget:
     def write(self, weight: Tensor) -> None:
         """Make the weight hold the merged adapters, or the active ones."""
         names = self.merged or self.active
-        if names and _writable(weight) and not any(self.deltas[name].is_meta for name in names):
+        if names and all(map(_whole, (weight, *(self.deltas[name] for name in names)))):
             with torch.no_grad():
                 self.entries(weight, names).write(weight)
 
@@ -170,9 +182,8 @@ class AdapterTarget:
         """Put the base back, bit for bit."""
         self.written.forget()
         names = [name for name in self.merged or self.active if name in self.bases and name not in self.indices.replaced]
-        if names and _writable(weight) and not self.bases[names[0]].is_meta:
-            with torch.no_grad():
-                self.entries(weight, names).restore(weight)
+        if names and _whole(weight) and not self.bases[names[0]].is_meta:
+            self._restore(weight, names)
 
     @contextmanager
     def pristine(self, weight: Tensor) -> Iterator[None]:
@@ -214,15 +225,23 @@ class AdapterTarget:
         if base is None or name in self.indices.replaced or base.is_meta != weight.is_meta:
             self.indices.replaced.discard(name)
             self.bases._buffers.pop(name, None)
+            self._ordered.pop(name, None)
             others = [other for other in self.merged or self.active if other != name and other in self.bases]
-            if others and _writable(weight):
-                self.entries(weight, others).restore(weight)
-            self.bases[name] = _gather(weight.data, indices)
+            if others and _whole(weight):
+                self._restore(weight, others)
+            self.bases[name] = _gather(sharding.whole(weight), indices)
             self.forget()
-        elif base.device != weight.device or base.dtype != weight.dtype:  # PEFT upcasts every tensor of a new adapter
-            self.bases._buffers[name] = base.to(weight)
+        elif base.device != weight.device:
+            self.bases._buffers[name] = base.to(weight.device)
 
-    def _union(self, names: tuple[str, ...]) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _restore(self, weight: Tensor, names: Sequence[str]) -> None:
+        for name in names:
+            self._settle(weight, name)
+        single = len(names) == 1 and self.in_order(names[0])
+        indices, base = (self.indices[names[0]], self.bases[names[0]]) if single else self._union(tuple(names))[:2]
+        ops.patch_(weight.data, indices, base.to(weight.dtype), None)
+
+    def _union(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
         if names not in self._unions:
             lists = [self.indices[name] for name in names]
             union, inverse = torch.unique(torch.cat(lists), return_inverse=True)
@@ -230,7 +249,7 @@ class AdapterTarget:
             base = torch.empty(union.shape, dtype=self.bases[names[0]].dtype, device=union.device)
             for name, position in zip(names, positions, strict=True):
                 base[position] = self.bases[name]
-            self._unions[names] = union, positions, base
+            self._unions[names] = union, base, positions
         return self._unions[names]
 
     def _schedule(self, weight: Tensor, names: tuple[str, ...], indices: Tensor) -> Any:
@@ -267,8 +286,8 @@ class HostedModule(SparseModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super(SparseModule, self)._apply(fn, recurse)
-        for target in self._sprand_hosted.values():
-            target.forget()
+        for name, target in self._sprand_hosted.items():
+            target.cast_base(self._parameters[name])
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -345,5 +364,5 @@ def _gather(weight: Tensor, indices: Tensor) -> Tensor:
     return ops.gather(weight.contiguous(), indices)
 
 
-def _writable(weight: Tensor) -> bool:
-    return type(weight.data) is Tensor and not weight.is_meta and weight.numel() > 0
+def _whole(tensor: Tensor) -> bool:
+    return type(tensor.data) is Tensor and not tensor.is_meta and tensor.numel() > 0

@@ -11,7 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, sharding
 from ..layers import BASE, DELTA, INDICES
 from .hosted import AdapterTarget, Delta, Deltas, Positions, host, unhost
 from .plan import Part, Site
@@ -37,6 +37,7 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self._containers("weight")
+        self.register_load_state_dict_post_hook(_read_bases)
 
     def add(self, part: Part, adapter_name: str, drawn: bool, low_cpu_mem_usage: bool, inference_mode: bool) -> None:
         """Give an adapter its entries of one parameter, with a delta of zero."""
@@ -132,7 +133,7 @@ class SprandLayer(nn.Module, BaseTunerLayer):
     def site(self, parameter: str) -> Site:
         """Where a parameter is in the base model."""
         target, module = self.hosted[parameter], self.get_base_layer()
-        shape = tuple(module._parameters[parameter].shape)
+        shape = tuple(sharding.shape_of(module._parameters[parameter]))
         return Site(target.name, target.name.rpartition(".")[0], module, parameter, shape)
 
     def base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
@@ -203,3 +204,10 @@ class SprandLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"sprand.{super().__repr__()}"
+
+
+def _read_bases(layer: SprandLayer, _: Any) -> None:
+    """What a checkpoint brought is read from shards now: a forward may see a weight that was cast."""
+    for _, weight, target in layer.weights():
+        if weight is not None and sharding.is_dtensor(weight) and not weight.is_meta:
+            target.read_base(weight)

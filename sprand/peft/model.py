@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from .. import native, pattern
+from .. import native, pattern, sharding
 from ..layers import DELTA, INDICES
 from .combine import combined
 from .config import SprandConfig
@@ -22,6 +22,11 @@ from .hosted import AdapterTarget
 from .layer import SprandLayer
 from .plan import Part, Site, check_same_base, describe, make_plan
 from .quantized import QuantizedLayer
+
+ELSEWHERE = (
+    "save the adapter by model.save_pretrained(path, is_main_process=rank == 0) on every rank, and load it into a model that is "
+    "not sharded (the base model is to be had by `with model.disable_adapter()`)"
+)
 
 
 class SprandModel(BaseTuner):
@@ -42,9 +47,12 @@ class SprandModel(BaseTuner):
         """Add an adapter. Everything is proven before the model is touched.
 
         Raises:
-            ValueError: nothing matches, the counts do not fit, or the model is not the one the adapter was trained on.
+            ValueError: nothing matches, the counts do not fit, the model is not the one the adapter was trained on, or it is
+                sharded already; one that `deepspeed.zero.Init` made in parts may be, and every rank calls this.
         """
         native.warn_if_slow()
+        if sharding.kind_of(model) != "zero3" or _has_engine(model):
+            sharding.refuse(model, "get_peft_model", "add and load all adapters first, then shard the model")
         _check_name(adapter_name)
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         parts = make_plan(model, config, adapter_name, get_quantization_kwargs(model))
@@ -94,6 +102,43 @@ class SprandModel(BaseTuner):
             for _, _, target in layer.weights():
                 if adapter_name in target.deltas:
                     target.deltas[adapter_name].data.copy_(values[target.name])
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT, and exact: `unmerge_adapter` gives the base back bit for bit.
+
+        Raises:
+            ValueError: the model is sharded, or quantized.
+        """
+        sharding.refuse(self.model, "merge_adapter", ELSEWHERE)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base back.
+
+        Raises:
+            ValueError: the model is sharded.
+        """
+        sharding.refuse(self.model, "unmerge_adapter", ELSEWHERE)
+        super().unmerge_adapter()
+
+    def disable_adapter_layers(self) -> None:
+        """Use the base alone, bit for bit.
+
+        Raises:
+            ValueError: the model is sharded, and has merged adapters, which cannot be taken out of it.
+        """
+        if any(layer.merged for layer in self.layers()):
+            sharding.refuse(self.model, "disable_adapter", "unmerge the adapters before the model is sharded")
+        super().disable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT.
+
+        Raises:
+            ValueError: there is none of that name, or the model is sharded.
+        """
+        sharding.refuse(self.model, "delete_adapter", "leave it there, and make another one active with set_adapter")
+        super().delete_adapter(adapter_name)
 
     def layers(self) -> list[SprandLayer]:
         """The layers that hold adapters, in the order of the model."""
@@ -157,7 +202,16 @@ class SprandModel(BaseTuner):
             if isinstance(layer, QuantizedLayer):
                 layer.merge()
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT upcasts every tensor of a new adapter; a base keeps the dtype of its weight."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.layers():
+            for _, weight, target in layer.weights():
+                if weight is not None:
+                    target.cast_base(weight)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        sharding.refuse(self.model, "unload", ELSEWHERE)
         layers = self.layers()
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for layer in layers:
@@ -173,19 +227,33 @@ class SprandModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The tensors of an adapter; what its targets are is written into the config, which is saved after this."""
+        """The tensors of an adapter; what its targets are is written into the config, which is saved after this.
+
+        Of a sharded model they are gathered, for which every rank must call this, unless `state_dict` has them whole.
+        """
+        result = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        result = _gathered(model, result)
+        heads = {name: value for name, value in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
+        state_dict.update(_gathered(model, heads))  # PEFT takes them from there
         config.targets, config.indices_saved = {}, not config.drawn
-        for layer in model.modules():
+        for key, layer in model.named_modules():
             if not isinstance(layer, SprandLayer):
                 continue
             for parameter, _, target in layer.weights():
                 if adapter_name not in target.deltas:
                     continue
-                if not torch.isfinite(target.deltas[adapter_name]).all():
+                delta = result.get(f"{key}.{DELTA}{_suffix(parameter)}.{adapter_name}.weight")
+                if delta is not None and not torch.isfinite(delta).all():
                     raise ValueError(f"save: the values of {target.name} are not finite; load the last good checkpoint")
+                if result and (delta is None or delta.numel() != target.indices[adapter_name].numel()):
+                    raise ValueError(
+                        f"save: expected {target.indices[adapter_name].numel():,} values of {target.name}, got "
+                        f"{'none' if delta is None else list(delta.shape)} in the state_dict; leave out state_dict, and call "
+                        "save_pretrained on every rank with is_main_process=rank == 0"
+                    )
                 site, indices = layer.site(parameter), target.indices[adapter_name]
                 config.targets[target.name] = describe(site, indices, layer.base_of(parameter, adapter_name))
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return result
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -198,9 +266,8 @@ class SprandModel(BaseTuner):
                 continue
             for parameter, _, target in layer.weights():
                 if adapter_name in target.deltas:
-                    suffix = "" if parameter == "weight" else f"_{parameter}"
-                    delta = result.get(f"{key}.{DELTA}{suffix}.{adapter_name}.weight")
-                    indices = result.get(f"{key}.{INDICES}{suffix}.{adapter_name}")
+                    delta = result.get(f"{key}.{DELTA}{_suffix(parameter)}.{adapter_name}.weight")
+                    indices = result.get(f"{key}.{INDICES}{_suffix(parameter)}.{adapter_name}")
                     _check_loaded(config, adapter_name, layer.site(parameter), target, delta, indices)
                     if indices is not None:
                         config.indices = (config.indices or {}) | {target.name: indices}
@@ -220,6 +287,25 @@ def _check_loaded(
         pattern.check_indices(f"adapter {adapter_name!r}: {site.name}", indices, math.prod(site.shape))
         if config.targets and site.name in config.targets:
             check_same_base(adapter_name, site, indices.to(site.device), config.targets[site.name])
+
+
+def _gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, whole: those of which a rank has a part are asked of all ranks."""
+    parameters = dict(model.named_parameters()) if sharding.kind_of(model) == "zero3" else {}
+    result = {}
+    for name, value in tensors.items():
+        p = parameters.get(name)
+        in_parts = p is not None and sharding.is_partition(p) and value.shape != sharding.shape_of(p)
+        result[name] = sharding.whole(p if in_parts else value)
+    return result
+
+
+def _suffix(parameter: str) -> str:
+    return "" if parameter == "weight" else f"_{parameter}"
+
+
+def _has_engine(model: nn.Module) -> bool:
+    return any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules())
 
 
 def _check_name(name: str) -> None:
