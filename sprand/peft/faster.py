@@ -19,14 +19,13 @@ from .memory import check_writable, read_only_ranges
 
 
 class FastLayer:
-    """Mixed into a PEFT layer: its parameters, names and files stay, and its entries are written into the weight."""
+    """Mixed into a PEFT layer: its parameters, names and files stay, and its entries are written into the weight.
+
+    A subclass says by `positions(adapter_name)` in which tensor the layer keeps them, and by `flat` what flat indices they are.
+    """
 
     _sprand_target: AdapterTarget
     _sprand_sources: dict[str, Tensor]
-
-    def flat_indices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """The tensor that the layer keeps positions in, and flat indices made from it."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the active adapters in its weight."""
@@ -79,12 +78,12 @@ class FastLayer:
         target.forget()
 
     def _take(self, name: str) -> None:
-        source, flat = self.flat_indices(name)
+        source, target, weight = self.positions(name), self._sprand_target, self.base_layer.weight
         if self._sprand_sources.get(name) is not source:
             self._sprand_sources[name] = source
-            self._sprand_target.activate(self.base_layer.weight, [a for a in self._sprand_target.active if a != name])
-            self._sprand_target.indices.put(name, flat.to(self.base_layer.weight.device), persistent=False)
-            self._sprand_target.forget()
+            target.activate(weight, [active for active in target.active if active != name])
+            target.indices.put(name, self.flat(source).to(weight.device), persistent=False)
+            target.forget()
 
     def _follow(self) -> None:
         target = self._sprand_target
@@ -97,20 +96,22 @@ class FastLayer:
 class FastShira(FastLayer, ShiraLinear):
     """PEFT's SHiRA layer on sprand's kernels."""
 
-    def flat_indices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        source = self.shira_indices[adapter_name]
-        if self._sprand_sources.get(adapter_name) is source:
-            return source, source
-        flat = source[0].long() * self.in_features + source[1].long()
-        return source, flat.to(pattern.index_dtype(self.base_layer.weight.numel()))
+    def positions(self, adapter_name: str) -> Tensor:
+        return self.shira_indices[adapter_name]
+
+    def flat(self, positions: Tensor) -> Tensor:
+        rows, columns = positions.long()
+        return (rows * self.in_features + columns).to(pattern.index_dtype(self.base_layer.weight.numel()))
 
 
 class FastSupertuning(FastLayer, SupertuningLinear):
     """PEFT's Super-Tuning layer on sprand's kernels. Of a 16-bit weight a change is rounded once, not twice."""
 
-    def flat_indices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        source = self.supertuning_indices[adapter_name]
-        return source, source
+    def positions(self, adapter_name: str) -> Tensor:
+        return self.supertuning_indices[adapter_name]
+
+    def flat(self, positions: Tensor) -> Tensor:
+        return positions
 
 
 class FastTuner:
