@@ -39,6 +39,22 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder and its tokenizer, saved."""
+    from tiny_models import save_bert
+
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled rows that the encoder can learn."""
+    from tiny_models import save_rows
+
+    return save_rows(tmp_path_factory.mktemp("rows") / "rows.tsv")
+
+
 @pytest.fixture(scope="session")
 def simt():
     """The CUDA kernels built for the CPU, and the order in which their threads run."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_models import save_bert, save_rows
+from tiny_models import save_bert
 
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
@@ -22,16 +22,6 @@ from sprand import cli
 from sprand.cli import checkpoint, main
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return save_rows(tmp_path_factory.mktemp("rows") / "rows.tsv")
 
 
 @pytest.fixture

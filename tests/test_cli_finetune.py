@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_models import WORDS, save_bert, save_llama, save_rows
+from tiny_models import WORDS, save_llama
 
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
@@ -23,16 +23,6 @@ from sprand.cli import main, models, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return save_rows(tmp_path_factory.mktemp("rows") / "rows.tsv")
 
 
 def finetune(*arguments: object) -> int:

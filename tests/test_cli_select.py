@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from tiny_models import save_bert, save_llama, save_rows
+from tiny_models import save_bert, save_llama
 
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
@@ -17,16 +16,6 @@ pytest.importorskip("matplotlib")
 import sprand
 from sprand.cli import main, models
 from sprand.selection.strategies import STRATEGIES
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return save_rows(tmp_path_factory.mktemp("rows") / "rows.tsv")
 
 
 def run(*arguments: object) -> int:

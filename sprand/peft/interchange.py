@@ -183,11 +183,9 @@ def _as_supertuning(changes: list[Change]) -> tuple[dict[str, Tensor], dict[str,
 
 def _representable(change: Change) -> Change:
     """Super-Tuning rounds values to the weight's dtype before it adds them: where that loses the sum, take base away first."""
-    weight = change.site.weight
-    if weight.dtype not in (torch.bfloat16, torch.float16):
+    base = _rounded_base(change)
+    if base is None:
         return change
-    with pristine(change.site):
-        base = ops.gather(weight.data.contiguous(), change.indices.to(weight.device)).cpu()
     merged, values = (base.float() + change.values).to(base.dtype), change.values.to(base.dtype)
     lost = base + values != merged
     indices = torch.cat([change.indices, change.indices[lost]])
@@ -273,13 +271,20 @@ def _collected(site: Site, flat: Tensor, values: Tensor) -> Change:
 
 
 def _rounded_like_supertuning(change: Change) -> Change:
-    weight = change.site.weight
-    if weight.dtype not in (torch.bfloat16, torch.float16):
+    base = _rounded_base(change)
+    if base is None:
         return change
-    with pristine(change.site):
-        base = ops.gather(weight.data.contiguous(), change.indices.to(weight.device)).cpu()
     merged = base + change.values.to(base.dtype)
     return Change(change.site, change.indices, merged.float() - base.float())
+
+
+def _rounded_base(change: Change) -> Tensor | None:
+    """The base `[nnz]` of a 16-bit weight, on the CPU; None for a weight of another dtype."""
+    weight = change.site.weight
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    with pristine(change.site):
+        return ops.gather(weight.data.contiguous(), change.indices.to(weight.device)).cpu()
 
 
 def _settings(folder: Path) -> dict[str, object]:
