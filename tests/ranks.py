@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -140,6 +141,28 @@ def run(module: str, names, folder: Path) -> list[dict[str, str | None]]:
     except Exception as error:  # one rank's failed check may bring the other one down in a collective
         print(error)
     return [json.loads(path.read_text()) if path.exists() else {} for path in (folder / f"{rank}.json" for rank in range(WORLD))]
+
+
+def test_of(checks, needs: str | None = None):
+    """A test with a case for each check, all of them run by one start of two ranks.
+
+    Args:
+        checks: functions `check(rank, folder)` of one module.
+        needs: a package without which the test is skipped.
+    """
+    module, names, reports = checks[0].__module__, [check.__name__ for check in checks], []
+
+    @pytest.mark.xdist_group(f"{module} {names[0]}")
+    @pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
+    @pytest.mark.parametrize("check", names)
+    def test_two_ranks(check, tmp_path_factory):
+        if needs is not None:
+            pytest.importorskip(needs, reason=f"{needs} is not installed")
+        if not reports:
+            reports.append(run(module, names, tmp_path_factory.mktemp("ranks")))
+        all_passed(reports[0], check)
+
+    return test_two_ranks
 
 
 def all_passed(report, name) -> None:

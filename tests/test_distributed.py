@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import sys
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import ranks
 import sprand
 from models import assert_same_bits, bits, tokens_and_labels
-from ranks import HALVES, LR, Wire, adamw, all_passed, assert_same_training, made, run, train, trained_alone
+from ranks import HALVES, LR, Wire, adamw, assert_same_training, made, train, trained_alone
 
 OPTIONS = {
     "plain": {},
@@ -107,13 +106,4 @@ CHECKS = (
     ranks_draw_the_same_positions_and_send_nothing, one_rank_saves_alone,
 )  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    return run(__name__, [check.__name__ for check in CHECKS], tmp_path_factory.mktemp("ddp"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-def test_two_ranks(report, check):
-    all_passed(report, check)
+test_two_ranks = ranks.test_of(CHECKS)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import ranks
 import sprand
 from models import assert_same_bits
-from ranks import HALVES, LR, adamw, all_passed, assert_same_training, made, run, train, trained_alone
+from ranks import HALVES, LR, adamw, assert_same_training, made, train, trained_alone
 from sprand.sharding import whole
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
@@ -110,16 +111,7 @@ def sparse_adamw_is_prepared_as_any_optimizer(rank, folder):
 
 CHECKS = (ddp_trains_as_one_process, fsdp2_trains_as_one_process, sparse_adamw_is_prepared_as_any_optimizer)
 
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    return run(__name__, [check.__name__ for check in CHECKS], tmp_path_factory.mktemp("accelerate"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-def test_two_ranks(report, check):
-    all_passed(report, check)
+test_two_ranks = ranks.test_of(CHECKS)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")

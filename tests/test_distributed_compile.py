@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
-from ranks import HALVES, TARGETS, Net, adamw, all_passed, assert_same_training, made, run, train, trained_alone
+import ranks
+from ranks import HALVES, TARGETS, Net, adamw, assert_same_training, made, train, trained_alone
 from sprand.sharding import whole
 
 
@@ -72,14 +71,4 @@ CHECKS = (
     compiled_layers_read_trained_weights_in_backward, compiled_layers_of_peft_do_so_too, a_compiled_model_trains_as_one_process,
 )  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    return run(__name__, [check.__name__ for check in CHECKS], tmp_path_factory.mktemp("compile"))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-def test_two_ranks(report, check):
-    all_passed(report, check)
+test_two_ranks = pytest.mark.slow(ranks.test_of(CHECKS))

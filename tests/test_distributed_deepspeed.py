@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+import ranks
 import sprand
 from models import assert_same_bits, tokens_and_labels
-from ranks import HALVES, LR, Net, adamw, all_passed, assert_same_training, made, run, train, trained_alone
+from ranks import HALVES, LR, Net, adamw, assert_same_training, made, train, trained_alone
 from sprand.sharding import whole
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -187,13 +187,4 @@ CHECKS = (
     bfloat16_models_train,
 )  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    return run(__name__, [check.__name__ for check in CHECKS], tmp_path_factory.mktemp("deepspeed"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-def test_two_ranks(report, check):
-    all_passed(report, check)
+test_two_ranks = ranks.test_of(CHECKS)

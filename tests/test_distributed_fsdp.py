@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+import ranks
 import sprand
 from models import assert_same_bits, bits, tokens_and_labels
-from ranks import HALVES, LR, TARGETS, Net, Wire, adamw, all_passed, assert_same_training, made, run, train, trained_alone
+from ranks import HALVES, LR, TARGETS, Net, Wire, adamw, assert_same_training, made, train, trained_alone
 from sprand.sharding import whole
 
 
@@ -290,13 +290,4 @@ CHECKS = (
     what_cannot_be_done_is_refused, tensor_parallel_models_are_refused, gathers_weights_and_reduces_deltas,
 )  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    return run(__name__, [check.__name__ for check in CHECKS], tmp_path_factory.mktemp("fsdp"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-def test_two_ranks(report, check):
-    all_passed(report, check)
+test_two_ranks = ranks.test_of(CHECKS)

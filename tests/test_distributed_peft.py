@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
@@ -13,10 +12,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import ranks
 import sprand
 from models import assert_same_bits, tokens_and_labels
 from peft_models import peft, trainable
-from ranks import HALVES, LR, TARGETS, Net, Wire, all_passed, run, train, trained_alone
+from ranks import HALVES, LR, TARGETS, Net, Wire, train, trained_alone
 from sprand.peft import SprandConfig, SprandLayer
 from sprand.sharding import whole
 
@@ -316,25 +316,6 @@ CHECKS = (
 )  # fmt: skip
 ZERO_CHECKS = (every_stage_trains_as_one_process, what_shards_cannot_do_is_refused, a_model_made_in_parts_takes_adapters)
 
+test_two_ranks = ranks.test_of(CHECKS)
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    return run(__name__, [check.__name__ for check in CHECKS], tmp_path_factory.mktemp("peft"))
-
-
-@pytest.fixture(scope="module")
-def zero_report(tmp_path_factory):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    return run(__name__, [check.__name__ for check in ZERO_CHECKS], tmp_path_factory.mktemp("peft zero"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-def test_two_ranks(report, check):
-    all_passed(report, check)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
-@pytest.mark.parametrize("check", [check.__name__ for check in ZERO_CHECKS])
-def test_two_ranks_of_zero(zero_report, check):
-    all_passed(zero_report, check)
+test_two_ranks_of_zero = ranks.test_of(ZERO_CHECKS, needs="deepspeed")
