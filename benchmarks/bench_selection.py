@@ -44,7 +44,8 @@ class Case:
     """One measurement.
 
     Attributes:
-        method: "one pass" (the model's own forward and backward over the data), a strategy, or a key of `NAIVE`.
+        method: "one pass" (the model's own forward and backward over the data, each weight gradient dropped as soon as it is
+            made), a strategy, or a key of `NAIVE`.
         width, feed_forward, layers, dtype: of the model, square projections; `key_value` wide keys and values.
         examples, tokens: how many sequences, and how long; in batches of `batch`.
         memory: bytes for accumulators, where bounded.
@@ -121,7 +122,7 @@ def run(case: Case) -> dict[str, object]:
         tuple(torch.randn(2, case.batch, case.tokens, case.width, device=case.device).to(getattr(torch, case.dtype)))
         for _ in range(case.examples // case.batch)
     ]
-    linear = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    linear = linear_weights(model)
     call = chooser(case, model, data)
     gc.collect()
     with peak_of(case.device) as peak:
@@ -144,6 +145,8 @@ def chooser(case: Case, model, data) -> Callable[[], int]:
         return model(x.requires_grad_(), target)
 
     def one_pass() -> int:
+        for weight in linear_weights(model):
+            weight.requires_grad_(True).register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         for batch in data:
             loss(model, batch).backward()
         return 0
@@ -160,9 +163,14 @@ def chooser(case: Case, model, data) -> Callable[[], int]:
     return lambda: sprand.select(model, data=data, loss_fn=loss, calibration_examples=None, **fields).nnz
 
 
+def linear_weights(model) -> list[torch.nn.Parameter]:
+    """What is targeted."""
+    return [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+
 def naive(strategy: str, model, data, loss: Callable, density: float) -> int:
     """Dense gradients of all weights at once, all scores joined, one top-k: what a few lines of PyTorch do."""
-    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    weights = linear_weights(model)
     for weight in weights:
         weight.requires_grad_(True)
     squares = [torch.zeros_like(weight) for weight in weights] if strategy == "fisher" else []
