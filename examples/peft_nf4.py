@@ -1,5 +1,7 @@
 """Trains 2 % of the entries of a model whose base is stored in 4 bits (NF4), through PEFT, with a plain loop."""
 
+import tempfile
+
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel, get_peft_model
@@ -42,7 +44,8 @@ for step in range(20):
     if step % 5 == 4:
         print(f"step {step + 1}: loss {loss.item():.3f}")
 
-model.save_pretrained("nf4_adapter")
-merged = PeftModel.from_pretrained(tiny_llama(), "nf4_adapter").merge_and_unload()  # into the 16-bit base, never into 4 bits
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    merged = PeftModel.from_pretrained(tiny_llama(), folder).merge_and_unload()  # into the 16-bit base, never into 4 bits
 with torch.no_grad():
     print(f"merged into 16 bits: loss {merged(input_ids=tokens, labels=tokens).loss.item():.3f}")

@@ -109,14 +109,10 @@ def store(
     """
     tensors = {**tensors, **{f"saved.{name}": value for name, value in heads.items()}}
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    version = {
-        "format_version": description["format_version"],
+    description = {
+        **description,
         "pattern_version": pattern.PATTERN_VERSION,
         "sprand_version": __version__,
-    }
-    description = {
-        **version,
-        **description,
         "saved": {name: {"shape": list(value.shape), "dtype": _name(value.dtype)} for name, value in heads.items()},
         "checksum": files.checksum(tensors),
     }

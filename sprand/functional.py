@@ -68,6 +68,10 @@ class Entries:
     schedule: Schedule | None = None
     candidates: Candidates | None = None
 
+    def values(self) -> Tensor:
+        """What the weight holds at the chosen entries, `[nnz]` in its dtype: cast(base + scale * delta)."""
+        return ops.patched(self.base, self.delta.detach().to(ops.accumulation_dtype(self.base.dtype)), self.scale)
+
     def write(self, weight: Tensor) -> None:
         """Make the chosen entries of `weight` hold base + scale * delta.
 
@@ -179,7 +183,7 @@ def alias(weight: Tensor, entries: Entries, copy: bool = False) -> Tensor:
 def written_in_backward(output: Any, weight: Tensor, entries: Entries) -> None:
     """Have the weight patched when backward comes to `output`, for an operation that reads it there (a convolution).
 
-    Where FSDP2 gathered the weight anew after forward, it holds its base then.
+    Where FSDP2 or ZeRO-3 gathered the weight anew after forward, it holds its base then.
 
     Args:
         output: what was computed from the alias of `weight`: tensors, in any nest of tuples, lists and dicts.

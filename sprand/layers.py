@@ -92,7 +92,8 @@ class SparseModule(nn.Module):
             output = super().forward(*args, **kwargs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for name in self._sprand_targets:
-                functional.written_in_backward(output, self._parameters[name], self.sparse_entries(name))
+                if sharding.is_gathered(self) or sharding.is_of_zero3(self._parameters[name]):
+                    functional.written_in_backward(output, self._parameters[name], self.sparse_entries(name))
         return output
 
     def _value(self, parameter: str) -> Tensor | None:

@@ -45,12 +45,17 @@ def is_gathered(module: nn.Module) -> bool:
     return getattr(module, "_is_fsdp_managed_module", False)
 
 
+def is_of_zero3(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 gathers this parameter for each use, and anew for backward."""
+    return hasattr(parameter, "ds_id")
+
+
 def kind_of(model: nn.Module) -> str | None:
     """A key of `KINDS` for a model whose parameters are sharded, also while some of them are gathered; None for others."""
     parameters = list(model.parameters())
     if any(map(is_fsdp, model.modules())):
         return "fsdp2"
-    if any(hasattr(p, "ds_id") for p in parameters):
+    if any(map(is_of_zero3, parameters)):
         return "zero3"
     return "dtensor" if any(map(is_dtensor, parameters)) else None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .adapter import attached
 from .model import state_of
@@ -68,12 +67,8 @@ def visible_share(model: nn.Module) -> float:
     if not entries:
         state_of(model)
         raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
-    visible: dict[torch.device, Tensor] = {}
-    for e in entries:
-        written = (e.base.to(e.delta.dtype) + e.scale * e.delta.detach()).to(e.base.dtype)
-        count = (written != e.base).sum()
-        visible[count.device] = visible.get(count.device, 0) + count
-    return sum(count.item() for count in visible.values()) / sum(e.delta.numel() for e in entries)
+    changed = [(e.values() != e.base).sum() for e in entries]
+    return int(sum(count.cpu() for count in changed)) / sum(e.delta.numel() for e in entries)
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:

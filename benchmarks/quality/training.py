@@ -77,7 +77,7 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> dict[str, An
         task = tasks.make(dataset, tokenizer, settings)
         held_out = tasks.make(data.load(dataclasses.replace(settings, eval=shared / "data" / plan.test)), tokenizer, settings)
         device = torch.device("cpu")
-        started = time.perf_counter()
+        started, head = time.perf_counter(), head_size(model)
         if run.method == "untrained":
             return measures(model, task, held_out, settings, device) | {"trained": 0, "steps": 0, "seconds": 0.0}
         method = attached(run, model, settings, task, masks)
@@ -89,7 +89,7 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> dict[str, An
         outcome = training.train(method, task, settings, device, log, before=unmeasured)
         losses = [line["loss"] for line in outcome.history if "loss" in line]
         return measures(method.model, task, held_out, settings, device) | {
-            "trained": method.count - head_size(model),
+            "trained": method.count - head,
             "train_loss": sum(losses[-10:]) / len(losses[-10:]),
             "steps": outcome.steps,
             "seconds": outcome.seconds_per_step * outcome.steps,
@@ -101,7 +101,7 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> dict[str, An
 def settings_of(run: Run, plan: TaskPlan, shared: Path, out: Path) -> Settings:
     """The options of `sprand finetune` that make this run."""
     sparse = {} if run.method in PEERS else {"strategy": run.method, "density": run.budget}
-    if run.method in ("full", "head") and run.lr:
+    if run.method in ("lora", "full", "head") and run.lr:
         sparse["compare_lr"] = ((run.method, run.lr),)
     places = {"train": shared / "data" / plan.train, "eval": shared / "data" / plan.dev, "out": out}
     name = str(shared / "models" / plan.model) if plan.model else sentence_model()
@@ -133,21 +133,15 @@ def attached(run: Run, model: nn.Module, settings: Settings, task: tasks.Task, m
 
 def lora(model: nn.Module, run: Run, settings: Settings) -> methods.Method:
     """PEFT's LoRA with as many trained weights as the budget, as nearly as a rank and a choice of layers allow."""
-    peft = importlib.import_module("peft")
     config = methods.sparse_config(dataclasses.replace(settings, density=run.budget), methods.head_names(model) or None)
     target = sprand.select(model, config).nnz
-    name, rank, layers = fit(model, target)
-    heads = methods.head_names(model)
-    wrapped = peft.get_peft_model(
-        model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, modules_to_save=heads or None)
-    )
-    trained = {key: p for key, p in wrapped.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=run.lr, weight_decay=settings.weight_decay, fused=True)
-    return methods.Method("lora", wrapped, trained, optimizer, run.lr, f"rank {rank}, {name}")
+    name, layers = fit(model, target)
+    method = methods.peer("lora", model, settings, layers, target + head_size(model))
+    return dataclasses.replace(method, note=f"{method.note}, {name}")
 
 
-def fit(model: nn.Module, target: int) -> tuple[str, int, list[str]]:
-    """The choice of layers and the rank whose count is nearest to `target`; the widest choice of those within 10 %."""
+def fit(model: nn.Module, target: int) -> tuple[str, list[str]]:
+    """The choice of layers whose count at some rank is nearest to `target`; the widest choice of those within 10 %."""
     linear = [
         n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] not in ("lm_head", "classifier")
     ]
@@ -162,9 +156,8 @@ def fit(model: nn.Module, target: int) -> tuple[str, int, list[str]]:
         per_rank = sum(sum(model.get_submodule(n).weight.shape) for n in layers)
         rank = max(1, round(target / per_rank))
         off = abs(math.log(rank * per_rank / target))
-        fits.append((0.0 if off < 0.1 else off, order, name, rank, layers))
-    _, _, name, rank, layers = min(fits)
-    return name, rank, layers
+        fits.append((0.0 if off < 0.1 else off, order, name, layers))
+    return min(fits)[2:]
 
 
 def measures(

@@ -121,22 +121,20 @@ def exact_deltas(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
     wide = ops.accumulation_dtype(base.dtype)
     deltas = tuned.to(wide) - base.to(wide)
     found = torch.where(torch.isfinite(deltas), deltas, 0)
-    exact = gives(base, found, tuned)
+    exact = same_bits(ops.patched(base, found), tuned)
     for towards in (torch.inf, -torch.inf):
         if exact.all():
             break
         near = torch.nextafter(deltas, torch.full_like(deltas, towards))
         near = torch.where(torch.isfinite(near), near, 0)
-        better = ~exact & gives(base, near, tuned)
+        better = ~exact & same_bits(ops.patched(base, near), tuned)
         found, exact = torch.where(better, near, found), exact | better
     return torch.where(exact, found, 0), exact
 
 
-def gives(base: Tensor, deltas: Tensor, tuned: Tensor) -> Tensor:
-    """Where `cast(base + delta)` has the bits of the tuned value, by the operator that training patches with; bool `[n]`."""
-    result = base.clone()
-    ops.patch_(result, torch.arange(result.numel(), dtype=torch.int32), base, deltas)
-    return _integers(result) == _integers(tuned)
+def same_bits(one: Tensor, two: Tensor) -> Tensor:
+    """Where two tensors of one dtype hold the same bits; bool `[n]`."""
+    return _integers(one) == _integers(two)
 
 
 class _Entries:
@@ -208,7 +206,7 @@ def _differing(
         progress(before.nbytes)
         if torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
             continue
-        places = (_integers(before) != _integers(after)).nonzero().flatten()
+        places = (~same_bits(before, after)).nonzero().flatten()
         yield places + first, before[places], after[places]
 
 

@@ -176,9 +176,7 @@ def _visible(base: Tensor, deltas: Tensor) -> float:
     if not base.numel():
         return 0.0
     rounded = base.to(torch.bfloat16)
-    result = rounded.clone()
-    ops.patch_(result, torch.arange(result.numel(), dtype=torch.int32), rounded, deltas.float())
-    return float((result.view(torch.int16) != rounded.view(torch.int16)).double().mean())
+    return float((ops.patched(rounded, deltas.float()) != rounded).double().mean())
 
 
 def _chosen(source: Source) -> str:

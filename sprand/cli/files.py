@@ -6,8 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from . import CliError, require
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -32,12 +35,22 @@ def folder_of(name: str, patterns: tuple[str, ...] | None = None) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
+    return Path(from_hub(name, lambda hub: hub.snapshot_download(name, allow_patterns=patterns)))
+
+
+def from_hub(name: str, fetch: Callable[[Any], T]) -> T:
+    """What `fetch` gets of a model on the Hub, by its client.
+
+    Raises:
+        CliError: this is no name on the Hub, or nothing could be fetched.
+    """
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise CliError(f"No file or folder {name}.")
     hub = require("huggingface_hub")
-    hub.utils.disable_progress_bars() if not sys.stderr.isatty() else None
+    if not sys.stderr.isatty():
+        hub.utils.disable_progress_bars()
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=patterns))
+        return fetch(hub)
     except Exception as error:  # offline, unknown, private, gated: the Hub's client has a class for each
         reason = " ".join(str(error).split())[:200].removesuffix(".")
         raise CliError(f"No file or folder {name}, and it could not be fetched from the Hub: {reason}.") from None

@@ -54,7 +54,9 @@ def run(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _library_lines() -> Iterator[None]:
-    """Show what the library logs, the time and memory of a calibration say, on standard error."""
+    """Show what the library logs, the time and memory of a calibration say, on standard error; quieten what others say."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     logger, handler = logging.getLogger("sprand"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     level = logger.level
@@ -258,8 +260,6 @@ def _given(options: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The options that were given and are fields of the settings."""
     fields = {f.name for f in dataclasses.fields(settings)}
     given = {name: value for name, value in vars(options).items() if name in fields and value is not None}
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 

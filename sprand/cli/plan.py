@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..checkpoint.memory import Need, Weight, linear, plan
 from ..checkpoint.shards import open_checkpoint
-from . import CliError, require
-from .files import failing_in_words
+from . import CliError
+from .files import failing_in_words, from_hub
 from .table import text_table
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -101,14 +101,6 @@ def _weights(name: str) -> list[Weight]:
     if Path(name).expanduser().exists():
         tensors = open_checkpoint(Path(name).expanduser()).tensors.values()
         return [Weight(stored.name, stored.shape, stored.code) for stored in tensors]
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise CliError(f"No file or folder {name}.")
-    try:
-        metadata = require("huggingface_hub").get_safetensors_metadata(name)
-    except CliError:
-        raise
-    except Exception as error:  # offline, unknown, private, no safetensors: the Hub's client has a class for each
-        reason = " ".join(str(error).split())[:200].removesuffix(".")
-        raise CliError(f"No file or folder {name}, and its headers could not be fetched from the Hub: {reason}.") from None
+    metadata = from_hub(name, lambda hub: hub.get_safetensors_metadata(name))
     files = metadata.files_metadata.values()
     return [Weight(key, tuple(info.shape), info.dtype) for file in files for key, info in file.tensors.items()]

@@ -249,5 +249,4 @@ def _values_of(site: Site, tensors: dict[str, Tensor], folder: Path) -> list[Ten
 
 def _holds(site: Site, delta: Tensor, indices: Tensor, base: Tensor) -> bool:
     """Whether a weight holds the trained values of these entries."""
-    held = ops.gather(site.weight.data, indices)
-    return torch.equal(held, (base.to(delta.dtype) + site.entries.scale * delta).to(held.dtype))
+    return torch.equal(ops.gather(site.weight.data, indices), ops.patched(base, delta, site.entries.scale))

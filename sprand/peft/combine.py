@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import GIVEN
 from .config import SprandConfig
+from .hosted import union_of
 
 COMBINATIONS = ("linear", "ties")
 
@@ -53,11 +54,10 @@ def combined(
             chosen = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in target.deltas]
             if not chosen:
                 continue
-            lists = [target.indices[name] for name, _ in chosen]
-            union, inverse = torch.unique(torch.cat(lists), return_inverse=True)
+            union, positions = union_of([target.indices[name] for name, _ in chosen])
             factors = torch.tensor([weight for _, weight in chosen], dtype=torch.float32, device=union.device)
             changes = torch.zeros(len(chosen), union.numel(), dtype=torch.float32, device=union.device)
-            for row, (name, _), position in zip(changes, chosen, inverse.split([i.numel() for i in lists]), strict=True):
+            for row, (name, _), position in zip(changes, chosen, positions, strict=True):
                 delta = target.deltas[name].detach().float() * float(target.scales.get(name, 1.0))
                 row[position] = delta if density is None else prune(delta, density, "magnitude")
             indices[target.name] = union

@@ -243,9 +243,7 @@ class AdapterTarget:
 
     def _union(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
         if names not in self._unions:
-            lists = [self.indices[name] for name in names]
-            union, inverse = torch.unique(torch.cat(lists), return_inverse=True)
-            positions = list(inverse.split([indices.numel() for indices in lists]))
+            union, positions = union_of([self.indices[name] for name in names])
             base = torch.empty(union.shape, dtype=self.bases[names[0]].dtype, device=union.device)
             for name, position in zip(names, positions, strict=True):
                 base[position] = self.bases[name]
@@ -351,6 +349,12 @@ def unhost(module: nn.Module) -> None:
             module._old_forward = types.MethodType(cls.forward, module)
         module.__class__ = cls
         del module.__dict__["_sprand_hosted"]
+
+
+def union_of(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The sorted union of index lists in any order, on their device, and where the entries of each list stand in it."""
+    union, inverse = torch.unique(torch.cat(list(lists)), return_inverse=True)
+    return union, list(inverse.split([indices.numel() for indices in lists]))
 
 
 def _new_hosted_module(cls: type[nn.Module]) -> HostedModule:

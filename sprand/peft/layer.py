@@ -182,7 +182,7 @@ class SprandLayer(nn.Module, BaseTunerLayer):
             return
         with torch.no_grad():
             entries = target.entries(weight, names)
-            if not torch.isfinite((entries.base + entries.scale * entries.delta).to(weight.dtype)).all():
+            if not torch.isfinite(entries.values()).all():
                 raise ValueError(
                     f"merge: entries of {target.name} would not be finite with the adapter {', '.join(names)}; load the last "
                     "good checkpoint"

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .. import ops
 from ..functional import Entries
 from ..layers import track, untrack
-from .hosted import AdapterTarget
+from .hosted import AdapterTarget, union_of
 from .layer import SprandLayer
 from .plan import Site
 
@@ -114,10 +114,9 @@ class QuantizedLayer(SprandLayer):
             target.indices.replaced.discard(name)
         if len(names) == 1:
             return target.indices[names[0]], target.deltas[names[0]].float()
-        lists = [target.indices[name] for name in names]
-        union, inverse = torch.unique(torch.cat(lists), return_inverse=True)
+        union, positions = union_of([target.indices[name] for name in names])
         delta = torch.zeros(union.shape, dtype=torch.float32, device=union.device)
-        for name, position in zip(names, inverse.split([i.numel() for i in lists]), strict=True):
+        for name, position in zip(names, positions, strict=True):
             delta = delta.index_add(0, position, target.deltas[name].float())
         return union, delta
 
