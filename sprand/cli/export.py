@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 
 from ..checkpoint.export import FORMS, export
+from . import require
 from .files import failing_in_words, folder_of
+
+OF_PEFT = {
+    "shira": "PEFT's SHiRA, 12 bytes per entry",
+    "supertuning": "PEFT's Super-Tuning, 8 bytes per entry",
+}  # known once sprand.peft is imported, which needs peft
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command and its options."""
-    forms = "; ".join(f"{name}: {known.help}" for name, known in FORMS.items())
+    known = {name: form.help for name, form in FORMS.items() if name not in OF_PEFT} | OF_PEFT
+    forms = "; ".join(f"{name}: {what}" for name, what in known.items())
     parser = commands.add_parser("export", help="an adapter in the form of another program", description=f"Forms: {forms}.")
     parser.add_argument("adapter", metavar="ADAPTER", help="a folder written by sprand.save")
-    parser.add_argument("--to", required=True, choices=FORMS, help="the form")
+    parser.add_argument("--to", required=True, choices=known, help="the form")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of what is written")
     parser.add_argument("--base", metavar="BASE", help="base checkpoint: a folder, a .safetensors file, or a name on the Hub")
     parser.set_defaults(command=run)
@@ -26,6 +34,9 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CliError: there is no adapter, the base is missing or another one, or the form cannot hold the adapter.
     """
+    if options.to in OF_PEFT:
+        require("peft")
+        importlib.import_module("sprand.peft")
     with failing_in_words():
         base = folder_of(options.base) if options.base else None
         for file in export(folder_of(options.adapter), options.to, options.out, base):

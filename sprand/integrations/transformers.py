@@ -25,6 +25,7 @@ from .. import files, ops
 from ..adapter import attached, read, save
 from ..dynamic import DynamicMask
 from ..exchange import Site, sites_of
+from ..functional import patched
 from ..model import sparse_modules, state_of, write
 from ..optim import SparseAdamW
 from ..summary import visible_share
@@ -249,4 +250,4 @@ def _values_of(site: Site, tensors: dict[str, Tensor], folder: Path) -> list[Ten
 
 def _holds(site: Site, delta: Tensor, indices: Tensor, base: Tensor) -> bool:
     """Whether a weight holds the trained values of these entries."""
-    return torch.equal(ops.gather(site.weight.data, indices), ops.patched(base, delta, site.entries.scale))
+    return torch.equal(ops.gather(site.weight.data, indices), patched(base, delta, site.entries.scale))

@@ -1,4 +1,4 @@
-"""Interchange: sprand adapters as SHiRA or Super-Tuning folders for stock PEFT, and adapters of others as sprand's."""
+"""Interchange on models at hand: saved adapters out as SHiRA or Super-Tuning, adapters of others in as sprand's."""
 
 from __future__ import annotations
 
@@ -6,39 +6,28 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import peft
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import ops, pattern
 from ..adapter import read as read_native
 from ..config import SparseConfig
 from .config import SprandConfig
+from .formats import CONFIGS, NARROW, NOT_LINEAR, PREFIX, WEIGHTS, Change, write
 from .layer import SprandLayer
 from .plan import Site, check_same_base, pristine, sites_of
-
-FORMATS = ("shira", "supertuning")
-WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
-
-
-@dataclass
-class Change:
-    """What an adapter changes of one weight: flat indices, ascending, and `values [nnz]` float32, added to the base."""
-
-    site: Site
-    indices: Tensor
-    values: Tensor
 
 
 def export_adapter(path_in: str | os.PathLike[str], path_out: str | os.PathLike[str], base_model: nn.Module, to: str) -> Path:
     """Write a saved adapter as one that stock PEFT loads, with the same merged weights.
 
     Args:
-        path_in: folder written by `save_pretrained`.
+        path_in: folder written by `save_pretrained` or `sprand.save`.
         path_out: folder to write; made if it is not there.
         base_model: the model it was trained on; it is read, not changed.
         to: `"shira"` (12 bytes per entry, and padding to the layer with the most) or `"supertuning"` (8, and padding to the
@@ -51,31 +40,23 @@ def export_adapter(path_in: str | os.PathLike[str], path_out: str | os.PathLike[
         FileNotFoundError: there is no adapter.
         ValueError: another base, an unknown format, or weights that the other method cannot train.
     """
-    if to not in FORMATS:
-        raise ValueError(f"export_adapter: to: expected one of {', '.join(FORMATS)}, got {to!r}")
-    config, tensors = _read(Path(path_in))
-    changes = [_exact(change) for change in _sprand_changes(Path(path_in), config, tensors, base_model)]
+    if to not in CONFIGS:
+        raise ValueError(f"export_adapter: to: expected one of {', '.join(CONFIGS)}, got {to!r}")
+    folder, sites, heads, fields = Path(path_in), sites_of(base_model, {}), {}, {}
+    if "peft_type" in _settings(folder):
+        config, tensors = _read(folder)
+        changes = _of_peft(folder, config, tensors, sites)
+        heads = {key: value for key, value in tensors.items() if ".sprand_" not in key}
+        names = ("modules_to_save", "base_model_name_or_path", "task_type")
+        fields = {name: getattr(config, name) for name in names}
+    else:
+        changes = _native(folder, sites)
     for change in changes:
-        if change.site.parameter != "weight" or not isinstance(change.site.module, nn.Linear) or change.site.backend is not None:
-            raise ValueError(
-                f"export_adapter: {change.site.name} is no weight of a plain linear layer, and {to} trains nothing else; merge "
-                "the adapter into its base instead, model.merge_and_unload()"
-            )
-    written, settings = (_as_shira if to == "shira" else _as_supertuning)(changes)
-    rest = {key: value for key, value in tensors.items() if ".sprand_" not in key}
-    folder = Path(path_out)
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = peft.ShiraConfig if to == "shira" else peft.SupertuningConfig
-    kind(
-        **settings,
-        target_modules=sorted(change.site.module_name for change in changes),
-        modules_to_save=config.modules_to_save,
-        base_model_name_or_path=config.base_model_name_or_path,
-        task_type=config.task_type,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
-    save_file(written | rest, folder / WEIGHTS, metadata={"format": "pt"})
-    return folder
+        site = sites[change.name]
+        if site.parameter != "weight" or not isinstance(site.module, nn.Linear) or site.backend is not None:
+            raise ValueError(f"export_adapter: {change.name} {NOT_LINEAR.format(to)}, model.merge_and_unload()")
+    write(Path(path_out), to, changes, heads, **fields)
+    return Path(path_out)
 
 
 def import_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> nn.Module:
@@ -98,13 +79,13 @@ def import_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name:
     base = model.get_base_model() if wrapped else model
     changes, kept, rest = _foreign(folder, sites_of(base, {}))
     fields = {"modules_to_save": kept, "task_type": _settings(folder).get("task_type")} if kept else {}
-    config = SprandConfig(mask={change.site.name: change.indices for change in changes}, **fields)
+    config = SprandConfig(mask={change.name: change.indices for change in changes}, **fields)
     if wrapped:
         model.add_adapter(adapter_name, config)
         model.set_adapter(adapter_name)
     else:
         model = peft.get_peft_model(model, config, adapter_name=adapter_name)
-    values = {change.site.name: change.values for change in changes}
+    values = {change.name: change.values for change in changes}
     for layer in model.modules():
         if isinstance(layer, SprandLayer):
             for _, weight, target in layer.weights():
@@ -126,8 +107,8 @@ def _read(folder: Path) -> tuple[SprandConfig, dict[str, Tensor]]:
     return config, load_file(folder / WEIGHTS)
 
 
-def _sprand_changes(folder: Path, config: SprandConfig, tensors: Mapping[str, Tensor], base: nn.Module) -> list[Change]:
-    sites, changes = sites_of(base, {}), []
+def _of_peft(folder: Path, config: SprandConfig, tensors: Mapping[str, Tensor], sites: Mapping[str, Site]) -> list[Change]:
+    changes = []
     for name, entry in config.targets.items():
         site = _site(folder, sites, name)
         suffix = "" if site.parameter == "weight" else f"_{site.parameter}"
@@ -137,66 +118,8 @@ def _sprand_changes(folder: Path, config: SprandConfig, tensors: Mapping[str, Te
         else:
             indices = pattern.draw(config.strategy, name, site.shape, entry["nnz"], config.seed, layout=config.layout)
         check_same_base(str(folder), site, indices.to(site.device), entry)
-        changes.append(Change(site, indices, delta.float()))
+        changes.append(_collected(site, indices.long(), delta))
     return changes
-
-
-def _exact(change: Change) -> Change:
-    """The same merged weight, as float32 values that others add to the base and round: merged - base, in 16 bits."""
-    weight = change.site.weight
-    if weight is None or weight.dtype not in (torch.bfloat16, torch.float16):
-        return change
-    with pristine(change.site):
-        base = ops.gather(weight.data.contiguous(), change.indices.to(weight.device)).cpu()
-    merged = (base.float() + change.values).to(weight.dtype)
-    return Change(change.site, change.indices, merged.float() - base.float())
-
-
-def _as_shira(changes: list[Change]) -> tuple[dict[str, Tensor], dict[str, object]]:
-    rank = max(-(-change.indices.numel() // sum(change.site.shape)) for change in changes)
-    tensors = {}
-    for change in changes:
-        rows, columns = change.site.shape
-        count = rank * (rows + columns)
-        if count > rows * columns:
-            raise ValueError(
-                f"export_adapter: SHiRA keeps r (in + out) entries of every layer, and with r = {rank} that is {count:,} of the "
-                f"{rows * columns:,} that {change.site.name} has; export to 'supertuning' instead"
-            )
-        flat, values = _padded(change, count)
-        key = f"{PREFIX}{change.site.module_name}.shira_"
-        tensors[f"{key}weight"] = values
-        tensors[f"{key}indices"] = torch.stack([flat // columns, flat % columns]).int()
-    return tensors, {"r": rank, "mask_type": "random", "random_seed": 0}
-
-
-def _as_supertuning(changes: list[Change]) -> tuple[dict[str, Tensor], dict[str, object]]:
-    changes = [_representable(change) for change in changes]
-    fullest = max((change.indices.numel() + 0.5) / math.prod(change.site.shape) for change in changes)
-    sparsity, tensors = max(0.0, 1.0 - fullest), {}
-    for change in changes:
-        flat, values = _padded(change, int(math.prod(change.site.shape) * (1 - sparsity)))
-        key = f"{PREFIX}{change.site.module_name}.supertuning_"
-        tensors |= {f"{key}values": values, f"{key}indices": flat.int()}
-    return tensors, {"sparsity": sparsity}
-
-
-def _representable(change: Change) -> Change:
-    """Super-Tuning rounds values to the weight's dtype before it adds them: where that loses the sum, take base away first."""
-    base = _rounded_base(change)
-    if base is None:
-        return change
-    merged, values = (base.float() + change.values).to(base.dtype), change.values.to(base.dtype)
-    lost = base + values != merged
-    indices = torch.cat([change.indices, change.indices[lost]])
-    values = torch.cat([torch.where(lost, -base, values), merged[lost]]).float()
-    return Change(change.site, indices, values)
-
-
-def _padded(change: Change, count: int) -> tuple[Tensor, Tensor]:
-    missing = count - change.indices.numel()
-    flat = torch.cat([change.indices.long(), torch.zeros(missing, dtype=torch.long)])
-    return flat, torch.cat([change.values, torch.zeros(missing)])
 
 
 def _foreign(folder: Path, sites: Mapping[str, Site]) -> tuple[list[Change], list[str] | None, dict[str, Tensor]]:
@@ -209,7 +132,7 @@ def _foreign(folder: Path, sites: Mapping[str, Site]) -> tuple[list[Change], lis
     if "peft_type" not in settings:
         return _native(folder, sites), None, {}
     kind, tensors = str(settings["peft_type"]).lower(), load_file(folder / WEIGHTS)
-    if kind not in FORMATS:
+    if kind not in CONFIGS:
         raise ValueError(f"{folder}: expected an adapter of SHiRA, Super-Tuning, peft-sparta or sprand.save, got {kind.upper()}")
     if any("supertuning_lora" in key for key in tensors):
         raise ValueError(f"{folder}: this Super-Tuning adapter also has low-rank parts (r), which sprand cannot hold")
@@ -261,30 +184,23 @@ def _site(folder: Path, sites: Mapping[str, Site], name: str) -> Site:
 
 
 def _collected(site: Site, flat: Tensor, values: Tensor) -> Change:
-    """Ascending indices, each once, with the sum of what was stored for it."""
+    """Ascending indices, each once, with the sum of what was stored for it, and what a 16-bit weight holds there."""
     size = math.prod(site.shape)
     if flat.numel() != values.numel() or (flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < size):
         raise ValueError(f"{site.name}: expected as many values as indices, below {size:,}; the adapter is for another model")
     union, inverse = torch.unique(flat, return_inverse=True)
-    total = torch.zeros(union.shape).index_add_(0, inverse, values.float())
-    return Change(site, union.to(pattern.index_dtype(size)), total)
+    total, base = torch.zeros(union.shape).index_add_(0, inverse, values.float()), None
+    if site.weight is not None and site.weight.dtype in NARROW:
+        with pristine(site):
+            base = ops.gather(site.weight.data.contiguous(), union.to(site.weight.device)).cpu()
+    return Change(site.name, site.shape, union.to(pattern.index_dtype(size)), total, base)
 
 
 def _rounded_like_supertuning(change: Change) -> Change:
-    base = _rounded_base(change)
-    if base is None:
+    if change.base is None:
         return change
-    merged = base + change.values.to(base.dtype)
-    return Change(change.site, change.indices, merged.float() - base.float())
-
-
-def _rounded_base(change: Change) -> Tensor | None:
-    """The base `[nnz]` of a 16-bit weight, on the CPU; None for a weight of another dtype."""
-    weight = change.site.weight
-    if weight.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    with pristine(change.site):
-        return ops.gather(weight.data.contiguous(), change.indices.to(weight.device)).cpu()
+    merged = change.base + change.values.to(change.base.dtype)
+    return replace(change, values=merged.float() - change.base.float())
 
 
 def _settings(folder: Path) -> dict[str, object]:

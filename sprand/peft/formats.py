@@ -1,0 +1,191 @@
+"""SHiRA and Super-Tuning folders that stock PEFT loads, with the same merged weights as the sprand adapters they are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..checkpoint.diff import exact_deltas
+from ..checkpoint.edits import Edits, Source
+from ..checkpoint.export import form
+from ..checkpoint.shards import Checkpoint
+
+CONFIGS = {"shira": peft.ShiraConfig, "supertuning": peft.SupertuningConfig}
+NARROW = (torch.bfloat16, torch.float16)
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
+NOT_LINEAR = "is no weight of a plain linear layer, and {} trains nothing else; merge the adapter into its base instead"
+
+
+@dataclass
+class Change:
+    """What an adapter changes of one weight.
+
+    Attributes:
+        name: of the parameter in the base model.
+        shape: of the parameter.
+        indices: `[nnz]`, flat, ascending.
+        values: `[nnz]` float32, added to the base.
+        base: `[nnz]`, what a 16-bit weight holds there; None for a weight of another dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    indices: Tensor
+    values: Tensor
+    base: Tensor | None = None
+
+    @property
+    def module_name(self) -> str:
+        """The module that holds the weight."""
+        return self.name.rpartition(".")[0]
+
+    def merged(self) -> Tensor:
+        """What a 16-bit weight holds with the change, `[nnz]`."""
+        return (self.base.float() + self.values).to(self.base.dtype)
+
+    def exact(self) -> Change:
+        """The same merged weight by values that others add to the base and round: merged - base, in 16 bits."""
+        return self if self.base is None else replace(self, values=self.merged().float() - self.base.float())
+
+
+def write(folder: Path, to: str, changes: Sequence[Change], heads: Mapping[str, Tensor], **fields: Any) -> list[Path]:
+    """Write changes of linear weights as an adapter of another method.
+
+    Args:
+        folder: made if it is not there.
+        to: a key of `CONFIGS`.
+        changes: one for each weight; of linear layers only.
+        heads: tensors of modules trained in full, by their keys in the file.
+        **fields: further fields of the other method's configuration.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: the other method cannot hold as many entries of a weight.
+    """
+    exact = [
+        change if change.base is None else replace(change, values=change.merged().float() - change.base.float())
+        for change in changes
+    ]
+    written, settings = (_as_shira if to == "shira" else _as_supertuning)(exact)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CONFIGS[to](
+        **settings, target_modules=sorted(change.module_name for change in changes), inference_mode=True, **fields
+    )
+    config.save_pretrained(str(folder))
+    save_file(written | dict(heads), folder / WEIGHTS, metadata={"format": "pt"})
+    return [folder / WEIGHTS, folder / "adapter_config.json"]
+
+
+@form("shira", "PEFT's SHiRA, which PEFT alone loads: 12 bytes per entry, and padding to the layer with the most", True)
+def shira(source: Source, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
+    """A folder for `PeftModel.from_pretrained`."""
+    return _of_files("shira", source, *applied, folder)
+
+
+@form("supertuning", "PEFT's Super-Tuning: 8 bytes per entry, and padding to the layer with the largest density", True)
+def supertuning(source: Source, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
+    """A folder for `PeftModel.from_pretrained`."""
+    return _of_files("supertuning", source, *applied, folder)
+
+
+def _of_files(to: str, source: Source, checkpoint: Checkpoint, edits: Edits, folder: Path) -> list[Path]:
+    linear, changes = _linear_weights(checkpoint.folder), []
+    for target in edits.targets:
+        if target.name not in linear or len(target.edits) != 1:
+            raise ValueError(f"{target.name} {NOT_LINEAR.format(to)} (sprand merge)")
+        (edit,) = target.edits
+        for part, first in checkpoint.chunks(edit.stored.name):
+            edit.apply(part, first)
+        target.prove()
+        set_deltas, exact = exact_deltas(edit.set_base, edit.set_values)
+        if not exact.all():
+            raise ValueError(
+                f"{source.path} holds entries of {target.name} as values that no change of the base gives exactly, and {to} "
+                "stores changes; merge the adapter into its base instead (sprand merge)"
+            )
+        indices, order = torch.cat([edit.indices, edit.set_indices]).sort()
+        base, values = (torch.cat(pair)[order] for pair in ((edit.base, edit.set_base), (edit.deltas, set_deltas)))
+        changes.append(
+            Change(target.name, edit.stored.shape, indices, values.float(), base if edit.stored.dtype in NARROW else None)
+        )
+    saved = sorted({name.rpartition(".")[0] for name in source.description["saved"]})
+    heads = {f"{PREFIX}{name}": source.tensors[f"saved.{name}"] for name in source.description["saved"]}
+    return write(
+        folder, to, changes, heads, modules_to_save=saved or None, base_model_name_or_path=source.description["base_model"]
+    )
+
+
+def _linear_weights(folder: Path) -> set[str]:
+    """The weights of the linear layers of a checkpoint's model, by their names in it and in the model without its head.
+
+    Raises:
+        ValueError: there is no configuration that says which model it is.
+    """
+    how = "expected a folder of transformers, whose config.json names the architecture; or call sprand.peft.export_adapter"
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        kinds = [getattr(transformers, name) for name in config.architectures or ()]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder}: {how} ({' '.join(str(error).split())[:120]})") from None
+    if not kinds:
+        raise ValueError(f"{folder}: {how}")
+    with torch.device("meta"):
+        model = kinds[0](config)
+    modules = (*model.named_modules(), *model.base_model.named_modules())
+    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
+
+
+def _as_shira(changes: Sequence[Change]) -> tuple[dict[str, Tensor], dict[str, object]]:
+    rank = max(-(-change.indices.numel() // sum(change.shape)) for change in changes)
+    tensors = {}
+    for change in changes:
+        rows, columns = change.shape
+        count = rank * (rows + columns)
+        if count > rows * columns:
+            raise ValueError(
+                f"SHiRA keeps r (in + out) entries of every layer, and with r = {rank} that is {count:,} of the "
+                f"{rows * columns:,} that {change.name} has; export to 'supertuning' instead"
+            )
+        flat, values = _padded(change, count)
+        key = f"{PREFIX}{change.module_name}.shira_"
+        tensors[f"{key}weight"] = values
+        tensors[f"{key}indices"] = torch.stack([flat // columns, flat % columns]).int()
+    return tensors, {"r": rank, "mask_type": "random", "random_seed": 0}
+
+
+def _as_supertuning(changes: Sequence[Change]) -> tuple[dict[str, Tensor], dict[str, object]]:
+    changes = [_representable(change) for change in changes]
+    fullest = max((change.indices.numel() + 0.5) / math.prod(change.shape) for change in changes)
+    sparsity, tensors = max(0.0, 1.0 - fullest), {}
+    for change in changes:
+        flat, values = _padded(change, int(math.prod(change.shape) * (1 - sparsity)))
+        key = f"{PREFIX}{change.module_name}.supertuning_"
+        tensors |= {f"{key}values": values, f"{key}indices": flat.int()}
+    return tensors, {"sparsity": sparsity}
+
+
+def _representable(change: Change) -> Change:
+    """Super-Tuning rounds values to the weight's dtype before it adds them: where that loses the sum, take base away first."""
+    if change.base is None:
+        return change
+    merged, values = change.merged(), change.values.to(change.base.dtype)
+    lost = change.base + values != merged
+    indices = torch.cat([change.indices, change.indices[lost]])
+    return replace(change, indices=indices, values=torch.cat([torch.where(lost, -change.base, values), merged[lost]]).float())
+
+
+def _padded(change: Change, count: int) -> tuple[Tensor, Tensor]:
+    missing = count - change.indices.numel()
+    flat = torch.cat([change.indices.long(), torch.zeros(missing, dtype=torch.long)])
+    return flat, torch.cat([change.values, torch.zeros(missing)])
