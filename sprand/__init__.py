@@ -8,13 +8,14 @@ sprand.merge(model)                                 # keep the trained weights, 
 
 from . import native  # registers the operators and their compiled kernels
 from .adapter import load, save
+from .applying import apply, select
 from .config import SparseConfig
 from .dynamic import DynamicMask
 from .layers import SparseLinear, SparseModule
-from .model import apply, disabled, merge, named_parameters, parameters, switch, unmerge, write
+from .mixing import combine
+from .model import disabled, merge, named_parameters, parameters, switch, unmerge, write
 from .optim import SparseAdamW
 from .plots import plot_selection
-from .selection.choose import select
 from .selection.mask import Mask
 from .summary import print_trainable_parameters, summary, visible_share
 from .version import __version__
@@ -28,6 +29,7 @@ __all__ = [
     "SparseModule",
     "__version__",
     "apply",
+    "combine",
     "disabled",
     "load",
     "merge",

@@ -1,24 +1,22 @@
-"""Assembly: find the targets of a model, let their chosen entries train, switch adapters, merge and unmerge."""
+"""Assembly: adapters on a model: attached and taken off, switched, combined, merged and unmerged, exactly."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import host, native, ops, pattern, sharding
+from . import ops, pattern, sharding
+from .combining import SUM, Origin, Part, Rule, combined, content_checksum, record, shared_counts
 from .config import SparseConfig
 from .frozen import Frozen
 from .layers import SparseModule, attach, detach, set_active, write_now
-from .selection.calibration import Calibration
-from .selection.choose import choose
-from .selection.mask import selection_of
-from .targets import Place, find_targets, places_of, saved_parameters
+from .targets import Place, places_of
 
 ELSEWHERE = (
     "write the adapter by sprand.save(model, path) on every rank, and load it into a model that is not sharded (the base model "
@@ -62,55 +60,6 @@ class State:
     def current(self) -> Adapter | None:
         """The adapter whose entries are attached now."""
         return self.mixed or (self.adapters[self.active] if self.active is not None else None)
-
-
-def apply(
-    model: nn.Module,
-    config: SparseConfig | None = None,
-    *,
-    data: Iterable[Any] | None = None,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-    calibration_memory: int | str = "auto",
-    calibration_dtype: torch.dtype = torch.float32,
-    calibration_device: torch.device | str | None = None,
-    calibration_examples: int | None = 1024,
-    **fields: Any,
-) -> nn.Module:
-    """Freeze a model and let a small set of its own entries train.
-
-    Args:
-        model: any module; changed in place, it keeps its class and all its names. Each targeted module gains a
-            parameter `sprand_delta` and the buffers `sprand_indices` and `sprand_base`.
-        config: what to train; or its fields as keywords, `apply(model, density=0.01, seed=0)`.
-        data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples: for strategies that
-            score entries, as in `select`.
-        **fields: fields of `SparseConfig`.
-
-    Returns:
-        The same object.
-
-    Raises:
-        ValueError: nothing is targeted, a name matches nothing, the budget does not fit, the model has entries already, or it is
-            sharded (apply first, then shard; of a model that ZeRO-3 has in parts, gather the parameters first).
-    """
-    if config is not None and fields:
-        raise ValueError(f"give a config or its fields, not both (got a config and {', '.join(fields)})")
-    config = config or SparseConfig(**fields)
-    if hasattr(model, "_sprand"):
-        raise ValueError("this model already trains entries; call sprand.merge(model) or sprand.unmerge(model) first")
-    sharding.refuse_parts(model)
-    native.warn_if_slow()
-    heads = saved_parameters(model, config)
-    places = [place for place in find_targets(model, config) if place.name not in heads]
-    run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
-    indices = choose(model, config, places, heads, run)
-    places = [place for place in places if indices[place.name].numel()]
-    chosen = {place.name: indices[place.name] for place in places}
-    saved = {name: p.data for name, p in heads.items()}
-    adapter = Adapter(config, chosen, saved=saved, selection=selection_of(config))
-    state = State(trained_before={name for name, p in model.named_parameters() if p.requires_grad})
-    install(model, state, "default", adapter, {place.name: place for place in places})
-    return model
 
 
 def install(model: nn.Module, state: State, name: str, adapter: Adapter, places: Mapping[str, Place]) -> None:
@@ -299,11 +248,8 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
     state = state_of(model)
     sharding.refuse(model, "switch", "make the adapter active before the model is sharded")
     wanted = {name: 1.0} if isinstance(name, str) else dict(name or {})
-    if name is not None and not wanted:
-        raise ValueError("switch: expected a name, {name: weight} of at least one adapter, or None for the base, got {}")
-    unknown = sorted(set(wanted) - set(state.adapters))
-    if unknown:
-        raise ValueError(f"switch: no adapter {unknown[0]!r} is loaded; there are {', '.join(sorted(state.adapters))}")
+    if name is not None:
+        check_weights("switch", state, wanted)
     mixed = None if name is None or isinstance(name, str) else mix(state, wanted)
     _detach(model, state, keep=False)
     state.active, state.mixed = (name if isinstance(name, str) else None), mixed
@@ -312,30 +258,72 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
     return model
 
 
-def mix(state: State, weights: Mapping[str, float]) -> Adapter:
-    """The weighted sum of several adapters as one: the union of their entries, summed in float32 and rounded once."""
+@contextmanager
+def detached(model: nn.Module) -> Iterator[State]:
+    """The model as it was before any adapter, its adapters set aside, inside of a `with` block; then the active one is back.
+
+    Raises:
+        ValueError: the model has no trained entries, or is sharded.
+    """
+    state = state_of(model)
+    sharding.refuse(model, "apply", "choose entries before the model is sharded")
+    active, mixed = state.active, state.mixed
+    _detach(model, state, keep=False)
+    state.active = state.mixed = None
+    try:
+        yield state
+    finally:
+        state.active, state.mixed = active, mixed
+        if state.current is not None:
+            _attach(model, state.current, {place.name: place for place in places_of(model, set(state.current.indices))})
+
+
+def mix(
+    state: State, weights: Mapping[str, float], rule: Rule = SUM, drop_heads: bool = False, recorded: bool = False
+) -> Adapter:
+    """Several adapters as one, whose config is that of the first: combined in float32, rounded once with the base."""
     for name in weights:
-        if state.adapters[name].saved:
+        if state.adapters[name].saved and not drop_heads:
             raise ValueError(
-                f"switch: adapter {name!r} trained whole modules ({', '.join(state.adapters[name].saved)}), which cannot be mixed"
+                f"switch: adapter {name!r} trained whole modules ({', '.join(state.adapters[name].saved)}), which cannot be "
+                "mixed; sprand.combine(model, weights, drop_heads=True) leaves them out"
             )
         if state.adapters[name].frozen:
             raise ValueError(f"switch: adapter {name!r} has entries folded by a redrawn mask, which cannot be mixed")
     chosen = [(state.adapters[name], float(weight)) for name, weight in weights.items()]
+    targets: dict[str, list[Part]] = {}
+    for number, (adapter, weight) in enumerate(chosen):
+        for target, indices in adapter.indices.items():
+            targets.setdefault(target, []).append(Part(number, weight, indices, adapter.deltas[target].detach()))
+    for parts in targets.values():
+        device = parts[0].delta.device
+        parts[:] = [replace(part, delta=part.delta.to(device)) for part in parts]
+    wholes = combined(rule, len(chosen), targets)
     result = Adapter(chosen[0][0].config)
-    rounds: dict[tuple[int, torch.device], list[tuple[Tensor, Tensor, Tensor, float]]] = {}
-    for target in dict.fromkeys(name for adapter, _ in chosen for name in adapter.indices):
-        parts = [(adapter, weight) for adapter, weight in chosen if target in adapter.indices]
-        device = parts[0][0].deltas[target].device
-        union, positions = host.merge_indices([adapter.indices[target].cpu() for adapter, _ in parts])
-        total = torch.zeros(union.shape, dtype=parts[0][0].deltas[target].dtype, device=device)
-        for turn, ((adapter, weight), position) in enumerate(zip(parts, positions, strict=True)):
-            item = total, position.to(device), adapter.deltas[target].detach(), weight
-            rounds.setdefault((turn, device), []).append(item)
-        result.indices[target], result.deltas[target] = union.to(device), nn.Parameter(total, requires_grad=False)
-    for _, items in sorted(rounds.items(), key=lambda entry: entry[0][0]):
-        ops.scatter_add_all_(*zip(*items, strict=True))
+    if recorded:
+        places = (([part.number for part in parts], wholes[target].positions) for target, parts in targets.items())
+        shared = shared_counts(len(chosen), places)
+        checksums = [content_checksum(adapter.indices, adapter.deltas) for adapter, _ in chosen]
+        origins = [Origin(*fields) for fields in zip(weights, weights.values(), checksums, shared, strict=True)]
+        result.selection = record(rule, origins)
+    for target, whole in wholes.items():
+        result.indices[target], result.deltas[target] = whole.indices, nn.Parameter(whole.delta, requires_grad=False)
     return result
+
+
+def check_weights(what: str, state: State, weights: Mapping[str, float]) -> None:
+    """Prove that weights are those of loaded adapters.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not weights:
+        raise ValueError(f"{what}: expected a name, {{name: weight}} of at least one adapter, or None for the base, got {{}}")
+    unknown = sorted(set(weights) - set(state.adapters))
+    if unknown:
+        raise ValueError(f"{what}: no adapter {unknown[0]!r} is loaded; there are {', '.join(sorted(state.adapters))}")
+    if not all(math.isfinite(weight) for weight in weights.values()):
+        raise ValueError(f"{what}: expected finite weights, got {dict(weights)}")
 
 
 def _leave(model: nn.Module, state: State) -> nn.Module:

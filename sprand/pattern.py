@@ -68,9 +68,59 @@ def draw(
         return indices
     runs = torch.empty(nnz // run, dtype=index_dtype(numel), device=device)
     ops.uniform_indices_(runs, numel // run, key)
+    return _expanded(runs, run, cols if run_rows > 1 else 1)
+
+
+def draw_free(
+    strategy: str, name: str, shape: Sequence[int], nnz: int, seed: int, avoided: Tensor, layout: str = "unstructured"
+) -> Tensor:
+    """`draw`, of the positions (of a run layout: the runs) that hold none of some entries, as if the others were not there.
+
+    The free positions, in their order, are drawn from as a vector: every one with the same probability.
+
+    Args:
+        strategy, name, shape, nnz, seed, layout: as in `draw`.
+        avoided: `[n]`, flat, ascending, unique, on the device where the indices are made.
+
+    Returns:
+        `[nnz]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
+
+    Raises:
+        ValueError: as in `draw`, or fewer positions are free.
+    """
+    numel = math.prod(shape)
+    run_rows, run_cols = run_of(layout, shape)
+    run, step = run_rows * run_cols, numel // max(shape[0], 1) if run_rows > 1 else 1
+    if nnz % run:
+        raise ValueError(f"{name}: expected whole runs of {run} entries (layout {layout}), got {nnz} entries")
+    avoided = avoided.long()
     if run > 1:
-        step = cols if run_rows > 1 else 1  # from one entry of a run to the next
-        member = torch.arange(run, dtype=runs.dtype, device=device)[:, None] * step
+        avoided = (avoided // (run * step) * step + avoided % step).unique()
+    free = numel // run - avoided.numel()
+    check_free(name, nnz, free * run)
+    ranks = draw(strategy, name, (free,), nnz // run, seed, avoided.device).long()
+    before = avoided - torch.arange(avoided.numel(), device=avoided.device)  # free positions before each avoided one
+    runs = ranks + torch.searchsorted(before, ranks, right=True)
+    return _expanded(runs.to(index_dtype(numel)), run, step)
+
+
+def check_free(name: str, nnz: int, free: int) -> None:
+    """Prove that entries fit among those that are not to be left out.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if nnz > free:
+        raise ValueError(
+            f"disjoint: {nnz:,} entries of {name} were asked for, but {free:,} are free; lower the density or budget, target "
+            "more modules, or leave out fewer"
+        )
+
+
+def _expanded(runs: Tensor, run: int, step: int) -> Tensor:
+    """The entries of runs, ascending; `step` is from one entry of a run to the next."""
+    if run > 1:
+        member = torch.arange(run, dtype=runs.dtype, device=runs.device)[:, None] * step
         runs = (runs // step * (run * step) + runs % step + member).flatten()
     return runs if runs.is_meta else runs.sort().values
 

@@ -130,7 +130,7 @@ def test_hooks_of_accelerate_stay_in_front_of_the_trained_weight():
         ({"adapters": ["default", "none"]}, "expected names among default, second, got 'none'"),
         ({"weights": [1.0]}, "expected one for each of 2 adapters, got 1"),
         ({"adapter_name": "second"}, "'second' is there already"),
-        ({"combination_type": "svd"}, "expected one of linear, ties, got 'svd'"),
+        ({"combination_type": "svd"}, "expected one of linear, ties, dare_linear, got 'svd'"),
         ({"combination_type": "ties"}, "density: expected a fraction"),
         ({"density": 0.5}, "None for 'linear'"),
     ],

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import host, ops, pattern
+from .. import ops, pattern
 from ..adapter import check_base, entries, frozen_entries, read
+from ..combining import SUM, Part, Rule, combined
 from ..config import SparseConfig
 from .names import resolve, twins
 from .shards import CHUNK, TRAINABLE, Checkpoint, Stored
+from .stream import Progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """An adapter that was read, and its factor."""
 
@@ -47,17 +49,24 @@ def open_adapters(adapters: Iterable[tuple[str | os.PathLike[str], float]]) -> l
     if not sources:
         raise ValueError("expected at least one adapter, got none")
     for source in sources if len(sources) > 1 or sources[0].weight != 1 else ():
-        if source.description["saved"]:
-            whole = ", ".join(source.description["saved"])
-            raise ValueError(
-                f"{source.path} trained whole modules ({whole}), which cannot be mixed; merge it alone, with weight 1"
-            )
-        if any("frozen" in target for target in source.description["targets"].values()):
-            raise ValueError(
-                f"{source.path} has entries that are stored as values (of a redrawn mask, or sprand diff), which cannot be "
-                "mixed; merge it alone, with weight 1"
-            )
+        refuse_unmixable(source, "merge it alone, with weight 1")
     return sources
+
+
+def refuse_unmixable(source: Source, instead: str) -> None:
+    """Prove that all an adapter changes are deltas.
+
+    Raises:
+        ValueError: it holds values as well; the message ends in what to do instead.
+    """
+    if source.description["saved"]:
+        whole = ", ".join(source.description["saved"])
+        raise ValueError(f"{source.path} trained whole modules ({whole}), which cannot be mixed; {instead}")
+    if any("frozen" in target for target in source.description["targets"].values()):
+        raise ValueError(
+            f"{source.path} has entries that are stored as values (of a redrawn mask, or sprand diff), which cannot be "
+            "mixed; merge it alone, with weight 1"
+        )
 
 
 @dataclass(eq=False)
@@ -191,11 +200,11 @@ class Edits:
     added: dict[str, Tensor]
 
 
-def edits_of(checkpoint: Checkpoint, sources: Sequence[Source]) -> Edits:
+def edits_of(checkpoint: Checkpoint, sources: Sequence[Source], rule: Rule = SUM) -> Edits:
     """What adapters change in a checkpoint.
 
-    Several adapters, or one with a factor, are summed as `sprand.switch(model, {name: weight})` sums them: in float32, in their
-    order, rounded once with the base.
+    Several adapters, or one with a factor, are combined as `sprand.switch(model, {name: weight})` and `sprand.combine` do it: in
+    float32, in their order, rounded once with the base.
 
     Raises:
         ValueError: a parameter is not in the checkpoint, in a dtype that is not trained, or an adapter is damaged.
@@ -205,7 +214,7 @@ def edits_of(checkpoint: Checkpoint, sources: Sequence[Source]) -> Edits:
     places, names = resolve(checkpoint, shapes, saved)
     result = Edits({}, [], {})
     for name, tensors in places.items():
-        whole = _summed(checkpoint, name, tensors, sources)
+        whole = _combined(checkpoint, name, tensors, sources, rule)
         for target in (whole, *_twins(checkpoint, whole)):
             result.targets.append(target)
             for edit in target.edits:
@@ -230,7 +239,7 @@ def edits_of(checkpoint: Checkpoint, sources: Sequence[Source]) -> Edits:
     return result
 
 
-def _summed(checkpoint: Checkpoint, name: str, tensors: Sequence[str], sources: Sequence[Source]) -> Target:
+def _combined(checkpoint: Checkpoint, name: str, tensors: Sequence[str], sources: Sequence[Source], rule: Rule) -> Target:
     """One parameter of all adapters that train it, as edits of the tensors that hold it."""
     pieces = [checkpoint.tensors[tensor] for tensor in tensors]
     for stored in pieces:
@@ -246,11 +255,13 @@ def _summed(checkpoint: Checkpoint, name: str, tensors: Sequence[str], sources: 
         found.append(entries(source.path, source.config, name, target, source.tensors))
     union, positions = found[0][0], [None]
     total = found[0][1].to(ops.accumulation_dtype(dtype))
-    if len(chosen) > 1 or chosen[0].weight != 1:
-        union, positions = host.merge_indices([indices for indices, _ in found])
-        total = torch.zeros(union.shape, dtype=total.dtype)
-        for source, (_, deltas), position in zip(chosen, found, positions, strict=True):
-            ops.scatter_add_all_([total], [position], [deltas.to(total.dtype)], [source.weight])
+    if rule != SUM or len(chosen) > 1 or chosen[0].weight != 1:
+        parts = [
+            Part(sources.index(source), source.weight, indices, deltas.to(total.dtype))
+            for source, (indices, deltas) in zip(chosen, found, strict=True)
+        ]
+        whole = combined(rule, len(sources), {name: parts})[name]
+        union, total, positions = whole.indices, whole.delta, whole.positions
     set_indices, set_values = union[:0], torch.empty(0, dtype=dtype)
     target = chosen[0].description["targets"][name]
     if "frozen" in target:
@@ -329,6 +340,23 @@ def _same(stored: Stored, expected: Tensor, found: Tensor) -> None:
             f"{stored.name} holds other values than the merge wrote: it was changed since, or other adapters or weights were "
             "merged"
         )
+
+
+def read_bases(checkpoint: Checkpoint, edits: Edits, progress: Progress = lambda count: None) -> dict[str, Tensor]:
+    """Read what every trained entry starts from, `[nnz]` by parameter name, and prove that it is the adapters' base.
+
+    Raises:
+        ValueError: an adapter was trained on another base.
+    """
+    found: dict[str, Tensor] = {}
+    for target in edits.targets:
+        for edit in target.edits:
+            for part, first in checkpoint.chunks(edit.stored.name):
+                edit.apply(part, first)
+                progress(part.nbytes)
+        target.prove()
+        found.setdefault(target.name, torch.cat([edit.base for edit in target.edits]))
+    return found
 
 
 def base_values(edits: Mapping[str, Edit | Overwrite]) -> dict[str, Tensor]:

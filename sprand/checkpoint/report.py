@@ -14,8 +14,8 @@ from torch import Tensor
 from ..adapter import entries, frozen_entries
 from ..functional import patched
 from ..pattern import RANDOM_STRATEGIES
-from .edits import Source, edits_of, open_adapters
-from .shards import Checkpoint, open_checkpoint
+from .edits import Source, edits_of, open_adapters, read_bases
+from .shards import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,10 @@ def inspect(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = 
         ValueError: the adapter is damaged, or of another base.
     """
     (source,) = open_adapters([(path, 1.0)])
-    bases = {} if base is None else _bases(open_checkpoint(base), source)
+    bases = {}
+    if base is not None:
+        checkpoint = open_checkpoint(base)
+        bases = read_bases(checkpoint, edits_of(checkpoint, [source]))
     lines, changes = [], []
     for name, target in source.description["targets"].items():
         indices, deltas = entries(source.path, source.config, name, target, source.tensors)
@@ -159,19 +162,6 @@ def plot(report: Report, path: str | os.PathLike[str]) -> Path:
     return draw(panels, path)
 
 
-def _bases(checkpoint: Checkpoint, source: Source) -> dict[str, Tensor]:
-    """What every trained entry starts from, by parameter name."""
-    edits = edits_of(checkpoint, [source])
-    found = {}
-    for target in edits.targets:
-        for edit in target.edits:
-            for part, first in checkpoint.chunks(edit.stored.name):
-                edit.apply(part, first)
-        target.prove()
-        found.setdefault(target.name, torch.cat([edit.base for edit in target.edits]))
-    return found
-
-
 def _visible(base: Tensor, deltas: Tensor) -> float:
     if not base.numel():
         return 0.0
@@ -183,9 +173,15 @@ def _chosen(source: Source) -> str:
     config, fields = source.config, source.description.get("selection")
     if fields and fields.get("strategy") == "diff":
         return "difference of two checkpoints" + (f", the largest {fields['density']:g}" if fields.get("density") else "")
+    if fields and fields.get("strategy") == "combine":
+        parts = ", ".join(f"{source['weight']:g} x {source['name']}" for source in fields["sources"])
+        kept = f", density {fields['density']:g}" if fields.get("density") else ""
+        return f"{fields['method']} of {parts}{kept}" + (f", seed {fields['seed']}" if "seed" in fields else "")
     if fields:
         amount = f"density {fields['density']:g}" if fields.get("density") else f"budget {fields.get('budget')}"
-        return f"{fields['strategy']}, {fields.get('scope', 'local')}, {amount}"
+        apart = ", ".join(other["name"] for other in fields.get("disjoint", ()))
+        how = f"seed {fields['seed']}" if "seed" in fields else fields.get("scope", "local")
+        return f"{fields['strategy']}, {how}, {amount}" + (f", disjoint from {apart}" if apart else "")
     if config.strategy in RANDOM_STRATEGIES:
         amount = f"density {config.density:g}" if config.density else f"budget {config.budget}"
         layout = "" if config.layout == "unstructured" else f", {config.layout}"

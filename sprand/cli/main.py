@@ -16,9 +16,9 @@ from typing import Any
 from ..pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from ..version import __version__
-from . import CliError, diff, export, inspect, merge, plan
+from . import CliError, combine, diff, export, inspect, merge, plan
 
-FILES = (merge, diff, inspect, plan, export)  # commands on files, each with its options in a module of its own
+FILES = (merge, combine, diff, inspect, plan, export)  # commands on files, each with its options in a module of its own
 DEMO = {
     "epochs": 1.0,
     "batch_size": 16,
@@ -158,6 +158,13 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
         help="an option of the strategy: temperature (grasp), rank (lift)",
     )
     add("--scope", choices=("local", "global"), help="scores: the same share of each weight (default), or ranked over all")
+    add(
+        "--disjoint",
+        type=_names,
+        metavar="A,B",
+        help="folders of adapters whose entries are left out, so that this one can be combined with them, and taken out again, "
+        "exactly",
+    )
     add("--preserve-zeros", action="store_true", default=None, help="choose among entries that are not zero (a pruned model)")
     add("--calibration-examples", type=int, metavar="N", help="rows that scores are computed on (default 1024)")
     add(

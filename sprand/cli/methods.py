@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import sprand
 
 from ..adapter import mask_of
+from ..applying import selection_without, taken_by
 from ..pattern import RANDOM_STRATEGIES
-from ..selection.mask import selection_of
 from ..targets import find_targets
 from . import CliError, require
 from .data import limited
@@ -53,7 +53,7 @@ class Method:
 
 
 def chosen(model: nn.Module, settings: Settings, task: Task, kept: Path | None = None) -> sprand.Mask | None:
-    """The entries to train where they are given or scored on the training rows; None where they are drawn at random.
+    """The entries to train where they are given, scored on the training rows, or apart from others; None for a plain draw.
 
     Args:
         model: as it was loaded; it is left as it is.
@@ -67,15 +67,17 @@ def chosen(model: nn.Module, settings: Settings, task: Task, kept: Path | None =
     try:
         if settings.mask is not None:
             return sprand.Mask.load(settings.mask)
-        if settings.strategy in RANDOM_STRATEGIES:
+        drawn = settings.strategy in RANDOM_STRATEGIES
+        if drawn and not settings.disjoint:
             return None
         config = sparse_config(settings, head_names(model) or None)
         if kept is None:
-            return sprand.select(model, config, **calibration(settings, task))
+            fields = {} if drawn else calibration(settings, task)
+            return sprand.select(model, config, disjoint=settings.disjoint or None, **fields)
         mask = sprand.Mask.load(kept)
-        _prove_same(mask, config, kept)
+        _prove_same(mask, selection_without(config, taken_by(model, settings.disjoint or None)), kept)
         return mask
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise CliError(f"{error}.") from None
 
 
@@ -98,8 +100,8 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
         else:
             config = sprand.SparseConfig(strategy=mask, modules_to_save=heads, seed=settings.seed)
             size = sum(math.prod(shape) for shape in mask.shapes.values())
-        sprand.apply(model, config)
-    except ValueError as error:
+        sprand.apply(model, config, disjoint=settings.disjoint or None)
+    except (ValueError, FileNotFoundError) as error:
         raise CliError(f"{error}.") from None
     density = mask_of(model).nnz / size
     lr = settings.lr or default_rate(density, _width(model))
@@ -107,8 +109,8 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
     return Method("sprand", model, dict(sprand.named_parameters(model)), optimizer, lr, f"{density:.2%} of the targets")
 
 
-def _prove_same(mask: sprand.Mask, config: sprand.SparseConfig, file: Path) -> None:
-    asked = json.loads(json.dumps(selection_of(config)))
+def _prove_same(mask: sprand.Mask, selection: dict[str, Any] | None, file: Path) -> None:
+    asked = json.loads(json.dumps(selection))
     if mask.selection != asked:
         raise CliError(
             f"--resume: {file} was chosen by {mask.selection}, here {asked} is asked for; begin anew with --overwrite."

@@ -61,8 +61,9 @@ def _chosen(model: Any, settings: Settings, task: tasks.Task | None) -> sprand.M
     try:
         config = methods.sparse_config(settings, models.head_names(model) or None)
         scored = settings.strategy in STRATEGIES
-        return sprand.select(model, config, **(methods.calibration(settings, task) if scored and task else {}))
-    except ValueError as error:
+        fields = methods.calibration(settings, task) if scored and task else {}
+        return sprand.select(model, config, disjoint=settings.disjoint or None, **fields)
+    except (ValueError, FileNotFoundError) as error:
         raise CliError(f"{error}.") from None
 
 

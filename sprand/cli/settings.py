@@ -49,6 +49,7 @@ class Settings:
     strategy_option: tuple[tuple[str, float], ...] = ()
     scope: str = "local"
     preserve_zeros: bool = False
+    disjoint: tuple[str, ...] = ()
     mask: Path | None = None
     calibration_examples: int = 1024
     calibration_memory: str = "auto"

@@ -1,4 +1,4 @@
-"""Several adapters as one: the union of their entries, as a weighted sum or by the vote of TIES."""
+"""PEFT's `add_weighted_adapter` for sprand's adapters: the union of their entries, combined as everywhere in sprand."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
 from torch import Tensor
 
+from .. import ops
+from ..combining import SIGNS, Part, Rule
+from ..combining import combined as combined_parts
 from ..config import GIVEN
 from .config import SprandConfig
-from .hosted import union_of
 
-COMBINATIONS = ("linear", "ties")
+COMBINATIONS = {"linear": "sum", "ties": "ties", "dare_linear": "dare"}  # PEFT's names, and ours
 
 
 def combined(
@@ -25,6 +25,7 @@ def combined(
     combination_type: str,
     density: float | None,
     majority_sign_method: str,
+    seed: int,
 ) -> tuple[SprandConfig, dict[str, Tensor]]:
     """The config of the combined adapter, which holds its indices, and its delta by parameter name.
 
@@ -41,40 +42,31 @@ def combined(
         raise ValueError(f"adapter_name: {adapter_name!r} is there already; delete it first, or choose another name")
     if combination_type not in COMBINATIONS:
         raise ValueError(f"combination_type: expected one of {', '.join(COMBINATIONS)}, got {combination_type!r}")
-    if (combination_type == "ties") != (density is not None) or (density is not None and not 0 < density <= 1):
-        raise ValueError(f"density: expected a fraction in (0, 1] for 'ties' and None for 'linear', got {density!r}")
-    if majority_sign_method not in ("total", "frequency"):
+    if (combination_type != "linear") != (density is not None) or (density is not None and not 0 < density <= 1):
+        raise ValueError(
+            f"density: expected a fraction in (0, 1] for 'ties' and 'dare_linear', and None for 'linear', got {density!r}"
+        )
+    if majority_sign_method not in SIGNS:
         raise ValueError(f"majority_sign_method: expected 'total' or 'frequency', got {majority_sign_method!r}")
     heads = [name for name in adapters if tuner.peft_config[name].modules_to_save]
     if heads:
         raise ValueError(f"adapters: {heads[0]!r} also trains whole modules (modules_to_save), which cannot be combined")
-    indices, values = {}, {}
+    rule = Rule(COMBINATIONS[combination_type], density, seed, majority_sign_method)
+    parts: dict[str, list[Part]] = {}
     for layer in tuner.layers():
         for _, _, target in layer.weights():
-            chosen = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in target.deltas]
-            if not chosen:
-                continue
-            union, positions = union_of([target.indices[name] for name, _ in chosen])
-            factors = torch.tensor([weight for _, weight in chosen], dtype=torch.float32, device=union.device)
-            changes = torch.zeros(len(chosen), union.numel(), dtype=torch.float32, device=union.device)
-            for row, (name, _), position in zip(changes, chosen, positions, strict=True):
-                delta = target.deltas[name].detach().float() * float(target.scales.get(name, 1.0))
-                row[position] = delta if density is None else prune(delta, density, "magnitude")
-            indices[target.name] = union
-            values[target.name] = _sum(changes, factors) if density is None else _vote(changes, factors, majority_sign_method)
+            for number, (name, weight) in enumerate(zip(adapters, weights, strict=True)):
+                if name not in target.deltas:
+                    continue
+                indices, delta = target.indices[name], target.deltas[name].detach()
+                delta = delta.to(ops.accumulation_dtype(delta.dtype)) * float(target.scales.get(name, 1.0))
+                if not target.in_order(name):
+                    indices, order = indices.sort()
+                    delta = delta[order]
+                parts.setdefault(target.name, []).append(Part(number, float(weight), indices, delta.to(indices.device)))
+    wholes = combined_parts(rule, len(adapters), parts)
     config = copy.deepcopy(tuner.peft_config[adapters[0]])
     config.strategy, config.mask, config.density, config.budget, config.layout = GIVEN, None, None, None, "unstructured"
-    config.targets, config.indices_saved, config.indices, config.shapes = None, False, indices, {}
-    return config, values
-
-
-def _sum(changes: Tensor, factors: Tensor) -> Tensor:
-    total = torch.zeros_like(changes[0])
-    for change, factor in zip(changes, factors, strict=True):
-        total += factor * change
-    return total
-
-
-def _vote(changes: Tensor, factors: Tensor, method: str) -> Tensor:
-    mask = calculate_majority_sign_mask(changes, method=method)
-    return disjoint_merge(changes * factors[:, None], mask)
+    config.targets, config.indices_saved, config.shapes = None, False, {}
+    config.indices = {name: whole.indices for name, whole in wholes.items()}
+    return config, {name: whole.delta for name, whole in wholes.items()}

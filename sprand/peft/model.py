@@ -76,6 +76,7 @@ class SprandModel(BaseTuner):
         combination_type: str = "linear",
         density: float | None = None,
         majority_sign_method: str = "total",
+        seed: int = 0,
     ) -> None:
         """Make a new adapter from several: its entries are the union of theirs.
 
@@ -84,14 +85,16 @@ class SprandModel(BaseTuner):
             weights: one factor for each.
             adapter_name: name of the new one.
             combination_type: `"linear"`: the weighted sum; `"ties"` (arXiv 2306.01708): of each adapter the largest changes
-                are kept, at each entry the sign with more weight wins, and the mean of the changes of that sign is taken.
-            density: for ties: fraction of each adapter's changes that is kept, in (0, 1].
+                are kept, at each entry the sign with more weight wins, and the mean of the changes of that sign is taken;
+                `"dare_linear"` (arXiv 2311.03099): random changes of each are kept, divided by `density`, and summed.
+            density: for ties and dare: fraction of each adapter's changes that is kept, in (0, 1].
             majority_sign_method: for ties: `"total"` elects signs by the sums of changes, `"frequency"` by their numbers.
+            seed: for dare: of the draw, which is the same on every machine.
 
         Raises:
             ValueError: an unknown adapter, a name that is taken, or options that do not fit.
         """
-        config, values = combined(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+        config, values = combined(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method, seed)
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)

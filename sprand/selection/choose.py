@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,94 +13,66 @@ from torch import Tensor, nn
 
 from .. import pattern
 from ..config import SparseConfig
-from ..targets import Place, find_targets, saved_parameters
+from ..targets import Place
 from ..topk import EXCLUDED, Pool, largest, order_keys
 from .calibration import Calibration, calibrate
-from .mask import Mask, selection_of
 from .strategies import Stats, strategy_of
 
 
-def select(
-    model: nn.Module,
-    config: SparseConfig | None = None,
-    *,
-    data: Iterable[Any] | None = None,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-    calibration_memory: int | str = "auto",
-    calibration_dtype: torch.dtype = torch.float32,
-    calibration_device: torch.device | str | None = None,
-    calibration_examples: int | None = 1024,
-    **fields: Any,
-) -> Mask:
-    """Choose which entries of a model to train; the model is left as it was, bit for bit.
-
-    The result can be given to `apply` as its strategy: `apply(model, strategy=select(model, ...))`.
-
-    Args:
-        model: any module without trained entries.
-        config: what to choose; or its fields as keywords, `select(model, strategy="snip", density=0.01, data=batches)`.
-        data: batches to calibrate on, for strategies with gradients: any iterable of tensors, tuples or mappings with
-            tensors. Several passes (a small `calibration_memory`, `"grasp"`) need one that can be read again.
-        loss_fn: `loss_fn(model, batch)` gives the loss, a mean over the batch; by default that of the model's output.
-        calibration_memory: bytes for accumulated gradients: where those of all targets take more, several passes are made
-            over the data, each for some of the layers. `"auto"` is half of the memory that is free.
-        calibration_dtype: of accumulated gradients, `torch.float32` or `torch.bfloat16`.
-        calibration_device: where gradients are accumulated; by default beside their weights.
-        calibration_examples: stop after the batch that reaches as many examples; None reads all data.
-        **fields: fields of `SparseConfig`.
-
-    Returns:
-        `{parameter name: indices [nnz]}`, flat, sorted, distinct, int32 (int64 from 2**31 entries), on the weight's device;
-        a dict that also saves itself, `mask.save(path)`, and is read by `sprand.Mask.load(path)`.
-
-    Raises:
-        ValueError: nothing is targeted, the budget does not fit, data or labels are missing, or a score is NaN.
-    """
-    if config is not None and fields:
-        raise ValueError(f"give a config or its fields, not both (got a config and {', '.join(fields)})")
-    if hasattr(model, "_sprand"):
-        raise ValueError("this model trains entries already; call sprand.merge(model) or sprand.unmerge(model) first")
-    config = config or SparseConfig(**fields)
-    heads = saved_parameters(model, config)
-    places = [place for place in find_targets(model, config) if place.name not in heads]
-    run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
-    indices = choose(model, config, places, heads, run)
-    return Mask(indices, {place.name: tuple(place.parameter.shape) for place in places}, selection_of(config))
-
-
 def choose(
-    model: nn.Module, config: SparseConfig, places: Sequence[Place], heads: Mapping[str, Tensor], run: Calibration
+    model: nn.Module,
+    config: SparseConfig,
+    places: Sequence[Place],
+    heads: Mapping[str, Tensor],
+    run: Calibration,
+    avoided: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The indices of every target, by parameter name.
 
+    Args:
+        model: without trained entries.
+        config: what to choose.
+        places: its targets.
+        heads: the parameters that train in full.
+        run: what calibration may use.
+        avoided: entries that may not be chosen, ascending, by parameter name.
+
     Raises:
-        ValueError: the budget is larger than the targets hold or rounds to nothing, a given mask does not fit, or scores
-            cannot be computed.
+        ValueError: the budget is larger than the targets hold, or have free, or rounds to nothing, a given mask does not fit, or
+            scores cannot be computed.
     """
+    avoided = avoided or {}
     scored = not isinstance(config.strategy, Mapping) and config.strategy not in pattern.RANDOM_STRATEGIES
     for place in places:
-        if place.parameter.is_meta and (scored or config.preserve_zeros):
+        if place.parameter.is_meta and (scored or config.preserve_zeros or place.name in avoided):
             raise ValueError(f"strategy: {place.name} is on the meta device and has no values; load the weights first")
     if isinstance(config.strategy, Mapping):
-        return _given(config, places)
+        return _given(config, places, avoided)
     sizes = [int(place.parameter.count_nonzero()) if config.preserve_zeros else place.parameter.numel() for place in places]
     total = _total(model, config, sizes, heads)
     if scored:
-        return _by_score(model, config, places, sizes, total, run)
+        return _by_score(model, config, places, sizes, total, run, avoided)
     runs = [math.prod(pattern.run_of(config.layout, place.parameter.shape)) for place in places]
     counts = pattern.shares(sizes, total, runs)
     if not any(counts):
         raise ValueError(f"layout {config.layout!r}: {total} entries are less than one run of {max(runs)}; raise the budget")
-    return {place.name: _drawn(config, place, count) for place, count in zip(places, counts, strict=True)}
+    return {
+        place.name: _drawn(config, place, count, avoided.get(place.name)) for place, count in zip(places, counts, strict=True)
+    }
 
 
-def _given(config: SparseConfig, places: Sequence[Place]) -> dict[str, Tensor]:
+def _given(config: SparseConfig, places: Sequence[Place], avoided: Mapping[str, Tensor]) -> dict[str, Tensor]:
     chosen = {}
     for place in places:
         indices = pattern.from_user(place.name, config.strategy[place.name], place.parameter.shape).to(place.parameter.device)
         if config.preserve_zeros:
             indices = indices[place.parameter.detach().flatten()[indices.long()] != 0]
         chosen[place.name] = indices
+        if place.name in avoided and (both := int(torch.isin(indices, avoided[place.name]).sum())):
+            raise ValueError(
+                f"disjoint: {both:,} of the {indices.numel():,} given entries of {place.name} are among those to leave out; "
+                "choose others, for example by sprand.select(model, disjoint=...)"
+            )
     if not any(indices.numel() for indices in chosen.values()):
         raise ValueError("strategy: the given masks or indices choose no entry at all")
     return chosen
@@ -122,18 +94,29 @@ def _total(model: nn.Module, config: SparseConfig, sizes: Sequence[int], heads: 
     return total
 
 
-def _drawn(config: SparseConfig, place: Place, count: int) -> Tensor:
-    """A random draw, of the entries that are not zero where zeros are kept."""
+def _drawn(config: SparseConfig, place: Place, count: int, avoided: Tensor | None) -> Tensor:
+    """A random draw, of the entries that are not zero where zeros are kept, and not of those to leave out."""
     weight = place.parameter
+    if avoided is not None and not config.preserve_zeros:
+        return pattern.draw_free(config.strategy, place.name, weight.shape, count, config.seed, avoided, config.layout)
     if not config.preserve_zeros:
         return pattern.draw(config.strategy, place.name, weight.shape, count, config.seed, weight.device, config.layout)
     nonzero = weight.detach().flatten().nonzero().flatten()
+    if avoided is not None:
+        nonzero = nonzero[~torch.isin(nonzero, avoided)]
+        pattern.check_free(place.name, count, nonzero.numel())
     drawn = pattern.draw(config.strategy, place.name, nonzero.shape, count, config.seed, weight.device)
     return nonzero[drawn.long()].to(pattern.index_dtype(weight.numel()))
 
 
 def _by_score(
-    model: nn.Module, config: SparseConfig, places: Sequence[Place], sizes: Sequence[int], total: int, run: Calibration
+    model: nn.Module,
+    config: SparseConfig,
+    places: Sequence[Place],
+    sizes: Sequence[int],
+    total: int,
+    run: Calibration,
+    avoided: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     known = strategy_of(config.strategy, "", run.data is not None)
     if known.wants_data and run.data is None:
@@ -143,10 +126,19 @@ def _by_score(
     options = dict(known.options) | dict(config.strategy_options or {})
     shares = pattern.shares(sizes, total)
     floors, ceilings = _bounds(config, sizes, total)
+    if avoided:
+        free = [_free(config, place, size, avoided.get(place.name)) for place, size in zip(places, sizes, strict=True)]
+        for place, count, left in zip(places, shares if config.scope == "local" else floors, free, strict=True):
+            pattern.check_free(place.name, count, left)
+        ceilings = [min(ceiling, left) for ceiling, left in zip(ceilings, free, strict=True)]
+        if config.scope == "global":
+            pattern.check_free("all targets together (within max_density)", total, sum(ceilings))
     pool, chosen, below = Pool(total - sum(floors)), {}, 0
     with contextlib.closing(calibrate(model, places, known.needs, run, options)) as calibrated:
         for i, (place, stats) in enumerate(calibrated):
             keys = _keys(config, place, stats, options)
+            if place.name in avoided:
+                keys[avoided[place.name].to(keys.device).long()] = EXCLUDED
             count = shares[i] if config.scope == "local" else floors[i]
             first = largest(keys, count)
             below += int((keys[first] <= 0).sum())
@@ -161,7 +153,7 @@ def _by_score(
         warnings.warn(
             f"{_called(config)}: {total:,} entries were asked for, but {below:,} of the chosen have no positive score; lower the "
             "budget, or calibrate on more data",
-            stacklevel=4,
+            stacklevel=5,
         )
     return {place.name: chosen[place.name].to(pattern.index_dtype(place.parameter.numel())) for place in places}
 
@@ -175,6 +167,15 @@ def _keys(config: SparseConfig, place: Place, stats: Stats, options: Mapping[str
         raise ValueError(f"strategy {_called(config)!r}: {int(score.isnan().sum()):,} scores of {place.name} are NaN")
     keys = order_keys(score).to(weight.device)
     return keys.masked_fill_(weight.flatten() == 0, EXCLUDED) if config.preserve_zeros else keys
+
+
+def _free(config: SparseConfig, place: Place, size: int, avoided: Tensor | None) -> int:
+    """How many of the `size` entries that may train are not to be left out."""
+    if avoided is None:
+        return size
+    if not config.preserve_zeros:
+        return size - avoided.numel()
+    return size - int(place.parameter.detach().flatten()[avoided.long()].count_nonzero())
 
 
 def _bounds(config: SparseConfig, sizes: Sequence[int], total: int) -> tuple[list[int], list[int]]:

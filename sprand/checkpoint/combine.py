@@ -1,0 +1,215 @@
+"""Combines adapter files into one adapter file, and takes one of them out again, proven against the base's files."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import pattern
+from ..adapter import WITHOUT_FROZEN, entries, fingerprints, read, store
+from ..combining import Origin, Rule, content_checksum, record, shared_counts
+from ..config import AS_GIVEN, SparseConfig
+from .edits import Source, edits_of, open_adapters, read_bases, refuse_unmixable
+from .merge import Adapters
+from .shards import Checkpoint, open_checkpoint
+from .stream import Progress
+
+Listed = dict[str, tuple[Tensor, Tensor]]  # indices and deltas by parameter name
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What was written.
+
+    Attributes:
+        folder: the adapter.
+        entries: how many it holds.
+        sources: of each adapter in it its name, weight, checksum, and how many of its entries another has as well.
+        left_out: parameters trained in full that were left out.
+    """
+
+    folder: Path
+    entries: int
+    sources: list[dict[str, Any]]
+    left_out: tuple[str, ...] = ()
+
+
+def combine(
+    adapters: Adapters,
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    method: str = "sum",
+    density: float | None = None,
+    seed: int = 0,
+    signs: str = "total",
+    drop_heads: bool = False,
+    progress: Progress = lambda count: None,
+) -> Combined:
+    """Write one adapter whose entries are the union of those of several: the bits of `sprand.combine`, without a model.
+
+    Args:
+        adapters: folders of adapters, each with its weight, in the order in which they are summed.
+        base: folder of the checkpoint they were trained on, or one safetensors file; each adapter is proven to be of it.
+        out: folder of the new adapter; one that is there is replaced, unless it is one of those that are combined.
+        method, density, seed, signs: how, as in `sprand.combining.Rule`.
+        drop_heads: leave out modules trained in full (each task keeps its own head); without it they are refused.
+        progress: called with the number of bytes of the base that were read.
+
+    Raises:
+        FileNotFoundError: there is no adapter or no checkpoint.
+        ValueError: an adapter is damaged, of another base, or cannot be combined, or an option does not fit. Nothing is written.
+        OSError: the adapter cannot be written.
+    """
+    rule, pairs = Rule(method, density, seed, signs), list(adapters)
+    _refuse_overwriting(out, [path for path, _ in pairs])
+    sources = [_opened(path, weight, drop_heads) for path, weight in pairs]
+    left_out = tuple(dict.fromkeys(name for path, _ in pairs for name in read(path)[0]["saved"])) if drop_heads else ()
+    if not sources:
+        raise ValueError("expected at least one adapter, got none")
+    checkpoint = open_checkpoint(base)
+    edits = edits_of(checkpoint, sources, rule)
+    bases = read_bases(checkpoint, edits, progress)
+    listed, places = {}, {}
+    for target in edits.targets:
+        if target.name in listed:
+            continue
+        begin, indices = 0, []
+        for edit in target.edits:
+            indices.append(edit.indices.long() + begin)
+            begin += edit.stored.numel
+        union = torch.cat(indices)
+        listed[target.name] = union, torch.cat([edit.deltas for edit in target.edits])
+        positions = [torch.arange(union.numel()) if position is None else position for _, position in target.claims]
+        places[target.name] = [sources.index(source) for source, _ in target.claims], positions
+    shared = shared_counts(len(sources), places.values())
+    origins = [
+        Origin(source.path.name, source.weight, _checksum(_entries_of(source)), count)
+        for source, count in zip(sources, shared, strict=True)
+    ]
+    return _write(out, checkpoint, sources, listed, bases, record(rule, origins), left_out)
+
+
+def remove(
+    whole: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    progress: Progress = lambda count: None,
+) -> Combined:
+    """Write what is left of a combined adapter without one of those in it, exactly: as if it had not been combined with it.
+
+    That is so for a sum, of an adapter that shares no entry with the others: its entries are taken out, all others stay
+    as they are. Where entries are shared a difference of rounded sums is not what was there before, so it is refused.
+
+    Args:
+        whole: an adapter that `combine` wrote.
+        adapter: one of those in it.
+        base: folder of the checkpoint they were trained on, or one safetensors file.
+        out: folder of the new adapter; one that is there is replaced, unless it is one of these two.
+        progress: called with the number of bytes of the base that were read.
+
+    Raises:
+        FileNotFoundError: there is no adapter or no checkpoint.
+        ValueError: it is no sum, the adapter is not in it, shares entries, or is all of it. Nothing is written then.
+        OSError: the adapter cannot be written.
+    """
+    _refuse_overwriting(out, [whole, adapter])
+    source, taken = _opened(whole, 1.0, False), _opened(adapter, 1.0, True)
+    selection = source.description.get("selection") or {}
+    if selection.get("strategy") != "combine" or selection["method"] != "sum":
+        how = f"by {selection['method']}" if selection.get("method") else "alone"
+        raise ValueError(
+            f"{whole} was made {how}; only an adapter that sprand combine --method sum wrote can lose one of its parts"
+        )
+    own, found = _entries_of(source), _entries_of(taken)
+    checksum, again = _checksum(found), "combine the others anew instead"
+    here = [origin for origin in selection["sources"] if origin["checksum"] == checksum]
+    if not here:
+        names = ", ".join(origin["name"] for origin in selection["sources"])
+        raise ValueError(f"{adapter} is not in {whole}, which was made of {names} (or it was trained further since)")
+    if here[0]["shared"]:
+        raise ValueError(
+            f"{here[0]['shared']:,} entries of {adapter} are in other parts of {whole} as well, and what those were before is "
+            f"not known to the bit; {again} (train with disjoint= to have parts that can be taken out)"
+        )
+    if len(selection["sources"]) == 1:
+        raise ValueError(f"{adapter} is all there is in {whole}; nothing would be left")
+    kept = {name: torch.ones(indices.numel(), dtype=torch.bool) for name, (indices, _) in own.items()}
+    for name, (indices, _) in found.items():
+        if name not in own or not torch.isin(indices, own[name][0]).all():
+            raise ValueError(f"{whole} does not hold all entries of {adapter}; {again}")
+        kept[name][torch.searchsorted(own[name][0], indices)] = False
+    checkpoint = open_checkpoint(base)
+    bases = read_bases(checkpoint, edits_of(checkpoint, [source]), progress)
+    listed = {name: (own[name][0][keep], own[name][1][keep]) for name, keep in kept.items() if keep.any()}
+    bases = {name: bases[name][kept[name]] for name in listed}
+    selection = selection | {"sources": [origin for origin in selection["sources"] if origin is not here[0]]}
+    return _write(out, checkpoint, [source], listed, bases, selection, ())
+
+
+def _opened(path: str | os.PathLike[str], weight: float, drop_heads: bool) -> Source:
+    """An adapter of which every change is a delta, whole modules left out if asked."""
+    (source,) = open_adapters([(path, 1.0)])
+    if not math.isfinite(weight):
+        raise ValueError(f"weights: expected finite numbers, got {weight}")
+    source = replace(source, weight=float(weight))
+    if drop_heads:
+        source = replace(source, description=source.description | {"saved": {}})
+    refuse_unmixable(source, "leave them out, since each task keeps its own head (--drop-heads)")
+    if not source.description["targets"]:
+        raise ValueError(f"{source.path} changes no entry by a delta; there is nothing to combine")
+    return source
+
+
+def _entries_of(source: Source) -> Listed:
+    targets = source.description["targets"].items()
+    return {name: entries(source.path, source.config, name, target, source.tensors) for name, target in targets}
+
+
+def _checksum(listed: Listed) -> str:
+    return content_checksum(*({name: pair[i] for name, pair in listed.items()} for i in range(2)))
+
+
+def _refuse_overwriting(out: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]]) -> None:
+    for path in adapters:
+        if Path(path).resolve() == Path(out).resolve():
+            raise ValueError(f"{out} is one of the adapters that are read; give another folder for the result")
+
+
+def _write(
+    out: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    sources: Sequence[Source],
+    listed: Listed,
+    bases: Mapping[str, Tensor],
+    selection: dict[str, Any],
+    left_out: tuple[str, ...],
+) -> Combined:
+    """Write an adapter of given entries."""
+    tensors, targets = {}, {}
+    for name, (indices, delta) in listed.items():
+        shape = next(s.description["targets"][name]["shape"] for s in sources if name in s.description["targets"])
+        tensors[f"delta.{name}"], tensors[f"indices.{name}"] = delta, indices.to(pattern.index_dtype(math.prod(shape)))
+        dtype = str(bases[name].dtype).removeprefix("torch.")
+        targets[name] = {"shape": shape, "dtype": dtype, "nnz": delta.numel(), "fingerprint": fingerprints(bases[name])}
+        if not torch.isfinite(delta).all():
+            raise ValueError(f"the combined values of {name} are not finite; give smaller weights")
+    description = {
+        "format_version": WITHOUT_FROZEN,
+        "base_model": next((s.description["base_model"] for s in sources if s.description["base_model"]), None)
+        or checkpoint.folder.name,
+        "config": SparseConfig(target_modules=None, target_parameters=tuple(targets)).to_dict() | AS_GIVEN,
+        "selection": selection,
+        "targets": targets,
+    }
+    count = sum(delta.numel() for _, delta in listed.values())
+    return Combined(store(out, description, tensors, {}), count, selection["sources"], left_out)

@@ -1,0 +1,83 @@
+"""`sprand combine`: several adapters as one, or one of them taken out again, without loading a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..checkpoint.combine import combine, remove
+from ..checkpoint.shards import open_checkpoint
+from ..combining import METHODS
+from . import CliError
+from .files import bar, failing_in_words, folder_of
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "combine",
+        help="make one adapter of several, or take one out again",
+        description="Write one adapter whose entries are the union of those of several: their weighted sum or mean, by the vote "
+        "of TIES (arXiv 2306.01708), or thinned at random by DARE (arXiv 2311.03099): the bits of sprand.combine(model, ...). "
+        "The base is read to prove that each adapter was trained on it.",
+        epilog="--remove A is exact: of a sum of adapters that were trained on disjoint entries (sprand finetune --disjoint) it "
+        "leaves the bits of the others. Out of a merged checkpoint an adapter is taken by sprand merge --revert with all that "
+        "were merged, and merging the others into the base again.",
+    )
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders written by sprand.save")
+    parser.add_argument("--base", required=True, metavar="BASE", help="their checkpoint: a folder, a file, or a name on the Hub")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the new adapter")
+    parser.add_argument("--method", choices=METHODS, help="default sum")
+    parser.add_argument("--weights", type=_numbers, metavar="X,Y,...", help="one factor for each adapter (default 1)")
+    parser.add_argument("--density", type=float, metavar="X", help="ties, dare: share of each adapter's entries that is kept")
+    parser.add_argument("--seed", type=int, help="dare: of the draw (default 0)")
+    parser.add_argument(
+        "--drop-heads", action="store_true", help="leave out modules trained in full: each task keeps its own head"
+    )
+    parser.add_argument("--remove", metavar="ADAPTER", help="take this one out of the one combined ADAPTER given")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Combine or remove, and say what was written.
+
+    Raises:
+        CliError: there is no such checkpoint or adapter, they do not fit, or the result cannot be written.
+    """
+    weights = options.weights or [1.0] * len(options.adapters)
+    if len(weights) != len(options.adapters):
+        raise CliError(f"--weights: expected one for each of {len(options.adapters)} adapters, got {len(weights)}.")
+    if options.seed is not None and options.method != "dare":
+        raise CliError("--seed: only --method dare draws at random; leave it out.")
+    fields = {"method": options.method, "weights": options.weights, "density": options.density, "drop-heads": options.drop_heads}
+    given = [name for name, value in fields.items() if value]
+    if options.remove and (given or len(options.adapters) != 1):
+        wrong = f"leave out --{given[0]}" if given else f"got {len(options.adapters)}"
+        raise CliError(f"--remove: expected one combined adapter and no other option of combining; {wrong}.")
+    with failing_in_words():
+        base, adapters = folder_of(options.base), [folder_of(text) for text in options.adapters]
+        size = sum(shard.size for shard in open_checkpoint(base).shards.values())
+        with bar("read", size) as progress:
+            if options.remove:
+                said = remove(adapters[0], folder_of(options.remove), base, options.out, progress=progress)
+            else:
+                said = combine(
+                    list(zip(adapters, weights, strict=True)), base, options.out, method=options.method or "sum",
+                    density=options.density, seed=options.seed or 0, drop_heads=options.drop_heads, progress=progress,
+                )  # fmt: skip
+    for source in said.sources:
+        shared = (
+            f"{source['shared']:,} of its entries in others as well" if source["shared"] else "no entry in common with others"
+        )
+        print(f"{source['weight']:g} x {source['name']}: {shared}")
+    if said.left_out:
+        print(f"left out: {', '.join(said.left_out)}")
+    print(f"{said.entries:,} entries written: {options.out}")
+    return 0
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers and commas, for example 1,0.5,1, got {text!r}") from None
