@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import pattern
 from ..adapter import WITHOUT_FROZEN, entries, fingerprints, read, store
-from ..combining import Origin, Rule, content_checksum, record, shared_counts
+from ..combining import Origin, Part, Rule, combined, content_checksum, record, shared_counts
 from ..config import AS_GIVEN, SparseConfig
 from .edits import Source, edits_of, open_adapters, read_bases, refuse_unmixable
 from .merge import Adapters
@@ -144,10 +144,12 @@ def remove(
     if len(selection["sources"]) == 1:
         raise ValueError(f"{adapter} is all there is in {whole}; nothing would be left")
     kept = {name: torch.ones(indices.numel(), dtype=torch.bool) for name, (indices, _) in own.items()}
-    for name, (indices, _) in found.items():
-        if name not in own or not torch.isin(indices, own[name][0]).all():
-            raise ValueError(f"{whole} does not hold all entries of {adapter}; {again}")
-        kept[name][torch.searchsorted(own[name][0], indices)] = False
+    parts = {name: [Part(0, here[0]["weight"], *pair)] for name, pair in found.items()}
+    for name, part in combined(Rule(), 1, parts).items():
+        places = torch.searchsorted(own[name][0], part.indices).clamp(max=own[name][0].numel() - 1) if name in own else None
+        if places is None or not all(map(torch.equal, (own[name][0][places], own[name][1][places]), (part.indices, part.delta))):
+            raise ValueError(f"{whole} was trained further since {adapter} was combined into it; {again}")
+        kept[name][places] = False
     checkpoint = open_checkpoint(base)
     bases = read_bases(checkpoint, edits_of(checkpoint, [source]), progress)
     listed = {name: (own[name][0][keep], own[name][1][keep]) for name, keep in kept.items() if keep.any()}
