@@ -17,7 +17,7 @@ from pathlib import Path
 from plots import figure_saved, figure_with
 from quality.merging import Case, combinations, measure, train_all
 from quality.training import TaskPlan
-from report import RESULTS, command_line, markdown, progress, write_markdown
+from report import RESULTS, command_line, markdown, progress, write_csv, write_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = {
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     file = options.out / "combine.csv"
     rows = read(file)
+    write_csv(file, rows, COLUMNS)
     done = {(row["kind"], row["seed"], row["combination"]) for row in rows}
     cases = [Case(kind, seed, options.budget, KINDS[kind]) for seed in options.seeds for kind in options.kinds]
     with progress(len(cases), "combine") as bar:
@@ -144,13 +145,9 @@ def read(file: Path) -> list[dict[str, object]]:
 
 
 def append(file: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Add lines."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = not file.exists()
+    """Add lines; a run that is stopped meanwhile loses these at most."""
     with file.open("a", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
         for row in rows:
             writer.writerow(["" if row[c] is None else f"{row[c]:.6g}" if isinstance(row[c], float) else row[c] for c in COLUMNS])
         out.flush()

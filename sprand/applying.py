@@ -222,7 +222,7 @@ def _taken(item: Entries, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, d
         own[name] = entries(path, config, name, target, tensors)[0]
         if "frozen" in target:
             folded[name] = frozen_entries(path, name, target, tensors)[0]
-    return path.name, _joined(own, folded)
+    return files.label(path), _joined(own, folded)
 
 
 def _check_shape(what: str, name: str, shape: tuple[int, ...] | None, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -57,6 +57,12 @@ def read(file: Path, key: str, what: str) -> tuple[dict[str, Any], dict[str, Ten
     return description, tensors
 
 
+def label(path: Path) -> str:
+    """A short name for an adapter's place: its folder's, with the one above where that is what `sprand finetune` calls it."""
+    parts = path.resolve().parts
+    return "/".join(parts[-2:]) if parts[-1] == "adapter" else parts[-1]
+
+
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """One hash of names, shapes and values."""
     return digest(part for name in sorted(tensors) for part in (f"{name} {list(tensors[name].shape)}", tensors[name]))

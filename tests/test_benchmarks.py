@@ -223,3 +223,33 @@ def test_wire_counts_what_each_method_sends(tmp_path: Path, monkeypatch: pytest.
     sharded = rows["fsdp2", "sprand@0.01"]
     assert int(sharded["gradient_bytes"]) < int(rows["fsdp2", "full"]["gradient_bytes"]) / 20
     assert int(sharded["all_gather_bytes"]) < 1.05 * int(rows["fsdp2", "full"]["all_gather_bytes"])
+
+
+def test_merging_is_measured_for_every_kind_and_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="LoRA is PEFT's")
+    from tiny_models import save_bert, save_rows
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_combine
+    from quality.training import TaskPlan
+
+    save_bert(tmp_path / "shared" / "models" / "tiny")
+    (tmp_path / "shared" / "data").mkdir()
+    for name in ("train", "dev", "test"):
+        save_rows(tmp_path / "shared" / "data" / f"{name}.tsv", 40)
+    options = {"batch_size": 8, "max_length": 16}
+    plans = {name: TaskPlan("tiny", "train.tsv", "dev.tsv", "test.tsv", options) for name in ("one", "two", "three")}
+    monkeypatch.setattr(bench_combine, "TASKS", plans)
+    places = ["--shared", str(tmp_path / "shared"), "--kept", str(tmp_path / "kept"), "--out", str(tmp_path / "out")]
+    asked = ["--quick", "--seeds", "0", "--budget", "0.05", "--kinds", "disjoint", "lora", *places]
+    assert bench_combine.main(asked) == 0
+    file = tmp_path / "out" / "combine.csv"
+    rows = read(file)
+    assert [row["kind"] for row in rows] == ["disjoint"] * 3 * 5 + ["lora"] * 3 * 7
+    assert all((row["shared"] == "0") == (row["kind"] == "disjoint") for row in rows)
+    assert "| sprand random, disjoint | sum |" in (tmp_path / "out" / "combine.md").read_text()
+    assert (tmp_path / "out" / "combine.png").read_bytes().startswith(b"\x89PNG")
+    before = file.read_text()
+    file.write_text("\n".join(before.splitlines()[:-1]) + "\n")  # stopped in the midst of the last combination
+    assert bench_combine.main(asked) == 0
+    assert sorted(file.read_text().splitlines()) == sorted(before.splitlines())

@@ -254,6 +254,40 @@ def test_ties_elects_signs_and_drops_small_changes():
     assert target.deltas["t"].tolist() == [4.0, 2.0, -3.0, -1.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [
+        ({"combination_type": "linear"}, {"method": "sum"}),
+        ({"combination_type": "ties", "density": 0.5}, {"method": "ties", "density": 0.5}),
+        (
+            {"combination_type": "ties", "density": 0.5, "majority_sign_method": "frequency"},
+            {"method": "ties", "density": 0.5, "signs": "frequency"},
+        ),
+        ({"combination_type": "dare_linear", "density": 0.5, "seed": 7}, {"method": "dare", "density": 0.5, "seed": 7}),
+    ],
+)
+def test_both_doors_combine_alike(options, ours):
+    model = peft.get_peft_model(built(MLP), SprandConfig(density=0.3, seed=0))
+    model.add_adapter("second", SprandConfig(density=0.3, seed=1))
+    plain = built(MLP)
+    for seed, name in enumerate(("default", "second")):
+        sprand.apply(plain, density=0.3, seed=seed, name=name)
+        for key, delta in plain._sprand.adapters[name].deltas.items():
+            delta.data.normal_()
+            target = model.base_model.model.get_submodule(key.removesuffix(".weight")).hosted["weight"]
+            target.deltas[name].data.copy_(delta)
+    model.add_weighted_adapter(["default", "second"], [0.7, -1.3], "both", **options)
+    sprand.combine(plain, {"default": 0.7, "second": -1.3}, name="both", **ours)
+    both = plain._sprand.adapters["both"]
+    assert positions(model, "both").keys() == both.indices.keys()
+    for key, delta in both.deltas.items():
+        assert torch.equal(positions(model, "both")[key], both.indices[key])
+        assert torch.equal(deltas(model, "both")[key], delta)
+    model.set_adapter("both")
+    x, _ = points_and_labels()
+    assert torch.equal(model(x), plain(x))
+
+
 def test_the_saved_config_is_plain_json(tmp_path):
     config = json.loads((saved(tmp_path, seed=None) / "adapter_config.json").read_text())
     assert config["peft_type"] == "SPRAND" and isinstance(config["seed"], int) and config["indices_saved"] is False

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import pattern
+from .. import files, pattern
 from ..adapter import WITHOUT_FROZEN, entries, fingerprints, read, store
 from ..combining import Origin, Part, Rule, combined, content_checksum, record, shared_counts
 from ..config import AS_GIVEN, SparseConfig
@@ -91,7 +91,7 @@ def combine(
         places[target.name] = [sources.index(source) for source, _ in target.claims], positions
     shared = shared_counts(len(sources), places.values())
     origins = [
-        Origin(source.path.name, source.weight, _checksum(_entries_of(source)), count)
+        Origin(files.label(source.path), source.weight, _checksum(_entries_of(source)), count)
         for source, count in zip(sources, shared, strict=True)
     ]
     return _write(out, checkpoint, sources, listed, bases, record(rule, origins), left_out)
