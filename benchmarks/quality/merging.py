@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import sprand
 from quality.training import Run, TaskPlan, attached, load, settings_of
+from sprand import files
 from sprand.adapter import read
 from sprand.cli import data, methods, tasks, training
 from sprand.cli.progress import Log
@@ -71,7 +72,8 @@ def train_all(case: Case, plans: Mapping[str, TaskPlan], shared: Path, kept: Pat
     """
     folders: list[Path] = []
     for run in case.runs(list(plans)):
-        folder = kept / f"{case.kind}-{case.budget:g}-{case.lr:g}-{run.seed}-{run.task}"
+        size = files.digest([json.dumps(plans[run.task].options, sort_keys=True)])[:8]
+        folder = kept / f"{case.kind}-{case.budget:g}-{case.lr:g}-{run.seed}-{run.task}-{size}"
         if not (folder / "done").exists():
             folder.mkdir(parents=True, exist_ok=True)
             others = tuple(map(str, folders)) if case.kind == "disjoint" else ()
