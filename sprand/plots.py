@@ -8,13 +8,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from .adapter import mask_of
-from .selection.mask import Mask
+from .selection.mask import Mask, chosen_by
 
 Cells = dict[tuple[str, str], float]
 
@@ -132,5 +131,4 @@ def averaged(values: Mapping[str, float], sizes: Mapping[str, int]) -> Cells:
 
 
 def _named(mask: Mask) -> str:
-    fields: dict[str, Any] = mask.selection or {}
-    return f", {fields['strategy']}, {fields['scope']}" if fields else ""
+    return f", {chosen_by(mask.selection)}" if mask.selection else ""

@@ -213,6 +213,9 @@ def test_the_commands_leave_out_the_entries_of_adapters(tmp_path, capsys):
     assert run(["finetune", *options, "--out", str(tmp_path / "a")]) == 0
     a, b = tmp_path / "a" / "adapter", tmp_path / "b" / "adapter"
     assert run(["finetune", *options, "--out", str(tmp_path / "b"), "--disjoint", str(a), "--verify"]) == 0
+    assert run(["finetune", *options, "--out", str(tmp_path / "b"), "--disjoint", str(a), "--resume"]) == 0
+    assert run(["finetune", *options, "--out", str(tmp_path / "b"), "--resume"]) == 2
+    assert "is of another run" in capsys.readouterr().err
     selected = ["select", model, "--task", "classification", "--density", "0.1", "--strategy", "magnitude"]
     assert run([*selected, "--out", str(tmp_path / "c"), "--disjoint", f"{a},{b}"]) == 0
     mask = sprand.Mask.load(tmp_path / "c")

@@ -14,6 +14,7 @@ import sprand
 from models import MLP, assert_same_bits, bits, built, points_and_labels
 from sprand import files, plots
 from sprand.adapter import CONFIG_FILE, mask_of
+from sprand.selection.mask import chosen_by
 
 FIELDS = {"strategy": "magnitude", "scope": "global", "density": 0.1, "target_modules": ["first", "second"]}
 
@@ -115,6 +116,8 @@ def test_the_picture_of_a_model_and_of_two_masks(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture is drawn by matplotlib")
     model = sprand.apply(built(MLP), density=0.1)
     assert png(sprand.plot_selection(model, tmp_path / "new" / "model.png"))
+    sprand.apply(model, name="b", density=0.1, disjoint=True)
+    assert png(sprand.plot_selection(model, tmp_path / "apart.png"))
     assert png(sprand.plot_selection(chosen(), tmp_path / "two.png", other=model))
     with pytest.raises(ValueError, match="no weight in common"):
         sprand.plot_selection(chosen(), tmp_path / "bad.png", other=chosen(target_modules=["third"], scope="local"))
@@ -159,3 +162,17 @@ def test_the_density_of_a_trained_model_stays_after_a_step(tmp_path):
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     assert plots.densities(mask_of(model)) == plots.densities(chosen())
+
+
+def test_how_entries_were_chosen_in_words():
+    model = sprand.apply(built(MLP), density=0.1, name="a", target_modules=["first"])
+    words = []
+    for fields in ({"density": 0.2, "seed": 3, "target_modules": ["first"]}, {"strategy": {"second.weight": torch.arange(5)}}):
+        sprand.apply(model, name=f"b{len(words)}", disjoint=sprand.adapter.mask_of(model), **fields)
+        words.append(chosen_by(sprand.adapter.mask_of(model).selection))
+    sprand.combine(model, {"a": 1.0, "b0": -0.5}, "dare", density=0.5, seed=2)
+    words.append(chosen_by(sprand.adapter.mask_of(model).selection))
+    assert words == [
+        "random, seed 3, density 0.2, disjoint from mask", "given indices, disjoint from mask",
+        "dare of 1 x a, -0.5 x b0, density 0.5, seed 2",
+    ]  # fmt: skip

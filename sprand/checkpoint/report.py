@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapter import entries, frozen_entries
 from ..functional import patched
 from ..pattern import RANDOM_STRATEGIES
+from ..selection.mask import chosen_by
 from .edits import Source, edits_of, open_adapters, read_bases
 from .shards import open_checkpoint
 
@@ -171,17 +172,8 @@ def _visible(base: Tensor, deltas: Tensor) -> float:
 
 def _chosen(source: Source) -> str:
     config, fields = source.config, source.description.get("selection")
-    if fields and fields.get("strategy") == "diff":
-        return "difference of two checkpoints" + (f", the largest {fields['density']:g}" if fields.get("density") else "")
-    if fields and fields.get("strategy") == "combine":
-        parts = ", ".join(f"{source['weight']:g} x {source['name']}" for source in fields["sources"])
-        kept = f", density {fields['density']:g}" if fields.get("density") else ""
-        return f"{fields['method']} of {parts}{kept}" + (f", seed {fields['seed']}" if "seed" in fields else "")
     if fields:
-        amount = f"density {fields['density']:g}" if fields.get("density") else f"budget {fields.get('budget')}"
-        apart = ", ".join(other["name"] for other in fields.get("disjoint", ()))
-        how = f"seed {fields['seed']}" if "seed" in fields else fields.get("scope", "local")
-        return f"{fields['strategy']}, {how}, {amount}" + (f", disjoint from {apart}" if apart else "")
+        return chosen_by(fields)
     if config.strategy in RANDOM_STRATEGIES:
         amount = f"density {config.density:g}" if config.density else f"budget {config.budget}"
         layout = "" if config.layout == "unstructured" else f", {config.layout}"

@@ -88,3 +88,19 @@ def selection_of(config: SparseConfig) -> dict[str, Any] | None:
         return None
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in CHOOSING}
     return fields | ({} if isinstance(config.strategy, str) else {"strategy": getattr(config.strategy, "__name__", "callable")})
+
+
+def chosen_by(selection: Mapping[str, Any]) -> str:
+    """How entries were chosen, or came together, in words."""
+    strategy, density = selection.get("strategy"), selection.get("density")
+    if strategy == "combine":
+        parts = ", ".join(f"{source['weight']:g} x {source['name']}" for source in selection["sources"])
+        kept = f", density {density:g}" if density else ""
+        return f"{selection['method']} of {parts}{kept}" + (f", seed {selection['seed']}" if "seed" in selection else "")
+    if strategy == "diff":
+        return "difference of two checkpoints" + (f", the largest {density:g}" if density else "")
+    how = f"seed {selection['seed']}" if "seed" in selection else selection.get("scope", "local")
+    amount = f", density {density:g}" if density else f", budget {selection['budget']}" if selection.get("budget") else ""
+    apart = ", ".join(other["name"] for other in selection.get("disjoint", ()))
+    words = "given indices" if strategy == GIVEN else f"{strategy}, {how}{amount}"
+    return words + (f", disjoint from {apart}" if apart else "")
