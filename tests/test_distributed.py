@@ -101,9 +101,20 @@ def one_rank_saves_alone(rank, folder):
     assert_same_training(sprand.load(base, folder / "adapter"), model)
 
 
+def the_adapter_file_is_that_of_one_process(rank, folder):
+    model = made()
+    train(DistributedDataParallel(model), sparse(model), HALVES[rank : rank + 1])
+    if rank == 0:
+        two, one = sprand.save(model, folder / "two"), sprand.save(trained_alone(optimizer=sparse), folder / "one")
+        assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+        assert all((two / path.name).read_bytes() == path.read_bytes() for path in one.iterdir())
+    dist.barrier()
+
+
 CHECKS = (
     each_option_trains_as_one_process, only_deltas_travel, accumulated_gradients_travel_once,
     ranks_draw_the_same_positions_and_send_nothing, one_rank_saves_alone,
+    the_adapter_file_is_that_of_one_process,
 )  # fmt: skip
 
 test_two_ranks = ranks.test_of(CHECKS)
