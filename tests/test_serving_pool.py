@@ -475,3 +475,26 @@ def test_on_a_gpu_a_small_cache_gives_the_same_bits(four):
     pool.switch(None)
     assert pool.statistics().device_bytes == 0
     assert_same_bits(bits(model), bits(here()))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_goes_through_the_lock_and_is_compiled_whole(in_place):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    pool = AdapterPool(model := built(MLP))
+    if in_place:
+        model.compile(backend=backend)
+    called = model if in_place else torch.compile(model, backend=backend)
+    x, _ = points_and_labels()
+    turns, real = [], pool._gate._enter
+    pool._gate._enter = lambda wanted: (turns.append(wanted), real(wanted))
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(called(x), built(MLP)(x))
+    assert len(turns) == 2
+    assert len(graphs) == 1

@@ -131,6 +131,7 @@ class GuardedForward:
         self.model, self.hold, self.inner = model, hold, model.forward
         functools.update_wrapper(self, self.inner)
 
+    @torch.compiler.disable(recursive=False)  # a lock is no part of a graph; what it guards is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.hold(ANY):
             return self.inner(*args, **kwargs)
