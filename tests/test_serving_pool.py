@@ -381,7 +381,7 @@ def test_an_error_in_the_middle_of_a_switch_leaves_the_base(four, failing, monke
             raise KeyboardInterrupt
         real(weights, *rest)
 
-    monkeypatch.setattr("sprand.serving.pool.ops.patch_all_", patch)
+    monkeypatch.setattr("sprand.serving.writes.ops.patch_all_", patch)
     with pytest.raises(KeyboardInterrupt):
         pool.switch("c")
     assert pool.active is None

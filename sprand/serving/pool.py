@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from ..adapter import prove, read
 from ..frozen import Frozen
 from .gate import ANY, Gate, guard, unguard
 from .residents import DeviceCache, Library, Packed, Resident
+from .writes import check_writable, set_entries
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class AdapterPool:
         description, tensors = read(path)
         with self._gate.hold(ANY), torch.no_grad():
             adapter = prove(self.model, Path(path), description, tensors, self._base)
-            self._check_writable(path, [*adapter.indices, *adapter.saved])
+            check_writable(path, self._parameters, [*adapter.indices, *adapter.saved])
             base = {key: self._base(key, self._parameters[key].data, own) for key, own in adapter.indices.items()}
             resident = self._library.resident(adapter, base)
         with self._mutex:
@@ -220,20 +220,6 @@ class AdapterPool:
         own, base = (here[f"{what}.{changed}"].to(weight.device) for what in ("indices", "base"))
         return Frozen(own, base, base).pristine(indices, held)
 
-    def _check_writable(self, path: Any, names: Sequence[str]) -> None:
-        """Prove that the adapter can be written into the weights, and that it meets each of them once."""
-        seen: dict[int, str] = {}
-        for name in names:
-            weight = self._parameters[name]
-            if not weight.is_contiguous():
-                raise ValueError(f"{name}: expected contiguous memory, got strides {weight.stride()}")
-            other = seen.setdefault(weight.data_ptr(), name) if weight.numel() else name
-            if other != name:
-                raise ValueError(
-                    f"{path} trained {other} and {name} as two weights, and here they are one (tied); load it into a model where "
-                    "they are not"
-                )
-
     def _change(self, name: str | None) -> None:
         """Make the weights hold another adapter. What can fail comes before the first write; after an error they hold the base."""
         new, old = self._resident(name), self._current
@@ -273,21 +259,7 @@ class AdapterPool:
                 self._parameters[name].data.copy_(self._base_whole[name])
 
     def _write(self, names: Sequence[str], there: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-        """One call of an operator for all targets of a device."""
-        devices: dict[torch.device, list[str]] = {}
-        for name in names:
-            devices.setdefault(self._parameters[name].device, []).append(name)
-        for device, here in devices.items():
-            ops.patch_all_(
-                [self._parameters[name].data for name in here],
-                [there[f"indices.{name}"] for name in here],
-                [values[name] for name in here],
-                None,
-                [1.0] * len(here),
-            )
-            for name in here if device.type == "cuda" else ():  # a copy that is dropped stays until this stream has read it
-                for tensor in (there[f"indices.{name}"], values[name]):
-                    tensor.record_stream(torch.cuda.current_stream(device))
+        set_entries(self._parameters, {name: there[f"indices.{name}"] for name in names}, values)
 
 
 def _parts(resident: Resident | None) -> tuple[Packed, ...]:
