@@ -174,10 +174,10 @@ def peft_model(model: nn.Module, config: str, **fields) -> tuple[nn.Module, int]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rank, names = matching_rank(model), targets(model)
-        made = getattr(peft, config)
-        wrapped = peft.get_peft_model(model, made(r=rank, target_modules=names, **fields), adapter_name="a")
+        make = partial(getattr(peft, config), r=rank, target_modules=names, **fields)
+        wrapped = peft.get_peft_model(model, make(), adapter_name="a")
         count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-        wrapped.add_adapter("b", made(r=rank, target_modules=names, **fields | ({"random_seed": 1} if "random_seed" in fields else {})))
+        wrapped.add_adapter("b", make(**{"random_seed": 1} if "random_seed" in fields else {}))
     randomize([p for name, p in wrapped.named_parameters() if ".lora_" in name or ".shira_" in name], 0)
     return wrapped.eval().requires_grad_(False), count
 
@@ -207,8 +207,8 @@ def lora(model: nn.Module, merged: bool = True) -> Contestant:
     """PEFT LoRA, merged, or in the forward."""
     wrapped, count = peft_model(model, "LoraConfig")
     switch = merging(wrapped) if merged else lambda name: name and wrapped.set_adapter(name)
-    key, label = ("lora", "PEFT LoRA, unmerge, set_adapter, merge") if merged else ("lora-unmerged", "PEFT LoRA, set_adapter alone")
-    return Contestant(key, label, wrapped, count, switch, partial(of_layers, wrapped))
+    key, how = ("lora", "unmerge, set_adapter, merge") if merged else ("lora-unmerged", "set_adapter alone")
+    return Contestant(key, f"PEFT LoRA, {how}", wrapped, count, switch, partial(of_layers, wrapped))
 
 
 def shira(model: nn.Module) -> Contestant:

@@ -182,9 +182,8 @@ def switching(rows: Sequence[Row], path: Path) -> None:
         here = [row for row in rows if f"{row['dtype']}, {row['width']} wide" == name]
         for y, row in enumerate(here):
             panel.barh(y, 1e3 * row["seconds"], 0.7, color=_color(row | {"method": row["label"]}, 1, 3))
-            panel.annotate(
-                f"{1e3 * row['seconds']:.2f}", (1e3 * row["seconds"], y), (4, 0), textcoords="offset points", va="center", fontsize=8
-            )
+            place = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            panel.annotate(f"{1e3 * row['seconds']:.2f}", (1e3 * row["seconds"], y), (4, 0), **place)
         _finish(panel, [row["label"] for row in here], f"{name}, {here[0]['device']}")
         panel.set_xscale("log")
         panel.set_xlabel("one switch, ms")

@@ -215,7 +215,7 @@ def in_threads(*jobs) -> None:
 
 
 def test_outputs_under_switching_threads_are_those_of_one_adapter(four):
-    """Forwards in blocks give their adapter's output; those outside of blocks the output of some adapter, never of half of two."""
+    """Forwards in blocks give their adapter's output; those outside of blocks that of some adapter, never of half of two."""
     x, _ = tokens_and_labels()
     models = {name: sprand.merge(sprand.load(built(EveryLayer), path)) for name, path in four.items()} | {None: built(EveryLayer)}
     with torch.no_grad():

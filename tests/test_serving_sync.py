@@ -74,7 +74,9 @@ def test_messages_that_do_not_fit_change_nothing():
     one = sync.values()
     with pytest.raises(ValueError, match="values before positions"):
         receiver.receive(one)
-    for damaged in (first[:-1], first[:100], first[:9], torch.cat([first, first[:4]]), first.clone().index_fill_(0, torch.tensor([len(first) - 2]), 77)):
+    flipped = first.clone()
+    flipped[-2] ^= 1
+    for damaged in (first[:-1], first[:100], first[:9], torch.cat([first, first[:4]]), flipped):
         with pytest.raises(ValueError, match="truncated or damaged"):
             receiver.receive(damaged)
     for other in (b"", b"other bytes altogether", first[1:]):
@@ -158,7 +160,12 @@ def test_no_values_are_written_under_a_running_forward():
     receiver.receive(sync.indices())
     step(model, optimizer)
     message, reached, go = sync.values(), threading.Event(), threading.Event()
-    copied.norm.register_forward_hook(lambda *_: (reached.set(), go.wait(20)) and None)
+
+    def pause(*_) -> None:
+        reached.set()
+        assert go.wait(20)
+
+    copied.norm.register_forward_hook(pause)
     outputs = []
     x, _ = tokens_and_labels()
     forward = threading.Thread(target=lambda: outputs.append(copied(x)), daemon=True)

@@ -1,4 +1,4 @@
-"""Patches for vLLM against its public definition, and switching in an engine that stands in for it: packed, split over two workers."""
+"""Patches for vLLM against its public definition, and switching in an engine that stands in for it: packed, on two workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(patches) -> None:
 
 
 def loaded(model, patches, *, validate_unique_indices=True) -> set[str]:
-    """What vLLM's function of this name does: a checkpoint tensor for each patch, NaN where it says nothing, to the model's loader."""
+    """What vLLM's function of this name does: a checkpoint tensor for each patch, NaN where it says nothing, for the loader."""
     patches = list(patches)
     check(patches)
     names = set()

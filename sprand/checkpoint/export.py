@@ -84,7 +84,7 @@ def export(
 
 @form("vllm-patch", "values and flat indices in the names of the checkpoint, the fields of vLLM's CheckpointWeightPatch", True)
 def vllm_patch(source: Source, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
-    """`patches.safetensors` with `indices.NAME`, `values.NAME` and, to take them back, `base.NAME`; `patches.json` describes them."""
+    """`patches.safetensors` with `indices.NAME`, `values.NAME` and, for the way back, `base.NAME`; and `patches.json`."""
     tensors: dict[str, Tensor] = {}
     patches = []
     for patch in patches_of(source, *applied):

@@ -26,9 +26,9 @@ class _Ticket:
 class Gate:
     """Lets threads use a state of the weights together, and changes the state only while no thread is inside.
 
-    Threads are served in the order in which they came, so that none waits for ever: while one waits for another state, new threads
-    that want the present one queue behind it. With the thread whose turn has come all those enter that wait for the same state
-    at that moment.
+    Threads are served in the order in which they came, so that none waits for ever: while one waits for another state, new
+    threads that want the present one queue behind it. With the thread whose turn has come all those enter that wait for the same
+    state at that moment.
 
     Args:
         change: makes the weights hold a wanted state, and sets `state`; called while no thread is inside.

@@ -1,8 +1,8 @@
 """What a training process sends to an inference copy: the positions once, then values with a number, each one tensor of bytes.
 
-An index message is 16 bytes (a mark, the length of the text), a JSON text padded to 8 bytes, and the indices of all pieces. A values
-message is 32 bytes (a mark, the digest of the positions, the version) and the values of all pieces. Pieces are ordered by the
-size of their elements, the largest first, so that each begins where its dtype may.
+An index message is 16 bytes (a mark, the length of the text), a JSON text padded to 8 bytes, and the indices of all pieces. A
+values message is 32 bytes (a mark, the digest of the positions, the version) and the values of all pieces. Pieces are ordered by
+the size of their elements, the largest first, so that each begins where its dtype may.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def version_of(message: Tensor) -> tuple[bytes, int]:
         ValueError: it is truncated.
     """
     if message.numel() < VALUES_HEADER.size:
-        raise ValueError(f"receive: the values message is truncated: {message.numel()} bytes, expected {VALUES_HEADER.size} or more")
+        raise ValueError(f"receive: the values message is truncated: {message.numel()} bytes, less than its header")
     _, digest, version = VALUES_HEADER.unpack(message[: VALUES_HEADER.size].cpu().numpy().tobytes())
     return digest, version
 

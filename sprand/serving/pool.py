@@ -221,7 +221,7 @@ class AdapterPool:
         return Frozen(own, base, base).pristine(indices, held)
 
     def _change(self, name: str | None) -> None:
-        """Make the weights hold another adapter. What can fail comes before the first write; after an error they hold the base."""
+        """Make the weights hold another adapter. Copies come before the first write; after an error they hold the base."""
         new, old = self._resident(name), self._current
         in_use = _parts(new) + _parts(old)
         with torch.no_grad():

@@ -104,7 +104,7 @@ class DeltaSync:
             ValueError: a value is not finite.
         """
         parts = [part for part, _ in self._parts()]
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
+        if not bool(torch.stack([torch.isfinite(part).all().to(parts[0].device) for part in parts]).all()):
             raise ValueError("values: trained values are not finite; load the last good checkpoint")
         self.version += 1
         return self._layout.values(self._digest, self.version, parts)
