@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -102,19 +103,23 @@ def measure(options: argparse.Namespace, width: int, dtype: str, folder: Path) -
                 forwards[one.key].append(seconds(partial(one.model, tokens), options.device))
             forwards["plain"].append(seconds(partial(base, tokens), options.device))
     expected = {name: layer.weight for name, layer in linears(base).items()}
-    pool, plain = quantiles(times["pool"][2:])[0], quantiles(forwards["plain"][2:])[0]
     rows = []
     for one in found:
         one.switch(None)
         median, low, high = quantiles(times[one.key][2:])
-        forward = quantiles(forwards[one.key][2:])[0]
         different = sum(int((weight != expected[name]).sum()) for name, weight in one.base().items())
         rows.append(common | {
             "method": one.key, "label": one.label, "trained": one.trained, "seconds": median, "seconds_p20": low,
-            "seconds_p80": high, "ratio": median / pool, "forward_seconds": forward, "forward_ratio": forward / plain,
+            "seconds_p80": high, "ratio": over(times[one.key], times["pool"]), "forward_seconds": quantiles(forwards[one.key][2:])[0],
+            "forward_ratio": over(forwards[one.key], forwards["plain"]),
             "changed": different / sum(weight.numel() for weight in expected.values()), "note": None,
         })  # fmt: skip
     return rows + missing
+
+
+def over(mine: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median, over the rounds that count, of the ratio of two times of one round."""
+    return statistics.median(a / b for a, b in zip(mine[2:], theirs[2:], strict=True))
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
