@@ -110,8 +110,8 @@ def measure(options: argparse.Namespace, width: int, dtype: str, folder: Path) -
         different = sum(int((weight != expected[name]).sum()) for name, weight in one.base().items())
         rows.append(common | {
             "method": one.key, "label": one.label, "trained": one.trained, "seconds": median, "seconds_p20": low,
-            "seconds_p80": high, "ratio": over(times[one.key], times["pool"]), "forward_seconds": quantiles(forwards[one.key][2:])[0],
-            "forward_ratio": over(forwards[one.key], forwards["plain"]),
+            "seconds_p80": high, "ratio": over(times[one.key], times["pool"]),
+            "forward_seconds": quantiles(forwards[one.key][2:])[0], "forward_ratio": over(forwards[one.key], forwards["plain"]),
             "changed": different / sum(weight.numel() for weight in expected.values()), "note": None,
         })  # fmt: skip
     return rows + missing

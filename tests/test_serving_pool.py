@@ -38,6 +38,8 @@ def test_every_switch_gives_the_merged_weights_and_none_the_base(four):
     pool.close()
     assert_same_bits(bits(model), base)
     assert len(pool) == 0 and "forward" not in model.__dict__
+    with pytest.raises(ValueError, match="closed"):
+        pool.add("a", four["a"])
 
 
 def test_a_bf16_base_serves_what_loading_an_fp32_adapter_into_it_gives(four):

@@ -89,15 +89,14 @@ class Gate:
                     self._waiting.remove(ticket)
                 self._admit()
                 raise
-            for device, event in self._written:
+            for device, event in self._written if not _captures() else ():
                 torch.cuda.current_stream(device).wait_event(event)
 
     def _leave(self) -> None:
         with self._changed:
-            for device in self._devices:
+            for device in self._devices if not _captures() else ():
                 stream = torch.cuda.current_stream(device)
-                if not torch.cuda.is_current_stream_capturing():
-                    self._used[device, stream.cuda_stream] = stream.record_event()
+                self._used[device, stream.cuda_stream] = stream.record_event()
             self._inside -= 1
             self._admit()
 
@@ -122,6 +121,11 @@ class Gate:
         self._waiting.remove(ticket)
         ticket.inside = True
         self._inside += 1
+
+
+def _captures() -> bool:
+    """Whether a CUDA graph is captured, which may not wait for what is outside of it."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class GuardedForward:

@@ -89,7 +89,7 @@ class AdapterPool:
         self._base_whole: dict[str, Tensor] = {}
         self._current: Resident | None = None
         self._changed: dict[int, str] = {}
-        self._switches = 0
+        self._switches, self._closed = 0, False
         self._gate = Gate(self._change, devices)
         self._forward = guard(model, self._gate, "AdapterPool")
 
@@ -104,6 +104,8 @@ class AdapterPool:
             FileNotFoundError: there is no adapter.
             ValueError: the name is taken, or the adapter is damaged, or for another base. The pool is as it was then.
         """
+        if self._closed:
+            raise ValueError("add: this pool is closed; make another one")
         if not isinstance(name, str) or name in self._adapters:
             raise ValueError(f"add: expected a name (a str) that is not taken, got {name!r}; remove(name) makes room for another")
         description, tensors = read(path)
@@ -156,9 +158,10 @@ class AdapterPool:
             pass
 
     def close(self) -> None:
-        """Put the base back, bit for bit, and give the model its own forward; the pool is empty then."""
+        """Put the base back, bit for bit, and give the model its own forward; the pool is empty then, and takes no more."""
         with self._gate.hold(None):
             unguard(self._forward)
+            self._closed = True
             for name in list(self):
                 self._forget(name)
 
