@@ -39,7 +39,7 @@ ROOMS = {
     "core": ("pattern", "candidates", "functional", "layers", "optim"),
     "policy": ("config", "files", "targets", "selection"),
     "assembly": ("model", "frozen", "adapter", "checkpoint", "dynamic", "exchange", "plots", "summary", "__init__"),
-    "doors": ("peft", "integrations", "cli", "__main__"),
+    "doors": ("peft", "integrations", "serving", "cli", "__main__"),
 }
 MAY_IMPORT = {
     "ops": set(),

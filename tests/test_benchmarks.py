@@ -223,3 +223,20 @@ def test_wire_counts_what_each_method_sends(tmp_path: Path, monkeypatch: pytest.
     sharded = rows["fsdp2", "sprand@0.01"]
     assert int(sharded["gradient_bytes"]) < int(rows["fsdp2", "full"]["gradient_bytes"]) / 20
     assert int(sharded["all_gather_bytes"]) < 1.05 * int(rows["fsdp2", "full"]["all_gather_bytes"])
+
+
+def test_switching_is_timed_beside_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="the model comes from transformers")
+    pytest.importorskip("peft", reason="the peers are PEFT's")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_switch
+
+    assert bench_switch.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = {row["method"]: row for row in read(tmp_path / "switch.csv")}
+    assert list(rows) == ["pool", "pool same positions", "switch", "lora", "lora-unmerged", "shira"]
+    assert all(float(row["seconds"]) > 0 and float(row["forward_ratio"]) > 0 and not row["note"] for row in rows.values())
+    assert float(rows["pool"]["ratio"]) == 1
+    for ours in ("pool", "pool same positions", "switch"):
+        assert float(rows[ours]["changed"]) == 0
+    assert float(rows["lora"]["changed"]) > 0  # bfloat16, added and subtracted
+    assert rows["pool"]["trained"] == rows["switch"]["trained"] and rows["lora"]["trained"] == rows["shira"]["trained"]
