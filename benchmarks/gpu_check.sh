@@ -61,10 +61,12 @@ step "CUDA kernels are loaded" 30 "$PYTHON" -c "$loaded"
 step "Tests" 100 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu --durations 5
 sanitize memcheck 50
 sanitize racecheck 50
-step "Operators" 105 "$PYTHON" benchmarks/gpu/ops.py --budget 85 ${out[@]+"${out[@]}"}
-step "Training step" 85 "$PYTHON" benchmarks/gpu/step.py --budget 65 ${out[@]+"${out[@]}"}
+step "Operators" 95 "$PYTHON" benchmarks/gpu/ops.py --budget 75 ${out[@]+"${out[@]}"}
+step "Training step" 75 "$PYTHON" benchmarks/gpu/step.py --budget 55 ${out[@]+"${out[@]}"}
 selection=(--device cuda --llama-8b --methods snip fisher 'snip, bounded' 'naive snip')
 step "Selection" 40 "$PYTHON" benchmarks/bench_selection.py "${selection[@]}" ${out[@]+"${out[@]}"}
+switching=(--device cuda --widths 1024 4096 --layers 2 --dtypes bf16)
+step "Switching" 20 "$PYTHON" benchmarks/bench_switch.py "${switching[@]}" ${out[@]+"${out[@]}"}
 
 if ((${#failed[@]})); then
   echo "FAILED after $SECONDS s:"

@@ -170,3 +170,21 @@ def selection(rows: Sequence[Row], path: Path) -> None:
         _finish(panel, labels, "")
         panel.set_xlabel(what)
     figure_saved(figure, path)
+
+
+def switching(rows: Sequence[Row], path: Path) -> None:
+    """Time of a switch, one panel per model."""
+    rows = [row for row in rows if row.get("seconds")]
+    figure, panels = figure_with([f"{row['dtype']}, {row['width']} wide" for row in rows], path)
+    if figure is None:
+        return
+    for panel, name in panels:
+        here = [row for row in rows if f"{row['dtype']}, {row['width']} wide" == name]
+        for y, row in enumerate(here):
+            panel.barh(y, 1e3 * row["seconds"], 0.7, color=_color(row | {"method": row["label"]}, 1, 3))
+            place = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            panel.annotate(f"{1e3 * row['seconds']:.2f}", (1e3 * row["seconds"], y), (4, 0), **place)
+        _finish(panel, [row["label"] for row in here], f"{name}, {here[0]['device']}")
+        panel.set_xscale("log")
+        panel.set_xlabel("one switch, ms")
+    figure_saved(figure, path)

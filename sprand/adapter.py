@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .frozen import Frozen
 from .layers import SparseModule
 from .model import Adapter, State, disabled, install, sparse_modules, state_of, switch, write
 from .selection.mask import Mask
-from .targets import Place, places_of
+from .targets import places_of
 from .version import __version__
 
 WEIGHTS_FILE, CONFIG_FILE, KEY = "adapter_model.safetensors", "adapter_config.json", "sprand"
@@ -144,7 +144,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     description, tensors = read(path)
     state = getattr(model, "_sprand", None)
     with contextlib.nullcontext() if state is None else disabled(model):
-        adapter, places = _prove(model, Path(path), description, tensors)
+        adapter = prove(model, Path(path), description, tensors)
+        places = {place.name: place for place in places_of(model, set(adapter.indices))}
     if state is None:
         trained = {key for key, p in model.named_parameters() if p.requires_grad}
         install(model, State(trained_before=trained), name, adapter, places)
@@ -216,10 +217,29 @@ def fingerprints(base: Tensor) -> dict[str, str]:
     return {_name(dtype): files.digest([base.to(dtype)]) for dtype in (base.dtype, *NARROWER.get(base.dtype, ()))}
 
 
-def _prove(
-    model: nn.Module, path: Path, description: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[Adapter, dict[str, Place]]:
-    """The adapter and its places in the model, after every check; the model holds its base values now."""
+def prove(
+    model: nn.Module,
+    path: Path,
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base_of: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+) -> Adapter:
+    """An adapter that was read, after every check against the model that it is for.
+
+    Args:
+        model: its weights are read, not changed.
+        path: named in the messages.
+        description, tensors: from `read`.
+        base_of: the entries `[nnz]` that a parameter holds in the base, from its name, its weight and their indices `[nnz]`; by
+            default what the weight holds now.
+
+    Returns:
+        Its entries, on the devices of their weights.
+
+    Raises:
+        ValueError: it is damaged, or for another model or base.
+    """
+    base_of = base_of or (lambda name, weight, indices: ops.gather(weight.contiguous(), indices))
     config = SparseConfig.from_dict(description["config"])
     parameters = dict(model.named_parameters(remove_duplicate=False))
     adapter = Adapter(config, selection=description.get("selection"))
@@ -227,9 +247,12 @@ def _prove(
         weight = _matching(path, parameters, name, target["shape"])
         indices, delta = entries(path, config, name, target, tensors)
         indices = indices.to(weight.device)
-        check_base(path, name, ops.gather(weight.data.contiguous(), indices), target["fingerprint"])
+        check_base(path, name, base_of(name, weight.data, indices), target["fingerprint"])
         if "frozen" in target:
-            adapter.frozen[name] = _prove_frozen(path, name, target, tensors, weight)
+            own, values = (part.to(weight.device) for part in frozen_entries(path, name, target, tensors))
+            base = base_of(name, weight.data, own)
+            check_base(path, name, base, target["frozen"]["fingerprint"])
+            adapter.frozen[name] = Frozen(own, values.to(base), base)
         adapter.indices[name] = indices
         adapter.deltas[name] = nn.Parameter(delta.to(device=weight.device, dtype=ops.accumulation_dtype(weight.dtype)))
     for name, entry in description["saved"].items():
@@ -237,7 +260,7 @@ def _prove(
         if value is None or list(value.shape) != entry["shape"]:
             raise ValueError(f"{path}: expected values of shape {entry['shape']} for {name}")
         adapter.saved[name] = value.to(device=p.device, dtype=p.dtype)
-    return adapter, {place.name: place for place in places_of(model, set(adapter.indices))}
+    return adapter
 
 
 def entries(
@@ -283,14 +306,6 @@ def frozen_entries(path: Path, name: str, target: Mapping[str, Any], tensors: Ma
     numel = math.prod(target["shape"])
     pattern.check_indices(f"{path}: frozen entries of {name}", indices, numel)
     return indices.to(pattern.index_dtype(numel)), values
-
-
-def _prove_frozen(path: Path, name: str, target: dict[str, Any], tensors: Mapping[str, Tensor], weight: nn.Parameter) -> Frozen:
-    indices, values = frozen_entries(path, name, target, tensors)
-    indices = indices.to(weight.device)
-    base = ops.gather(weight.data.contiguous(), indices)
-    check_base(path, name, base, target["frozen"]["fingerprint"])
-    return Frozen(indices, values.to(base), base)
 
 
 def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]) -> nn.Parameter:

@@ -152,7 +152,6 @@ def test_of(checks, needs: str | None = None):
     """
     module, names, reports = checks[0].__module__, [check.__name__ for check in checks], []
 
-    @pytest.mark.xdist_group(f"{module} {names[0]}")
     @pytest.mark.skipif(sys.platform == "win32", reason="gloo over two processes")
     @pytest.mark.parametrize("check", names)
     def test_two_ranks(check, tmp_path_factory):

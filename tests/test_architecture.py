@@ -52,7 +52,7 @@ ROOMS = {
         "summary",
         "__init__",
     ),
-    "doors": ("peft", "integrations", "cli", "__main__"),
+    "doors": ("peft", "integrations", "serving", "cli", "__main__"),
 }
 MAY_IMPORT = {
     "ops": set(),

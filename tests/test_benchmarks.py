@@ -253,3 +253,20 @@ def test_merging_is_measured_for_every_kind_and_way(tmp_path: Path, monkeypatch:
     file.write_text("\n".join(before.splitlines()[:-1]) + "\n")  # stopped in the midst of the last combination
     assert bench_combine.main(asked) == 0
     assert sorted(file.read_text().splitlines()) == sorted(before.splitlines())
+
+
+def test_switching_is_timed_beside_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="the model comes from transformers")
+    pytest.importorskip("peft", reason="the peers are PEFT's")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_switch
+
+    assert bench_switch.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = {row["method"]: row for row in read(tmp_path / "switch.csv")}
+    assert list(rows) == ["pool", "pool same positions", "switch", "lora", "lora-unmerged", "shira"]
+    assert all(float(row["seconds"]) > 0 and float(row["forward_ratio"]) > 0 and not row["note"] for row in rows.values())
+    assert float(rows["pool"]["ratio"]) == 1
+    for ours in ("pool", "pool same positions", "switch"):
+        assert float(rows[ours]["changed"]) == 0
+    assert float(rows["lora"]["changed"]) > 0  # bfloat16, added and subtracted
+    assert rows["pool"]["trained"] == rows["switch"]["trained"] and rows["lora"]["trained"] == rows["shira"]["trained"]

@@ -14,6 +14,7 @@ import ranks
 import sprand
 from models import assert_same_bits, bits, tokens_and_labels
 from ranks import HALVES, LR, Wire, adamw, assert_same_training, made, train, trained_alone
+from sprand.serving import DeltaReceiver, DeltaSync
 
 OPTIONS = {
     "plain": {},
@@ -101,9 +102,50 @@ def one_rank_saves_alone(rank, folder):
     assert_same_training(sprand.load(base, folder / "adapter"), model)
 
 
+def the_adapter_file_is_that_of_one_process(rank, folder):
+    model = made()
+    train(DistributedDataParallel(model), sparse(model), HALVES[rank : rank + 1])
+    if rank == 0:
+        two, one = sprand.save(model, folder / "two"), sprand.save(trained_alone(optimizer=sparse), folder / "one")
+        assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+        assert all((two / path.name).read_bytes() == path.read_bytes() for path in one.iterdir())
+    dist.barrier()
+
+
+def a_copy_follows_a_trainer(rank, folder):
+    """Rank 0 trains and sends positions once and values after each step; rank 1 serves a copy, equal to the bit."""
+    if rank == 0:
+        model = made(torch.bfloat16)
+        optimizer, sync = sparse(model), DeltaSync(model)
+        message = sync.indices()
+        dist.send(torch.tensor([message.numel(), sync.values_bytes]), 1)
+        dist.send(message, 1)
+        for number in range(3):
+            train(model, optimizer, HALVES[:1], steps=1, start=number)
+            dist.send(sync.values(), 1)
+        sprand.write(model)
+        torch.save(bits(model), folder / "trained.pt")
+        dist.barrier()
+        return
+    torch.manual_seed(0)
+    receiver = DeltaReceiver(copied := ranks.Net().to(torch.bfloat16))
+    sizes = torch.empty(2, dtype=torch.int64)
+    dist.recv(sizes, 0)
+    message = torch.empty(int(sizes[0]), dtype=torch.uint8)
+    dist.recv(message, 0)
+    receiver.receive(message)
+    message = torch.empty(int(sizes[1]), dtype=torch.uint8)
+    for version in (1, 2, 3):
+        dist.recv(message, 0)
+        assert receiver.receive(message) == version
+    dist.barrier()
+    assert_same_bits(bits(copied), torch.load(folder / "trained.pt"))
+
+
 CHECKS = (
     each_option_trains_as_one_process, only_deltas_travel, accumulated_gradients_travel_once,
-    ranks_draw_the_same_positions_and_send_nothing, one_rank_saves_alone,
+    ranks_draw_the_same_positions_and_send_nothing, one_rank_saves_alone, the_adapter_file_is_that_of_one_process,
+    a_copy_follows_a_trainer,
 )  # fmt: skip
 
 test_two_ranks = ranks.test_of(CHECKS)

@@ -16,6 +16,7 @@ import ranks
 import sprand
 from models import assert_same_bits, bits, tokens_and_labels
 from ranks import HALVES, LR, TARGETS, Net, Wire, adamw, assert_same_training, made, train, trained_alone
+from sprand.serving import DeltaReceiver, DeltaSync
 from sprand.sharding import whole
 
 
@@ -281,6 +282,23 @@ def gathers_weights_and_reduces_deltas(rank, folder):
     assert wire.bytes["allgather_base"] <= 2 * everything + 2 * padding, wire.bytes
 
 
+def a_copy_follows_the_shards(rank, folder):
+    """Each rank has the same values message, and a copy that takes it holds what one process would have trained."""
+    model = sharded(made())
+    optimizer, sync = adamw(model), DeltaSync(model)
+    torch.manual_seed(0)
+    receiver = DeltaReceiver(copied := Net())
+    receiver.receive(sync.indices())
+    for number in range(2):
+        train(model, optimizer, HALVES[rank : rank + 1], steps=1, start=number)
+        message = sync.values()
+        receiver.receive(message)
+        both = [torch.empty_like(message) for _ in range(2)]
+        dist.all_gather(both, message)
+        assert torch.equal(*both)
+    assert_same_bits(bits(copied), bits(sprand.merge(trained_alone(steps=2))))
+
+
 CHECKS = (
     every_resharding_trains_as_one_process, sparse_adamw_steps_shards_as_fused_adamw_does,
     clipping_and_scaling_know_the_whole_norm, mixed_precision_computes_in_what_it_says, state_dicts_hold_the_trained_weights,
@@ -288,6 +306,7 @@ CHECKS = (
     a_model_may_be_filled_after_it_is_sharded, adapters_are_saved_from_shards, disabled_is_the_base_model,
     input_gradients_of_a_disabled_model_are_those_of_the_base, write_puts_trained_values_into_the_shards,
     what_cannot_be_done_is_refused, tensor_parallel_models_are_refused, gathers_weights_and_reduces_deltas,
+    a_copy_follows_the_shards,
 )  # fmt: skip
 
 test_two_ranks = ranks.test_of(CHECKS)

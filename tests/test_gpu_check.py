@@ -48,7 +48,7 @@ def test_every_step_runs_in_order(check):
     assert "All passed" in said
     steps = [next(i for i, call in enumerate(calls) if word in call) for word in (
         "torch.cuda.is_available", "build_ext --inplace", "native", "pytest -q -p no:cacheprovider -m gpu", "--tool memcheck",
-        "--tool racecheck", "gpu/ops.py", "gpu/step.py", "bench_selection.py",
+        "--tool racecheck", "gpu/ops.py", "gpu/step.py", "bench_selection.py", "bench_switch.py",
     )]  # fmt: skip
     assert steps == sorted(steps)
     assert all("--out results-here" in call for call in calls if "benchmarks/gpu/" in call)

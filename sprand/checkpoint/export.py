@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import files, pattern
+from .. import files
 from ..adapter import entries
-from .edits import Edit, Edits, Overwrite, Source, edits_of, open_adapters
+from .edits import Edits, Overwrite, Source, edits_of, open_adapters
+from .patches import patches_of
 from .shards import Checkpoint, open_checkpoint
 
 Writer = Callable[[Source, "tuple[Checkpoint, Edits] | None", Path], list[Path]]
@@ -36,6 +37,7 @@ class Form:
 
 
 FORMS: dict[str, Form] = {}
+PATCH_FORMAT = "sprand vllm-patch 2"  # 2 adds base.NAME and the checksum
 
 
 def form(name: str, help: str, needs_base: bool) -> Callable[[Writer], Writer]:
@@ -82,26 +84,20 @@ def export(
 
 @form("vllm-patch", "values and flat indices in the names of the checkpoint, the fields of vLLM's CheckpointWeightPatch", True)
 def vllm_patch(source: Source, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
-    """`patches.safetensors` with `indices.NAME` and `values.NAME`, and `patches.json` with name, shape and dtype of each."""
-    checkpoint, edits = applied
-    if edits.added:
-        raise ValueError(
-            f"{source.path} trained {', '.join(edits.added)}, which the base checkpoint does not have, and a patch can only "
-            "change tensors that are there; use sprand merge"
-        )
+    """`patches.safetensors` with `indices.NAME`, `values.NAME` and, for the way back, `base.NAME`; and `patches.json`."""
     tensors: dict[str, Tensor] = {}
     patches = []
-    for name, edit in edits.by_tensor.items():
-        stored = edit.stored
-        indices, values = _changed(checkpoint, edit)
-        if torch.isnan(values).any():
-            raise ValueError(f"{name} would hold values that are no numbers, and vLLM takes those for untouched entries")
-        tensors |= {f"indices.{name}": indices, f"values.{name}": values}
-        dtype = str(stored.dtype).removeprefix("torch.")
-        patches.append({"name": name, "shape": list(stored.shape), "dtype": dtype, "nnz": values.numel()})
-    for target in edits.targets:
-        target.prove()
-    about = {"format": "sprand vllm-patch 1", "adapter_checksum": source.description["checksum"], "patches": patches}
+    for patch in patches_of(source, *applied):
+        name = patch.name
+        tensors |= {f"indices.{name}": patch.indices, f"values.{name}": patch.values, f"base.{name}": patch.base}
+        dtype = str(patch.dtype).removeprefix("torch.")
+        patches.append({"name": name, "shape": list(patch.shape), "dtype": dtype, "nnz": patch.values.numel()})
+    about = {
+        "format": PATCH_FORMAT,
+        "adapter_checksum": source.description["checksum"],
+        "checksum": files.checksum(tensors),
+        "patches": patches,
+    }
     return _write(folder, "patches", tensors, about)
 
 
@@ -133,20 +129,6 @@ def dense_delta(source: Source, applied: tuple[Checkpoint, Edits] | None, folder
         target.prove()
     tensors |= {name: values.float() for name, values in edits.added.items()}
     return _write(folder, "delta", tensors, {"format": "sprand dense-delta 1", "names": "of the checkpoint's tensors"})
-
-
-def _changed(checkpoint: Checkpoint, edit: Edit | Overwrite) -> tuple[Tensor, Tensor]:
-    """Positions and new values of the entries that an edit changes."""
-    numel = edit.stored.numel
-    positions = (
-        torch.arange(numel) if isinstance(edit, Overwrite) else torch.cat([edit.indices, edit.set_indices]).unique().long()
-    )
-    values = torch.empty(positions.shape, dtype=edit.stored.dtype)
-    for part, first in checkpoint.chunks(edit.stored.name):
-        edit.apply(part, first)
-        low, high = torch.searchsorted(positions, torch.tensor([first, first + part.numel()])).tolist()
-        values[low:high] = part[positions[low:high] - first]
-    return positions.to(pattern.index_dtype(numel)), values
 
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], about: dict) -> list[Path]:

@@ -1,0 +1,166 @@
+"""The receiving side of weight sync: a plain model that takes the values of a training one, in place and to the bit."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, sharding
+from ..adapter import check_base
+from ..frozen import Frozen
+from .gate import ANY, Gate, guard, unguard
+from .messages import INDICES, Layout, as_bytes, decoded, kind_of, values_of, version_of
+from .writes import check_writable, set_entries
+
+
+@dataclass(eq=False)
+class _Known:
+    """The positions that were received, on the devices of their weights, and what the base holds there."""
+
+    layout: Layout
+    digest: bytes
+    indices: dict[str, Tensor]
+    base: dict[str, Tensor]
+    whole: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class _Update:
+    """What the weights are to hold: other positions (at their base), or values at the known ones."""
+
+    known: _Known
+    version: int = 0
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+
+class DeltaReceiver:
+    """Applies the messages of a `DeltaSync` to a plain model of the same base; no update happens under a running forward.
+
+    The model keeps its class, modules and parameters; a forward waits while values are written.
+
+    Args:
+        model: holds the base weights of the training model, in the same dtype, whole.
+
+    Raises:
+        ValueError: the model trains entries itself, is sharded, or is in a pool or another receiver.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if hasattr(model, "_sprand"):
+            raise ValueError("DeltaReceiver: this model trains entries; call sprand.unmerge(model) first")
+        sharding.refuse(model, "DeltaReceiver", "use it in a process that holds the whole model")
+        self.model = model
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._known: _Known | None = None
+        self._version = 0
+        self._mutex = threading.Lock()
+        self._gate = Gate(self._change, {p.device for p in model.parameters()})
+        self._forward = guard(model, self._gate, "DeltaReceiver")
+
+    @property
+    def version(self) -> int:
+        """Of the values that the weights hold; 0 for the base."""
+        return self._version
+
+    def receive(self, message: Tensor | bytes) -> int:
+        """Take a message: positions, at which the weights hold the base then, or values, which they hold then.
+
+        Args:
+            message: from `DeltaSync.indices` or `DeltaSync.values`: a uint8 tensor on any device, or its bytes.
+
+        Returns:
+            The version of the values that the weights hold.
+
+        Raises:
+            ValueError: it is truncated, damaged or of other positions, not newer than what the weights hold, or of another base.
+                The model is as it was then.
+        """
+        message = as_bytes(message)
+        with self._mutex, torch.no_grad():
+            update = self._positions(message) if kind_of(message) == INDICES else self._values(message)
+            with self._gate.hold(update):
+                return self._version
+
+    def revert(self) -> None:
+        """Put the base back, bit for bit; values of a newer version may follow."""
+        with self._mutex, torch.no_grad(), self._gate.hold(None):
+            pass
+
+    def close(self) -> None:
+        """Leave the model with the weights that it holds, and give it its own forward back."""
+        with self._mutex, self._gate.hold(ANY):
+            unguard(self._forward)
+
+    def _positions(self, message: Tensor) -> _Update:
+        layout, digest = decoded(message)
+        indices: dict[str, Tensor] = {}
+        base: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
+        for piece in layout.pieces:
+            p = self._parameters.get(piece.name)
+            if p is None or tuple(p.shape) != piece.shape or p.dtype != piece.torch_dtype:
+                here = "none of that name" if p is None else f"{list(p.shape)} of {p.dtype}"
+                raise ValueError(
+                    f"receive: the training model has {piece.name} {list(piece.shape)} of torch.{piece.dtype}, and this one "
+                    f"has {here}; build both from the same checkpoint, in one dtype"
+                )
+            if piece.fingerprint is None:
+                before = None if self._known is None else self._known.whole.get(piece.name)
+                whole[piece.name] = p.data.clone() if before is None else before
+                continue
+            indices[piece.name] = layout.indices[piece.name].to(p.device, copy=True)
+            base[piece.name] = self._base(piece.name, p, indices[piece.name])
+            check_base("the training model's message", piece.name, base[piece.name], piece.fingerprint)
+        check_writable("the training model", self._parameters, [piece.name for piece in layout.pieces])
+        return _Update(_Known(layout, digest, indices, base, whole))
+
+    def _base(self, name: str, weight: nn.Parameter, indices: Tensor) -> Tensor:
+        held = ops.gather(weight.data.contiguous(), indices)
+        if self._known is None or name not in self._known.indices:
+            return held
+        before = self._known.base[name]
+        return Frozen(self._known.indices[name], before, before).pristine(indices, held)
+
+    def _values(self, message: Tensor) -> _Update:
+        if self._known is None:
+            raise ValueError("receive: got values before positions; send DeltaSync.indices() first")
+        digest, version = version_of(message)
+        if digest != self._known.digest:
+            raise ValueError("receive: these values are for other positions; send DeltaSync.indices() again, then its values")
+        if version <= self._version:
+            raise ValueError(f"receive: got values of version {version} after those of version {self._version}")
+        found = values_of(message, self._known.layout)
+        values = {name: value.to(self._parameters[name].device) for name, value in found.items()}
+        return _Update(self._known, version, values)
+
+    def _change(self, update: _Update | None) -> None:
+        """Write; after an error in the middle the weights hold the base."""
+        try:
+            if update is None or update.known is not self._known:
+                self._restore()
+            if update is not None and update.values:
+                known = update.known
+                set_entries(self._parameters, known.indices, {name: update.values[name] for name in known.indices})
+                for name in known.whole:
+                    p = self._parameters[name]
+                    p.data.copy_(update.values[name].view(p.shape))
+        except BaseException:
+            self._restore()
+            self._version, self._gate.state = 0, None
+            raise
+        if update is not None:
+            self._known = update.known
+        self._version, self._gate.state = (0, None) if update is None else (update.version, update)
+
+    def _restore(self) -> None:
+        if self._known is not None:
+            set_entries(self._parameters, self._known.indices, self._known.base)
+            for name, value in self._known.whole.items():
+                self._parameters[name].data.copy_(value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a DeltaReceiver holds locks of this process; make another one from a copy of the model")

@@ -1,0 +1,154 @@
+"""Adapters at hand: their entries packed in host memory, equal positions kept once, and the latest used on the device."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import files, functional
+from ..frozen import Frozen
+from ..model import Adapter
+
+QUAD = 4  # entries that a CUDA kernel reads at once, where they are aligned
+
+
+class Packed:
+    """Tensors by name in one buffer for each device and dtype: on the CPU, pinned where a GPU is their place."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+        self._places: dict[str, tuple[tuple[torch.device, torch.dtype], int, torch.Size]] = {}
+        for name, tensor in tensors.items():
+            key = tensor.device, tensor.dtype
+            self._places[name] = key, sizes.get(key, 0), tensor.shape
+            sizes[key] = sizes.get(key, 0) + -(-tensor.numel() // QUAD) * QUAD
+        self._buffers = {
+            (device, dtype): torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
+            for (device, dtype), size in sizes.items()
+        }
+        for name, view in self._views(self._buffers).items():
+            view.copy_(tensors[name])
+        self.nbytes = sum(buffer.nbytes for buffer in self._buffers.values())
+        self.device_nbytes = sum(buffer.nbytes for (device, _), buffer in self._buffers.items() if device.type != "cpu")
+        self.here = self._views(self._buffers)
+
+    def uploaded(self) -> dict[str, Tensor]:
+        """The tensors on their devices; those of the CPU are not copied."""
+        return self._views({key: buffer.to(key[0], non_blocking=True) for key, buffer in self._buffers.items()})
+
+    def _views(self, buffers: Mapping[tuple[torch.device, torch.dtype], Tensor]) -> dict[str, Tensor]:
+        return {
+            name: buffers[key][first : first + shape.numel()].view(shape) for name, (key, first, shape) in self._places.items()
+        }
+
+
+class Positions:
+    """Which entries an adapter changes, and what the base holds there; adapters with the same ones share them."""
+
+    def __init__(self, indices: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+        self.packed = Packed({f"indices.{n}": t for n, t in indices.items()} | {f"base.{n}": t for n, t in base.items()})
+        self.names = tuple(indices)
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """One adapter: its positions, and the values `[nnz]` that its weights hold there, absolute and in their dtypes.
+
+    Attributes:
+        positions: perhaps shared with others.
+        values: by parameter name; those of modules trained in full in the parameter's shape.
+        whole: names of parameters that were trained in full.
+    """
+
+    positions: Positions
+    values: Packed
+    whole: tuple[str, ...]
+
+
+class Library:
+    """Makes residents of proven adapters; remembers positions as long as one of them has them."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakValueDictionary[str, Positions] = weakref.WeakValueDictionary()
+
+    def resident(self, adapter: Adapter, base: Mapping[str, Tensor]) -> Resident:
+        """Compute the values of an adapter once, as training wrote them.
+
+        Args:
+            adapter: from `prove`.
+            base: what the base holds at its trained entries, `[nnz]` by parameter name.
+        """
+        indices, values, before = {}, {}, {}
+        for name, own in adapter.indices.items():
+            changed = _final(own, adapter.deltas[name].data, base[name], adapter.frozen.get(name))
+            indices[name], values[name], before[name] = changed.indices, changed.values, changed.base
+        key = files.digest(part for name in indices for part in (name, indices[name]))
+        positions = self._known.get(key)
+        if positions is None:
+            positions = self._known.setdefault(key, Positions(indices, before))
+        return Resident(positions, Packed(values | adapter.saved), tuple(adapter.saved))
+
+
+def _final(indices: Tensor, delta: Tensor, base: Tensor, frozen: Frozen | None) -> Frozen:
+    """Trained entries over the folded ones: positions, what a weight holds there, and what its base does."""
+    if frozen is None:
+        return Frozen(indices, functional.patched(base, delta), base)
+    start = Frozen(frozen.indices, frozen.values, frozen.values).pristine(indices, base)
+    return frozen.fold(indices, functional.patched(start, delta), base)
+
+
+@dataclass
+class DeviceCache:
+    """Copies of packed tensors on their devices: the least recently used ones go when their bytes are more than the limit.
+
+    Attributes:
+        limit: in bytes, over all devices; None for no limit. What is in use stays, also above it.
+        nbytes: of the copies that are there.
+        hits, misses, evictions, uploaded_bytes: since the start.
+    """
+
+    limit: int | None = None
+    nbytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    uploaded_bytes: int = 0
+    _copies: OrderedDict[Packed, dict[str, Tensor]] = field(default_factory=OrderedDict)
+
+    def get(self, packed: Packed, in_use: tuple[Packed, ...] = ()) -> dict[str, Tensor]:
+        """The tensors on their devices; `in_use` are not dropped to make room for them."""
+        if not packed.device_nbytes:
+            self.hits += 1
+            return packed.here
+        if packed in self._copies:
+            self.hits += 1
+            self._copies.move_to_end(packed)
+        else:
+            self.misses += 1
+            self.shrink((packed, *in_use), packed.device_nbytes)
+            self._copies[packed] = packed.uploaded()
+            self.nbytes += packed.device_nbytes
+            self.uploaded_bytes += packed.device_nbytes
+        return self._copies[packed]
+
+    def shrink(self, in_use: tuple[Packed, ...], room: int = 0) -> None:
+        """Drop copies, the least recently used first, until the limit leaves `room` bytes."""
+        for packed in list(self._copies):
+            if self.limit is None or self.nbytes + room <= self.limit:
+                return
+            if packed not in in_use:
+                self.drop(packed)
+                self.evictions += 1
+
+    def drop(self, packed: Packed) -> None:
+        """Forget one copy, if it is there."""
+        if self._copies.pop(packed, None) is not None:
+            self.nbytes -= packed.device_nbytes
+
+    def __contains__(self, packed: Packed) -> bool:
+        return packed in self._copies

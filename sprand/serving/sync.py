@@ -1,0 +1,218 @@
+"""The sending side of weight sync: which entries a model trains, said once, and their values after each step."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, ops, pattern, sharding
+from ..adapter import attached, fingerprints
+from ..checkpoint.names import resolve
+from ..checkpoint.patches import TensorPatch
+from ..checkpoint.shards import open_checkpoint
+from ..functional import Entries
+from ..model import state_of
+from .messages import Layout, Piece
+
+
+@dataclass
+class _Target:
+    """One tensor of the model: `indices`, `values` and `base` are `[n]`; without indices, all of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    indices: Tensor | None
+    values: Tensor
+    base: Tensor
+
+
+class DeltaSync:
+    """Lets an inference copy follow a training model: positions once, then the trained values alone.
+
+    The transport is the user's: messages are tensors of bytes, for `torch.distributed`, a file or a socket.
+
+        sync = DeltaSync(model)
+        send(sync.indices())  # once
+        for batch in batches:
+            train(model, batch)
+            send(sync.values())  # absolute, in the weights' dtypes: a message may be left out
+
+    Of an FSDP2 or ZeRO-3 model every rank calls `indices` and `values`: the deltas are gathered.
+
+    Args:
+        model: of `sprand.apply` or `sprand.load`, or a PEFT model with one `SprandConfig` adapter active.
+        checkpoint: folder of the checkpoint whose tensor names are sent instead of the model's; fused experts are sent as the
+            checkpoint's single ones.
+
+    Attributes:
+        version: of the last values; 0 after `indices`.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the model trains nothing, or a PEFT model trains whole modules as well.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: str | os.PathLike[str] | None = None) -> None:
+        self.model, self.version = model, 0
+        self._checkpoint = None if checkpoint is None else open_checkpoint(checkpoint)
+        self._layout: Layout | None = None
+        self._known: dict[str, Tensor | None] = {}
+        self._read()
+
+    def indices(self) -> Tensor:
+        """The index message: names, shapes, dtypes and positions, uint8 on the CPU. Versions begin anew.
+
+        Raises:
+            ValueError: a parameter is not in the checkpoint.
+        """
+        targets = self._read()
+        pieces: list[tuple[Piece, Tensor | None, tuple[str, int, int]]] = []
+        names = self._names(targets)
+        for target in targets:
+            begin = 0
+            for name, shape in names[target.name]:
+                numel, low, high, own = math.prod(shape), 0, target.values.numel(), None
+                if target.indices is not None:
+                    limits = torch.tensor([begin, begin + numel], device=target.indices.device)
+                    low, high = torch.searchsorted(target.indices.long(), limits).tolist()
+                    own = (target.indices[low:high] - begin).to(pattern.index_dtype(numel)).cpu()
+                dtype = str(target.values.dtype).removeprefix("torch.")
+                proof = None if own is None else fingerprints(target.base[low:high])
+                pieces.append((Piece(name, tuple(shape), dtype, high - low, proof), own, (target.name, low, high)))
+                begin += numel
+        pieces.sort(key=lambda entry: -entry[0].torch_dtype.itemsize)
+        self._layout = Layout(
+            tuple(piece for piece, _, _ in pieces), {piece.name: own for piece, own, _ in pieces if own is not None}
+        )
+        self._cuts = [cut for _, _, cut in pieces]
+        self._known = {target.name: None if target.indices is None else target.indices.clone() for target in targets}
+        self._digest, self.version = self._layout.digest(), 0
+        message = self._layout.encoded()
+        self._index_bytes = message.numel()
+        return message
+
+    def values(self) -> Tensor:
+        """The next values message: what the weights hold at the sent positions, uint8 on the model's device.
+
+        Raises:
+            RuntimeError: `indices` was not called, or the model trains other entries since (a redrawn mask, another adapter).
+            ValueError: a value is not finite.
+        """
+        parts = [part for part, _ in self._parts()]
+        if not bool(torch.stack([torch.isfinite(part).all().to(parts[0].device) for part in parts]).all()):
+            raise ValueError("values: trained values are not finite; load the last good checkpoint")
+        self.version += 1
+        return self._layout.values(self._digest, self.version, parts)
+
+    def patches(self) -> Iterator[TensorPatch]:
+        """The same as sparse patches of tensors, for `sprand.integrations.vllm.sparse_patches` and the like.
+
+        Raises:
+            RuntimeError: as for `values`.
+        """
+        for piece, (values, base) in zip(self._layout.pieces if self._layout else (), self._parts(), strict=True):
+            indices = self._layout.indices.get(piece.name)
+            if indices is None:
+                indices = torch.arange(piece.nnz, dtype=pattern.index_dtype(piece.nnz))
+            yield TensorPatch(piece.name, piece.shape, piece.torch_dtype, indices.to(values.device), values, base)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index message."""
+        self._sent()
+        return self._index_bytes
+
+    @property
+    def values_bytes(self) -> int:
+        """Bytes of one values message."""
+        return self._sent().values_nbytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all weights, which a sync without positions sends."""
+        own = ("sprand_delta", "sprand_indices", "sprand_base")
+        return sum(
+            math.prod(sharding.shape_of(p)) * p.dtype.itemsize
+            for name, p in self.model.named_parameters()
+            if not any(word in name for word in own)
+        )
+
+    def _sent(self) -> Layout:
+        if self._layout is None:
+            raise RuntimeError("call indices() first, and send what it gives")
+        return self._layout
+
+    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Values and base of each piece, flat."""
+        self._sent()
+        targets = {target.name: target for target in self._read()}
+        same = targets.keys() == self._known.keys() and all(
+            (own is None) == (targets[name].indices is None) and (own is None or torch.equal(own, targets[name].indices))
+            for name, own in self._known.items()
+        )
+        if not same:
+            raise RuntimeError("the model trains other entries than were sent; call indices() again, and send what it gives")
+        found = ((targets[name], low, high) for name, low, high in self._cuts)
+        return [(target.values.flatten()[low:high], target.base.flatten()[low:high]) for target, low, high in found]
+
+    def _names(self, targets: list[_Target]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+        """The tensors that hold each parameter, with their shapes."""
+        if self._checkpoint is None:
+            return {target.name: [(target.name, target.shape)] for target in targets}
+        shapes = {target.name: target.shape for target in targets}
+        places, _ = resolve(self._checkpoint, shapes)
+        return {name: [(part, self._checkpoint.tensors[part].shape) for part in parts] for name, parts in places.items()}
+
+    def _read(self) -> list[_Target]:
+        with torch.no_grad():
+            sharding.reshard(self.model)
+            if hasattr(self.model, "peft_config"):
+                return [_target(name, weight, entries) for name, weight, entries in _of_peft(self.model)]
+            state = state_of(self.model)
+            if state.current is None:
+                raise ValueError("DeltaSync: no adapter is active; call sprand.switch(model, name) first")
+            found = []
+            for name, module, parameter in attached(self.model):
+                target = _target(name, module._parameters[parameter], module.sparse_entries(parameter))
+                if name in state.current.frozen:
+                    folded = state.current.frozen[name].fold(target.indices, target.values, target.base)
+                    target.indices, target.values, target.base = folded.indices, folded.values, folded.base
+                found.append(target)
+            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            for name in state.current.saved:
+                whole = sharding.whole(parameters[name])
+                found.append(_Target(name, tuple(whole.shape), None, whole, state.base_saved[name]))
+            return found
+
+
+def _target(name: str, weight: Tensor, entries: Entries) -> _Target:
+    delta = sharding.whole(entries.delta.detach()).to(ops.accumulation_dtype(entries.base.dtype))
+    values = functional.patched(entries.base, delta, entries.scale)
+    return _Target(name, tuple(sharding.shape_of(weight)), entries.indices, values, entries.base)
+
+
+def _of_peft(model: nn.Module) -> list[tuple[str, Tensor, Entries]]:
+    """Names in the base model, weights and entries of the active adapter of a PEFT model."""
+    from ..peft.hosted import HostedModule
+
+    found, own = [], set()
+    for module in model.modules():
+        for parameter, target in getattr(module, "_sprand_hosted", {}).items() if isinstance(module, HostedModule) else ():
+            if target.active or target.merged:
+                weight = module._parameters[parameter]
+                found.append((target.name, weight, target.entries(weight, target.merged or target.active)))
+            own |= {id(delta) for delta in target.deltas.values()}
+    if not found:
+        raise ValueError("DeltaSync: expected a PEFT model with an active SprandConfig adapter, found none")
+    whole = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if whole:
+        raise ValueError(
+            f"DeltaSync: this PEFT model trains whole modules as well ({whole[0]}), which no positions describe; train it with "
+            "sprand.apply(model, modules_to_save=[...])"
+        )
+    return found
