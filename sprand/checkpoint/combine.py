@@ -16,9 +16,10 @@ from .. import files, pattern
 from ..adapter import WITHOUT_FROZEN, entries, fingerprints, read, store
 from ..combining import Origin, Part, Rule, combined, content_checksum, record, shared_counts
 from ..config import AS_GIVEN, SparseConfig
-from .edits import Source, edits_of, open_adapters, read_bases, refuse_unmixable
+from .edits import edits_of, read_bases
 from .merge import Adapters
 from .shards import Checkpoint, open_checkpoint
+from .sources import Source, open_adapters, refuse_unmixable
 from .stream import Progress
 
 Listed = dict[str, tuple[Tensor, Tensor]]  # indices and deltas by parameter name

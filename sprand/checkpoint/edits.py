@@ -2,113 +2,100 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops, pattern
-from ..adapter import check_base, entries, frozen_entries, read
-from ..combining import SUM, Part, Rule, combined
-from ..config import SparseConfig
+from ..adapter import check_base
+from ..combining import SUM, Rule
+from .entries import Changes, Cut, Pending, bounds
 from .names import resolve, twins
 from .shards import CHUNK, TRAINABLE, Checkpoint, Stored
+from .sources import Source
 from .stream import Progress
 
 
-@dataclass(frozen=True, eq=False)
-class Source:
-    """An adapter that was read, and its factor."""
-
-    path: Path
-    description: dict[str, Any]
-    tensors: dict[str, Tensor]
-    weight: float = 1.0
-
-    @property
-    def config(self) -> SparseConfig:
-        """How its entries were chosen."""
-        return SparseConfig.from_dict(self.description["config"])
-
-
-def open_adapters(adapters: Iterable[tuple[str | os.PathLike[str], float]]) -> list[Source]:
-    """Read adapters, each with a factor.
-
-    Raises:
-        FileNotFoundError: there is no adapter.
-        ValueError: none was given, one is damaged, or it cannot be mixed.
-    """
-    sources = [Source(Path(path), *read(path), float(weight)) for path, weight in adapters]
-    if not all(math.isfinite(source.weight) for source in sources):
-        raise ValueError(f"weights: expected finite numbers, got {[source.weight for source in sources]}")
-    if not sources:
-        raise ValueError("expected at least one adapter, got none")
-    for source in sources if len(sources) > 1 or sources[0].weight != 1 else ():
-        refuse_unmixable(source, "merge it alone, with weight 1")
-    return sources
-
-
-def refuse_unmixable(source: Source, instead: str) -> None:
-    """Prove that all an adapter changes are deltas.
-
-    Raises:
-        ValueError: it holds values as well; the message ends in what to do instead.
-    """
-    if source.description["saved"]:
-        whole = ", ".join(source.description["saved"])
-        raise ValueError(f"{source.path} trained whole modules ({whole}), which cannot be mixed; {instead}")
-    if any("frozen" in target for target in source.description["targets"].values()):
-        raise ValueError(
-            f"{source.path} has entries that are stored as values (of a redrawn mask, or sprand diff), which cannot be "
-            "mixed; merge it alone, with weight 1"
-        )
-
-
-@dataclass(eq=False)
 class Edit:
     """The trained entries of one tensor: `cast(base + delta)`, rounded once, over values that are set.
 
-    Attributes:
+    Args:
         stored: the tensor.
-        indices: `[n]`, flat, sorted.
-        deltas: `[n]`, float32 (float64 for float64 tensors).
-        set_indices, set_values: entries that are given as values, under the deltas; flat, sorted.
-        base, set_base: what the tensor held there before; known once all its parts were edited.
+        pending: the changes of the parameter that it is, or is a part of.
+        begin: the position of its first entry in the parameter.
     """
 
-    stored: Stored
-    indices: Tensor
-    deltas: Tensor
-    set_indices: Tensor
-    set_values: Tensor
-    base: Tensor = field(init=False)
-    set_base: Tensor = field(init=False)
+    def __init__(self, stored: Stored, pending: Pending, begin: int = 0) -> None:
+        self.stored, self.pending, self.begin = stored, pending, begin
+        self._lock, self._own = threading.Lock(), None
 
-    def __post_init__(self) -> None:
-        self.base = torch.empty(self.indices.shape, dtype=self.stored.dtype)
-        self.set_base = torch.empty(self.set_indices.shape, dtype=self.stored.dtype)
-        step = CHUNK // self.stored.dtype.itemsize
-        self._cut, self._set_cut = (_Cut(indices, self.stored.numel, step) for indices in (self.indices, self.set_indices))
+    @property
+    def indices(self) -> Tensor:
+        """`[n]`, flat, sorted."""
+        return self.own.cut.indices
+
+    @property
+    def deltas(self) -> Tensor:
+        """`[n]`, float32 (float64 for float64 tensors)."""
+        return self.own.deltas
+
+    @property
+    def set_indices(self) -> Tensor:
+        """Entries that are given as values, under the deltas; flat, sorted."""
+        return self.own.set_cut.indices
+
+    @property
+    def set_values(self) -> Tensor:
+        """Their values."""
+        return self.own.set_values
+
+    @property
+    def base(self) -> Tensor:
+        """What the tensor held at `indices` before; known once all its parts were edited."""
+        return self.own.base
+
+    @property
+    def set_base(self) -> Tensor:
+        """What it held at `set_indices`."""
+        return self.own.set_base
+
+    @property
+    def own(self) -> _Own:
+        """The changes of this tensor alone; worked out when they are first needed.
+
+        Raises:
+            ValueError: an adapter is damaged.
+        """
+        self.prepare()
+        return self._own
+
+    def prepare(self) -> None:
+        """Work the changes out, if that has not been done yet."""
+        with self._lock:
+            if self._own is None:
+                self._own = _Own(self.stored, self.pending.changes(), self.begin)
 
     def touches(self, first: int, count: int) -> bool:
         """Whether it changes any of `count` entries from `first` on."""
-        return any(cut.span(first, count)[0] < cut.span(first, count)[1] for cut in (self._cut, self._set_cut))
+        spans = (cut.span(first, count) for cut in (self.own.cut, self.own.set_cut))
+        return any(low < high for low, high in spans)
 
     def apply(self, part: Tensor, first: int) -> None:
         """Change a part of the tensor, flat, in place; `first` is the position of its first entry."""
-        own, local = self._cut.part(first, part.numel())
-        start = self.base[own] = ops.gather(part, local)
-        if self.set_indices.numel():
-            other, places = self._set_cut.part(first, part.numel())
-            self.set_base[other] = ops.gather(part, places)
-            ops.patch_(part, places, self.set_values[other], None)
+        all_of = self.own
+        own, local = all_of.cut.part(first, part.numel())
+        start = all_of.base[own] = ops.gather(part, local)
+        if all_of.set_values.numel():
+            other, places = all_of.set_cut.part(first, part.numel())
+            all_of.set_base[other] = ops.gather(part, places)
+            ops.patch_(part, places, all_of.set_values[other], None)
             start = ops.gather(part, local)
-        ops.patch_(part, local, start, self.deltas[own])
+        ops.patch_(part, local, start, all_of.deltas[own])
 
     def restore(self, part: Tensor, first: int) -> None:
         """Put the base back into a part that holds the trained values.
@@ -117,12 +104,26 @@ class Edit:
             ValueError: it holds others.
         """
         before = part.clone()
-        for cut, base in ((self._set_cut, self.set_base), (self._cut, self.base)):
+        for cut, base in ((self.own.set_cut, self.set_base), (self.own.cut, self.base)):
             own, local = cut.part(first, part.numel())
             ops.patch_(part, local, base[own], None)
         again = part.clone()
         self.apply(again, first)
         _same(self.stored, again, before)
+
+
+class _Own:
+    """The entries of one tensor, cut where the parts begin in which it is read, and room for its base."""
+
+    def __init__(self, stored: Stored, changes: Changes, begin: int) -> None:
+        lists = []
+        for indices, values in ((changes.indices, changes.deltas), (changes.set_indices, changes.set_values)):
+            low, high = bounds(indices, begin, stored.numel)
+            lists += [(indices[low:high] - begin).to(pattern.index_dtype(stored.numel)), values[low:high]]
+        indices, self.deltas, set_indices, self.set_values = lists
+        step = CHUNK // stored.dtype.itemsize
+        self.cut, self.set_cut = (Cut(part, stored.numel, step) for part in (indices, set_indices))
+        self.base, self.set_base = (torch.empty(part.shape, dtype=stored.dtype) for part in (indices, set_indices))
 
 
 @dataclass(eq=False)
@@ -141,6 +142,9 @@ class Overwrite:
 
     def __post_init__(self) -> None:
         self.base = torch.empty_like(self.values)
+
+    def prepare(self) -> None:
+        """Nothing has to be worked out."""
 
     def touches(self, first: int, count: int) -> bool:
         """Always."""
@@ -169,7 +173,12 @@ class Target:
 
     name: str
     edits: tuple[Edit, ...]
-    claims: list[tuple[Source, Tensor | None]]
+    pending: Pending
+
+    @property
+    def claims(self) -> list[tuple[Source, Tensor | None]]:
+        """The adapters that change it, and where the entries of each stand among all; None for all of them in order."""
+        return list(zip(self.pending.chosen, self.pending.changes().positions, strict=True))
 
     def prove(self) -> None:
         """Compare the base of all its edits, which is known now, with the fingerprints of the adapters.
@@ -244,38 +253,19 @@ def _combined(checkpoint: Checkpoint, name: str, tensors: Sequence[str], sources
     pieces = [checkpoint.tensors[tensor] for tensor in tensors]
     for stored in pieces:
         _trainable(stored)
-    dtype = pieces[0].dtype
     chosen = [source for source in sources if name in source.description["targets"]]
     shape = chosen[0].description["targets"][name]["shape"]
-    found = []
     for source in chosen:
-        target = source.description["targets"][name]
-        if target["shape"] != shape:
-            raise ValueError(f"{name} is {target['shape']} in {source.path} and {shape} in {chosen[0].path}")
-        found.append(entries(source.path, source.config, name, target, source.tensors))
-    union, positions = found[0][0], [None]
-    total = found[0][1].to(ops.accumulation_dtype(dtype))
-    if rule != SUM or len(chosen) > 1 or chosen[0].weight != 1:
-        parts = [
-            Part(sources.index(source), source.weight, indices, deltas.to(total.dtype))
-            for source, (indices, deltas) in zip(chosen, found, strict=True)
-        ]
-        whole = combined(rule, len(sources), {name: parts})[name]
-        union, total, positions = whole.indices, whole.delta, whole.positions
-    set_indices, set_values = union[:0], torch.empty(0, dtype=dtype)
-    target = chosen[0].description["targets"][name]
-    if "frozen" in target:
-        set_indices, set_values = frozen_entries(chosen[0].path, name, target, chosen[0].tensors)
-        set_values = set_values.to(dtype)
+        if source.description["targets"][name]["shape"] != shape:
+            raise ValueError(
+                f"{name} is {source.description['targets'][name]['shape']} in {source.path} and {shape} in {chosen[0].path}"
+            )
+    pending = Pending(name, chosen, sources, rule, pieces[0].dtype)
     edits, begin = [], 0
     for stored in pieces:
-        lists = []
-        for indices, values in ((union, total), (set_indices, set_values)):
-            low, high = _bounds(indices, begin, stored.numel)
-            lists += [(indices[low:high] - begin).to(pattern.index_dtype(stored.numel)), values[low:high]]
-        edits.append(Edit(stored, *lists))
+        edits.append(Edit(stored, pending, begin))
         begin += stored.numel
-    return Target(name, tuple(edits), list(zip(chosen, positions, strict=True)))
+    return Target(name, tuple(edits), pending)
 
 
 def _twins(checkpoint: Checkpoint, target: Target) -> list[Target]:
@@ -287,8 +277,7 @@ def _twins(checkpoint: Checkpoint, target: Target) -> list[Target]:
         indices = torch.cat([edit.indices, edit.set_indices])
         one, two = (_bits(ops.gather(checkpoint.read(tensor), indices)) for tensor in (edit.stored.name, name))
         if torch.equal(one, two):
-            other = Edit(checkpoint.tensors[name], edit.indices, edit.deltas, edit.set_indices, edit.set_values)
-            found.append(Target(target.name, (other,), target.claims))
+            found.append(Target(target.name, (Edit(checkpoint.tensors[name], target.pending),), target.pending))
     return found
 
 
@@ -304,30 +293,6 @@ def _trainable(stored: Stored) -> None:
             f"{stored.name} is stored as {stored.code}; expected F64, F32, F16 or BF16: merge into the checkpoint that is not "
             "quantized"
         )
-
-
-class _Cut:
-    """Sorted indices of a tensor, cut where the parts of `step` entries begin in which it is read."""
-
-    def __init__(self, indices: Tensor, numel: int, step: int) -> None:
-        starts = torch.arange(0, numel + step, step).clamp_(max=numel)
-        self.indices, self.step, self.bounds = indices, step, torch.searchsorted(indices.long(), starts).tolist()
-
-    def span(self, first: int, count: int) -> tuple[int, int]:
-        """Which of the indices lie in the part that begins at `first`."""
-        assert first % self.step == 0 and count <= self.step
-        return self.bounds[first // self.step], self.bounds[first // self.step + 1]
-
-    def part(self, first: int, count: int) -> tuple[slice, Tensor]:
-        """The same as a slice, and where they lie in the part."""
-        low, high = self.span(first, count)
-        return slice(low, high), (self.indices[low:high] - first).to(torch.int32)
-
-
-def _bounds(indices: Tensor, first: int, count: int) -> tuple[int, int]:
-    limits = torch.tensor([first, first + count])
-    low, high = torch.searchsorted(indices, limits.clamp(max=torch.iinfo(indices.dtype).max).to(indices.dtype)).tolist()
-    return low, high
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -357,6 +322,22 @@ def read_bases(checkpoint: Checkpoint, edits: Edits, progress: Progress = lambda
         target.prove()
         found.setdefault(target.name, torch.cat([edit.base for edit in target.edits]))
     return found
+
+
+@contextmanager
+def worked_out_ahead(checkpoint: Checkpoint, edits: Edits) -> Iterator[None]:
+    """While the block runs, a thread draws and combines what changes in each tensor, in the order in which files are written.
+
+    What is wrong with an adapter is raised where its changes are used.
+    """
+    order = [stored.name for shard in checkpoint.shards.values() for stored in shard.tensors if stored.name in edits.by_tensor]
+    pool = ThreadPoolExecutor(1)
+    try:
+        for name in order:
+            pool.submit(edits.by_tensor[name].prepare)
+        yield
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def base_values(edits: Mapping[str, Edit | Overwrite]) -> dict[str, Tensor]:

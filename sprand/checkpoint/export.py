@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .. import files
 from ..adapter import entries
-from .edits import Edits, Overwrite, Source, edits_of, open_adapters
+from .edits import Edits, Overwrite, edits_of
 from .patches import patches_of
 from .shards import Checkpoint, open_checkpoint
+from .sources import Source, open_adapters
 
 Writer = Callable[[Source, "tuple[Checkpoint, Edits] | None", Path], list[Path]]
 

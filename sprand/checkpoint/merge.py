@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import files
-from .edits import Edit, Edits, Overwrite, Source, Target, base_values, edits_of, open_adapters
+from .edits import Edit, Edits, Overwrite, Target, base_values, edits_of, worked_out_ahead
 from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
 from .shards import INDEX, Checkpoint, Shard, open_checkpoint
+from .sources import Source, open_adapters
 from .stream import Progress, differs, header_with, write
 
 Adapters = Iterable[tuple[str | os.PathLike[str], float]]
@@ -75,11 +76,12 @@ def merge(
     job.prove_samples()
     unfinished = made.begin()
     try:
-        for shard in checkpoint.shards.values():
-            if not (unfinished / shard.name).is_file() or job.differs(unfinished, shard, lambda count: None) is not None:
-                job.write(unfinished, shard, progress)
-            else:
-                progress(shard.size)
+        with worked_out_ahead(checkpoint, edits):
+            for shard in checkpoint.shards.values():
+                if not (unfinished / shard.name).is_file() or job.differs(unfinished, shard, lambda count: None) is not None:
+                    job.write(unfinished, shard, progress)
+                else:
+                    progress(shard.size)
         for target in edits.targets:
             target.prove()
     except ValueError:
@@ -107,10 +109,11 @@ def verify(
     checkpoint = open_checkpoint(base)
     edits = edits_of(checkpoint, open_adapters(adapters))
     job = _Job(checkpoint, edits)
-    for shard in checkpoint.shards.values():
-        wrong = job.differs(Path(out), shard, progress)
-        if wrong is not None:
-            raise ValueError(f"{Path(out) / shard.name} is not what the merge writes: {wrong} is different; merge again")
+    with worked_out_ahead(checkpoint, edits):
+        for shard in checkpoint.shards.values():
+            wrong = job.differs(Path(out), shard, progress)
+            if wrong is not None:
+                raise ValueError(f"{Path(out) / shard.name} is not what the merge writes: {wrong} is different; merge again")
     for target in edits.targets:
         target.prove()
     if checkpoint.index is not None and json.loads((Path(out) / INDEX).read_text(encoding="utf-8")) != job.index():

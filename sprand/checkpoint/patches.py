@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import pattern
-from .edits import Edit, Edits, Overwrite, Source
+from .edits import Edit, Edits, Overwrite
 from .shards import Checkpoint
+from .sources import Source
 
 
 @dataclass(frozen=True, eq=False)

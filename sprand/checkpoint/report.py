@@ -15,8 +15,9 @@ from ..adapter import entries, frozen_entries
 from ..functional import patched
 from ..pattern import RANDOM_STRATEGIES
 from ..selection.mask import chosen_by
-from .edits import Source, edits_of, open_adapters, read_bases
+from .edits import edits_of, read_bases
 from .shards import open_checkpoint
+from .sources import Source, open_adapters
 
 
 @dataclass(frozen=True)

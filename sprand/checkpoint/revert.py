@@ -10,10 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import files
-from .edits import Edit, Overwrite, base_values, edits_of, open_adapters
+from .edits import Edit, Overwrite, base_values, edits_of
 from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
 from .merge import Adapters, Merged, adapters_of
 from .shards import INDEX, Checkpoint, open_checkpoint
+from .sources import open_adapters
 from .stream import Progress, write
 
 
@@ -112,5 +113,5 @@ def _give_base(edits: dict[str, Edit | Overwrite], values: dict[str, Tensor], fi
         if isinstance(edit, Overwrite):
             edit.base = values[f"whole.{name}"]
             continue
-        edit.base = values[f"base.{name}"]
-        edit.set_base = values.get(f"set.{name}", edit.set_base)
+        edit.base.copy_(values[f"base.{name}"])
+        edit.set_base.copy_(values.get(f"set.{name}", edit.set_base))

@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import files, host
-from ..checkpoint.edits import edits_of, open_adapters
+from ..checkpoint.edits import edits_of
 from ..checkpoint.export import PATCH_FORMAT
 from ..checkpoint.patches import TensorPatch, patches_of
 from ..checkpoint.shards import open_checkpoint
+from ..checkpoint.sources import open_adapters
 
 try:
     from vllm.model_executor.model_loader.checkpoint_weight_patch import CheckpointWeightPatch

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoint.diff import exact_deltas
-from ..checkpoint.edits import Edits, Source
+from ..checkpoint.edits import Edits
 from ..checkpoint.export import form
 from ..checkpoint.shards import Checkpoint
+from ..checkpoint.sources import Source
 
 CONFIGS = {"shira": peft.ShiraConfig, "supertuning": peft.SupertuningConfig}
 NARROW = (torch.bfloat16, torch.float16)
