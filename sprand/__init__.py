@@ -14,6 +14,7 @@ from .layers import SparseLinear, SparseModule
 from .model import apply, disabled, merge, named_parameters, parameters, switch, unmerge, write
 from .optim import SparseAdamW
 from .plots import plot_selection
+from .rates import suggest_lr
 from .selection.choose import select
 from .selection.mask import Mask
 from .summary import print_trainable_parameters, summary, visible_share
@@ -38,6 +39,7 @@ __all__ = [
     "print_trainable_parameters",
     "save",
     "select",
+    "suggest_lr",
     "summary",
     "switch",
     "unmerge",

@@ -38,7 +38,7 @@ ROOMS = {
     ),
     "core": ("pattern", "candidates", "functional", "layers", "optim"),
     "policy": ("config", "files", "targets", "selection"),
-    "assembly": ("model", "frozen", "adapter", "checkpoint", "dynamic", "exchange", "plots", "summary", "__init__"),
+    "assembly": ("model", "frozen", "adapter", "checkpoint", "dynamic", "exchange", "plots", "rates", "summary", "__init__"),
     "doors": ("peft", "integrations", "cli", "__main__"),
 }
 MAY_IMPORT = {

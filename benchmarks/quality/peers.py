@@ -1,4 +1,4 @@
-"""The peers of a quality benchmark at the trained count of a budget: PEFT LoRA, PEFT SHiRA, peft-sparta, a new head, all weights."""
+"""The peers of a quality benchmark at the trained count of a budget: PEFT LoRA and SHiRA, peft-sparta, a head, all weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def attach(name: str, model: nn.Module, lr: float | None, budget: float | None, 
         return _sparta(model, target, lr, settings)
     where, layers = fit(model, target)
     if name == "lora":
-        method = methods.peer("lora", model, settings, layers, target + head_size(model))
+        own = dataclasses.replace(settings, compare_lr=(("lora", lr),))
+        method = methods.peer("lora", model, own, layers, target + head_size(model))
     else:
         method = _shira(model, layers, target, lr, settings)
     count = method.count - head_size(model)
@@ -100,15 +101,19 @@ def _per_rank(model: nn.Module, layers: list[str]) -> int:
     return sum(sum(model.get_submodule(n).weight.shape) for n in layers)
 
 
-def _shira(model: nn.Module, layers: list[str], target: int, lr: float | None, settings: Settings) -> methods.Method:
+def sparse_shira(model: nn.Module, rank: int, targets: list[str], seed: int, heads: list[str] | None = None) -> nn.Module:
+    """PEFT's SHiRA with its random mask, `rank * (in + out)` entries of each target."""
     peft = importlib.import_module("peft")
     torch.sparse.check_sparse_tensor_invariants.disable()  # the default, said aloud: it warns otherwise
+    config = peft.ShiraConfig(r=rank, mask_type="random", random_seed=seed, target_modules=targets, modules_to_save=heads)
+    return peft.get_peft_model(model, config)
+
+
+def _shira(model: nn.Module, layers: list[str], target: int, lr: float | None, settings: Settings) -> methods.Method:
     rank = max(1, round(target / _per_rank(model, layers)))
-    config = peft.ShiraConfig(
-        r=rank, mask_type="random", random_seed=settings.seed, target_modules=layers, modules_to_save=head_names(model) or None
-    )
-    wrapped = peft.get_peft_model(model, config)
-    return _method("shira", wrapped, {n: p for n, p in wrapped.named_parameters() if p.requires_grad}, lr, f"rank {rank}")
+    wrapped = sparse_shira(model, rank, layers, settings.seed, head_names(model) or None)
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    return _method("shira", wrapped, trained, lr, f"rank {rank}", settings)
 
 
 def _sparta(model: nn.Module, target: int, lr: float | None, settings: Settings) -> methods.Method:
@@ -128,9 +133,11 @@ def _sparta(model: nn.Module, target: int, lr: float | None, settings: Settings)
     torch.manual_seed(settings.seed)
     sparsity = 1 - target / sum(p.numel() for p in model.parameters())
     inner = WithHead(model, sparsity=sparsity, frozen_modules=frozen)
-    return _method("peft-sparta", Sparta(inner), dict(inner.named_parameters()), lr, "value and output projections")
+    return _method("peft-sparta", Sparta(inner), dict(inner.named_parameters()), lr, "value and output projections", settings)
 
 
-def _method(name: str, model: nn.Module, trained: dict[str, nn.Parameter], lr: float | None, note: str) -> methods.Method:
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr, fused=True)
+def _method(
+    name: str, model: nn.Module, trained: dict[str, nn.Parameter], lr: float | None, note: str, settings: Settings
+) -> methods.Method:
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=settings.weight_decay, fused=True)
     return methods.Method(name, model, trained, optimizer, lr, note)

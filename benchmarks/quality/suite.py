@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.masks.mkdir(parents=True, exist_ok=True)
         work(cells, grid, options, done, file)
     command = command_line(__file__, sys.argv[1:] if argv is None else argv)
-    tables.write(done, results.read_rows(file), options.out, options.grid, grid.title, command)
+    tables.write(done, results.read_rows(file), options.out, options.grid, grid, command)
     return 0
 
 
@@ -76,7 +76,7 @@ def runs_of(cell: Cell, grid: Grid, options: argparse.Namespace) -> int:
 
 
 def missing(cell: Cell, grid: Grid, options: argparse.Namespace, done: Results) -> list[Run]:
-    """The runs of a cell that can be done now: the rates with the first seed, one beyond an edge, then the best with the others."""
+    """The runs of a cell that can be done now: the rates with the first seed, one past an edge, then the best with the others."""
     if cell[1] == "untrained":
         return [run for run in [Run(*cell, None, options.seeds[0])] if run not in done]
     tried = [Run(*cell, lr, options.seeds[0]) for lr in rates(cell, grid, options)]

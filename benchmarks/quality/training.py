@@ -62,8 +62,8 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> tuple[Outcom
         masks: where chosen masks are kept for runs that differ in the learning rate alone.
 
     Returns:
-        A line (`trained`, `metric`, `dev`, `test`, `old`, `train_loss`, `seconds`, `calibration_seconds`, `steps`, `note`), and of
-        each test row whether it was right (classification) or its mean loss (language model), float64 [rows].
+        A line (`trained`, `metric`, `dev`, `test`, `old`, `train_loss`, `seconds`, `calibration_seconds`, `steps`, `note`), and
+        of each test row whether it was right (classification) or its mean loss (language model), float64 [rows].
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +146,7 @@ def attached(run: Run, model: nn.Module, settings: Settings, task: tasks.Task, m
 def measures(
     model: nn.Module, held_out: dict[str, tasks.Task], settings: Settings, device: torch.device
 ) -> tuple[Outcome, Tensor]:
-    """The metric on each part: dev chooses the learning rate, test is reported, old tells what was forgotten; and the test rows."""
+    """The metric on each part (dev chooses the rate, test is reported, old tells what was forgotten), and the test rows."""
     outcomes = {name: part.outcomes(model, settings.batch_size, device) for name, part in held_out.items()}
     metric = held_out["test"].metric
     losses, terms, right = outcomes["test"]
