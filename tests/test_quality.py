@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import sprand
 from tiny_models import WORDS, save_llama
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -100,6 +101,34 @@ def test_every_method_of_the_suite_trains_its_budget(suite: ModuleType, tmp_path
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_another_model_and_files_get_rates_around_the_default(suite: ModuleType, tmp_path: Path, capsys) -> None:
+    data = tmp_path / "shared" / "data"
+    files = [part for name in ("train", "dev", "test") for part in (f"--{name}", str(data / f"{name}.txt"))]
+    arguments = ["own", "--model", str(tmp_path / "shared" / "models" / "tiny"), *files, "--old", str(data / "dev.txt")]
+    arguments += [
+        "--methods",
+        "random",
+        "lora",
+        "--budgets",
+        "0.05",
+        "--seeds",
+        "0",
+        "--name",
+        "mine",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    arguments += ["--masks", str(tmp_path / "masks"), "--set", "max_steps=2", "batch_size=4", "max_length=16"]
+    assert suite.main([*arguments, "--shared", str(tmp_path / "nowhere")]) == 0
+    rows = read(tmp_path / "out" / "mine.csv")
+    assert {row["steps"] for row in rows if row["lr"]} == {"2"} and all(row["old"] for row in rows)
+    tried = sorted(float(row["lr"]) for row in rows if row["method"] == "random")
+    assert tried[0] < sprand.suggest_lr(density=0.05, width=32) < tried[-1] and len(tried) in (4, 5)
+    with pytest.raises(SystemExit):
+        suite.main(["suite", *asked(tmp_path), "--set", "max_steps=2"])
+    assert "give a --name" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["lora", "shira"])
 def test_a_count_that_a_peer_cannot_reach_is_said(quality: None, tmp_path: Path, method: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -133,7 +162,7 @@ def test_a_run_that_diverges_is_a_line_and_loses(suite: ModuleType, tmp_path: Pa
     monkeypatch.setattr("quality.grids.LOWEST", {"language model": {"entries": {0.01: 60}}})
     from quality import grids
 
-    monkeypatch.setattr(suite, "GRIDS", suite.GRIDS | {"suite": dataclasses.replace(grids.SUITE, extend=False)})
+    monkeypatch.setitem(suite.GRIDS, "suite", dataclasses.replace(grids.SUITE, extend=False))
     assert suite.main(["suite", *asked(tmp_path, "--methods", "random", "--seeds", "0")]) == 0
     rows = [row for row in read(tmp_path / "out" / "suite.csv") if row["method"] == "random"]
     assert len(rows) == 4 and all(row["note"] == "diverged" and row["dev"] == "inf" for row in rows)

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sprand
 from quality.training import TaskPlan
+from sprand.cli.settings import PEER_RATES, peer_rate
 from sprand.pattern import LAYOUTS
 from sprand.selection.strategies import STRATEGIES
 
@@ -154,3 +156,22 @@ SUITE = Grid(
 )  # fmt: skip
 
 GRIDS = {"suite": SUITE, "first_look": FIRST_LOOK}
+
+
+def own(plan: TaskPlan, width: int) -> Grid:
+    """The suite on another model and other files: four rates around the default of each method.
+
+    Args:
+        plan: the task.
+        width: the model's hidden size.
+    """
+
+    def rates(task: str, method: str, budget: float | None) -> list[float]:
+        if method in PEER_RATES and method != "full":
+            middle = peer_rate(method, width)
+        else:
+            middle = sprand.suggest_lr(density=budget or 1.0, width=width, strategy=method)
+        return [float(f"{middle * HALF_DECADE**step:.1e}") for step in (-1.5, -0.5, 0.5, 1.5)]
+
+    blocks = tuple(("own", budget) for budget in (0.01, 0.001, 0.05, 0.003, 0.0003))
+    return dataclasses.replace(SUITE, title="Quality on a task of your own", tasks={"own": plan}, blocks=blocks, rates=rates)

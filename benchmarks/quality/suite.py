@@ -2,7 +2,7 @@
 
 A run that stands in the CSV is not run again. For each task, method and budget the learning rates are tried with the first
 seed (one more where the best is at an edge, in the grid `suite`); the one that is best on the dev rows is run with the other
-seeds, and the table shows test rows.
+seeds, and the table shows test rows. `own` is the suite on a model and files that are given.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from quality import results, tables
-from quality.grids import GRIDS, HALF_DECADE, Cell, Grid
+from quality.grids import GRIDS, HALF_DECADE, Cell, Grid, own
 from quality.results import Results
 from quality.training import Run, TaskPlan, perform
 from report import RESULTS, command_line, progress
+from sprand.cli.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"max_steps": 4, "limit_train": 32, "limit_eval": 16, "calibration_examples": 16}
@@ -29,15 +30,15 @@ QUICK = {"max_steps": 4, "limit_train": 32, "limit_eval": 16, "calibration_examp
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    grid: Grid = GRIDS[options.grid]
-    file = options.out / f"{options.grid}.csv"
+    grid: Grid = options.found
+    file = options.out / f"{options.name}.csv"
     done = results.read(file)
     cells = list(grid.cells(options.tasks, options.methods, options.budgets))
     if not options.tables:
         options.masks.mkdir(parents=True, exist_ok=True)
         work(cells, grid, options, done, file)
     command = command_line(__file__, sys.argv[1:] if argv is None else argv)
-    tables.write(done, results.read_rows(file), options.out, options.grid, grid, command)
+    tables.write(done, results.read_rows(file), options.out, options.name, grid, command)
     return 0
 
 
@@ -104,25 +105,43 @@ def plan_of(run: Run, grid: Grid, options: argparse.Namespace) -> TaskPlan:
     """The task of a run, on the device and shortened where asked."""
     plan = grid.tasks[run.task]
     own = grid.own_options.get((run.task, run.method), {})
-    return dataclasses.replace(plan, options=plan.options | own | {"device": options.device} | (QUICK if options.quick else {}))
+    return dataclasses.replace(
+        plan, options=plan.options | own | {"device": options.device} | options.set | (QUICK if options.quick else {})
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", nargs="?", choices=tuple(GRIDS), default="suite")
+    parser.add_argument("grid", nargs="?", choices=(*GRIDS, "own"), default="suite")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all of the grid")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all of the grid")
     parser.add_argument("--budgets", nargs="+", type=float, help="fractions of the targeted weights (default: all of the grid)")
     parser.add_argument("--seeds", nargs="+", type=int, help="the first tries the rates (default: those of the grid)")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each (default 2)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default cpu)")
+    parser.add_argument("--model", help="own: a directory, or a name on the Hub")
+    for part in ("train", "dev", "test"):
+        parser.add_argument(f"--{part}", type=Path, help=f"own: {part} rows, a file as for sprand finetune")
+    parser.add_argument("--old", type=Path, help="own: a text to measure forgetting on")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        type=_setting,
+        default=[],
+        metavar="FIELD=VALUE",
+        help="larger or other: max_steps=2000 limit_train=50000 dtype=bfloat16, fields as of sprand finetune; needs --name",
+    )
+    parser.add_argument("--name", help="of the CSV and its table (default: the grid)")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with data/ and models/")
     parser.add_argument("--masks", type=Path, help="folder for chosen masks (default: runs/GRID_masks)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tables", action="store_true", help="run nothing: draw table and figures of the runs that are there")
     parser.add_argument("--quick", action="store_true", help="a few steps at two rates: does it run at all?")
     options = parser.parse_args(argv)
-    grid = GRIDS[options.grid]
+    options.set, options.name = dict(options.set), options.name or options.grid
+    if options.set and options.name in GRIDS:
+        parser.error("--set: give a --name, so that runs of another size do not stand among those of the grid")
+    options.found = grid = GRIDS[options.grid] if options.grid in GRIDS else _own(options, parser)
     for name, known in {
         "tasks": tuple(grid.tasks),
         "methods": grid.methods,
@@ -134,10 +153,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: expected some of {', '.join(map(str, known))}, got {unknown[0]}")
         setattr(options, name, asked)
     options.seeds = options.seeds or list(grid.seeds)
-    if not (options.shared / "data").is_dir() and not options.tables:
+    if options.grid in GRIDS and not (options.shared / "data").is_dir() and not options.tables:
         parser.error(f"expected a folder with data/ and models/ at {options.shared}; give --shared")
-    options.masks = options.masks or ROOT / "runs" / f"{options.grid}_masks"
+    options.masks = options.masks or ROOT / "runs" / f"{options.name}_masks"
     return options
+
+
+def _own(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Grid:
+    from transformers import AutoConfig
+
+    absent = [name for name in ("model", "train", "dev", "test") if getattr(options, name) is None]
+    if absent:
+        parser.error(f"own: give --{absent[0]}")
+    files = [str(getattr(options, name).resolve()) for name in ("train", "dev", "test")]
+    plan = TaskPlan(options.model, *files, {}, old=str(options.old.resolve()) if options.old else None)
+    config = AutoConfig.from_pretrained(options.model)
+    return own(plan, getattr(config, "hidden_size", None) or config.n_embd)
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """A field of `Settings` and its value."""
+    name, _, value = text.partition("=")
+    fields = {field.name: str(field.type) for field in dataclasses.fields(Settings)}
+    if name not in fields:
+        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE with a field of sprand finetune, got {text!r}")
+    kind = next((kind for kind in (int, float) if kind.__name__ in fields[name]), str)
+    return name, kind(value)
 
 
 if __name__ == "__main__":
