@@ -146,7 +146,7 @@ SUITE = Grid(
     methods=("random", "lora", "gradient", "run4", "uniform", "run2", "run8", "snip", "shira", "peft-sparta", "full", "head"),
     blocks=(
         ("shakespeare", 0.01), ("shakespeare", 0.001), ("shakespeare", 0.05), ("sst2", 0.01), ("qnli", 0.01),
-        ("shakespeare", 0.003), ("shakespeare", 0.0003), ("sst2", 0.001), ("qnli", 0.001), ("subj", 0.01), ("subj", 0.001),
+        ("shakespeare", 0.003), ("shakespeare", 0.0003), ("subj", 0.01), ("sst2", 0.001), ("qnli", 0.001), ("subj", 0.001),
         ("sst2", 0.05), ("sst2", 0.003), ("sst2", 0.0003), ("qnli", 0.05), ("qnli", 0.003), ("qnli", 0.0003),
         ("subj", 0.05), ("subj", 0.003), ("subj", 0.0003),
     ),
