@@ -16,6 +16,7 @@ from .mixing import combine
 from .model import disabled, merge, named_parameters, parameters, switch, unmerge, write
 from .optim import SparseAdamW
 from .plots import plot_selection
+from .rates import suggest_lr
 from .selection.mask import Mask
 from .summary import print_trainable_parameters, summary, visible_share
 from .version import __version__
@@ -40,6 +41,7 @@ __all__ = [
     "print_trainable_parameters",
     "save",
     "select",
+    "suggest_lr",
     "summary",
     "switch",
     "unmerge",

@@ -49,6 +49,7 @@ ROOMS = {
         "dynamic",
         "exchange",
         "plots",
+        "rates",
         "summary",
         "__init__",
     ),

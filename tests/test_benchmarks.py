@@ -160,55 +160,6 @@ def test_merging_is_timed_against_a_copy(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.fixture
-def first_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The script with a tiny task of its own, and its runs in this process."""
-    import concurrent.futures
-
-    from tiny_models import WORDS, save_llama
-
-    (tmp_path / "shared" / "models").mkdir(parents=True)
-    (tmp_path / "shared" / "data").mkdir()
-    save_llama(tmp_path / "shared" / "models" / "tiny")
-    for name in ("train", "dev", "test"):
-        text = "\n".join(" ".join(WORDS[i % 7 : i % 7 + 12]) for i in range(30))
-        (tmp_path / "shared" / "data" / f"{name}.txt").write_text(text)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from quality import first_look
-
-    plan = first_look.TaskPlan("tiny", "train.txt", "dev.txt", "test.txt", {"max_steps": 2, "batch_size": 4, "max_length": 16})
-    monkeypatch.setitem(first_look.TASKS, "shakespeare", plan)
-    threads = concurrent.futures.ThreadPoolExecutor
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda workers, context: threads(1))
-    return first_look
-
-
-def test_the_first_look_fills_a_table_and_goes_on_where_it_stopped(
-    first_look: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = ["--tasks", "shakespeare", "--methods", "random", "snip", "lora", "full", "--budgets", "0.01", "--quick"]
-    places = ["--shared", str(tmp_path / "shared"), "--masks", str(tmp_path / "masks"), "--out", str(tmp_path / "out")]
-    assert first_look.main([*asked, *places]) == 0
-    rows = read(tmp_path / "out" / "first_look.csv")
-    assert len(rows) == 1 + 4 * 3
-    assert {row["method"] for row in rows} == {"untrained", "random", "snip", "lora", "full"}
-    assert all(float(row["dev"]) > 0 and float(row["test"]) > 0 for row in rows)
-    table = (tmp_path / "out" / "first_look.md").read_text()
-    assert "snip = taylor_fo" in table and "rank 2, value" in table
-    assert (tmp_path / "out" / "first_look.png").read_bytes().startswith(b"\x89PNG")
-    last = rows[-1]
-    kept = (tmp_path / "out" / "first_look.csv").read_text().splitlines()[:-1]
-    (tmp_path / "out" / "first_look.csv").write_text("\n".join(kept) + "\n")
-    done = []
-    perform = first_look.perform
-    monkeypatch.setattr(first_look, "perform", lambda run, *rest: done.append(run) or perform(run, *rest))
-    assert first_look.main([*asked, *places]) == 0
-    assert [(run.method, str(run.seed)) for run in done] == [(last["method"], last["seed"])]
-    again = read(tmp_path / "out" / "first_look.csv")[-1]
-    timed = ("seconds", "calibration_seconds")
-    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in last.items() if k not in timed}
-
-
 def test_wire_counts_what_each_method_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="the model to train comes from transformers")
     monkeypatch.syspath_prepend(BENCHMARKS)

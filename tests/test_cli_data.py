@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sprand.cli import CliError, data, demo
-from sprand.cli.settings import Settings, default_rate
+from sprand.cli.settings import Settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -134,13 +134,6 @@ def test_bad_option(fields, said):
     with pytest.raises(CliError) as error:
         settings(Path("a.tsv"), **fields)
     assert said in str(error.value)
-
-
-def test_default_rate_rises_as_density_and_width_fall():
-    assert [default_rate(d, 384) for d in (1e-3, 1e-2, 3.125e-2, 1.0)] == [1e-2, 5e-3, 3e-3, 1e-4]
-    rates = [default_rate(d, 384) for d in (1e-4, 3e-3, 2e-2, 0.2, 0.7)]
-    assert rates == sorted(rates, reverse=True)
-    assert default_rate(0.01, 768) == default_rate(0.01, 384) / 2
 
 
 def test_docstrings_of_the_standard_library(tmp_path):

@@ -11,22 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-import sprand
-from sprand.cli import data, methods, models, tasks, training
+from quality import peers
+from sprand.cli import TrainingFailed, data, methods, models, tasks, training
 from sprand.cli.progress import Log
 from sprand.cli.settings import Settings
-from sprand.pattern import RANDOM_STRATEGIES
+from sprand.pattern import LAYOUTS, RANDOM_STRATEGIES
 
-LAYER_KINDS = {"attention": ("q", "k", "v", "o"), "query and value": ("q", "v"), "value": ("v",)}  # subsets LoRA may adapt
-NAMES = {
-    "q": ("q_proj", "query"),
-    "k": ("k_proj", "key"),
-    "v": ("v_proj", "value"),
-    "o": ("o_proj", "attention.output.dense"),
-}
-PEERS = ("lora", "full", "head", "untrained")
+Outcome = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +27,10 @@ class TaskPlan:
     """A task at a size.
 
     Attributes:
-        model: a directory, or None for the sentence model of the demo.
-        train, dev, test: files under the data folder.
+        model: a directory under the models folder or a name on the Hub, or None for the sentence model of the demo.
+        train, dev, test: files under the data folder, or absolute.
         options: further fields of `Settings`.
+        old: for a language model, a file of text like that which it was trained on before; None measures no forgetting.
     """
 
     model: str | None
@@ -44,6 +38,7 @@ class TaskPlan:
     dev: str
     test: str
     options: dict[str, Any]
+    old: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Run:
     seed: int
 
 
-def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> dict[str, Any]:
+def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> tuple[Outcome, Tensor]:
     """Train, and measure on the dev and the test rows.
 
     Args:
@@ -67,7 +62,8 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> dict[str, An
         masks: where chosen masks are kept for runs that differ in the learning rate alone.
 
     Returns:
-        A line: `trained`, `dev`, `test`, `train_loss`, `seconds`, `calibration_seconds`, `steps`, `note`.
+        A line (`trained`, `metric`, `dev`, `test`, `old`, `train_loss`, `seconds`, `calibration_seconds`, `steps`, `note`), and
+        of each test row whether it was right (classification) or its mean loss (language model), float64 [rows].
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -75,37 +71,55 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> dict[str, An
         dataset = data.load(settings)
         model, tokenizer = load(settings, dataset)
         task = tasks.make(dataset, tokenizer, settings)
-        held_out = tasks.make(data.load(dataclasses.replace(settings, eval=shared / "data" / plan.test)), tokenizer, settings)
-        device = torch.device("cpu")
-        started, head = time.perf_counter(), head_size(model)
+        others = {"test": plan.test} | ({"old": plan.old} if plan.old else {})
+        held_out = {"dev": task} | {
+            name: tasks.make(data.load(dataclasses.replace(settings, eval=shared / "data" / file)), tokenizer, settings)
+            for name, file in others.items()
+        }
+        device = training.pick_device(settings.device)
+        model, started, head = model.to(device), time.perf_counter(), peers.head_size(model)
         if run.method == "untrained":
-            return measures(model, task, held_out, settings, device) | {"trained": 0, "steps": 0, "seconds": 0.0}
+            line, rows = measures(model, held_out, settings, device)
+            return line | {"trained": 0, "steps": 0, "seconds": 0.0}, rows
         method = attached(run, model, settings, task, masks)
-        calibration = time.perf_counter() - started
+        chosen = time.perf_counter() - started
+        line = {
+            "trained": method.count - head,
+            "calibration_seconds": chosen if settings.strategy not in RANDOM_STRATEGIES else None,
+            "note": method.note if run.method in peers.ADAPTERS else "",
+        }
         torch.manual_seed(run.seed)
         log = Log(Path(folder) / "metrics.jsonl", task.metric)
         log.console.quiet = True
-        unmeasured = {"loss": math.nan, task.metric: math.nan}
-        outcome = training.train(method, task, settings, device, log, before=unmeasured)
-        losses = [line["loss"] for line in outcome.history if "loss" in line]
-        return measures(method.model, task, held_out, settings, device) | {
-            "trained": method.count - head,
+        try:
+            outcome = training.train(method, task, settings, device, log, before={"loss": math.nan, task.metric: math.nan})
+        except TrainingFailed:
+            worst = 0.0 if task.higher_is_better else math.inf
+            note = "; ".join(filter(None, [line["note"], "diverged"]))
+            return line | {"metric": task.metric, "dev": worst, "test": worst, "note": note}, torch.zeros(0)
+        losses = [step["loss"] for step in outcome.history if "loss" in step]
+        measured, rows = measures(method.model, held_out, settings, device)
+        line |= {
             "train_loss": sum(losses[-10:]) / len(losses[-10:]),
             "steps": outcome.steps,
             "seconds": outcome.seconds_per_step * outcome.steps,
-            "calibration_seconds": calibration if run.method not in (*PEERS, *RANDOM_STRATEGIES) else None,
-            "note": method.note if run.method == "lora" else "",
         }
+        return line | measured, rows
 
 
 def settings_of(run: Run, plan: TaskPlan, shared: Path, out: Path) -> Settings:
     """The options of `sprand finetune` that make this run."""
-    sparse = {} if run.method in PEERS else {"strategy": run.method, "density": run.budget}
-    if run.method in ("lora", "full", "head") and run.lr:
-        sparse["compare_lr"] = ((run.method, run.lr),)
+    if run.method in peers.PEERS:
+        own = {"compare_lr": ((run.method, run.lr),)} if run.method in ("lora", "full", "head") and run.lr else {}
+    elif run.method in LAYOUTS:
+        own = {"layout": run.method, "density": run.budget}
+    else:
+        own = {"strategy": run.method, "density": run.budget}
     places = {"train": shared / "data" / plan.train, "eval": shared / "data" / plan.dev, "out": out}
-    name = str(shared / "models" / plan.model) if plan.model else sentence_model()
-    return Settings(model=name, lr=run.lr, seed=run.seed, eval_every=10**9, **places, **sparse, **plan.options)
+    model = sentence_model() if plan.model is None else str(shared / "models" / plan.model)
+    if plan.model is not None and not Path(model).is_dir():
+        model = plan.model
+    return Settings(model=model, lr=run.lr, seed=run.seed, eval_every=10**9, **places, **own, **plan.options)
 
 
 def sentence_model() -> str:
@@ -120,10 +134,8 @@ def load(settings: Settings, dataset: data.Dataset) -> tuple[nn.Module, Any]:
 
 def attached(run: Run, model: nn.Module, settings: Settings, task: tasks.Task, masks: Path) -> methods.Method:
     """The model made ready to train with a method."""
-    if run.method == "lora":
-        return lora(model, run, settings)
-    if run.method in PEERS:
-        return methods.peer(run.method, model, settings, [], 0)
+    if run.method in peers.PEERS:
+        return peers.attach(run.method, model, run.lr, run.budget, settings)
     file = masks / f"{run.task}-{run.method}-{run.budget:g}-{run.seed}.safetensors"
     mask = methods.chosen(model, settings, task, file if file.exists() else None)
     if mask is not None:
@@ -131,43 +143,12 @@ def attached(run: Run, model: nn.Module, settings: Settings, task: tasks.Task, m
     return methods.sparse(model, settings, mask)
 
 
-def lora(model: nn.Module, run: Run, settings: Settings) -> methods.Method:
-    """PEFT's LoRA with as many trained weights as the budget, as nearly as a rank and a choice of layers allow."""
-    config = methods.sparse_config(dataclasses.replace(settings, density=run.budget), methods.head_names(model) or None)
-    target = sprand.select(model, config).nnz
-    name, layers = fit(model, target)
-    method = methods.peer("lora", model, settings, layers, target + head_size(model))
-    return dataclasses.replace(method, note=f"{method.note}, {name}")
-
-
-def fit(model: nn.Module, target: int) -> tuple[str, list[str]]:
-    """The choice of layers whose count at some rank is nearest to `target`; the widest choice of those within 10 %."""
-    linear = [
-        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] not in ("lm_head", "classifier")
-    ]
-    choices = [("all linears", linear)]
-    for name, kinds in LAYER_KINDS.items():
-        suffixes = tuple(suffix for kind in kinds for suffix in NAMES[kind])
-        choices.append((name, [n for n in linear if n.endswith(suffixes)]))
-    values = choices[-1][1]
-    choices += [(f"value, last {count} layers", values[-count:]) for count in range(len(values) - 1, 0, -1)]
-    fits = []
-    for order, (name, layers) in enumerate(choices):
-        per_rank = sum(sum(model.get_submodule(n).weight.shape) for n in layers)
-        rank = max(1, round(target / per_rank))
-        off = abs(math.log(rank * per_rank / target))
-        fits.append((0.0 if off < 0.1 else off, order, name, layers))
-    return min(fits)[2:]
-
-
 def measures(
-    model: nn.Module, task: tasks.Task, held_out: tasks.Task, settings: Settings, device: torch.device
-) -> dict[str, Any]:
-    """The metric on the dev rows, which choose the learning rate, and on the test rows, which are reported."""
-    dev, test = (t.evaluate(model, settings.batch_size, device)[task.metric] for t in (task, held_out))
-    return {"metric": task.metric, "dev": dev, "test": test}
-
-
-def head_size(model: nn.Module) -> int:
-    """Weights of a new head, which every method trains and no budget counts."""
-    return sum(p.numel() for name in methods.head_names(model) for p in model.get_submodule(name).parameters())
+    model: nn.Module, held_out: dict[str, tasks.Task], settings: Settings, device: torch.device
+) -> tuple[Outcome, Tensor]:
+    """The metric on each part (dev chooses the rate, test is reported, old tells what was forgotten), and the test rows."""
+    outcomes = {name: part.outcomes(model, settings.batch_size, device) for name, part in held_out.items()}
+    metric = held_out["test"].metric
+    losses, terms, right = outcomes["test"]
+    line = {name: part.measured(*outcomes[name])[metric] for name, part in held_out.items()}
+    return line | {"metric": metric}, right if held_out["test"].higher_is_better else losses / terms.clamp(min=1)

@@ -83,8 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fine-tune a Hugging Face model by training a share of its weights, drawn at random or by score. "
         "Without --model and --train it runs a demo: all-MiniLM-L6-v2 learns which package of Python's standard library a "
         "docstring comes from.",
-        epilog="The learning rate, where not given, rises as the density falls: 5e-3 at 1 %, 1e-2 at 0.1 %, 3e-3 at 3 %, "
-        "1e-4 at 100 % for a model 384 wide, times 384/width for others (6 at most).",
+        epilog="The learning rate, where not given, is that of sprand.suggest_lr. It rises as the density falls (1e-2 at 0.1 %, "
+        "5e-3 at 1 %, 2e-4 at 100 % for a model 384 wide), falls as 1/width, and is a third for gradient and fisher.",
     )
     finetune.set_defaults(command=_finetune)
     _add_data(finetune.add_argument_group("model and data"))
@@ -199,7 +199,7 @@ def _add_selected(select: argparse.ArgumentParser) -> None:
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--lr", type=float, help="highest learning rate (default: by density and width, see below)")
+    add("--lr", type=_lr, help="highest learning rate, or auto (the default): by density, width and strategy, see below")
     add("--schedule", choices=("linear", "cosine", "constant"), help="after warm-up (default linear, to 0)")
     add("--warmup", type=float, metavar="X", help="steps, or below 1 the share of all (default 0.06)")
     add("--epochs", type=float, metavar="X", help="default 3")
@@ -278,6 +278,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _lr(text: str) -> float | None:
+    return None if text == "auto" else float(text)
 
 
 def _rate(text: str) -> tuple[str, float]:

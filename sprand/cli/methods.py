@@ -18,11 +18,12 @@ import sprand
 from ..adapter import mask_of
 from ..applying import selection_without, taken_by
 from ..pattern import RANDOM_STRATEGIES
+from ..rates import suggest_lr, width_of
 from ..targets import find_targets
 from . import CliError, require
 from .data import limited
 from .models import head_names
-from .settings import Settings, default_rate, peer_rate
+from .settings import Settings, peer_rate
 from .tasks import Task
 
 
@@ -104,7 +105,7 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
     except (ValueError, FileNotFoundError) as error:
         raise CliError(f"{error}.") from None
     density = mask_of(model).nnz / size
-    lr = settings.lr or default_rate(density, _width(model))
+    lr = settings.lr or suggest_lr(model)
     optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
     return Method("sprand", model, dict(sprand.named_parameters(model)), optimizer, lr, f"{density:.2%} of the targets")
 
@@ -166,7 +167,7 @@ def peer(name: str, model: nn.Module, settings: Settings, targets: list[str], co
     Raises:
         CliError: PEFT is not installed, or the model has no head.
     """
-    lr = dict(settings.compare_lr).get(name) or peer_rate(name, _width(model))
+    lr = dict(settings.compare_lr).get(name) or peer_rate(name, width_of(model))
     heads, note = head_names(model), ""
     if name == "lora":
         model, note = _with_lora(model, targets, count, heads)
@@ -223,7 +224,3 @@ def _output_embeddings(model: nn.Module) -> nn.Module:
 
 def _sparse_modules(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, sprand.SparseModule)]
-
-
-def _width(model: nn.Module) -> int:
-    return int(getattr(model.config, "hidden_size", 0) or getattr(model.config, "n_embd", 0) or 768)

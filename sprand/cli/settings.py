@@ -1,24 +1,19 @@
-"""What one `sprand finetune` run is asked to do, checked, and the default learning rates."""
+"""What one `sprand finetune` run is asked to do, checked, and the learning rates of what it is compared to."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..rates import two_digits, width_factor
 from . import CliError
 
 COMPARABLE = ("lora", "full", "head")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 
-# Density of the targeted weights and the learning rate that worked best for it, on a 384-wide encoder (three text
-# classification tasks, batch 32). The fewer weights train, the further each has to move.
-MEASURED_RATES = ((1e-3, 1e-2), (1e-2, 5e-3), (3.125e-2, 3e-3), (1.0, 1e-4))
-MEASURED_WIDTH = 384
 FIXED_BY_MASK = (
     "density", "budget", "target_modules", "strategy", "strategy_option", "scope", "preserve_zeros", "layout", "sparta",
 )  # fmt: skip
@@ -154,36 +149,6 @@ def _budget(text: str) -> int | float:
         raise CliError(f"--budget: expected a count (5000) or a fraction of the model (0.01), got {text!r}.") from None
 
 
-def default_rate(density: float, width: int) -> float:
-    """The learning rate of sprand where none is given.
-
-    `MEASURED_RATES`, interpolated on logarithmic axes and held beyond its ends, then scaled by `width_factor`.
-
-    Args:
-        density: trained entries over entries of the targeted weights.
-        width: the model's hidden size.
-
-    Returns:
-        The rate, to two digits.
-    """
-    points: Sequence[tuple[float, float]] = MEASURED_RATES
-    d = min(max(density, points[0][0]), points[-1][0])
-    for (d0, r0), (d1, r1) in itertools.pairwise(points):
-        if d <= d1:
-            share = math.log(d / d0) / math.log(d1 / d0)
-            return _two_digits(math.exp(math.log(r0) * (1 - share) + math.log(r1) * share) * width_factor(width))
-    raise AssertionError("the last point has density 1")
-
-
 def peer_rate(method: str, width: int) -> float:
     """The learning rate of a compared method where none is given: `PEER_RATES`, scaled by `width_factor`."""
-    return _two_digits(PEER_RATES[method] * width_factor(width))
-
-
-def width_factor(width: int) -> float:
-    """What a rate measured at `MEASURED_WIDTH` is multiplied by: 384/width, as was found best at 64 too; the same below that."""
-    return min(MEASURED_WIDTH / width, MEASURED_WIDTH / 64)
-
-
-def _two_digits(value: float) -> float:
-    return float(f"{value:.1e}")
+    return two_digits(PEER_RATES[method] * width_factor(width))

@@ -56,26 +56,44 @@ class Task(abc.ABC):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int, int]:
         """Of a batch: the summed loss, how many terms it sums, and how many predictions were right."""
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        output = model(**inputs)
-        logits, labels = self._aligned(output if isinstance(output, Tensor) else output.logits, batch["labels"])
+        logits, labels = self._predicted(model, batch)
         total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
         return total, self.terms(batch), int((logits.argmax(-1) == labels).sum())
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, batch_size: int, device: torch.device) -> dict[str, float]:
         """The mean loss and the metric over the evaluation rows, of the model in eval mode."""
+        return self.measured(*self.outcomes(model, batch_size, device))
+
+    def measured(self, losses: Tensor, terms: Tensor, right: Tensor) -> dict[str, float]:
+        """The mean loss and the metric of what `outcomes` returns."""
+        count = max(1.0, float(terms.sum()))
+        mean = float(losses.sum()) / count
+        return {"loss": mean, self.metric: self._metric(mean, float(right.sum()) / count)}
+
+    @torch.no_grad()
+    def outcomes(self, model: nn.Module, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each evaluation row, in order: the summed loss, how many terms it sums, how many predictions were right.
+
+        Returns:
+            Three tensors [rows], float64, on the CPU; the model is in eval mode meanwhile.
+        """
         training = model.training
         model.eval()
-        rows = sorted(self.eval, key=lambda row: len(row["input_ids"]))
-        sums = [0.0, 0, 0]
-        for start in range(0, len(rows), batch_size):
-            batch = {k: v.to(device) for k, v in self.collate(rows[start : start + batch_size]).items()}
-            parts = self.loss(model, batch)
-            sums = [sums[0] + float(parts[0]), sums[1] + parts[1], sums[2] + parts[2]]
+        order = sorted(range(len(self.eval)), key=lambda i: len(self.eval[i]["input_ids"]))
+        parts = torch.zeros(3, len(order), dtype=torch.float64)
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = {k: v.to(device) for k, v in self.collate([self.eval[i] for i in places]).items()}
+            logits, labels = self._predicted(model, batch)
+            losses = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+            for part, values in zip(parts, (losses, labels != IGNORED, logits.argmax(-1) == labels), strict=True):
+                part[places] = values.view(len(places), -1).sum(1).to("cpu", torch.float64)
         model.train(training)
-        mean = sums[0] / max(1, sums[1])
-        return {"loss": mean, self.metric: self._metric(mean, sums[2] / max(1, sums[1]))}
+        return parts[0], parts[1], parts[2]
+
+    def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        output = model(**{key: value for key, value in batch.items() if key != "labels"})
+        return self._aligned(output if isinstance(output, Tensor) else output.logits, batch["labels"])
 
     @abc.abstractmethod
     def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:

@@ -1,0 +1,317 @@
+"""The quality suite: grids that go on where they stopped, rates past an edge, paired intervals, and the MetaMathQA protocol."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import sprand
+from tiny_models import WORDS, save_llama
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="the models come from transformers")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.fixture
+def suite(quality: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script with one tiny task in both grids, and its runs in this process."""
+    import concurrent.futures
+
+    (tmp_path / "shared" / "models").mkdir(parents=True)
+    (tmp_path / "shared" / "data").mkdir()
+    save_llama(tmp_path / "shared" / "models" / "tiny")
+    for name in ("train", "dev", "test"):
+        text = "\n".join(" ".join(WORDS[i % 7 : i % 7 + 12]) for i in range(30))
+        (tmp_path / "shared" / "data" / f"{name}.txt").write_text(text)
+    from quality import grids, suite
+
+    options = {"max_steps": 2, "batch_size": 4, "max_length": 16}
+    plan = grids.TaskPlan("tiny", "train.txt", "dev.txt", "test.txt", options, old="dev.txt")
+    monkeypatch.setitem(grids.FIRST_LOOK.tasks, "shakespeare", dataclasses.replace(plan, old=None))
+    monkeypatch.setitem(grids.SUITE.tasks, "shakespeare", plan)
+    threads = concurrent.futures.ThreadPoolExecutor
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda workers, context: threads(1))
+    return suite
+
+
+def asked(tmp_path: Path, *more: str) -> list[str]:
+    places = ["--shared", str(tmp_path / "shared"), "--masks", str(tmp_path / "masks"), "--out", str(tmp_path / "out")]
+    return ["--tasks", "shakespeare", "--budgets", "0.01", *places, *more]
+
+
+def test_the_first_look_fills_a_table_and_goes_on_where_it_stopped(
+    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["first_look", *asked(tmp_path, "--methods", "random", "snip", "lora", "full", "--quick")]
+    assert suite.main(arguments) == 0
+    rows = read(tmp_path / "out" / "first_look.csv")
+    assert len(rows) == 1 + 4 * 3
+    assert {row["method"] for row in rows} == {"untrained", "random", "snip", "lora", "full"}
+    assert all(float(row["dev"]) > 0 and float(row["test"]) > 0 for row in rows)
+    table = (tmp_path / "out" / "first_look.md").read_text()
+    assert "snip = taylor_fo" in table and "rank 2, value" in table
+    assert (tmp_path / "out" / "first_look.png").read_bytes().startswith(b"\x89PNG")
+    last = rows[-1]
+    kept = (tmp_path / "out" / "first_look.csv").read_text().splitlines()[:-1]
+    (tmp_path / "out" / "first_look.csv").write_text("\n".join(kept) + "\n")
+    done = []
+    perform = suite.perform
+    monkeypatch.setattr(suite, "perform", lambda run, *rest: done.append(run) or perform(run, *rest))
+    assert suite.main(arguments) == 0
+    assert [(run.method, str(run.seed)) for run in done] == [(last["method"], last["seed"])]
+    again = read(tmp_path / "out" / "first_look.csv")[-1]
+    timed = ("seconds", "calibration_seconds")
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in last.items() if k not in timed}
+
+
+def test_every_method_of_the_suite_trains_its_budget(suite: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("peft_sparta", reason="peft-sparta is one of the methods")
+    from quality import grids
+
+    assert suite.main(["suite", *asked(tmp_path, "--seeds", "0", "--quick")]) == 0
+    rows = read(tmp_path / "out" / "suite.csv")
+    assert {row["method"] for row in rows} == {"untrained", *grids.SUITE.methods}
+    trained = {row["method"]: int(row["trained"]) for row in rows if row["budget"]}
+    budget = trained["random"]
+    assert all(trained[name] == budget for name in ("uniform", "gradient", "snip"))
+    assert all(budget - 8 < trained[name] <= budget for name in ("run2", "run4", "run8"))
+    assert trained["lora"] == trained["shira"]
+    assert 0.5 * budget < trained["peft-sparta"] < 2 * budget
+    before = float(next(row["old"] for row in rows if row["method"] == "untrained"))
+    assert all(float(row["old"]) != before for row in rows if row["method"] == "full")
+    table = (tmp_path / "out" / "suite.md").read_text()
+    assert "vs LoRA" in table and "old text" in table and "paired bootstrap" in " ".join(table.split())
+    for name in ("suite.png", "suite_forgetting.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_model_and_files_get_rates_around_the_default(suite: ModuleType, tmp_path: Path, capsys) -> None:
+    data = tmp_path / "shared" / "data"
+    files = [part for name in ("train", "dev", "test") for part in (f"--{name}", str(data / f"{name}.txt"))]
+    arguments = ["own", "--model", str(tmp_path / "shared" / "models" / "tiny"), *files, "--old", str(data / "dev.txt")]
+    arguments += [
+        "--methods",
+        "random",
+        "lora",
+        "--budgets",
+        "0.05",
+        "--seeds",
+        "0",
+        "--name",
+        "mine",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    arguments += ["--masks", str(tmp_path / "masks"), "--set", "max_steps=2", "batch_size=4", "max_length=16"]
+    assert suite.main([*arguments, "--shared", str(tmp_path / "nowhere")]) == 0
+    rows = read(tmp_path / "out" / "mine.csv")
+    assert {row["steps"] for row in rows if row["lr"]} == {"2"} and all(row["old"] for row in rows)
+    tried = sorted(float(row["lr"]) for row in rows if row["method"] == "random")
+    assert tried[0] < sprand.suggest_lr(density=0.05, width=32) < tried[-1] and len(tried) in (4, 5)
+    with pytest.raises(SystemExit):
+        suite.main(["suite", *asked(tmp_path), "--set", "max_steps=2"])
+    assert "give a --name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "shira"])
+def test_a_count_that_a_peer_cannot_reach_is_said(quality: None, tmp_path: Path, method: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from quality import peers
+    from sprand.cli.settings import Settings
+
+    model = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "tiny"))
+    made = peers.attach(method, model, 0.01, 0.0003, Settings("tiny", tmp_path, tmp_path))
+    assert made.lr == 0.01 and made.optimizer.param_groups[0]["weight_decay"] == 0
+    assert made.count == 32 + 16 and made.note.startswith("rank 1, value, last 1 layers; nearest it can do to 6")
+
+
+def test_one_rate_past_the_edge_is_tried_then_the_other_seeds(suite: ModuleType, tmp_path: Path) -> None:
+    from quality.grids import SUITE
+    from quality.training import Run
+
+    options = suite.parse(asked(tmp_path))
+    cell = ("shakespeare", "random", 0.01)
+    rates = SUITE.rates(*cell)
+    assert [run.lr for run in suite.missing(cell, SUITE, options, {})] == rates
+    done = {Run(*cell, lr, 0): {"metric": "perplexity", "dev": 10 - place} for place, lr in enumerate(rates)}
+    assert suite.missing(cell, SUITE, options, done) == [Run(*cell, 1.0, 0)]  # half a decade above 0.32
+    done[Run(*cell, 1.0, 0)] = {"metric": "perplexity", "dev": 50.0}
+    assert suite.missing(cell, SUITE, options, done) == [Run(*cell, rates[-1], 1), Run(*cell, rates[-1], 2)]
+    done[Run(*cell, rates[1], 0)] = {"metric": "perplexity", "dev": 1.0}
+    assert suite.missing(cell, SUITE, options, done) == [Run(*cell, rates[1], 1), Run(*cell, rates[1], 2)]
+
+
+def test_a_run_that_diverges_is_a_line_and_loses(suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quality.grids.LOWEST", {"language model": {"entries": {0.01: 60}}})
+    from quality import grids
+
+    monkeypatch.setitem(suite.GRIDS, "suite", dataclasses.replace(grids.SUITE, extend=False))
+    assert suite.main(["suite", *asked(tmp_path, "--methods", "random", "--seeds", "0")]) == 0
+    rows = [row for row in read(tmp_path / "out" / "suite.csv") if row["method"] == "random"]
+    assert len(rows) == 4 and all(row["note"] == "diverged" and row["dev"] == "inf" for row in rows)
+
+
+def test_the_rows_of_a_run_come_back_from_the_side_file(quality: None, tmp_path: Path) -> None:
+    from quality import results
+    from quality.training import Run
+
+    hits, losses = torch.tensor([0.0, 1, 1, 0, 1, 0, 0, 0, 0, 1], dtype=torch.float64), torch.tensor([1.5, 0.25, 3.0]).double()
+    one, other = Run("a", "random", 0.01, 0.1, 0), Run("b", "full", None, 1e-3, 1)
+    for run, metric, rows in ((one, "accuracy", hits), (other, "perplexity", losses)):
+        results.append(tmp_path / "x.csv", run, {"metric": metric, "dev": 0.5, "test": 0.25, "trained": 7}, rows)
+    with results.rows_file(tmp_path / "x.csv").open("a") as file:
+        file.write('{"task": "a", "meth')  # a run that was stopped while it wrote
+    found = results.read_rows(tmp_path / "x.csv")
+    assert list(found) == [one, other] and torch.equal(found[one], hits) and torch.equal(found[other], losses)
+    assert list(results.read(tmp_path / "x.csv")) == [one, other]
+
+
+def test_the_interval_of_a_difference_covers_it_about_as_often_as_it_says(quality: None) -> None:
+    from quality import paired
+
+    source = torch.Generator().manual_seed(1)
+    covered = 0
+    for _ in range(60):
+        base = torch.rand(200, generator=source)
+        draws = [{seed: (base + torch.rand(200, generator=source) > bar).double() for seed in range(3)} for bar in (1.0, 0.9)]
+        found = paired.difference(*draws, "accuracy")
+        truth = -(1 - 0.9**2 / 2 - 0.5)  # of the chance that a sum of two uniforms is above 1, and above 0.9
+        covered += found.low <= truth <= found.high
+    assert covered >= 48
+    same = paired.difference(draws[0], draws[0], "accuracy")
+    assert (same.mean, same.low, same.high, same.better) == (0.0, 0.0, 0.0, 0)
+    assert paired.difference({0: base}, {1: base}, "accuracy") is None
+
+
+def test_a_lower_perplexity_is_better(quality: None) -> None:
+    from quality import paired
+
+    losses = torch.linspace(1, 2, 50).double()
+    found = paired.difference({0: losses, 1: losses}, {0: losses + 0.1, 1: losses + 0.1}, "perplexity")
+    assert found.better == 2 and found.high < 0 and str(found).startswith("**-")
+    assert found.mean == pytest.approx(float(losses.mean().exp() * (1 - torch.tensor(0.1).exp())), rel=1e-5)
+
+
+def test_the_fit_finds_a_law_that_made_the_data(quality: None) -> None:
+    from quality import fit_lr
+
+    law = [-3.5, -0.8, -0.1, 0.4, -0.6]
+    made = []
+    for task in ("shakespeare", "sst2"):
+        for method in ("random", "snip", "gradient"):
+            for density in (1e-3, 1e-2, 5e-2):
+                cell = fit_lr.Cell(task, method, density, "accuracy", [], 0.0, False)
+                best = fit_lr.predicted(cell, law)
+                tried = [(best + step, 0.9 - 0.05 * step**2) for step in (-0.9, -0.4, 0.1, 0.6)]
+                made.append(dataclasses.replace(cell, tried=tried, best=fit_lr.best_of(tried)[0]))
+    assert all(abs(cell.best - fit_lr.predicted(cell, law)) < 1e-9 for cell in made)
+    assert all(abs(found - true) < 0.1 for found, true in zip(fit_lr.fit(made), law, strict=True))
+
+
+def test_the_fit_writes_its_page_from_the_committed_runs(quality: None, tmp_path: Path) -> None:
+    from quality import fit_lr
+
+    assert fit_lr.main([str(BENCHMARKS / "results" / "first_look.csv"), "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "learning_rate.md").read_text()
+    total = next(line for line in page.splitlines() if line.startswith("| all |")).split("|")
+    within, cells = total[6].split(" of ")
+    assert int(within) == int(cells) == 26
+    assert (tmp_path / "learning_rate.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Two and two. The answer is: 4.", "4"),
+        ("He pays $5.\n#### 1200", "1200"),
+        ("The answer is: 3\nThe answer is: $\\frac{1}{2}$.", "\\frac{1}{2}"),
+        ("The final answer is: 50%\nNext question", "50"),
+        ("no number", None),
+    ],
+)
+def test_the_answer_in_a_text(quality: None, text: str, answer: str | None) -> None:
+    from quality.math_answers import answer_of
+
+    assert answer_of(text) == answer
+
+
+def test_numbers_are_compared_as_numbers(quality: None) -> None:
+    from quality.math_answers import Question, accuracy
+
+    asked = [Question("", f"#### {n}") for n in ("0.5", "7", "x + 1", "8", "9")]
+    said = ["The answer is: 20/40", "The answer is: 7.0", "The answer is: x + 1", "The answer is: 1/0", "nine"]
+    assert accuracy(said, asked) == 3 / 5
+    with pytest.raises(ValueError, match="worked answer"):
+        accuracy(["#### 1"], [Question("", "one")])
+
+
+@pytest.fixture
+def math_files(tmp_path: Path) -> list[str]:
+    rows = [
+        {"query": " ".join(WORDS[i : i + 3]), "response": " ".join(WORDS[i : i + 5]) + " The answer is: 7"} for i in range(20)
+    ]
+    rows.append({"query": "w0 " * 600, "response": "w1 The answer is: 1"})
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tests = [{"question": "w1 w2", "answer": "w3\n#### 7"}, {"question": "w4", "answer": "#### 8"}]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, tests)))
+    (tmp_path / "old.txt").write_text(" ".join(WORDS))
+    save_llama(tmp_path / "tiny")
+    files = {"--train": "train.jsonl", "--valid": "test.jsonl", "--test": "test.jsonl", "--old": "old.txt", "--model": "tiny"}
+    sizes = ["--max-length", "32", "--rank", "2", "--steps", "12", "--eval-every", "6", "--calibration", "2"]
+    places = [part for option, name in files.items() for part in (option, str(tmp_path / name))]
+    return [*places, *sizes, "--dtype", "float32", "--device", "cpu", "--out", str(tmp_path / "out")]
+
+
+def test_metamath_trains_each_method_and_does_nothing_twice(
+    quality: None, math_files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quality import metamath
+
+    methods = ["random", "gradient", "lora", "shira", "full", "untrained"]
+    assert metamath.main([*math_files, "--lr", "0.01", "--methods", *methods]) == 0
+    rows = {row["method"]: row for row in read(tmp_path / "out" / "metamath.csv")}
+    assert list(rows) == methods
+    assert len({rows[name]["trained"] for name in ("random", "gradient", "lora", "shira")}) == 1
+    for name in methods[:-1]:
+        assert float(rows[name]["old_after"]) != float(rows[name]["old_before"])
+        assert 0 <= float(rows[name]["test"]) <= 1 and 0 <= float(rows[name]["valid"]) <= 1
+    assert rows["untrained"]["old_after"] == rows["untrained"]["old_before"]
+    monkeypatch.setattr(metamath, "run", lambda *_: pytest.fail("it ran again"))
+    assert metamath.main([*math_files, "--lr", "0.01", "--methods", *methods]) == 0
+
+
+def test_metamath_learns_the_text_and_one_end_token(quality: None) -> None:
+    from quality.metamath import batch_of
+
+    batch = batch_of([[5, 6, 7, 8, 9], [5, 6]], pad=3)
+    assert batch["labels"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 3, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+
+
+def test_metamath_leaves_out_long_rows(
+    quality: None, math_files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quality import metamath
+
+    seen = []
+    batches = metamath.batches
+    monkeypatch.setattr(metamath, "batches", lambda rows, *rest: seen.append(len(rows)) or batches(rows, *rest))
+    metamath.main([*math_files, "--methods", "random"])
+    assert set(seen) == {20}
