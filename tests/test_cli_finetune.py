@@ -19,7 +19,8 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import sprand
-from sprand.cli import main, models, tasks
+from sprand import states
+from sprand.cli import checkpoint, main, models, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -77,12 +78,12 @@ def test_resume_in_a_new_process_is_exact(bert, rows, tmp_path, accumulation):
     asked = ["finetune", "--model", bert, "--train", rows, "--density", 0.05, "--batch-size", 8, "--max-steps", 14]
     asked = [*map(str, [*asked, "--grad-accumulation", accumulation, "--checkpoint-every", 7])]
     assert main.run([*asked, "--out", str(whole)]) == 0
-    half = whole / "checkpoints" / "step-00000007.pt"
+    half = whole / "checkpoints" / "step-00000007.safetensors"
     command = [sys.executable, "-m", "sprand", *asked, "--out", str(resumed), "--resume", str(half)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "7 steps done" in done.stdout
-    a, b = (torch.load(out / "checkpoints" / "step-00000014.pt", weights_only=True) for out in (whole, resumed))
+    a, b = (states.read(out / "checkpoints" / "step-00000014.safetensors", checkpoint.KIND) for out in (whole, resumed))
     assert a["trained"].keys() == b["trained"].keys()
     assert all(torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"])
     for key, state in a["optimizer"]["state"].items():

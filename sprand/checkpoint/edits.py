@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import host, ops, pattern
-from ..adapter import check_base, entries, frozen_entries, read
+from ..adapter_file import check_base, entries, frozen_entries, read
 from ..config import SparseConfig
 from .names import resolve, twins
 from .shards import CHUNK, TRAINABLE, Checkpoint, Stored

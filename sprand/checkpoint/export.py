@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import files, pattern
-from ..adapter import entries
+from ..adapter_file import entries
 from .edits import Edit, Edits, Overwrite, Source, edits_of, open_adapters
 from .shards import Checkpoint, open_checkpoint
 
@@ -151,8 +149,6 @@ def _changed(checkpoint: Checkpoint, edit: Edit | Overwrite) -> tuple[Tensor, Te
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], about: dict) -> list[Path]:
     weights, text = folder / f"{name}.safetensors", folder / f"{name}.json"
-    with files.replacing(weights) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata={"format": "pt"})
-    with files.replacing(text) as temporary:
-        temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    files.save(weights, {key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"})
+    files.write_json(text, about)
     return [weights, text]

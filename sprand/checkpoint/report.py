@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import entries, frozen_entries
+from ..adapter_file import entries, frozen_entries
 from ..functional import patched
 from ..pattern import RANDOM_STRATEGIES
 from .edits import Source, edits_of, open_adapters
@@ -181,13 +181,18 @@ def _visible(base: Tensor, deltas: Tensor) -> float:
 
 def _chosen(source: Source) -> str:
     config, fields = source.config, source.description.get("selection")
-    if fields and fields.get("strategy") == "diff":
-        return "difference of two checkpoints" + (f", the largest {fields['density']:g}" if fields.get("density") else "")
     if fields:
-        amount = f"density {fields['density']:g}" if fields.get("density") else f"budget {fields.get('budget')}"
-        return f"{fields['strategy']}, {fields.get('scope', 'local')}, {amount}"
+        density, share = fields.get("density"), _share(fields.get("density"))
+        if fields.get("strategy") == "diff":
+            return "difference of two checkpoints" + (f", the largest {share}" if density else "")
+        amount = f"density {share}" if density else f"budget {fields.get('budget')}"
+        return f"{fields.get('strategy')}, {fields.get('scope', 'local')}, {amount}"
     if config.strategy in RANDOM_STRATEGIES:
         amount = f"density {config.density:g}" if config.density else f"budget {config.budget}"
         layout = "" if config.layout == "unstructured" else f", {config.layout}"
         return f"{config.strategy}, {amount}, seed {config.seed}{layout}"
     return "given indices"
+
+
+def _share(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

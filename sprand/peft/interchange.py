@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import ops, pattern
-from ..adapter import read as read_native
+from ..adapter_file import read as read_native
 from ..config import SparseConfig
 from .config import SprandConfig
 from .formats import CONFIGS, NARROW, NOT_LINEAR, PREFIX, WEIGHTS, Change, write
