@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +113,12 @@ def dense_delta(source: Source, applied: tuple[Checkpoint, Edits] | None, folder
         raise ValueError(f"{source.path} holds {whole[0]} as values, whose change is known with the base only; give --base")
     tensors: dict[str, Tensor] = {}
     if applied is None:
+        needed = 4 * sum(math.prod(target["shape"]) for target in source.description["targets"].values())
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise ValueError(
+                f"{source.path}: dense deltas of its parameters take {needed:,} bytes, and {folder} has {free:,} free"
+            )
         for name, target in source.description["targets"].items():
             indices, deltas = entries(source.path, source.config, name, target, source.tensors)
             tensors[name] = torch.zeros(target["shape"])
