@@ -21,20 +21,23 @@ from torch import Tensor
 
 from .forms import TEXT, Form, record
 
-CHECKSUM, HEADER_CHECKSUM = "checksum", "header_checksum"  # the second is new in 0.2: older files have none
-MOST_TENSORS = 1 << 20
+CHECKSUM, HEADER_CHECKSUM, SEALED = "checksum", "header_checksum", "sealed"  # files of earlier versions have the first alone
+UNFINISHED = ".sprand-tmp"
+LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
+MOST_TENSORS = 1 << 18  # of one file; the largest models have a third of that in all
 
 
 def write(file: Path, key: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write tensors and their description, with checksums of both, in one atomic step.
 
     Returns:
-        The description as it is in the file: with `checksum`, of the tensors, and `header_checksum`, of itself and the dtypes.
+        The description as it is in the file: with `checksum`, of the tensors, `header_checksum`, of itself and the dtypes,
+        and `sealed`, which says that there is such a one.
 
     Raises:
         OSError: the file cannot be written; one that was there is untouched.
     """
-    sealed = {**description, CHECKSUM: checksum(tensors)}
+    sealed = {**description, CHECKSUM: checksum(tensors), SEALED: True}
     sealed[HEADER_CHECKSUM] = _header_checksum(sealed, tensors)
     save(file, tensors, {key: json.dumps(sealed)})
     return sealed
@@ -82,10 +85,9 @@ def read(file: Path, key: str, what: str, form: Form | None = None) -> tuple[dic
     if not file.is_file():
         raise FileNotFoundError(f"no {what} at {file}: expected a file there")
     try:
+        header_of(file)
         with safe_open(file, framework="pt") as content:
             metadata, names = content.metadata() or {}, content.keys()
-            if len(names) > MOST_TENSORS:
-                raise ValueError(f"it holds {len(names):,} tensors, more than {MOST_TENSORS:,}")
             if key not in metadata:
                 raise LookupError
             tensors = {name: content.get_tensor(name).clone() for name in names}
@@ -98,7 +100,8 @@ def read(file: Path, key: str, what: str, form: Form | None = None) -> tuple[dic
         record({CHECKSUM: TEXT}, {HEADER_CHECKSUM: TEXT})("its description", description)
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}; take another copy of the {what}") from error
-    if HEADER_CHECKSUM in description and description[HEADER_CHECKSUM] != _header_checksum(description, tensors):
+    sealed = _header_checksum(description, tensors) if SEALED in description else None
+    if description.get(HEADER_CHECKSUM) != sealed:
         raise ValueError(f"{file} is damaged: its header does not match its checksum; take another copy of the {what}")
     if description[CHECKSUM] != checksum(tensors):
         raise ValueError(f"{file} is damaged: its values do not match their checksum; take another copy of the {what}")
@@ -108,6 +111,24 @@ def read(file: Path, key: str, what: str, form: Form | None = None) -> tuple[dic
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {error}; take another copy of the {what}") from error
     return description, tensors
+
+
+def header_of(file: Path) -> bytes:
+    """The header of a safetensors file, as JSON that no parser has seen; bounds what one will make of it.
+
+    Raises:
+        ValueError: there is none, or it names too many tensors.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+        text = content.read(length)
+    count = text.count(b"data_offsets")
+    if count > MOST_TENSORS:
+        raise ValueError(f"it holds {count:,} tensors, more than {MOST_TENSORS:,}")
+    return text
 
 
 def parse(text: str | bytes) -> Any:
@@ -155,9 +176,9 @@ def replacing(file: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `file` when the block ends well, and is gone when it does not.
 
     It lies in a hidden folder beside `file` that its process holds locked. What a process that was killed left there has lost
-    its lock, and is removed by the next one to write `file`. All is on the disk, as far as the system can tell, when this ends.
+    its lock, and is removed by the next one to write there. All is on the disk, as far as the system can tell, when this ends.
     """
-    _remove_stale(file)
+    remove_stale(file.parent)
     folder, lock = _locked_folder(file)
     temporary = folder / file.name
     try:
@@ -191,7 +212,7 @@ def settle(path: Path) -> None:
 
 def _locked_folder(file: Path) -> tuple[Path, int]:
     while True:
-        folder = Path(tempfile.mkdtemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp"))
+        folder = Path(tempfile.mkdtemp(dir=file.parent, prefix=f".{file.name}.", suffix=UNFINISHED))
         with contextlib.suppress(FileNotFoundError):  # another process took it for stale before it was locked
             lock = os.open(folder, os.O_RDONLY)
             with contextlib.suppress(OSError):  # a file system without locks: nothing there counts as stale
@@ -201,10 +222,10 @@ def _locked_folder(file: Path) -> tuple[Path, int]:
             os.close(lock)
 
 
-def _remove_stale(file: Path) -> None:
-    """Remove the hidden folders of writers of `file` that are no more."""
-    with os.scandir(file.parent) as entries:
-        found = [entry.path for entry in entries if entry.name.startswith(f".{file.name}.") and entry.name.endswith(".tmp")]
+def remove_stale(folder: Path) -> None:
+    """Remove what writers that are no more have left in a folder."""
+    with os.scandir(folder) as entries:
+        found = [entry.path for entry in entries if entry.name.startswith(".") and entry.name.endswith(UNFINISHED)]
     for path in found:
         with contextlib.suppress(OSError):  # locked by its writer, removed by another, or no folder
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -116,9 +116,7 @@ def dense_delta(source: Source, applied: tuple[Checkpoint, Edits] | None, folder
         needed = 4 * sum(math.prod(target["shape"]) for target in source.description["targets"].values())
         free = shutil.disk_usage(folder).free
         if needed > free:
-            raise ValueError(
-                f"{source.path}: dense deltas of its parameters take {needed:,} bytes, and {folder} has {free:,} free"
-            )
+            raise ValueError(f"{source.path}: its dense deltas take {needed:,} bytes, and {folder} has {free:,} free")
         for name, target in source.description["targets"].items():
             indices, deltas = entries(source.path, source.config, name, target, source.tensors)
             tensors[name] = torch.zeros(target["shape"])

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import MOST_TENSORS, parse
+from ..files import header_of, parse
 from ..forms import OBJECT, SHAPE, TEXT, is_whole, optional, record, simple, table_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
 CHUNK = 1 << 21  # bytes read at a time: what stays in a core's cache between reading, patching and writing
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -192,15 +191,11 @@ def read_header(path: Path) -> Shard:
         ValueError: it is damaged, or another kind of file.
     """
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 2 <= length <= min(size - 8, LONGEST_HEADER) else b""
     try:
+        text = header_of(path)
         header = parse(text)
         OBJECT("the header", header)
-        if len(header) > MOST_TENSORS:
-            raise ValueError(f"it holds {len(header):,} tensors, more than {MOST_TENSORS:,}")
-        data = 8 + length
+        data = 8 + len(text)
         for name, entry in header.items():
             (table_of(TEXT) if name == "__metadata__" else _TENSOR)(name, entry)
         tensors = [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import states
+from .. import files, states
 from . import CliError, TrainingFailed
 from .methods import Method, target_names
 from .settings import Settings
@@ -121,6 +121,8 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all."""
+        if self.folder.is_dir():
+            files.remove_stale(self.folder)
         for path in self.folder.glob("step-*"):
             path.unlink()
 

@@ -107,7 +107,7 @@ def _read(folder: Path) -> tuple[SprandConfig, dict[str, Tensor]]:
     config = peft.PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, SprandConfig) or config.targets is None:
         raise ValueError(f"{folder} holds an adapter of type {config.peft_type}, expected one of sprand")
-    return config, _tensors(folder / WEIGHTS)
+    return config, tensors_of(folder / WEIGHTS)
 
 
 def _of_peft(folder: Path, config: SprandConfig, tensors: Mapping[str, Tensor], sites: Mapping[str, Site]) -> list[Change]:
@@ -115,11 +115,14 @@ def _of_peft(folder: Path, config: SprandConfig, tensors: Mapping[str, Tensor], 
     for name, entry in config.targets.items():
         site = _site(folder, sites, name)
         suffix = "" if site.parameter == "weight" else f"_{site.parameter}"
-        delta = tensors[f"{PREFIX}{site.module_name}.sprand_delta{suffix}.weight"]
+        delta = tensors.get(f"{PREFIX}{site.module_name}.sprand_delta{suffix}.weight")
         if config.indices_saved:
-            indices = tensors[f"{PREFIX}{site.module_name}.sprand_indices{suffix}"]
+            indices = tensors.get(f"{PREFIX}{site.module_name}.sprand_indices{suffix}")
         else:
             indices = pattern.draw(config.strategy, name, site.shape, entry["nnz"], config.seed, layout=config.layout)
+        if delta is None or indices is None or indices.shape != delta.shape:
+            raise ValueError(f"{folder} is damaged: expected {entry['nnz']:,} values for {name}")
+        pattern.check_indices(f"{folder}: {name}", indices.sort().values, math.prod(site.shape))
         check_same_base(str(folder), site, indices.to(site.device), entry)
         changes.append(_collected(site, indices.long(), delta))
     return changes
@@ -134,7 +137,7 @@ def _foreign(folder: Path, sites: Mapping[str, Site]) -> tuple[list[Change], lis
     settings = _settings(folder)
     if _is_native(folder):
         return _native(folder, sites), None, {}
-    kind, tensors = str(settings.get("peft_type")).lower(), _tensors(folder / WEIGHTS)
+    kind, tensors = str(settings.get("peft_type")).lower(), tensors_of(folder / WEIGHTS)
     if kind not in CONFIGS:
         raise ValueError(f"{folder}: expected an adapter of SHiRA, Super-Tuning, peft-sparta or sprand.save, got {kind.upper()}")
     if any("supertuning_lora" in key for key in tensors):
@@ -146,6 +149,8 @@ def _foreign(folder: Path, sites: Mapping[str, Site]) -> tuple[list[Change], lis
         site, where = _site(folder, sites, f"{module}.weight"), tensors.get(key.replace(values_key, f".{kind}_indices"))
         if where is None:
             raise ValueError(f"{folder}: the adapter stores no indices for {module}; save it with save_precomputed_indices=True")
+        if where.is_floating_point() or list(where.shape) != [*([2] if kind == "shira" else []), tensors[key].numel()]:
+            raise ValueError(f"{folder} is damaged: expected integer indices of {tensors[key].numel():,} values for {module}")
         flat = where[0].long() * site.shape[1] + where[1].long() if kind == "shira" else where.long()
         change = _collected(site, flat, tensors[key])
         changes.append(change if kind == "shira" else _rounded_like_supertuning(change))
@@ -154,15 +159,19 @@ def _foreign(folder: Path, sites: Mapping[str, Site]) -> tuple[list[Change], lis
 
 
 def _peft_sparta(folder: Path, sites: Mapping[str, Site]) -> list[Change]:
-    tensors = _tensors(folder / "sparse_deltas.safetensors")
+    tensors = tensors_of(folder / "sparse_deltas.safetensors")
     changes = []
     for key, where in tensors.items():
-        if key.startswith("indices.") and where.shape[0]:
+        if key.startswith("indices.") and where.numel():
             site = _site(folder, sites, key.removeprefix("indices."))
+            deltas, sizes = tensors.get(f"deltas.{site.name}"), torch.tensor(site.shape)
+            fits = where.dim() == 2 and where.shape[1] == len(site.shape) and not where.is_floating_point()
+            if deltas is None or not fits or not ((where >= 0) & (where < sizes)).all():
+                raise ValueError(f"{folder} is damaged: expected values and positions below {list(site.shape)} for {site.name}")
             flat = torch.zeros(where.shape[0], dtype=torch.long)
             for size, column in zip(site.shape, where.long().unbind(1), strict=True):
                 flat = flat * size + column
-            changes.append(_collected(site, flat, tensors[f"deltas.{site.name}"]))
+            changes.append(_collected(site, flat, deltas))
     return changes
 
 
@@ -192,6 +201,8 @@ def _collected(site: Site, flat: Tensor, values: Tensor) -> Change:
     size = math.prod(site.shape)
     if flat.numel() != values.numel() or (flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < size):
         raise ValueError(f"{site.name}: expected as many values as indices, below {size:,}; the adapter is for another model")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{site.name}: the values of the adapter are not finite")
     union, inverse = torch.unique(flat, return_inverse=True)
     total, base = torch.zeros(union.shape).index_add_(0, inverse, values.float()), None
     if site.weight is not None and site.weight.dtype in NARROW:
@@ -229,7 +240,7 @@ def _is_native(folder: Path) -> bool:
         raise ValueError(f"{file} is damaged or no safetensors file ({error})") from error
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def tensors_of(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of another program."""
     try:
         return load_file(file)
