@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def losses(out: Path) -> list[str]:
     return [line.rpartition(', "seconds"')[0] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_killed_fifty_times_in_a_row_and_resumed_to_the_bit(bert, rows, tmp_path):
     """Each copy of the process is killed some steps after it began, in a step or in a save; the model has dropout."""
     run, source, kills, seen = Run(bert, rows, tmp_path), random.Random(0), 0, []
@@ -115,7 +117,7 @@ def test_other_checkpoints_give_other_adapters(bert, rows, tmp_path):
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
     child = started(lambda: run(tmp_path / "other"))
     while newest(tmp_path / "other") < 20:
-        pass
+        time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     status_of(child)
     assert status_of(started(forgetful)) == 0

@@ -52,7 +52,7 @@ template <class Index>
 std::vector<Index> positions(int64_t n, int64_t size) {
   std::vector<Index> all(size);
   std::iota(all.begin(), all.end(), Index{0});
-  if (n < size) std::shuffle(all.begin() + 1, all.end() - 1, source);
+  if (n < size && size > 2) std::shuffle(all.begin() + 1, all.end() - 1, source);
   if (n > 1 && n < size) std::swap(all[1], all[size - 1]);
   all.resize(n);
   std::sort(all.begin(), all.end());
