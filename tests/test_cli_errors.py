@@ -93,6 +93,7 @@ def test_missing_option_and_no_number(rows, tmp_path, capsys):
         ("--budget", "many", "--budget: expected a count"),
         ("--target-modules", "quarry", "the closest names are"),
         ("--device", "toaster", "--device toaster"),
+        ("--keep", 0, "--keep: expected a positive number"),
         ("--compare", "lora,ia3", "expected some of lora, full, head, got 'ia3'"),
     ],
 )

@@ -62,7 +62,9 @@ def test_learns_compares_and_leaves_everything(bert, rows, tmp_path, capsys):
 
 def test_the_adapter_loads_into_the_model_it_describes(bert, rows, tmp_path):
     out = tmp_path / "out"
-    assert finetune("--model", bert, "--train", rows, "--max-steps", 6, "--out", out) == 0
+    asked = ("--max-steps", 6, "--checkpoint-every", 1, "--keep", 3)
+    assert finetune("--model", bert, "--train", rows, "--out", out, *asked) == 0
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [f"step-0000000{n}.safetensors" for n in (4, 5, 6)]
     said = json.loads((out / "task.json").read_text())
     model, tokenizer = models.load(said["model"], said["task"], len(said["labels"]), said["dtype"], said["pooling"], said["seed"])
     base = {name: value.clone() for name, value in model.state_dict().items()}
