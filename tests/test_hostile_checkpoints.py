@@ -81,7 +81,8 @@ def index(folder: Path, content) -> Path:
 @pytest.mark.parametrize("name", ["../base/model.safetensors", "/etc/hostname", "..", ".", "", "a/b", "\0", None, [], 3])
 def test_an_index_cannot_name_files_elsewhere(folder, name):
     where = index(folder / "indexed", {"weight_map": {"first.weight": name}})
-    with pytest.raises(REFUSED):
+    elsewhere = isinstance(name, str) and "/" in name
+    with pytest.raises(REFUSED, match="expected names of files beside it" if elsewhere else None):
         open_checkpoint(where)
 
 
