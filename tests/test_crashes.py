@@ -22,7 +22,7 @@ from sprand import adapter_file, files, states
 from sprand.checkpoint.merge import merge, verify
 
 ENTRIES = 30_000
-KILLS = 40
+KILLS = 30
 
 
 @pytest.fixture(autouse=True, scope="module")
