@@ -10,7 +10,7 @@ NATIVE_SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cuh %.inl %.cpp %.cu,$(NATIVE_SOURCES))
 RUNS := runs
 
-.PHONY: help demo test build lint format bench docs clean
+.PHONY: help demo test build lint format sanitize bench docs clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -33,6 +33,9 @@ format: $(VENV)/.made-dev ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+sanitize: $(VENV)/.made-test ## build the C++ for ASan, UBSan and TSan, and run the operators' tests on it
+	.ci/sanitize
 
 bench: $(VENV)/.made-bench $(VENV)/.made-native ## measure a training step and every operator on this machine
 	$(BIN)/python benchmarks/bench_train_step.py

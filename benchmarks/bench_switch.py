@@ -21,7 +21,7 @@ import sprand
 from methods import DTYPES, PEER_DENSITY, VOCABULARY, Unavailable, build, fresh, linears, matching_rank, targets
 from report import RESULTS, Row, command_line, progress, quantiles, write_csv, write_markdown
 from report import markdown as table
-from sprand.adapter import read
+from sprand.adapter_file import read
 from sprand.serving import AdapterPool
 
 COLUMNS = (

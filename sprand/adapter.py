@@ -8,8 +8,6 @@ atomic step, so that a crash or a full disk leaves the old adapter. Loading prov
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,18 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import files, ops, pattern, sharding
-from .config import AS_GIVEN, GIVEN, SparseConfig
+from . import ops, pattern, sharding
+from .adapter_file import (
+    DTYPES,
+    FORMAT_VERSION,
+    WITHOUT_FROZEN,
+    check_base,
+    draw,
+    dtype_name,
+    entries,
+    fingerprints,
+    finite,
+    frozen_entries,
+    read,
+    store,
+)  # fmt: skip
+from .config import AS_GIVEN, SparseConfig
 from .frozen import Frozen
 from .layers import SparseModule
 from .model import Adapter, State, disabled, install, sparse_modules, state_of, switch, write
 from .selection.mask import Mask
 from .targets import places_of
-from .version import __version__
-
-WEIGHTS_FILE, CONFIG_FILE, KEY = "adapter_model.safetensors", "adapter_config.json", "sprand"
-FORMAT_VERSION, WITHOUT_FROZEN = 2, 1  # 2 adds frozen entries; an adapter that has none is written as 1
-NARROWER = {torch.float64: (torch.float32, torch.bfloat16, torch.float16), torch.float32: (torch.bfloat16, torch.float16)}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -59,12 +66,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     for name, module, parameter in attached(model):
         entries, weight = module.sparse_entries(parameter), module._parameters[parameter]
         delta, shape = sharding.whole(entries.delta).cpu(), list(sharding.shape_of(weight))
-        if not torch.isfinite(delta).all():
+        if not finite(delta):
             raise ValueError(f"save: the trained values of {name} are not finite; load the last good checkpoint")
         tensors[f"delta.{name}"], shapes[name] = delta, shape
         targets[name] = {
             "shape": shape,
-            "dtype": _name(weight.dtype),
+            "dtype": dtype_name(weight.dtype),
             "nnz": delta.numel(),
             "fingerprint": fingerprints(entries.base),
         }
@@ -75,10 +82,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
                 "fingerprint": fingerprints(frozen.pristine(entries.indices, entries.base)),
                 "frozen": {"nnz": frozen.indices.numel(), "fingerprint": fingerprints(frozen.base)},
             }
-        given = given or not torch.equal(entries.indices.cpu(), _draw(adapter.config, name, shape, delta.numel()))
+        given = given or not torch.equal(entries.indices.cpu(), draw(adapter.config, name, shape, delta.numel()))
     if given:
         tensors |= {f"indices.{name}": module.sparse_entries(p).indices.cpu() for name, module, p in attached(model)}
     heads = {name: sharding.whole(p).cpu() for name, p in model.named_parameters() if name in adapter.saved}
+    if bad := [name for name, value in heads.items() if not finite(value)]:
+        raise ValueError(f"save: the trained values of {bad[0]} are not finite; load the last good checkpoint")
     description = {
         "format_version": FORMAT_VERSION if adapter.frozen else WITHOUT_FROZEN,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
@@ -88,39 +97,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     }
     with sharding.first_rank(model) as writes:
         return store(path, description, tensors, heads) if writes else Path(path)
-
-
-def store(
-    path: str | os.PathLike[str], description: Mapping[str, Any], tensors: Mapping[str, Tensor], heads: Mapping[str, Tensor]
-) -> Path:
-    """Write an adapter to a folder: its file in one atomic step, then the copy of its description.
-
-    Args:
-        path: the folder; made if it is not there, an adapter in it is replaced.
-        description: `format_version`, `base_model`, `config`, `targets`, and `selection` where there is one.
-        tensors: `delta.*`, `indices.*`, `frozen_indices.*` and `frozen_values.*` by name, on the CPU.
-        heads: values of parameters trained in full, by parameter name.
-
-    Returns:
-        The folder.
-
-    Raises:
-        OSError: the folder cannot be written; an adapter that was there is untouched.
-    """
-    tensors = {**tensors, **{f"saved.{name}": value for name, value in heads.items()}}
-    tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    description = {
-        **description,
-        "pattern_version": pattern.PATTERN_VERSION,
-        "sprand_version": __version__,
-        "saved": {name: {"shape": list(value.shape), "dtype": _name(value.dtype)} for name, value in heads.items()},
-        "checksum": files.checksum(tensors),
-    }
-    folder = Path(path)
-    files.write(folder / WEIGHTS_FILE, KEY, description, tensors)
-    with files.replacing(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    return folder
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:
@@ -159,33 +135,6 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     return switch(model, name)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a saved adapter, proven to be undamaged.
-
-    Args:
-        path: folder written by `save`, or its safetensors file.
-
-    Returns:
-        The description, and the tensors `delta.*`, `indices.*`, `saved.*`, `frozen_*.*` by name.
-
-    Raises:
-        FileNotFoundError: there is no adapter.
-        ValueError: the file is damaged, no sprand adapter, or of a newer format.
-    """
-    file = Path(path)
-    file = file / WEIGHTS_FILE if file.is_dir() else file
-    if not file.is_file():
-        raise FileNotFoundError(f"no adapter at {path}: expected {WEIGHTS_FILE} there, as written by sprand.save")
-    description, tensors = files.read(file, KEY, "adapter")
-    if description["format_version"] > FORMAT_VERSION or description["pattern_version"] != pattern.PATTERN_VERSION:
-        raise ValueError(
-            f"{file} has format {description['format_version']} and pattern {description['pattern_version']} (of sprand "
-            f"{description['sprand_version']}); this sprand {__version__} reads format {FORMAT_VERSION} and pattern "
-            f"{pattern.PATTERN_VERSION}"
-        )
-    return description, tensors
-
-
 def attached(model: nn.Module) -> Iterable[tuple[str, SparseModule, str]]:
     """Every targeted parameter once: its full name, its module, and its name there."""
     seen: set[int] = set()
@@ -210,11 +159,6 @@ def mask_of(model: nn.Module) -> Mask:
     indices = {name: module.sparse_entries(parameter).indices for name, module, parameter in places}
     shapes = {name: sharding.shape_of(module._parameters[parameter]) for name, module, parameter in places}
     return Mask(indices, shapes, adapter.selection)
-
-
-def fingerprints(base: Tensor) -> dict[str, str]:
-    """Hashes of base entries, in their dtype and as they would be in narrower ones, so that a base may be cast."""
-    return {_name(dtype): files.digest([base.to(dtype)]) for dtype in (base.dtype, *NARROWER.get(base.dtype, ()))}
 
 
 def prove(
@@ -256,83 +200,28 @@ def prove(
         adapter.indices[name] = indices
         adapter.deltas[name] = nn.Parameter(delta.to(device=weight.device, dtype=ops.accumulation_dtype(weight.dtype)))
     for name, entry in description["saved"].items():
-        p, value = _matching(path, parameters, name, entry["shape"]), tensors.get(f"saved.{name}")
-        if value is None or list(value.shape) != entry["shape"]:
-            raise ValueError(f"{path}: expected values of shape {entry['shape']} for {name}")
-        adapter.saved[name] = value.to(device=p.device, dtype=p.dtype)
+        p = _matching(path, parameters, name, entry["shape"])
+        adapter.saved[name] = tensors[f"saved.{name}"].to(device=p.device, dtype=p.dtype)
+    names: dict[int, str] = {}
+    for name in (*adapter.indices, *adapter.saved):
+        first = names.setdefault(id(parameters[name]), name)
+        if first != name:
+            raise ValueError(f"{path} was made for another model: {first} and {name} are one parameter here")
     return adapter
-
-
-def entries(
-    path: Path, config: SparseConfig, name: str, target: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The trained entries of one target of an adapter that was read, proven.
-
-    Returns:
-        Their indices `[nnz]`, flat and sorted, int32 (int64 from 2**31 entries), and their deltas `[nnz]`.
-
-    Raises:
-        ValueError: they are missing, not finite, or no indices of that target.
-    """
-    delta, numel = tensors.get(f"delta.{name}"), math.prod(target["shape"])
-    if delta is None or list(delta.shape) != [target["nnz"]]:
-        raise ValueError(
-            f"{path}: expected {target['nnz']} values for {name}, got {None if delta is None else list(delta.shape)}"
-        )
-    if not torch.isfinite(delta).all():
-        raise ValueError(f"{path}: the values of {name} are not finite")
-    if config.strategy == GIVEN:
-        indices = tensors.get(f"indices.{name}")
-        if indices is None or indices.shape != delta.shape or indices.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{path}: expected {target['nnz']} integer indices for {name}")
-        pattern.check_indices(f"{path}: {name}", indices, numel)
-    else:
-        indices = _draw(config, name, target["shape"], target["nnz"])
-    return indices.to(pattern.index_dtype(numel)), delta
-
-
-def frozen_entries(path: Path, name: str, target: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The folded entries of one target of an adapter that was read, proven: indices and values, both `[n]`.
-
-    Raises:
-        ValueError: they are missing, not finite, or no indices of that target.
-    """
-    indices, values, nnz = tensors.get(f"frozen_indices.{name}"), tensors.get(f"frozen_values.{name}"), target["frozen"]["nnz"]
-    integers = indices is not None and indices.dtype in (torch.int32, torch.int64)
-    if values is None or not integers or list(indices.shape) != [nnz] or list(values.shape) != [nnz]:
-        raise ValueError(f"{path}: expected {nnz} integer indices and values of frozen entries for {name}")
-    if not values.is_floating_point() or not torch.isfinite(values).all():
-        raise ValueError(f"{path}: the values of frozen entries of {name} are not finite numbers")
-    numel = math.prod(target["shape"])
-    pattern.check_indices(f"{path}: frozen entries of {name}", indices, numel)
-    return indices.to(pattern.index_dtype(numel)), values
 
 
 def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]) -> nn.Parameter:
     if name not in parameters:
         raise ValueError(f"{path} was made for another model: this one has no parameter {name!r}")
-    if list(parameters[name].shape) != shape:
-        raise ValueError(f"{path} was made for another model: {name} is {list(parameters[name].shape)} here and {shape} there")
-    return parameters[name]
-
-
-def check_base(path: Path, name: str, base: Tensor, stored: Mapping[str, str]) -> None:
-    """Prove by their fingerprint that entries are those an adapter was trained on.
-
-    The narrower of the two dtypes is compared: a checkpoint may be loaded in another one than it was trained in.
-
-    Raises:
-        ValueError: they are not.
-    """
-    trained = next(iter(stored))
-    here = fingerprints(base)
-    common = [dtype for dtype in stored if dtype in here]
-    same = stored[trained] == here[trained] if trained in here else bool(common) and stored[common[0]] == here[common[0]]
-    if not same:
+    weight = parameters[name]
+    if dtype_name(weight.dtype) not in DTYPES or not weight.is_contiguous():
         raise ValueError(
-            f"{path} was trained on another base: the entries it changes in {name} have other values in this model; load the "
-            "base checkpoint it was trained on (and no merged or further trained one)"
+            f"{path}: expected {name} as {', '.join(DTYPES)} in contiguous memory, got {dtype_name(weight.dtype)} with strides "
+            f"{weight.stride()}"
         )
+    if list(weight.shape) != shape:
+        raise ValueError(f"{path} was made for another model: {name} is {list(weight.shape)} here and {shape} there")
+    return weight
 
 
 def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter) -> nn.Module:
@@ -352,13 +241,3 @@ def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter)
         parameters[key].data.copy_(value)
     write(model)
     return model
-
-
-def _draw(config: SparseConfig, name: str, shape: list[int], nnz: int) -> Tensor:
-    if config.strategy not in pattern.RANDOM_STRATEGIES:
-        return torch.empty(0)
-    return pattern.draw(config.strategy, name, shape, nnz, config.seed, layout=config.layout)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import files, host, native, pattern, sharding
-from .adapter import entries, frozen_entries, read
+from .adapter_file import entries, frozen_entries, read
 from .config import AS_GIVEN, SparseConfig
 from .model import Adapter, State, detached, install, switch
 from .selection.calibration import Calibration

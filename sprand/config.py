@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -74,6 +74,13 @@ class SparseConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in ("layout", "scope"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{field}: expected a name, got {getattr(self, field)!r}")
+        if not isinstance(self.preserve_zeros, bool):
+            raise ValueError(f"preserve_zeros: expected True or False, got {self.preserve_zeros!r}")
+        if self.strategy_options is not None and not isinstance(self.strategy_options, Mapping):
+            raise ValueError(f"strategy_options: expected names and values, got {self.strategy_options!r}")
         given = isinstance(self.strategy, Mapping) or self.strategy == GIVEN
         random = isinstance(self.strategy, str) and self.strategy in RANDOM_STRATEGIES
         names = (*RANDOM_STRATEGIES, *STRATEGIES)
@@ -119,7 +126,7 @@ class SparseConfig:
             value = getattr(self, field)
             if value is None or isinstance(value, str):
                 continue
-            if not all(isinstance(name, str) and name for name in value):
+            if not isinstance(value, Iterable) or not all(isinstance(name, str) and name for name in value):
                 raise ValueError(f"{field}: expected names, got {value!r}")
             object.__setattr__(self, field, tuple(value))
         if isinstance(self.target_parameters, str):

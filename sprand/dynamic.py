@@ -195,6 +195,11 @@ class DynamicMask:
         if shapes != own:
             raise ValueError(f"DynamicMask: expected a state for the entries {own}, got {shapes}")
         sites = {site.name: site for site in sites_of(self.model)}
+        for kind, where, values in (("frozen", "indices", "values"), ("candidates", "positions", "sums")):
+            for name, kept in state[kind].items():
+                if name not in sites or kept[where].shape != kept[values].shape:
+                    raise ValueError(f"DynamicMask: expected {kind} positions and values of {', '.join(sites)}, got {name}")
+                pattern.check_indices(f"DynamicMask: {name}", kept[where].sort().values, sites[name].weight.numel())
         self.count, self.changes = int(state["count"]), int(state["changes"])
         self._anchors = {name: state["anchors"][name].to(anchor, copy=True) for name, anchor in self._anchors.items()}
         self._adapter.frozen = {

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,44 +19,97 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .forms import TEXT, Form, record
 
-def write(file: Path, key: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors and their description, with a checksum, in one atomic step.
+CHECKSUM, HEADER_CHECKSUM, SEALED = "checksum", "header_checksum", "sealed"  # files of earlier versions have the first alone
+UNFINISHED = ".sprand-tmp"
+LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
+MOST_TENSORS = 1 << 18  # of one file; the largest models have a third of that in all
+
+
+def write(file: Path, key: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write tensors and their description, with checksums of both, in one atomic step.
+
+    Returns:
+        The description as it is in the file: with `checksum`, of the tensors, `header_checksum`, of itself and the dtypes,
+        and `sealed`, which says that there is such a one.
+
+    Raises:
+        OSError: the file cannot be written; one that was there is untouched.
+    """
+    sealed = {**description, CHECKSUM: checksum(tensors), SEALED: True}
+    sealed[HEADER_CHECKSUM] = _header_checksum(sealed, tensors)
+    save(file, tensors, {key: json.dumps(sealed)})
+    return sealed
+
+
+def save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file in one atomic step; its folder is made if it is not there.
 
     Raises:
         OSError: the file cannot be written; one that was there is untouched.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
-        save_file(dict(tensors), temporary, metadata={key: json.dumps(description)})
+        try:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"{file} could not be written: {error}") from error
 
 
-def read(file: Path, key: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and tensors of a file written by `write`, proven to be undamaged.
-
-    Args:
-        file: it exists.
-        key: under which the header holds the description.
-        what: what the file should be, for the messages.
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON in one atomic step.
 
     Raises:
+        OSError: the file cannot be written; one that was there is untouched.
+    """
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read(file: Path, key: str, what: str, form: Form | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and tensors of a file written by `write`, proven to be undamaged.
+
+    The tensors have memory of their own: what happens to the file afterwards does not reach them.
+
+    Args:
+        file: what to read.
+        key: under which the header holds the description.
+        what: what the file should be, for the messages.
+        form: what the description must look like.
+
+    Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or something else.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"no {what} at {file}: expected a file there")
     try:
+        header_of(file)
         with safe_open(file, framework="pt") as content:
-            metadata = content.metadata() or {}
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
+            metadata, names = content.metadata() or {}, content.keys()
+            if key not in metadata:
+                raise LookupError
+            tensors = {name: content.get_tensor(name).clone() for name in names}
+    except LookupError:
+        raise ValueError(f"{file} is no {what} of sprand: its header has no description") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({error}); take another copy of the {what}") from error
-    if key not in metadata:
-        raise ValueError(f"{file} is no {what} of sprand: its header has no description")
     try:
-        description = json.loads(metadata[key])
-        stored = description["checksum"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: its description cannot be read; take another copy of the {what}") from error
-    if stored != checksum(tensors):
+        description = parse(metadata[key])
+        record({CHECKSUM: TEXT}, {HEADER_CHECKSUM: TEXT})("its description", description)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; take another copy of the {what}") from error
+    sealed = _header_checksum(description, tensors) if SEALED in description else None
+    if description.get(HEADER_CHECKSUM) != sealed:
+        raise ValueError(f"{file} is damaged: its header does not match its checksum; take another copy of the {what}")
+    if description[CHECKSUM] != checksum(tensors):
         raise ValueError(f"{file} is damaged: its values do not match their checksum; take another copy of the {what}")
+    if form is not None:
+        try:
+            form("its description", description)
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}; take another copy of the {what}") from error
     return description, tensors
 
 
@@ -61,6 +117,40 @@ def label(path: Path) -> str:
     """A short name for an adapter's place: its folder's, with the one above where that is what `sprand finetune` calls it."""
     parts = path.resolve().parts
     return "/".join(parts[-2:]) if parts[-1] == "adapter" else parts[-1]
+
+
+def header_of(file: Path) -> bytes:
+    """The header of a safetensors file, as JSON that no parser has seen; bounds what one will make of it.
+
+    Raises:
+        ValueError: there is none, or it names too many tensors.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+        text = content.read(length)
+    count = text.count(b"data_offsets")
+    if count > MOST_TENSORS:
+        raise ValueError(f"it holds {count:,} tensors, more than {MOST_TENSORS:,}")
+    return text
+
+
+def parse(text: str | bytes) -> Any:
+    """JSON from a file.
+
+    Raises:
+        ValueError: it is none, holds a number that is not finite, or is nested too deeply.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"expected JSON, got the number {constant}")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("expected JSON, got one that is nested too deeply") from None
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -73,26 +163,80 @@ def digest(parts: Iterable[str | Tensor]) -> str:
     result = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, str):
-            result.update(part.encode())
+            result.update(part.encode("utf-8", "surrogatepass"))
         elif part.numel():
             part = part.detach().cpu().contiguous()
             result.update((ctypes.c_char * part.nbytes).from_address(part.data_ptr()))
     return result.hexdigest()
 
 
+def _header_checksum(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """One hash of all of a description but itself, and of the dtypes of the tensors."""
+    rest = {name: value for name, value in description.items() if name != HEADER_CHECKSUM}
+    dtypes = [f"{name} {tensors[name].dtype}" for name in sorted(tensors)]
+    return digest([json.dumps(rest, sort_keys=True), *dtypes])
+
+
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary file beside `file` that takes its place when the block ends well, and is gone when it does not."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary file that takes the place of `file` when the block ends well, and is gone when it does not.
+
+    It lies in a hidden folder beside `file` that its process holds locked. What a process that was killed left there has lost
+    its lock, and is removed by the next one to write there. All is on the disk, as far as the system can tell, when this ends.
+    """
+    remove_stale(file.parent)
+    folder, lock = _locked_folder(file)
+    temporary = folder / file.name
     try:
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        settle(temporary)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, file)
+        settle(file.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def settle(path: Path) -> None:
+    """Wait until a file's content, or which names a folder has, is on the disk.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # a file system that has no fsync of folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def _locked_folder(file: Path) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=file.parent, prefix=f".{file.name}.", suffix=UNFINISHED))
+        with contextlib.suppress(FileNotFoundError):  # another process took it for stale before it was locked
+            lock = os.open(folder, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks: nothing there counts as stale
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.is_dir():
+                return folder, lock
+            os.close(lock)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what writers that are no more have left in a folder."""
+    with os.scandir(folder) as entries:
+        found = [entry.path for entry in entries if entry.name.startswith(".") and entry.name.endswith(UNFINISHED)]
+    for path in found:
+        with contextlib.suppress(OSError):  # locked by its writer, removed by another, or no folder
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)

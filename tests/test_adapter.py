@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, built, points_and_labels, tokens_and_labels
 from sprand import files
-from sprand.adapter import CONFIG_FILE, WEIGHTS_FILE
-from sprand.files import checksum
+from sprand.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 
 
 def random_deltas(model):
@@ -117,8 +116,7 @@ def edited(path, change):
         description = json.loads(content.metadata()["sprand"])
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     change(tensors, description)
-    description["checksum"] = checksum(tensors)
-    save_file(tensors, path / WEIGHTS_FILE, metadata={"sprand": json.dumps(description)})
+    files.write(path / WEIGHTS_FILE, "sprand", description, tensors)
 
 
 def with_indices(indices):

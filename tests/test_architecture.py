@@ -37,7 +37,7 @@ ROOMS = {
         "_host",
     ),
     "core": ("pattern", "candidates", "functional", "layers", "optim"),
-    "policy": ("config", "files", "targets", "selection"),
+    "policy": ("config", "files", "forms", "states", "targets", "selection"),
     "assembly": (
         "model",
         "applying",
@@ -45,6 +45,7 @@ ROOMS = {
         "mixing",
         "frozen",
         "adapter",
+        "adapter_file",
         "checkpoint",
         "dynamic",
         "exchange",
@@ -142,6 +143,17 @@ def test_a_file_says_its_job_and_stays_short(path):
         first = lines[0].removeprefix("//").strip() if lines and lines[0].startswith("//") else ""
     assert len(first) > 15, f"{called(path)}: the first line says what the file is for"
     assert len(lines) <= 400, f"{called(path)}: {len(lines)} lines; a file has 60 to 300, 400 at most"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=called)
+def test_nothing_is_pickled(path):
+    """Files are safetensors and JSON: reading one runs no code of whoever wrote it."""
+    tree = ast.parse(path.read_text())
+    modules = {module.partition(".")[0] for module in imports_of(path)}
+    assert not modules & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not {"torch.save", "torch.load", "np.load", "numpy.load", "np.save", "numpy.save"} & set(calls)
+    assert "weights_only" not in path.read_text() and "allow_pickle" not in path.read_text()
 
 
 IMPORT_WITH_LITTLE = """

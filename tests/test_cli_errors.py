@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from sprand import cli
+from sprand import cli, files, states
 from sprand.cli import checkpoint, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +93,7 @@ def test_missing_option_and_no_number(rows, tmp_path, capsys):
         ("--budget", "many", "--budget: expected a count"),
         ("--target-modules", "quarry", "the closest names are"),
         ("--device", "toaster", "--device toaster"),
+        ("--keep", 0, "--keep: expected a positive number"),
         ("--compare", "lora,ia3", "expected some of lora, full, head, got 'ia3'"),
     ],
 )
@@ -121,8 +122,8 @@ def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(bert, rows, tmp_p
     code, said = says("--model", bert, "--train", rows, "--out", tmp_path, "--checkpoint-every", 3, "--max-steps", 12)
     assert code == 1
     assert "the loss became nan at step 8" in said and "Try a lower --lr" in said
-    assert "The last good checkpoint is kept" in said and "step-00000006.pt" in said
-    state = torch.load(tmp_path / "checkpoints" / "step-00000006.pt", weights_only=True)
+    assert "The last good checkpoint is kept" in said and "step-00000006.safetensors" in said
+    state = states.read(tmp_path / "checkpoints" / "step-00000006.safetensors", checkpoint.KIND)
     assert all(torch.isfinite(value).all() for value in state["trained"].values())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines) == 7
@@ -133,38 +134,39 @@ def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(bert, rows, tmp_p
 
 
 def test_disk_full_leaves_the_older_checkpoint(bert, rows, tmp_path, says, monkeypatch):
-    save, written = torch.save, []
+    save, written = files.save_file, []
 
-    def full_at_the_second(state, file):
-        written.append(state["step"])
-        if len(written) == 2:
-            file.write(b"half of it")
-            raise OSError(28, "No space left on device")
-        save(state, file)
+    def full_at_the_second(tensors, name, metadata):
+        if name.name.startswith("step-"):
+            written.append(name)
+            if len(written) == 2:
+                name.write_bytes(b"half of it")
+                raise OSError(28, "No space left on device")
+        save(tensors, name, metadata=metadata)
 
-    monkeypatch.setattr(checkpoint.torch, "save", full_at_the_second)
+    monkeypatch.setattr(files, "save_file", full_at_the_second)
     code, said = says("--model", bert, "--train", rows, "--out", tmp_path, "--checkpoint-every", 2, "--max-steps", 6)
-    assert code == 1 and "No space left on device" in said and "step-00000002.pt" in said
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.pt"]
-    torch.load(tmp_path / "checkpoints" / "step-00000002.pt", weights_only=True)
+    assert code == 1 and "No space left on device" in said and "step-00000002.safetensors" in said
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
+    assert states.read(tmp_path / "checkpoints" / "step-00000002.safetensors", checkpoint.KIND)["step"] == 2
 
 
 def test_resume_from_the_wrong_thing(bert, rows, tmp_path, says):
     base = ("--model", bert, "--train", rows, "--max-steps", 2)
     assert says(*base, "--out", tmp_path / "a")[0] == 0
-    made = tmp_path / "a" / "checkpoints" / "step-00000002.pt"
+    made = tmp_path / "a" / "checkpoints" / "step-00000002.safetensors"
     other = save_bert(tmp_path / "other", seed=1)
     again = ("--out", tmp_path / "b", "--resume")
-    damaged = tmp_path / "damaged.pt"
+    damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(made.read_bytes()[: made.stat().st_size // 2])
     cases = [
         ((*base, *again), "holds no checkpoint"),
-        ((*base, *again, tmp_path / "none.pt"), "no checkpoint"),
+        ((*base, *again, tmp_path / "none.safetensors"), "no checkpoint"),
         (
             (*base, *again, tmp_path / "a" / "adapter" / "adapter_model.safetensors"),
-            "expected a file checkpoints/step-N.pt of a run",
+            "expected a checkpoint of sprand finetune, a file checkpoints/step-N.safetensors of a run",
         ),
-        ((*base, *again, damaged), "not a checkpoint of sprand finetune, or it is damaged"),
+        ((*base, *again, damaged), "is damaged or no safetensors file"),
         ((*base, *again, made, "--density", 0.02), "its model and positions is"),
         (("--model", other, *base[2:], *again, made), "its model and positions is"),
         ((*base, *again, made, "--lr", 0.5), "its learning rate is"),

@@ -19,7 +19,8 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import sprand
-from sprand.cli import main, models, tasks
+from sprand import states
+from sprand.cli import checkpoint, main, models, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -61,7 +62,9 @@ def test_learns_compares_and_leaves_everything(bert, rows, tmp_path, capsys):
 
 def test_the_adapter_loads_into_the_model_it_describes(bert, rows, tmp_path):
     out = tmp_path / "out"
-    assert finetune("--model", bert, "--train", rows, "--max-steps", 6, "--out", out) == 0
+    asked = ("--max-steps", 6, "--checkpoint-every", 1, "--keep", 3)
+    assert finetune("--model", bert, "--train", rows, "--out", out, *asked) == 0
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [f"step-0000000{n}.safetensors" for n in (4, 5, 6)]
     said = json.loads((out / "task.json").read_text())
     model, tokenizer = models.load(said["model"], said["task"], len(said["labels"]), said["dtype"], said["pooling"], said["seed"])
     base = {name: value.clone() for name, value in model.state_dict().items()}
@@ -77,12 +80,12 @@ def test_resume_in_a_new_process_is_exact(bert, rows, tmp_path, accumulation):
     asked = ["finetune", "--model", bert, "--train", rows, "--density", 0.05, "--batch-size", 8, "--max-steps", 14]
     asked = [*map(str, [*asked, "--grad-accumulation", accumulation, "--checkpoint-every", 7])]
     assert main.run([*asked, "--out", str(whole)]) == 0
-    half = whole / "checkpoints" / "step-00000007.pt"
+    half = whole / "checkpoints" / "step-00000007.safetensors"
     command = [sys.executable, "-m", "sprand", *asked, "--out", str(resumed), "--resume", str(half)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "7 steps done" in done.stdout
-    a, b = (torch.load(out / "checkpoints" / "step-00000014.pt", weights_only=True) for out in (whole, resumed))
+    a, b = (states.read(out / "checkpoints" / "step-00000014.safetensors", checkpoint.KIND) for out in (whole, resumed))
     assert a["trained"].keys() == b["trained"].keys()
     assert all(torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"])
     for key, state in a["optimizer"]["state"].items():

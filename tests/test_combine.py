@@ -10,7 +10,7 @@ import torch
 import sprand
 from checkpoints import changed, plain, redrawn
 from models import MLP, assert_same_bits, bits, built
-from sprand.adapter import read
+from sprand.adapter_file import read
 from sprand.checkpoint.combine import combine, remove
 from sprand.checkpoint.report import inspect
 from sprand.cli.main import run

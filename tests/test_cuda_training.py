@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sprand
 from problems import ORDINARY, PROBLEMS, bits, make_adamw, make_embedding, make_entries, make_sddmm
-from sprand.adapter import WEIGHTS_FILE
+from sprand.adapter_file import WEIGHTS_FILE
 from sprand.schedule_run8 import run8_schedule
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and a CUDA build of torch")

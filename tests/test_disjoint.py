@@ -223,7 +223,7 @@ def test_the_commands_leave_out_the_entries_of_adapters(tmp_path, capsys):
     out = ["--base", model, "-o", str(tmp_path / "both"), "--drop-heads"]
     assert run(["combine", str(a), str(b), *out]) == 0
     assert "1 x b/adapter: no entry in common with others" in capsys.readouterr().out
-    together = sprand.adapter.read(tmp_path / "both")[1]
+    together = sprand.adapter_file.read(tmp_path / "both")[1]
     assert apart({name: together[f"indices.{name}"] for name in mask}, mask)
     assert run(["finetune", *options, "--out", str(tmp_path / "d"), "--disjoint", str(tmp_path / "none")]) == 2
     assert "no adapter at" in capsys.readouterr().err

@@ -13,15 +13,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sprand
 from dynamic_masks import LR, MODES, Drawn, train
 from models import MLP, assert_same_bits, bits, built, points_and_labels
-from sprand.adapter import CONFIG_FILE, WEIGHTS_FILE
-from sprand.files import checksum
+from sprand import files
+from sprand.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 
 
 class WithLoss(nn.Module):
@@ -125,8 +124,7 @@ def edited(path, change):
         description = json.loads(content.metadata()["sprand"])
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     change(tensors, description)
-    description["checksum"] = checksum(tensors)
-    save_file(tensors, path / WEIGHTS_FILE, metadata={"sprand": json.dumps(description)})
+    files.write(path / WEIGHTS_FILE, "sprand", description, tensors)
 
 
 EDITS = {

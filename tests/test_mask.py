@@ -13,7 +13,8 @@ from torch import nn
 import sprand
 from models import MLP, assert_same_bits, bits, built, points_and_labels
 from sprand import files, plots
-from sprand.adapter import CONFIG_FILE, mask_of
+from sprand.adapter import mask_of
+from sprand.adapter_file import CONFIG_FILE
 from sprand.selection.mask import chosen_by
 
 FIELDS = {"strategy": "magnitude", "scope": "global", "density": 0.1, "target_modules": ["first", "second"]}
@@ -66,8 +67,7 @@ def edited(path, change):
     with files.safe_open(path, framework="pt") as content:
         description = json.loads(content.metadata()["sprand_mask"])
     change(tensors, description)
-    description["checksum"] = files.checksum(tensors)
-    save_file(tensors, path, metadata={"sprand_mask": json.dumps(description)})
+    files.write(path, "sprand_mask", description, tensors)
 
 
 BAD = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sprand
 from quality.training import Run, TaskPlan, attached, load, settings_of
 from sprand import files
-from sprand.adapter import read
+from sprand.adapter_file import read
 from sprand.cli import data, methods, tasks, training
 from sprand.cli.progress import Log
 from sprand.cli.settings import Settings

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import files, pattern
-from ..adapter import WITHOUT_FROZEN, entries, fingerprints, read, store
+from ..adapter_file import WITHOUT_FROZEN, entries, fingerprints, read, store
 from ..combining import Origin, Part, Rule, combined, content_checksum, record, shared_counts
 from ..config import AS_GIVEN, SparseConfig
 from .edits import edits_of, read_bases

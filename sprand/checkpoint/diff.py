@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, pattern, topk
-from ..adapter import FORMAT_VERSION, WITHOUT_FROZEN, fingerprints, store
+from ..adapter_file import FORMAT_VERSION, WITHOUT_FROZEN, fingerprints, store
 from ..config import AS_GIVEN, SparseConfig
 from ..functional import patched
 from .names import resolve

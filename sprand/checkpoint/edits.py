@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, pattern
-from ..adapter import check_base
+from ..adapter_file import check_base
 from ..combining import SUM, Rule
 from .entries import Changes, Cut, Pending, bounds
 from .names import resolve, twins

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..adapter import entries, frozen_entries
+from ..adapter_file import entries, frozen_entries
 from ..combining import SUM, Part, Rule, combined
 from .sources import Source
 

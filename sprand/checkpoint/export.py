@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import files
-from ..adapter import entries
+from ..adapter_file import entries
 from .edits import Edits, Overwrite, edits_of
 from .patches import patches_of
 from .shards import Checkpoint, open_checkpoint
@@ -110,6 +110,10 @@ def dense_delta(source: Source, applied: tuple[Checkpoint, Edits] | None, folder
         raise ValueError(f"{source.path} holds {whole[0]} as values, whose change is known with the base only; give --base")
     tensors: dict[str, Tensor] = {}
     if applied is None:
+        needed = 4 * sum(math.prod(target["shape"]) for target in source.description["targets"].values())
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise ValueError(f"{source.path}: its dense deltas take {needed:,} bytes, and {folder} has {free:,} free")
         for name, target in source.description["targets"].items():
             indices, deltas = entries(source.path, source.config, name, target, source.tensors)
             tensors[name] = torch.zeros(target["shape"])
@@ -134,8 +138,6 @@ def dense_delta(source: Source, applied: tuple[Checkpoint, Edits] | None, folder
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], about: dict) -> list[Path]:
     weights, text = folder / f"{name}.safetensors", folder / f"{name}.json"
-    with files.replacing(weights) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata={"format": "pt"})
-    with files.replacing(text) as temporary:
-        temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    files.save(weights, {key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"})
+    files.write_json(text, about)
     return [weights, text]

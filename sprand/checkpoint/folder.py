@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ..files import settle
 from .shards import INDEX, Checkpoint
 
 REVERT_FILE, REVERT_KEY = "sprand_revert.dat", "sprand_revert"  # not *.safetensors: servers load every such file of a folder
@@ -40,7 +41,7 @@ class NewFolder:
     def begin(self) -> Path:
         """Make the hidden folder, or find what an earlier run left in it."""
         state = self.path / STATE_FILE
-        if not state.is_file() or state.read_text(encoding="utf-8") != self.identity:
+        if self.path.is_symlink() or not state.is_file() or state.read_text(encoding="utf-8") != self.identity:
             self.discard()
             self.path.mkdir(parents=True)
             state.write_text(self.identity, encoding="utf-8")
@@ -48,12 +49,18 @@ class NewFolder:
 
     def discard(self) -> None:
         """Remove what was written."""
+        if self.path.is_symlink():
+            self.path.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def finish(self) -> Path:
-        """Give it its name."""
+        """Give it its name, when all it holds is on the disk."""
         (self.path / STATE_FILE).unlink()
+        for path in sorted(self.path.rglob("*")):
+            settle(path)
+        settle(self.path)
         os.replace(self.path, self.out)
+        settle(self.out.parent)
         return self.out
 
 

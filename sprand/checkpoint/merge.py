@@ -187,7 +187,6 @@ class _Job:
             "added": list(self.edits.added),
             "header": header,
             "index": index,
-            "checksum": files.checksum(base_values(self.edits.by_tensor)),
         }
 
     def _added(self, shard: Shard) -> Mapping[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import entries, frozen_entries
+from ..adapter_file import entries, frozen_entries
 from ..functional import patched
 from ..pattern import RANDOM_STRATEGIES
 from ..selection.mask import chosen_by

@@ -10,12 +10,23 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import files
+from ..forms import NUMBER, TEXT, WHOLE, list_of, optional, record
 from .edits import Edit, Overwrite, base_values, edits_of
 from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
 from .merge import Adapters, Merged, adapters_of
-from .shards import INDEX, Checkpoint, open_checkpoint
+from .shards import INDEX, Checkpoint, open_checkpoint, read_header
 from .sources import open_adapters
 from .stream import Progress, write
+
+FORM = record(
+    {
+        "format_version": WHOLE,
+        "adapters": list_of(record({"checksum": TEXT, "weight": NUMBER})),
+        "added": list_of(TEXT),
+        "header": optional(TEXT),
+        "index": optional(TEXT),
+    }
+)
 
 
 def revert(
@@ -46,9 +57,9 @@ def revert(
             f"no {REVERT_FILE} in {merged}: a merged value and a delta do not determine the base value, and only a merge that "
             "keeps the base values can be reverted; take the base checkpoint instead"
         )
-    description, values = files.read(folder / REVERT_FILE, REVERT_KEY, "merge's base values")
-    if description.get("format_version") != 1:
-        raise ValueError(f"{folder / REVERT_FILE} has format {description.get('format_version')}; install a newer sprand")
+    description, values = files.read(folder / REVERT_FILE, REVERT_KEY, "merge's base values", FORM)
+    if description["format_version"] != 1:
+        raise ValueError(f"{folder / REVERT_FILE} has format {description['format_version']}; install a newer sprand")
     if description["adapters"] != adapters_of(sources):
         weights = ", ".join(str(entry["weight"]) for entry in description["adapters"])
         raise ValueError(
@@ -70,6 +81,8 @@ def revert(
             text = description["header"].encode() if shard.name == last and description["header"] is not None else None
             header = None if text is None else len(text).to_bytes(8, "little") + text
             write(shard, unfinished / shard.name, changes, {}, header, progress)
+            if header is not None:
+                read_header(unfinished / shard.name)
     except ValueError:
         made.discard()
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import header_of, parse
+from ..forms import OBJECT, SHAPE, TEXT, is_whole, optional, record, simple, table_of
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
 CHUNK = 1 << 21  # bytes read at a time: what stays in a core's cache between reading, patching and writing
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -23,6 +24,9 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+_OFFSETS = simple("two offsets", lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_whole, value)))
+_TENSOR = record({"dtype": TEXT, "shape": SHAPE, "data_offsets": _OFFSETS})
+_INDEX = record({"weight_map": table_of(TEXT)}, {"metadata": optional(OBJECT)})
 TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -151,8 +155,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         names = [SINGLE]
     elif (folder / INDEX).is_file():
         index = _json(folder / INDEX)
-        if not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{folder / INDEX} is damaged: expected a weight_map from tensor names to files")
+        try:
+            _INDEX("the index", index)
+        except ValueError as error:
+            raise ValueError(f"{folder / INDEX} is damaged: {error}") from error
         names = list(dict.fromkeys(index["weight_map"].values()))
     else:
         found = sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []
@@ -162,7 +168,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         )
     shards = {}
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if Path(name).name != name:
             raise ValueError(f"{folder / INDEX} is damaged: expected names of files beside it, got {name!r}")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing, which {INDEX} names; download the checkpoint again")
@@ -185,12 +191,13 @@ def read_header(path: Path) -> Shard:
         ValueError: it is damaged, or another kind of file.
     """
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 2 <= length <= min(size - 8, LONGEST_HEADER) else b""
     try:
-        header = json.loads(text)
-        data = 8 + length
+        text = header_of(path)
+        header = parse(text)
+        OBJECT("the header", header)
+        data = 8 + len(text)
+        for name, entry in header.items():
+            (table_of(TEXT) if name == "__metadata__" else _TENSOR)(name, entry)
         tensors = [
             Stored(
                 name, path.name, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0],
@@ -202,19 +209,19 @@ def read_header(path: Path) -> Shard:
         at = data
         for stored in tensors:
             expected = at + stored.numel * stored.dtype.itemsize if stored.dtype is not None else stored.end
-            if stored.begin != at or stored.end != expected:
+            if stored.begin != at or stored.end != expected or stored.end < at:
                 raise ValueError(f"the bytes of {stored.name} do not follow")
             at = stored.end
         if at != size:
             raise ValueError(f"expected {at:,} bytes, got {size:,}")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); take another copy of it") from error
     return Shard(path.name, path, header, data, size, tuple(tensors))
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged: it is no JSON ({error})") from error
     if not isinstance(content, dict):

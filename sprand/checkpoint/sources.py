@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter import read
+from ..adapter_file import read
 from ..config import SparseConfig
 
 

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .. import files, states
 from . import CliError, TrainingFailed
 from .methods import Method, target_names
 from .settings import Settings
 
-KEPT = 2
-FORMAT = "sprand finetune checkpoint 1"
+KIND = "sprand finetune checkpoint 2"  # 1 was a file of torch.save
+PARTS = {"identity": dict, "step": int, "history": list, "trained": dict, "optimizer": dict, "rng": Tensor, "cuda_rng": list}
 
 
 class Checkpoints:
     """The checkpoints in one folder, and what they are checkpoints of.
 
     Args:
-        folder: made when the first one is written; the two newest are kept.
+        folder: made when the first one is written.
         identity: what a run must share with a checkpoint to go on from it.
+        keep: how many of the newest are kept.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = folder, identity
+    def __init__(self, folder: Path, identity: dict[str, Any], keep: int = 2) -> None:
+        self.folder, self.identity, self.keep = folder, identity, keep
 
     def newest(self) -> Path | None:
         """The last checkpoint written, if any."""
-        found = sorted(path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", path.name))
+        found = self.all()
         return found[-1] if found else None
+
+    def all(self) -> list[Path]:
+        """The checkpoints that are there, the oldest first."""
+        name = re.compile(r"step-(\d+)\.safetensors")
+        found = [(int(match[1]), path) for path in self.folder.glob("step-*") if (match := name.fullmatch(path.name))]
+        return [path for _, path in sorted(found)]
 
     def save(self, method: Method, step: int, history: list[dict[str, Any]]) -> Path:
         """Write the state after `step` steps; a crash meanwhile leaves the older ones as they are.
@@ -43,7 +51,6 @@ class Checkpoints:
         if not all(bool(torch.isfinite(p).all()) for p in method.trained.values()):
             raise diverged("a trained value is no finite number", step, method, self)
         state = {
-            "format": FORMAT,
             "identity": self.identity,
             "step": step,
             "history": history,
@@ -52,19 +59,12 @@ class Checkpoints:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        path = self.folder / f"step-{step:08d}.pt"
-        unfinished = path.with_suffix(".unfinished")
+        path = self.folder / f"step-{step:08d}.safetensors"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except (OSError, RuntimeError) as error:
-            unfinished.unlink(missing_ok=True)
+            states.write(path, KIND, state)
+        except OSError as error:
             raise TrainingFailed(f"The checkpoint of step {step} could not be written: {error}. {self.describe_last()}") from None
-        for old in sorted(self.folder.glob("step-*.pt"))[:-KEPT]:
+        for old in self.all()[: -self.keep]:
             old.unlink()
         return path
 
@@ -78,27 +78,36 @@ class Checkpoints:
             CliError: no checkpoint, a damaged one, or one of another run (the first difference is named).
         """
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = states.read(path, KIND)
         except FileNotFoundError:
             raise CliError(f"--resume: no checkpoint {path}.") from None
-        except Exception as error:  # torch.load raises whatever the bytes lead it to
-            reason = (" ".join(str(error).split()).split(". ")[0] or type(error).__name__)[:200]
-            raise CliError(f"--resume: {path} is not a checkpoint of sprand finetune, or it is damaged ({reason}).") from None
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
+        except ValueError as error:
+            older = [other for other in self.all() if other != path]
+            advice = f" There is an older one: --resume {older[-1]}" if older else ""
             raise CliError(
-                f"--resume: {path} is not a checkpoint of sprand finetune; expected a file checkpoints/step-N.pt of a run."
-            )
+                "--resume: expected a checkpoint of sprand finetune, a file checkpoints/step-N.safetensors of a run: "
+                f"{error}.{advice}"
+            ) from None
+        if not all(isinstance(state.get(name), kind) for name, kind in PARTS.items()):
+            raise CliError(f"--resume: {path} is damaged: expected {', '.join(PARTS)} in it.")
         for key, here in self.identity.items():
             there = state["identity"].get(key)
             if there != here:
                 raise CliError(f"--resume: {path} is of another run: its {key} is {there}, here it is {here}.")
+        for name, p in method.trained.items():
+            value = state["trained"].get(name)
+            if not isinstance(value, Tensor) or (value.shape, value.dtype) != (p.shape, p.dtype):
+                raise CliError(f"--resume: {path} is damaged: expected {list(p.shape)} of {p.dtype} for {name}.")
+        try:
+            method.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CliError(f"--resume: {path} is damaged: its optimizer or random state does not fit ({error}).") from None
         with torch.no_grad():
             for name, p in method.trained.items():
                 p.copy_(state["trained"][name])
-        method.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
         return state["step"], state["history"]
 
     def describe_last(self) -> str:
@@ -112,6 +121,8 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all."""
+        if self.folder.is_dir():
+            files.remove_stale(self.folder)
         for path in self.folder.glob("step-*"):
             path.unlink()
 

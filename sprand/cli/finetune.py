@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 import sprand
 
+from .. import files
 from . import CliError, data, methods, models, report, require, tasks, verify
 from .checkpoint import Checkpoints, identity
 from .progress import Log
@@ -54,7 +54,7 @@ def run(settings: Settings) -> list[report.Result]:
     log.say(f"{settings.model}: {dataset.task}, {len(task.train)} training rows, {len(task.eval)} held out, on {device}")
     log.say(f"training {count:,} of {everything:,} weights ({count / everything:.2%}), {steps} steps, lr {method.lr:g}")
 
-    checkpoints = Checkpoints(settings.out / "checkpoints", identity(method, settings, steps, task.train))
+    checkpoints = Checkpoints(settings.out / "checkpoints", identity(method, settings, steps, task.train), settings.keep)
     torch.manual_seed(settings.seed)
     done, history = resume(settings, checkpoints, method, log)
     outcome = train(method, task, settings, device, log, checkpoints=checkpoints, done=done, history=history)
@@ -63,7 +63,7 @@ def run(settings: Settings) -> list[report.Result]:
     results = [report.Result.of(method, outcome, methods.adapter_bytes(method, adapter))]
     histories = [outcome.history]
     checks = verify.check(model, fresh_model()[0], adapter, task, device) if settings.verify else []
-    (settings.out / "task.json").write_text(json.dumps(_description(settings, dataset), indent=2) + "\n", encoding="utf-8")
+    files.write_json(settings.out / "task.json", _description(settings, dataset))
     del model, method
 
     for name in settings.compare:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..adapter import WEIGHTS_FILE
+from ..adapter_file import WEIGHTS_FILE
 from ..checkpoint import report
 from . import CliError
 from .files import failing_in_words, folder_of

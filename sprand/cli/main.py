@@ -213,6 +213,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add("--device", metavar="NAME", help="default: a GPU if there is one")
     add("--eval-every", type=int, metavar="N", help="steps (default: three times in all)")
     add("--checkpoint-every", type=int, metavar="N", help="steps (default: every epoch)")
+    add("--keep", type=int, metavar="N", help="checkpoints that are kept, the newest (default 2)")
     add("--resume", nargs="?", const="newest", metavar="FILE", help="go on from a checkpoint, by default the newest in OUT")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from . import require
 from .memory import HOW
 from .methods import Method
@@ -55,7 +55,7 @@ def write_results(
         "results": [dataclasses.asdict(result) for result in results],
         "checked": checks,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    files.write_json(path, content)
 
 
 def print_table(console: Any, task: Task, results: Sequence[Result], device: str) -> None:

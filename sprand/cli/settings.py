@@ -66,6 +66,7 @@ class Settings:
     device: str = "auto"
     eval_every: int | None = None
     checkpoint_every: int | None = None
+    keep: int = 2
     overwrite: bool = False
     resume: str | None = None
     compare: tuple[str, ...] = ()
@@ -83,6 +84,7 @@ class Settings:
             "--max-grad-norm": self.max_grad_norm,
             "--eval-every": self.eval_every,
             "--checkpoint-every": self.checkpoint_every,
+            "--keep": self.keep,
             "--limit-train": self.limit_train,
             "--limit-eval": self.limit_eval,
             "--calibration-examples": self.calibration_examples,

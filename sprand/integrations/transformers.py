@@ -13,7 +13,6 @@ Models of `sprand.peft` need no callback for their checkpoints.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .. import files, ops
-from ..adapter import attached, read, save
+from .. import files, ops, pattern, states
+from ..adapter import attached, save
+from ..adapter_file import read
 from ..dynamic import DynamicMask
 from ..exchange import Site, sites_of
 from ..functional import patched
@@ -30,7 +30,7 @@ from ..model import sparse_modules, state_of, write
 from ..optim import SparseAdamW
 from ..summary import visible_share
 
-MASK_FILE = "dynamic_mask.pt"
+MASK_FILE, MASK_KIND = "dynamic_mask.safetensors", "sprand.DynamicMask 1"
 ADAPTER_FOLDER, ENTRIES_FILE, KEY = "sprand", "entries.safetensors", "sprand"
 
 
@@ -136,7 +136,7 @@ class SparseCheckpointCallback(TrainerCallback):
         for name, module, parameter in attached(model):
             entries = module.sparse_entries(parameter)
             tensors |= {f"indices.{name}": entries.indices.cpu(), f"base.{name}": entries.base.cpu()}
-        files.write(folder / ENTRIES_FILE, KEY, {"checksum": files.checksum(tensors)}, tensors)
+        files.write(folder / ENTRIES_FILE, KEY, {}, tensors)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Where the trainer has just loaded the best model, give it its entries."""
@@ -148,7 +148,8 @@ class DynamicMaskCallback(TrainerCallback):
     """Moves the mask of the model that a `Trainer` trains.
 
     `Trainer(model, ..., callbacks=[DynamicMaskCallback(sprand.DynamicMask(model, every=100))])`: the mask needs no optimizer,
-    it is given the trainer's. Each checkpoint also holds `dynamic_mask.pt`, from which a resumed training goes on to the bit.
+    it is given the trainer's. Each checkpoint also holds `dynamic_mask.safetensors`, from which a resumed training
+    goes on to the bit.
 
     Args:
         mask: made for the trainer's model.
@@ -170,7 +171,7 @@ class DynamicMaskCallback(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Where a training is resumed, go on from the mask's progress; the model holds the entries of the checkpoint by now."""
         if self._resumed is not None:
-            self.mask.load_state_dict(torch.load(self._resumed, map_location="cpu", weights_only=True))
+            self.mask.load_state_dict(states.read(self._resumed, MASK_KIND))
             self._resumed = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -182,9 +183,7 @@ class DynamicMaskCallback(TrainerCallback):
         folder = _folder(args, state)
         if not state.is_world_process_zero or not folder.is_dir():
             return
-        unfinished = folder / f"{MASK_FILE}.unfinished"
-        torch.save(self.mask.state_dict(), unfinished)
-        os.replace(unfinished, folder / MASK_FILE)
+        states.write(folder / MASK_FILE, MASK_KIND, self.mask.state_dict())
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -238,13 +237,15 @@ def _restore(model: nn.Module, folders: list[Path]) -> None:
 
 def _values_of(site: Site, tensors: dict[str, Tensor], folder: Path) -> list[Tensor]:
     """Delta, indices and base `[nnz]` of a weight."""
-    values = [tensors.get(f"{kind}.{site.name}") for kind in ("delta", "indices", "base")]
-    nnz = site.entries.delta.numel()
-    if any(value is None or list(value.shape) != [nnz] for value in values):
+    values, own = [tensors.get(f"{kind}.{site.name}") for kind in ("delta", "indices", "base")], site.entries
+    nnz, dtypes = own.delta.numel(), [own.delta.dtype, own.indices.dtype, own.base.dtype]
+    if any(value is None or list(value.shape) != [nnz] for value in values) or [value.dtype for value in values] != dtypes:
         raise ValueError(
             f"SparseCheckpointCallback: expected {nnz} entries of {site.name} in {folder}, got "
-            f"{[None if value is None else list(value.shape) for value in values]}; make the model by the same sprand.apply"
+            f"{[None if value is None else (list(value.shape), value.dtype) for value in values]}; make the model by the same "
+            "sprand.apply"
         )
+    pattern.check_indices(f"{folder}: {site.name}", values[1], site.weight.numel())
     return [value.to(site.weight.device) for value in values]
 
 

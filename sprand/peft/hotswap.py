@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import pattern
 from .config import SprandConfig
 from .hosted import AdapterTarget
+from .interchange import tensors_of
 from .layer import SprandLayer
 from .plan import check_same_base
 
@@ -40,7 +40,7 @@ def hotswap(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = 
         raise ValueError(f"hotswap: {path} holds an adapter of type {config.peft_type}, expected one of sprand")
     if adapter_name not in model.peft_config:
         raise ValueError(f"hotswap: no adapter {adapter_name!r}; there are {', '.join(model.peft_config)}")
-    tensors = load_file(file)
+    tensors = tensors_of(file)
     found = {
         target.name: (layer, parameter, target)
         for layer in model.modules()

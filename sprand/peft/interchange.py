@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -11,12 +10,16 @@ from pathlib import Path
 
 import peft
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import ops, pattern
-from ..adapter import read as read_native
+from ..adapter_file import KEY, entries
+from ..adapter_file import read as read_native
 from ..config import SparseConfig
+from ..files import parse
+from ..forms import OBJECT
 from .config import SprandConfig
 from .formats import CONFIGS, NARROW, NOT_LINEAR, PREFIX, WEIGHTS, Change, write
 from .layer import SprandLayer
@@ -43,7 +46,7 @@ def export_adapter(path_in: str | os.PathLike[str], path_out: str | os.PathLike[
     if to not in CONFIGS:
         raise ValueError(f"export_adapter: to: expected one of {', '.join(CONFIGS)}, got {to!r}")
     folder, sites, heads, fields = Path(path_in), sites_of(base_model, {}), {}, {}
-    if "peft_type" in _settings(folder):
+    if not _is_native(folder):
         config, tensors = _read(folder)
         changes = _of_peft(folder, config, tensors, sites)
         heads = {key: value for key, value in tensors.items() if ".sprand_" not in key}
@@ -104,7 +107,7 @@ def _read(folder: Path) -> tuple[SprandConfig, dict[str, Tensor]]:
     config = peft.PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, SprandConfig) or config.targets is None:
         raise ValueError(f"{folder} holds an adapter of type {config.peft_type}, expected one of sprand")
-    return config, load_file(folder / WEIGHTS)
+    return config, tensors_of(folder / WEIGHTS)
 
 
 def _of_peft(folder: Path, config: SprandConfig, tensors: Mapping[str, Tensor], sites: Mapping[str, Site]) -> list[Change]:
@@ -112,11 +115,14 @@ def _of_peft(folder: Path, config: SprandConfig, tensors: Mapping[str, Tensor], 
     for name, entry in config.targets.items():
         site = _site(folder, sites, name)
         suffix = "" if site.parameter == "weight" else f"_{site.parameter}"
-        delta = tensors[f"{PREFIX}{site.module_name}.sprand_delta{suffix}.weight"]
+        delta = tensors.get(f"{PREFIX}{site.module_name}.sprand_delta{suffix}.weight")
         if config.indices_saved:
-            indices = tensors[f"{PREFIX}{site.module_name}.sprand_indices{suffix}"]
+            indices = tensors.get(f"{PREFIX}{site.module_name}.sprand_indices{suffix}")
         else:
             indices = pattern.draw(config.strategy, name, site.shape, entry["nnz"], config.seed, layout=config.layout)
+        if delta is None or indices is None or indices.shape != delta.shape:
+            raise ValueError(f"{folder} is damaged: expected {entry['nnz']:,} values for {name}")
+        pattern.check_indices(f"{folder}: {name}", indices.sort().values, math.prod(site.shape))
         check_same_base(str(folder), site, indices.to(site.device), entry)
         changes.append(_collected(site, indices.long(), delta))
     return changes
@@ -129,9 +135,9 @@ def _foreign(folder: Path, sites: Mapping[str, Site]) -> tuple[list[Change], lis
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no adapter at {folder}; expected {WEIGHTS}, or sparse_deltas.safetensors of peft-sparta")
     settings = _settings(folder)
-    if "peft_type" not in settings:
+    if _is_native(folder):
         return _native(folder, sites), None, {}
-    kind, tensors = str(settings["peft_type"]).lower(), load_file(folder / WEIGHTS)
+    kind, tensors = str(settings.get("peft_type")).lower(), tensors_of(folder / WEIGHTS)
     if kind not in CONFIGS:
         raise ValueError(f"{folder}: expected an adapter of SHiRA, Super-Tuning, peft-sparta or sprand.save, got {kind.upper()}")
     if any("supertuning_lora" in key for key in tensors):
@@ -143,6 +149,8 @@ def _foreign(folder: Path, sites: Mapping[str, Site]) -> tuple[list[Change], lis
         site, where = _site(folder, sites, f"{module}.weight"), tensors.get(key.replace(values_key, f".{kind}_indices"))
         if where is None:
             raise ValueError(f"{folder}: the adapter stores no indices for {module}; save it with save_precomputed_indices=True")
+        if where.is_floating_point() or list(where.shape) != [*([2] if kind == "shira" else []), tensors[key].numel()]:
+            raise ValueError(f"{folder} is damaged: expected integer indices of {tensors[key].numel():,} values for {module}")
         flat = where[0].long() * site.shape[1] + where[1].long() if kind == "shira" else where.long()
         change = _collected(site, flat, tensors[key])
         changes.append(change if kind == "shira" else _rounded_like_supertuning(change))
@@ -151,15 +159,19 @@ def _foreign(folder: Path, sites: Mapping[str, Site]) -> tuple[list[Change], lis
 
 
 def _peft_sparta(folder: Path, sites: Mapping[str, Site]) -> list[Change]:
-    tensors = load_file(folder / "sparse_deltas.safetensors")
+    tensors = tensors_of(folder / "sparse_deltas.safetensors")
     changes = []
     for key, where in tensors.items():
-        if key.startswith("indices.") and where.shape[0]:
+        if key.startswith("indices.") and where.numel():
             site = _site(folder, sites, key.removeprefix("indices."))
+            deltas, sizes = tensors.get(f"deltas.{site.name}"), torch.tensor(site.shape)
+            fits = where.dim() == 2 and where.shape[1] == len(site.shape) and not where.is_floating_point()
+            if deltas is None or not fits or not ((where >= 0) & (where < sizes)).all():
+                raise ValueError(f"{folder} is damaged: expected values and positions below {list(site.shape)} for {site.name}")
             flat = torch.zeros(where.shape[0], dtype=torch.long)
             for size, column in zip(site.shape, where.long().unbind(1), strict=True):
                 flat = flat * size + column
-            changes.append(_collected(site, flat, tensors[f"deltas.{site.name}"]))
+            changes.append(_collected(site, flat, deltas))
     return changes
 
 
@@ -169,11 +181,12 @@ def _native(folder: Path, sites: Mapping[str, Site]) -> list[Change]:
         raise ValueError(f"{folder}: it holds whole modules or folded entries; use sprand.load(model, path) for it")
     config, changes = SparseConfig.from_dict(description["config"]), []
     for name, entry in description["targets"].items():
-        site, indices = _site(folder, sites, name), tensors.get(f"indices.{name}")
-        if indices is None:
-            indices = pattern.draw(config.strategy, name, site.shape, entry["nnz"], config.seed, layout=config.layout)
+        site = _site(folder, sites, name)
+        if list(site.shape) != entry["shape"]:
+            raise ValueError(f"{folder} was made for another model: {name} is {list(site.shape)} here and {entry['shape']} there")
+        indices, delta = entries(folder, config, name, entry, tensors)
         check_same_base(str(folder), site, indices.to(site.device), entry)
-        changes.append(_collected(site, indices.long(), tensors[f"delta.{name}"]))
+        changes.append(_collected(site, indices.long(), delta))
     return changes
 
 
@@ -188,6 +201,8 @@ def _collected(site: Site, flat: Tensor, values: Tensor) -> Change:
     size = math.prod(site.shape)
     if flat.numel() != values.numel() or (flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < size):
         raise ValueError(f"{site.name}: expected as many values as indices, below {size:,}; the adapter is for another model")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{site.name}: the values of the adapter are not finite")
     union, inverse = torch.unique(flat, return_inverse=True)
     total, base = torch.zeros(union.shape).index_add_(0, inverse, values.float()), None
     if site.weight is not None and site.weight.dtype in NARROW:
@@ -205,4 +220,29 @@ def _rounded_like_supertuning(change: Change) -> Change:
 
 def _settings(folder: Path) -> dict[str, object]:
     file = folder / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        settings = parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        OBJECT("the configuration", settings)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return settings
+
+
+def _is_native(folder: Path) -> bool:
+    """Whether an adapter was written by `sprand.save`; its weights tell, beside which another's configuration may lie."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        return "peft_type" not in _settings(folder)
+    try:
+        with safe_open(file, framework="pt") as content:
+            return KEY in (content.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from error
+
+
+def tensors_of(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of another program."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from error

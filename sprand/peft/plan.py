@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .. import ops, pattern
-from ..adapter import check_base, fingerprints
+from ..adapter_file import check_base, fingerprints
 from ..targets import OUTPUT_HEADS, READ_NOT_CALLED, closest
 from .config import SprandConfig
 from .memory import check_writable, read_only_ranges

@@ -12,12 +12,35 @@ from torch import Tensor
 
 from .. import files, pattern
 from ..config import GIVEN, SparseConfig
+from ..forms import NUMBER, SHAPE, TEXT, WHOLE, list_of, optional, record, simple, table_of
 
 FORMAT_VERSION = 1
 KEY = "sprand_mask"
 CHOOSING = (
     "strategy", "strategy_options", "density", "budget", "scope", "min_density", "max_density", "preserve_zeros",
 )  # fmt: skip
+_NAMED = {"name": TEXT, "checksum": TEXT}
+_SELECTION = record(
+    {"strategy": TEXT},
+    {
+        "density": optional(NUMBER),
+        "budget": optional(NUMBER),
+        "scope": TEXT,
+        "seed": simple("an int", lambda value: type(value) is int),
+        "disjoint": list_of(record(_NAMED)),
+    },
+)
+_COMBINED = record({"method": TEXT, "sources": list_of(record({"weight": NUMBER, "shared": WHOLE, **_NAMED}))})
+
+
+def check_selection(place: str, value: Any) -> None:
+    """The form of a record of how entries were chosen."""
+    _SELECTION(place, value)
+    if value["strategy"] == "combine":
+        _COMBINED(place, value)
+
+
+FORM = record({"format_version": WHOLE, "shapes": table_of(SHAPE)}, {"selection": optional(check_selection)})
 
 
 class Mask(dict[str, Tensor]):
@@ -54,7 +77,6 @@ class Mask(dict[str, Tensor]):
             "format_version": FORMAT_VERSION,
             "selection": self.selection,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "checksum": files.checksum(tensors),
         }
         files.write(Path(path), KEY, description, tensors)
         return Path(path)
@@ -70,11 +92,11 @@ class Mask(dict[str, Tensor]):
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"no mask at {path}; expected a file written by sprand select or Mask.save")
-        description, tensors = files.read(file, KEY, "mask")
-        version, shapes = description.get("format_version"), description.get("shapes")
+        description, tensors = files.read(file, KEY, "mask", FORM)
+        version, shapes = description["format_version"], description["shapes"]
         if version != FORMAT_VERSION:
             raise ValueError(f"{file} has mask format {version}, this sprand reads {FORMAT_VERSION}; install a newer sprand")
-        if not isinstance(shapes, dict) or shapes.keys() != tensors.keys():
+        if shapes.keys() != tensors.keys():
             raise ValueError(f"{file} is damaged: its description names other parameters; take another copy of the mask")
         indices = {name: pattern.from_user(f"{file}: {name}", tensors[name], shape) for name, shape in shapes.items()}
         return cls(indices, shapes, description.get("selection"))

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, sharding
-from ..adapter import prove, read
+from ..adapter import prove
+from ..adapter_file import read
 from ..frozen import Frozen
 from .gate import ANY, Gate, guard, unguard
 from .residents import DeviceCache, Library, Packed, Resident
-from .writes import check_writable, set_entries
+from .writes import set_entries
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,6 @@ class AdapterPool:
         description, tensors = read(path)
         with self._gate.hold(ANY), torch.no_grad():
             adapter = prove(self.model, Path(path), description, tensors, self._base)
-            check_writable(path, self._parameters, [*adapter.indices, *adapter.saved])
             base = {key: self._base(key, self._parameters[key].data, own) for key, own in adapter.indices.items()}
             resident = self._library.resident(adapter, base)
         with self._mutex:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, sharding
-from ..adapter import check_base
+from ..adapter_file import check_base
 from ..frozen import Frozen
 from .gate import ANY, Gate, guard, unguard
 from .messages import INDICES, Layout, as_bytes, decoded, kind_of, values_of, version_of

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, ops, pattern, sharding
-from ..adapter import attached, fingerprints
+from ..adapter import attached
+from ..adapter_file import fingerprints
 from ..checkpoint.names import resolve
 from ..checkpoint.patches import TensorPatch
 from ..checkpoint.shards import open_checkpoint

@@ -1,0 +1,124 @@
+"""A run of `sprand finetune`'s loop that is killed at a random step and resumed, again and again, ends as if it never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sprand
+from forks import one_thread, started, status_of
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from sprand.cli import data, methods, models, tasks, training
+from sprand.cli.checkpoint import Checkpoints, identity
+from sprand.cli.progress import Log
+from sprand.cli.settings import Settings
+
+KILLS = 50
+
+
+@pytest.fixture(autouse=True)
+def single():
+    with one_thread():
+        yield
+
+
+class Run:
+    """What `sprand finetune` does between loading the model and saving the adapter; the model is loaded once."""
+
+    def __init__(self, bert: Path, rows: Path, out: Path) -> None:
+        self.settings = Settings(
+            model=str(bert), train=rows, out=out, density=0.05, batch_size=4, max_steps=70, checkpoint_every=1, eval_every=10**6,
+            limit_eval=4, lr=0.01,
+        )  # fmt: skip
+        dataset = data.load(self.settings)
+        self.model, tokenizer = models.load(str(bert), dataset.task, len(dataset.labels), "float32", "auto", 0)
+        self.task = tasks.make(dataset, tokenizer, self.settings)
+
+    def __call__(self, out: Path, stepped=lambda: None) -> None:
+        """Go on from the newest checkpoint, if there is one, to the end."""
+        method = methods.sparse(self.model, self.settings, None)
+        named = identity(method, self.settings, self.settings.max_steps, self.task.train)
+        checkpoints = Checkpoints(out / "checkpoints", named, keep=3)
+        torch.manual_seed(self.settings.seed)
+        newest, step = checkpoints.newest(), training._step
+
+        def counted(*arguments):
+            result = step(*arguments)
+            stepped()
+            return result
+
+        training._step = counted
+        done, history = checkpoints.restore(newest, method) if newest else (0, [])
+        out.mkdir(exist_ok=True)
+        log = Log(out / "metrics.jsonl", self.task.metric)
+        log.console.quiet = True
+        training.train(
+            method, self.task, self.settings, torch.device("cpu"), log, checkpoints=checkpoints, done=done, history=history
+        )
+        sprand.save(method.model, out / "adapter")
+
+
+def newest(out: Path) -> int:
+    found = Checkpoints(out / "checkpoints", {}).newest()
+    return 0 if found is None else int(found.stem.removeprefix("step-"))
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "adapter").iterdir()}
+
+
+def losses(out: Path) -> list[str]:
+    return [line.rpartition(', "seconds"')[0] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_in_a_row_and_resumed_to_the_bit(bert, rows, tmp_path):
+    """Each copy of the process is killed some steps after it began, in a step or in a save; the model has dropout."""
+    run, source, kills, seen = Run(bert, rows, tmp_path), random.Random(0), 0, []
+    assert status_of(started(lambda: run(tmp_path / "whole"))) == 0
+    while kills < KILLS:
+        before, (heard, said) = newest(tmp_path / "killed"), os.pipe()
+        child = started(lambda said=said: run(tmp_path / "killed", lambda: os.write(said, b".")))
+        os.close(said)
+        for _ in range(source.randrange(1, 4)):
+            os.read(heard, 1)
+        signal.sigtimedwait([], source.random() * 0.01)
+        os.kill(child, signal.SIGKILL)
+        assert status_of(child) == -signal.SIGKILL
+        os.close(heard)
+        seen.append(newest(tmp_path / "killed") - before)
+        assert seen[-1] >= 0 and newest(tmp_path / "killed") < run.settings.max_steps
+        kills += 1
+    assert len(set(seen)) > 1
+    assert status_of(started(lambda: run(tmp_path / "killed"))) == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) > 70
+    assert len(Checkpoints(tmp_path / "killed" / "checkpoints", {}).all()) == 3
+
+
+def test_other_checkpoints_give_other_adapters(bert, rows, tmp_path):
+    """What the test above compares does differ where a run is not the same: here its random state is lost."""
+    run = Run(bert, rows, tmp_path)
+    assert status_of(started(lambda: run(tmp_path / "whole"))) == 0
+
+    def forgetful() -> None:
+        torch.set_rng_state = lambda state: None
+        run(tmp_path / "other")
+
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    child = started(lambda: run(tmp_path / "other"))
+    while newest(tmp_path / "other") < 20:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    status_of(child)
+    assert status_of(started(forgetful)) == 0
+    assert content(tmp_path / "other") != content(tmp_path / "whole")
