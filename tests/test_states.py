@@ -63,7 +63,9 @@ def test_an_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path, make):
     assert same(optimizers[1].state_dict(), optimizers[0].state_dict())
 
 
-@pytest.mark.parametrize("value", [{1.5: "a"}, {None: 1}, {1, 2}, object(), torch.float32, b"bytes"], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [{1.5: "a"}, {None: 1}, {1, 2}, object(), torch.float32, b"bytes"], ids=lambda v: type(v).__name__
+)
 def test_what_it_cannot_hold_is_refused_and_nothing_is_written(tmp_path, value):
     with pytest.raises(TypeError, match="a state can hold"):
         states.write(tmp_path / "state.safetensors", "test", {"value": value})
