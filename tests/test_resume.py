@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from sprand.cli.checkpoint import Checkpoints, identity
 from sprand.cli.progress import Log
 from sprand.cli.settings import Settings
 
-KILLS = 50
+KILLS, STEPS = 50, 3  # times, and the most steps that a copy does
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +37,8 @@ class Run:
 
     def __init__(self, bert: Path, rows: Path, out: Path) -> None:
         self.settings = Settings(
-            model=str(bert), train=rows, out=out, density=0.05, batch_size=4, max_steps=70, checkpoint_every=1, eval_every=10**6,
-            limit_eval=4, lr=0.01,
+            model=str(bert), train=rows, out=out, density=0.05, batch_size=4, max_steps=KILLS * STEPS + 5,
+            checkpoint_every=1, eval_every=10**6, limit_eval=4, lr=0.01,
         )  # fmt: skip
         dataset = data.load(self.settings)
         self.model, tokenizer = models.load(str(bert), dataset.task, len(dataset.labels), "float32", "auto", 0)
@@ -67,6 +68,20 @@ class Run:
         sprand.save(method.model, out / "adapter")
 
 
+def told(said: int) -> Callable[[], None]:
+    """Says after each step that it was done; after the last that a copy may do, it waits for the end."""
+    left = STEPS
+
+    def stepped() -> None:
+        nonlocal left
+        os.write(said, b".")
+        left -= 1
+        while left < 0:
+            signal.pause()
+
+    return stepped
+
+
 def newest(out: Path) -> int:
     found = Checkpoints(out / "checkpoints", {}).newest()
     return 0 if found is None else int(found.stem.removeprefix("step-"))
@@ -87,9 +102,9 @@ def test_killed_fifty_times_in_a_row_and_resumed_to_the_bit(bert, rows, tmp_path
     assert status_of(started(lambda: run(tmp_path / "whole"))) == 0
     while kills < KILLS:
         before, (heard, said) = newest(tmp_path / "killed"), os.pipe()
-        child = started(lambda said=said: run(tmp_path / "killed", lambda: os.write(said, b".")))
+        child = started(lambda said=said: run(tmp_path / "killed", told(said)))
         os.close(said)
-        for _ in range(source.randrange(1, 4)):
+        for _ in range(source.randrange(1, STEPS + 1)):
             os.read(heard, 1)
         signal.sigtimedwait([], source.random() * 0.01)
         os.kill(child, signal.SIGKILL)
@@ -101,7 +116,7 @@ def test_killed_fifty_times_in_a_row_and_resumed_to_the_bit(bert, rows, tmp_path
     assert len(set(seen)) > 1
     assert status_of(started(lambda: run(tmp_path / "killed"))) == 0
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) > 70
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) > KILLS
     assert len(Checkpoints(tmp_path / "killed" / "checkpoints", {}).all()) == 3
 
 
