@@ -187,14 +187,17 @@ def check_base(path: Path, name: str, base: Tensor, stored: Mapping[str, str]) -
 
 
 def draw(config: SparseConfig, name: str, shape: list[int], nnz: int) -> Tensor:
+    """The positions that a random strategy draws; none for another strategy."""
     if config.strategy not in pattern.RANDOM_STRATEGIES:
         return torch.empty(0)
     return pattern.draw(config.strategy, name, shape, nnz, config.seed, layout=config.layout)
 
 
 def finite(values: Tensor) -> bool:
+    """Whether all values are finite."""
     return bool(torch.isfinite(values).all())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype in the words of a description, `"bfloat16"`."""
     return str(dtype).removeprefix("torch.")

@@ -75,3 +75,14 @@ def test_finetune_takes_it(asked: list[str], tmp_path: Path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     highest = max(line["lr"] for line in lines if "lr" in line)
     assert highest == pytest.approx(sprand.suggest_lr(density=0.05, width=32), rel=0.03)  # the count is rounded to whole entries
+
+
+def test_finetune_counts_targets_that_a_mask_leaves_empty():
+    from sprand.cli import methods
+    from sprand.cli.settings import Settings
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    indices = {"0.weight": torch.arange(0, 64 * 64, 16, dtype=torch.int32), "1.weight": torch.empty(0, dtype=torch.int32)}
+    mask = sprand.Mask(indices, {name: (64, 64) for name in indices})
+    made = methods.sparse(model, Settings(model="m", train=Path("t"), out=Path("o")), mask)
+    assert made.lr == sprand.suggest_lr(density=1 / 32, width=64) != sprand.suggest_lr(density=1 / 16, width=64)

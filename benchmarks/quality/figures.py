@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from plots import figure_saved, figure_with
@@ -41,9 +41,8 @@ def by_method(rows: Sequence[Row], path: Path) -> None:
                 x, y = row["tests"], [names.index(str(row["method"]))] * len(row["tests"])
                 label = f"{100 * budget:g} %" if str(row["method"]) == names[0] else None
                 panel.plot(x, y, "o-", color=colour, markersize=5, linewidth=1, label=label)
-        for row, style in zip((row for row in here if not row["budget"]), (":", "--", "-."), strict=False):
-            if row["method"] != "untrained" or row["metric"] == "accuracy":
-                panel.axvline(row["test"], color="grey", linestyle=style, label=str(row["method"]))
+        for row, style in _references(here):
+            panel.axvline(row["test"], color="grey", linestyle=style, label=str(row["method"]))
         panel.set_yticks(range(len(names)), names)
         panel.invert_yaxis()
         if here[0]["metric"] != "accuracy":
@@ -68,11 +67,9 @@ def by_count(rows: Sequence[Row], path: Path) -> None:
                 x, y = ([row[key] for row in line] for key in ("trained", "test"))
                 error = [row["sd"] or 0 for row in line]
                 panel.errorbar(x, y, error, fmt=style, color=colour, markersize=4, linewidth=1.2, capsize=2, label=method)
-        for row, style in zip((row for row in here if not row["budget"]), (":", "--", "-."), strict=False):
-            if row["method"] != "untrained" or row["metric"] == "accuracy":
-                panel.axhline(
-                    row["test"], color="grey", linestyle=style, linewidth=1, label=f"{row['method']}, {row['test']:.3g}"
-                )
+        for row, style in _references(here):
+            label = f"{row['method']}, {row['test']:.3g}"
+            panel.axhline(row["test"], color="grey", linestyle=style, linewidth=1, label=label)
         panel.set_xscale("log")
         if here[0]["metric"] != "accuracy":
             panel.set_yscale("log")
@@ -108,6 +105,13 @@ def forgetting(rows: Sequence[Row], path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure_saved(figure, path)
+
+
+def _references(rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
+    """What has no budget, each with a line style; a perplexity without any training would only stretch the axis."""
+    for row, style in zip((row for row in rows if not row["budget"]), (":", "--", "-."), strict=False):
+        if row["method"] != "untrained" or row["metric"] == "accuracy":
+            yield row, style
 
 
 def _plain(*axes: object) -> None:

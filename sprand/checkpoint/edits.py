@@ -103,13 +103,20 @@ class Edit:
         Raises:
             ValueError: it holds others.
         """
-        before = part.clone()
+        held = self._held(part, first)
+        self._put_base(part, first)
+        self.apply(part, first)
+        for expected, found in zip(self._held(part, first), held, strict=True):
+            _same(self.stored, expected, found)
+        self._put_base(part, first)
+
+    def _held(self, part: Tensor, first: int) -> list[Tensor]:
+        return [ops.gather(part, cut.part(first, part.numel())[1]) for cut in (self.own.cut, self.own.set_cut)]
+
+    def _put_base(self, part: Tensor, first: int) -> None:
         for cut, base in ((self.own.set_cut, self.set_base), (self.own.cut, self.base)):
             own, local = cut.part(first, part.numel())
             ops.patch_(part, local, base[own], None)
-        again = part.clone()
-        self.apply(again, first)
-        _same(self.stored, again, before)
 
 
 class _Own:

@@ -282,7 +282,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _lr(text: str) -> float | None:
-    return None if text == "auto" else float(text)
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
 def _rate(text: str) -> tuple[str, float]:

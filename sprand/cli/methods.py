@@ -105,7 +105,7 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
     except (ValueError, FileNotFoundError) as error:
         raise CliError(f"{error}.") from None
     density = mask_of(model).nnz / size
-    lr = settings.lr or suggest_lr(model)
+    lr = settings.lr or suggest_lr(model, density=density)
     optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
     return Method("sprand", model, dict(sprand.named_parameters(model)), optimizer, lr, f"{density:.2%} of the targets")
 
