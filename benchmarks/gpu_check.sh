@@ -46,8 +46,9 @@ sanitize() { # sanitize tool seconds: the operators' problem table under compute
     return
   fi
   # Each tensor an allocation of its own, so that the one behind it is out of bounds.
-  step "$tool" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --kernel-name kns=sprand --error-exitcode 9 \
-    "$PYTHON" -m pytest -q -x -p no:cacheprovider -m gpu -k "$PICK" "${SMALL[@]}"
+  step "$tool" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --target-processes all \
+    --kernel-name kns=sprand --error-exitcode 9 "$PYTHON" -m pytest -q -x -p no:cacheprovider -m gpu -k "$PICK" $side_by_side \
+    "${SMALL[@]}"
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv 2>/dev/null
@@ -55,10 +56,11 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   echo "gpu_check: no CUDA device is visible to torch ($PYTHON): nothing was checked" >&2
   exit 1
 fi
+side_by_side=$("$PYTHON" -c 'import xdist; print("-n 8 --dist worksteal")' 2>/dev/null)
 if ((build)); then step "Build" 140 "$PYTHON" setup.py -q build_ext --inplace; fi
 loaded='from sprand import native; print(native.problems); assert native.kernel_of("sddmm", "cuda") == "CUDA"'
 step "CUDA kernels are loaded" 30 "$PYTHON" -c "$loaded"
-step "Tests" 100 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu --durations 5
+step "Tests" 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu --durations 5 $side_by_side
 sanitize memcheck 50
 sanitize racecheck 50
 step "Operators" 95 "$PYTHON" benchmarks/gpu/ops.py --budget 75 ${out[@]+"${out[@]}"}

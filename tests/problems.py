@@ -199,12 +199,19 @@ def plain_embedding_dense(grad_output: Tensor, tokens: Tensor, rows: int) -> Ten
     return torch.ops.aten.embedding_dense_backward(grad_output.float(), tokens, rows, -1, False)
 
 
-def check_sddmm(result: Tensor, grad_output: Tensor, input: Tensor, indices: Tensor) -> None:
-    """The chosen part of the float64 gradient, as near as PyTorch's float32 product of the same numbers: sums are kept in it."""
+def check_sddmm(result: Tensor, grad_output: Tensor, input: Tensor, indices: Tensor, tensor_cores: bool = False) -> None:
+    """The chosen part of the float64 gradient, as near as PyTorch's float32 product of the same numbers: sums are kept in it.
+
+    With `tensor_cores`, as near as PyTorch's product of the 16-bit numbers on a GPU: tensor cores keep sums in float32 too, but
+    cut them off at each step of 16 tokens instead of rounding.
+    """
     assert result.dtype == sum_dtype(input.dtype)
     assert result.shape == indices.shape
     oracle = oracle_sddmm_dense(grad_output, input)
-    plain = grad_output.float().T @ input.float()
+    if tensor_cores and input.element_size() == 2:
+        plain = torch.mm(grad_output.T, input, out_dtype=torch.float32)
+    else:
+        plain = grad_output.float().T @ input.float()
     assert_within(result, oracle.flatten()[indices.long()], tolerance(plain, oracle, result.dtype))
 
 

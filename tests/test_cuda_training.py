@@ -151,6 +151,55 @@ def test_memory_does_not_grow_after_the_first_steps():
     assert held() == before
 
 
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_under_fp16_autocast_with_a_scaler_and_one_that_overflows():
+    training, plain = Training("cuda"), Training("cuda")
+    for each in (training, plain):
+        each.model.float()
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=100)
+    for number in range(4):
+        for each in (training, plain):
+            each.x, each.y = torch.randn(2, 96, 256, generator=torch.Generator().manual_seed(number)).cuda()
+            each.optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = F.mse_loss(training.model(training.x).float(), training.y)
+        scaler.scale(loss).backward()
+        if number == 2:
+            sprand.parameters(training.model)[0].grad[0] = float("inf")
+        kept = [p.clone() for p in training.model.parameters()]
+        scaler.step(training.optimizer)
+        scaler.update()
+        if number == 2:
+            assert scaler.get_scale() == 512.0
+            assert all(torch.equal(p, k) for p, k in zip(training.model.parameters(), kept, strict=True))
+            continue
+        plain.step()
+        assert not all(torch.equal(p, k) for p, k in zip(training.model.parameters(), kept, strict=True))
+    expected = torch.cat([p.detach() for p in sprand.parameters(plain.model)])
+    found = torch.cat([p.detach() for p in sprand.parameters(training.model)])
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.95
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_compiled_training_is_the_eager_training_up_to_rounding():
+    torch.compiler.reset()
+    eager, compiled = Training("cuda"), Training("cuda")
+    losses: dict[str, list[float]] = {"eager": [], "compiled": []}
+    run = torch.compile(compiled.model, fullgraph=True)
+    for number in range(6):
+        for name, training, model in (("eager", eager, eager.model), ("compiled", compiled, run)):
+            training.fill(number % 2)
+            training.optimizer.zero_grad()
+            loss = F.mse_loss(model(training.x).float(), training.y.float())
+            loss.backward()
+            training.optimizer.step()
+            losses[name].append(loss.item())
+    assert losses["eager"][-1] < losses["eager"][0]
+    torch.testing.assert_close(losses["compiled"], losses["eager"], rtol=2**-7, atol=0.0)
+
+
 def run_every_operator(device: str) -> dict[str, Tensor]:
     """What every operator gives on two problems, one of them with many tokens."""
     ops, results = torch.ops.sprand, {}
