@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from timing import Budget, Call, Clock, default_out, microseconds, predictions  # isort: skip  (puts benchmarks/ on the path)
+from timing import Budget, Call, Clock, default_out, end_as_by_ctrl_c, microseconds, predictions  # isort: skip  (puts benchmarks/ on the path)
 from bench_ops import Problem, contestants, shape_of
 from peers import sampled_addmm, spops
 from report import Row, command_line, markdown, progress, write_csv, write_markdown
@@ -319,23 +319,32 @@ def line(row: Row) -> Row:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     bench = Bench(options)
-    rows: list[Row] = []
+    parts: dict[str, list[Row]] = {part: [] for part in options.parts}
+    end_as_by_ctrl_c()
+    try:
+        with progress(len(parts), "gpu ops") as bar, torch.no_grad():
+            for part, rows in parts.items():
+                bar.say(part)
+                for row in bench.rows(part):
+                    rows.append(row)
+                bar.advance()
+    finally:
+        put_down(parts, options, command_line(__file__, sys.argv[1:] if argv is None else argv))
+    return int(bench.failed)
+
+
+def put_down(parts: dict[str, list[Row]], options: argparse.Namespace, command: str) -> None:
+    """Write the rows measured so far, or print them where there is no folder."""
     sections = []
-    with progress(len(options.parts), "gpu ops") as bar, torch.no_grad():
-        for part in options.parts:
-            bar.say(part)
-            here = list(bench.rows(part))
-            rows += here
-            columns = {name: how for name, how in TABLE.items() if any(line(row).get(name) is not None for row in here)}
-            sections.append((part, markdown([line(row) for row in here], columns)))
-            bar.advance()
+    for part, rows in parts.items():
+        columns = {name: how for name, how in TABLE.items() if any(line(row).get(name) is not None for row in rows)}
+        if rows:
+            sections.append((part, markdown([line(row) for row in rows], columns)))
     if options.out is None:
         print("\n".join(f"## {heading}\n\n{text}" for heading, text in sections))
-        return int(bench.failed)
-    write_csv(options.out / "ops.csv", rows, COLUMNS)
-    command = command_line(__file__, sys.argv[1:] if argv is None else argv)
+        return
+    write_csv(options.out / "ops.csv", [row for rows in parts.values() for row in rows], COLUMNS)
     write_markdown(options.out / "ops.md", "Operators on a GPU", command, sections)
-    return int(bench.failed)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

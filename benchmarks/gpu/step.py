@@ -6,7 +6,7 @@ import argparse
 import gc
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blocks import Shape, batch, build
 
-from timing import Budget, Clock, default_out, microseconds, predictions  # isort: skip  (puts benchmarks/ on the path)
+from timing import Budget, Clock, default_out, end_as_by_ctrl_c, microseconds, predictions  # isort: skip  (puts benchmarks/ on the path)
 from ops import LAYOUTS, usable_layouts
 from report import Progress, Row, command_line, markdown, progress, write_csv, write_markdown
 
@@ -203,36 +203,43 @@ def measure(method: Method, shape: Shape, options: argparse.Namespace, data: tup
 
 def compare(
     chosen: Sequence[Method], tokens: int, options: argparse.Namespace, clock: Clock, budget: Budget, bar: Progress
-) -> tuple[list[Row], bool]:
-    """The rows of all methods at one number of tokens, and whether sprand failed."""
+) -> Iterator[Row]:
+    """The rows of all methods at one number of tokens, before each that of the frozen model beside it."""
     predicted = predictions("step") if options.device == "cuda" else {}
     shape = Shape(64, 32, 160, 16) if options.quick else Shape()
-    data, rows, floors, failed = batch(shape, tokens, options.device), [], {}, False
+    data = batch(shape, tokens, options.device)
     for method in chosen:
         row = {"method": method.key, "label": method.label, "layout": method.layout, "density": method.density, "tokens": tokens}
         if budget.spent():
-            rows.append({**row, "note": f"not measured: the budget of {options.budget:g} s was spent"})
+            yield {**row, "note": f"not measured: the budget of {options.budget:g} s was spent"}
             continue
         try:
             base, row = measure(method, shape, options, data, clock)
-            floors.setdefault(method.graph, []).append(base)
             if not method.graph:
                 row["predicted_ratio"] = predicted.get((method.key, method.layout, method.density, None, None, tokens))
+            yield base
         except ImportError as error:
             row["note"] = f"not installed: {error.name or error}"
         except torch.OutOfMemoryError:
             row["note"] = "more memory than this card has"
         except Exception as error:
-            failed |= method.key == "sprand"
             row["note"] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        rows.append(row)
+        yield row
         bar.say(f"{tokens} tokens, {method.label}: " + (row.get("note") or f"{row['ratio']:.3f} of the frozen model's step"))
         bar.advance()
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
-    bases = [{**found[0], "us": statistics.median(r["us"] for r in found)} for found in floors.values()]
-    return bases + rows, failed
+
+
+def one_floor(rows: list[Row]) -> list[Row]:
+    """The rows with one of the frozen model, and one of its graph: the median of theirs."""
+    floors: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["method"] == "frozen":
+            floors.setdefault(row["graph"], []).append(row)
+    bases = [{**found[0], "us": statistics.median(row["us"] for row in found)} for found in floors.values()]
+    return bases + [row for row in rows if row["method"] != "frozen"]
 
 
 def line(row: Row) -> Row:
@@ -246,20 +253,31 @@ def line(row: Row) -> Row:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     clock, budget = Clock(options.device, options.samples), Budget(options.budget)
-    rows: list[Row] = []
-    sections, failed, chosen = [], False, methods(options)
-    with progress(len(options.tokens) * len(chosen), "gpu step") as bar:
-        for tokens in options.tokens:
-            here, bad = compare(chosen, tokens, options, clock, budget, bar)
-            rows, failed = rows + here, failed or bad
-            sections.append((f"{tokens} tokens, {options.layers} layers, bf16", markdown([line(row) for row in here], TABLE)))
+    measured: dict[int, list[Row]] = {tokens: [] for tokens in options.tokens}
+    chosen = methods(options)
+    end_as_by_ctrl_c()
+    try:
+        with progress(len(measured) * len(chosen), "gpu step") as bar:
+            for tokens, rows in measured.items():
+                for row in compare(chosen, tokens, options, clock, budget, bar):
+                    rows.append(row)
+    finally:
+        put_down(measured, options, command_line(__file__, sys.argv[1:] if argv is None else argv))
+    return int(any(row["method"] == "sprand" and row.get("note", "").startswith("failed") for row in sum(measured.values(), [])))
+
+
+def put_down(measured: dict[int, list[Row]], options: argparse.Namespace, command: str) -> None:
+    """Write the rows measured so far, or print them where there is no folder."""
+    tables = {tokens: one_floor(rows) for tokens, rows in measured.items() if rows}
+    sections = [
+        (f"{tokens} tokens, {options.layers} layers, bf16", markdown([line(row) for row in rows], TABLE))
+        for tokens, rows in tables.items()
+    ]
     if options.out is None:
         print("\n".join(f"## {heading}\n\n{text}" for heading, text in sections))
-        return int(failed)
-    write_csv(options.out / "step.csv", rows, COLUMNS)
-    command = command_line(__file__, sys.argv[1:] if argv is None else argv)
+        return
+    write_csv(options.out / "step.csv", [row for rows in tables.values() for row in rows], COLUMNS)
     write_markdown(options.out / "step.md", "Training step on a GPU", command, sections)
-    return int(failed)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
