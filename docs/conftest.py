@@ -1,0 +1,74 @@
+"""Runs what the pages show: the blocks of a page in their order, in one namespace and one folder of its own (pytest docs).
+
+A ```python block is executed; with `title="train.py"` it is written to that file instead. A ```bash block is run by bash. Set-up that
+a reader need not see stands in `<!--- invisible-code-block: python` comments, and a block that needs a package that is missing is
+skipped by `<!--- skip: next if(...), reason="..." -->`, with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from sybil import Document, Example, Region, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+ROOT = Path(__file__).resolve().parent.parent
+TITLED = RawFencedCodeBlockLexer(re.compile(r'python title="(?P<title>[^"]+)"$\n', re.MULTILINE))
+
+sys.path.insert(0, str(ROOT / "tests"))  # tiny_models, for the hidden blocks
+
+
+def enter(namespace: dict[str, Any]) -> None:
+    """A folder for the page, the same seeds for every page, and what its conditions ask."""
+    random.seed(0)
+    torch.manual_seed(0)
+    namespace |= {"_before": os.getcwd(), "_folder": tempfile.mkdtemp(), "missing": lambda name: find_spec(name) is None}
+    os.chdir(namespace["_folder"])
+
+
+def leave(namespace: dict[str, Any]) -> None:
+    """Drop the page's folder."""
+    os.chdir(namespace["_before"])
+    shutil.rmtree(namespace["_folder"], ignore_errors=True)
+
+
+def titled_files(document: Document) -> Iterator[Region]:
+    """Blocks with a file name, which are written instead of run."""
+    for region in TITLED(document):
+        yield Region(region.start, region.end, (region.lexemes["title"], str(region.lexemes["source"])), write_file)
+
+
+def write_file(example: Example) -> None:
+    """Write the block to the file of its title, in the page's folder."""
+    name, source = example.parsed
+    Path(name).write_text(source)
+
+
+def run_bash(example: Example) -> str | None:
+    """Run the block; its output is told where it fails."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = ["bash", "-euo", "pipefail", "-c", str(example.parsed)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return None if done.returncode == 0 else f"exit code {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), CodeBlockParser("bash", run_bash), titled_files, SkipParser()],
+    patterns=["*.md"],
+    excludes=["recipes/*.md"],
+    setup=enter,
+    teardown=leave,
+).pytest()

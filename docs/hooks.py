@@ -1,0 +1,56 @@
+"""Hooks of mkdocs: pages of files that lie outside of docs/ (results, examples, SECURITY.md), and the texts of `sprand --help`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = re.compile(r"\]\((?:\.\./)((?:\.\./)*(?:benchmarks/|examples/|SECURITY\.md)[^)]*)\)")
+HIDDEN = re.compile(r"^<!--- .*?-->\n", re.MULTILINE | re.DOTALL)
+HELP = "<!-- sprand --help -->"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add what the pages link to, under the path that it has in the repository."""
+    outside = [ROOT / "SECURITY.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "benchmarks" / "results").rglob("*"))]
+    for path in outside:
+        if path.suffix in (".md", ".png", ".csv"):
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        files.append(File.generated(config, f"examples/{path.stem}.md", content=example_page(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links that leave docs/ to the pages above, drop blocks that only the tests see, and put in the command line's help."""
+    if not page.file.src_uri.startswith("benchmarks/"):
+        markdown = OUTSIDE.sub(lambda found: f"]({re.sub(r'(examples/[a-z0-9_]+)[.]py', r'\1.md', found[1])})", markdown)
+    markdown = HIDDEN.sub("", markdown)
+    return markdown.replace(HELP, command_line()) if HELP in markdown else markdown
+
+
+def example_page(path: Path) -> str:
+    """A page that shows an example whole."""
+    text = path.read_text()
+    about = ast.get_docstring(ast.parse(text)) or ""
+    return f"# {path.name}\n\n{about}\n\n```python\n{text}```\n"
+
+
+def command_line() -> str:
+    """The help of every command, as the parser prints it."""
+    os.environ["COLUMNS"] = "100"
+    from sprand.cli.main import build_parser
+
+    parser = build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    texts = [("sprand", parser), *((f"sprand {name}", command) for name, command in commands.choices.items())]
+    return "\n\n".join(f"## {name}\n\n```text\n{command.format_help()}```" for name, command in texts)
