@@ -14,6 +14,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"\]\((?:\.\./)((?:\.\./)*(?:benchmarks/|examples/|SECURITY\.md)[^)]*)\)")
+EXAMPLE = re.compile(r"[.]py$")
 HIDDEN = re.compile(r"^<!--- .*?-->\n", re.MULTILINE | re.DOTALL)
 HELP = "<!-- sprand --help -->"
 
@@ -32,8 +33,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links that leave docs/ to the pages above, drop blocks that only the tests see, and put in the command line's help."""
-    if not page.file.src_uri.startswith("benchmarks/"):
-        markdown = OUTSIDE.sub(lambda found: f"]({re.sub(r'(examples/[a-z0-9_]+)[.]py', r'\1.md', found[1])})", markdown)
+    if page.file.src_uri.startswith("benchmarks/"):
+        markdown = markdown.replace("../docs/", "../")
+    else:
+        markdown = OUTSIDE.sub(lambda found: f"]({EXAMPLE.sub('.md', found[1])})", markdown)
     markdown = HIDDEN.sub("", markdown)
     return markdown.replace(HELP, command_line()) if HELP in markdown else markdown
 

@@ -46,8 +46,12 @@ def apply(
         config: what to train; or its fields as keywords, `apply(model, density=0.01, seed=0)`.
         name: what to call the adapter in `switch`.
         disjoint: leave out what others train, as in `select`.
-        data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples: for strategies that
-            score entries, as in `select`.
+        data: batches, for strategies that score entries, as in `select`; so are the next five.
+        loss_fn: gives the loss of a batch.
+        calibration_memory: bytes for summed gradients.
+        calibration_dtype: of summed gradients.
+        calibration_device: of summed gradients.
+        calibration_examples: how many are read.
         **fields: fields of `SparseConfig`.
 
     Returns:

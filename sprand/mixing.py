@@ -28,7 +28,12 @@ def combine(
     Args:
         model: a model with loaded adapters; they stay.
         weights: `{name: weight}`, in the order in which they are summed.
-        method, density, seed, signs: how, as in `sprand.combining.Rule`: `"sum"`, `"mean"`, `"ties"`, `"dare"`.
+        method: `"sum"`: of weight times change. `"mean"`: the sum, over the number of adapters. `"ties"` (arXiv 2306.01708): the
+            largest changes of each adapter vote on the sign of each entry, and those of that sign are averaged. `"dare"` (arXiv
+            2311.03099): random changes of each adapter are kept, divided by `density`, and summed.
+        density: of ties and dare: which fraction of each adapter's entries is kept, in (0, 1].
+        seed: of dare's draw.
+        signs: of ties: what elects a sign, `"total"`, the sum of the changes, or `"frequency"`, their number.
         name: what to call the new adapter.
         drop_heads: leave out modules trained in full (each task keeps its own head); without it they are refused.
 

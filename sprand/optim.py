@@ -38,7 +38,8 @@ class SparseAdamW(torch.optim.AdamW):
         maximize: climb instead of descend.
         capturable: as in `torch.optim.AdamW`; decides where a loaded `step` goes. A new one is on the device in any case.
         max_grad_norm: clip the norm of all gradients to this value; the factor is applied as the gradients are read.
-        amsgrad, differentiable: refused; torch's optimizer has them.
+        amsgrad: refused; torch's optimizer has it.
+        differentiable: refused; torch's optimizer has it.
 
     Attributes:
         grad_norm: norm of all gradients before clipping, from the last step, a tensor; None without `max_grad_norm`.

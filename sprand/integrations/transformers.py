@@ -1,12 +1,12 @@
 """sprand in a Hugging Face `Trainer`: its optimizer, exact resume beside clean checkpoints, and what is logged.
 
-args = TrainingArguments(...)
-trainer = Trainer(
-    sprand.apply(model, density=0.01), args, train_dataset=...,
-    optimizer_cls_and_kwargs=sparse_adamw(args),  # optional: any optimizer is correct
-    callbacks=[SparseCheckpointCallback()],  # checkpoints are plain merged models, with the adapter in a folder beside
-)
-trainer.add_callback(VisibleShareCallback(trainer))
+    args = TrainingArguments(...)
+    trainer = Trainer(
+        sprand.apply(model, density=0.01), args, train_dataset=...,
+        optimizer_cls_and_kwargs=sparse_adamw(args),  # optional: any optimizer is correct
+        callbacks=[SparseCheckpointCallback()],  # checkpoints are plain merged models, with the adapter in a folder beside
+    )
+    trainer.add_callback(VisibleShareCallback(trainer))
 
 Models of `sprand.peft` need no callback for their checkpoints.
 """

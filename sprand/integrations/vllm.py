@@ -1,9 +1,9 @@
 """Adapters in vLLM: patches as its checkpoint loader and its sparse weight transfer take them, and switching in a live engine.
 
-llm = LLM(model=BASE_DIR, worker_extension_cls="sprand.integrations.vllm.WorkerExtension")
-switch(llm, "patches/")  # a folder of `sprand export ADAPTER --to vllm-patch --base BASE_DIR -o patches/`
-llm.generate(...)
-switch(llm, None)  # the base again, bit for bit
+    llm = LLM(model=BASE_DIR, worker_extension_cls="sprand.integrations.vllm.WorkerExtension")
+    switch(llm, "patches/")  # a folder of `sprand export ADAPTER --to vllm-patch --base BASE_DIR -o patches/`
+    llm.generate(...)
+    switch(llm, None)  # the base again, bit for bit
 
 What vLLM defines (`vllm.model_executor.model_loader.checkpoint_weight_patch`, vllm-project/vllm#50723): patches in the names and
 coordinates of the checkpoint, flat distinct int32 or int64 indices, absolute values without NaN; the model's own loader brings
