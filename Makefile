@@ -10,7 +10,7 @@ NATIVE_SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cuh %.inl %.cpp %.cu,$(NATIVE_SOURCES))
 RUNS := runs
 
-.PHONY: help demo test build lint format sanitize bench docs clean
+.PHONY: help demo test build lint format sanitize bench docs site clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -41,8 +41,13 @@ bench: $(VENV)/.made-bench $(VENV)/.made-native ## measure a training step and e
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_ops.py
 
-docs: $(VENV)/.made-demo $(VENV)/.made-native ## draw the pictures of the README anew
+docs: $(VENV)/.made-demo $(VENV)/.made-native ## draw the pictures of README and documentation anew
 	$(BIN)/python docs/draw_how_it_works.py
+	$(BIN)/python docs/draw_statements.py
+
+site: $(VENV)/.made-docs $(VENV)/.made-native ## build the documentation into build/site; its notebook is run, warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html; to read it with its search: $(BIN)/python -m http.server --directory build/site"
 
 clean: ## remove what was built (.venv and runs stay)
 	rm -rf build dist *.egg-info sprand/*.so .pytest_cache .ruff_cache .hypothesis $(VENV)/.made-native
@@ -59,7 +64,7 @@ $(VENV)/.made-torch:
 	@touch $@
 
 # The extra of that name, and sprand itself, editable; what is compiled lies beside its sources and is made below.
-$(VENV)/.made-demo $(VENV)/.made-test $(VENV)/.made-bench $(VENV)/.made-dev: $(VENV)/.made-%: $(VENV)/.made-torch pyproject.toml setup.py
+$(VENV)/.made-demo $(VENV)/.made-test $(VENV)/.made-bench $(VENV)/.made-docs $(VENV)/.made-dev: $(VENV)/.made-%: $(VENV)/.made-torch pyproject.toml setup.py
 	@echo "Installing sprand[$*]"
 	@SPRAND_CPU=0 $(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@

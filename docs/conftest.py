@@ -1,6 +1,6 @@
 """Runs what the pages show: the blocks of a page in their order, in one namespace and one folder of its own (pytest docs).
 
-A ```python block is executed; with `title="train.py"` it is written to that file instead. A ```bash block is run by bash. Set-up that
+A ```python block is executed; with `title="train.py"` it is written to that file instead. A ```bash block is run line by line. Set-up that
 a reader need not see stands in `<!--- invisible-code-block: python` comments, and a block that needs a package that is missing is
 skipped by `<!--- skip: next if(...), reason="..." -->`, with its reason.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import torch
 from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+from sprand.cli.main import run as sprand_command
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLED = RawFencedCodeBlockLexer(re.compile(r'python title="(?P<title>[^"]+)"$\n', re.MULTILINE))
@@ -56,17 +59,23 @@ def write_file(example: Example) -> None:
     Path(name).write_text(source)
 
 
-def run_bash(example: Example) -> str | None:
-    """Run the block; its output is told where it fails."""
+def run_shell(example: Example) -> str | None:
+    """Run the block line by line: `sprand` in this process, which has imported everything already, all else by bash."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = ["bash", "-euo", "pipefail", "-c", str(example.parsed)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    return None if done.returncode == 0 else f"exit code {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for line in str(example.parsed).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["sprand"]:
+            code = sprand_command(words[1:])
+        else:
+            code = subprocess.run(["bash", "-euo", "pipefail", "-c", line], env=environment, timeout=300, check=False).returncode
+        if code:
+            return f"exit code {code}: {line}"
+    return None
 
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), CodeBlockParser("bash", run_bash), titled_files, SkipParser()],
+    parsers=[PythonCodeBlockParser(), CodeBlockParser("bash", run_shell), titled_files, SkipParser()],
     patterns=["*.md"],
     excludes=["recipes/*.md"],
     setup=enter,

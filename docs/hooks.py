@@ -41,6 +41,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return markdown.replace(HELP, command_line()) if HELP in markdown else markdown
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A notebook's links to pages, which its plugin leaves alone."""
+    return re.sub(r'href="([a-z_/]+)[.]md"', r'href="\1.html"', html) if page.file.src_uri.endswith(".ipynb") else html
+
+
 def example_page(path: Path) -> str:
     """A page that shows an example whole."""
     text = path.read_text()
