@@ -1,8 +1,8 @@
 """Runs what the pages show: the blocks of a page in their order, in one namespace and one folder of its own (pytest docs).
 
-A ```python block is executed; with `title="train.py"` it is written to that file instead. A ```bash block is run line by line. Set-up that
-a reader need not see stands in `<!--- invisible-code-block: python` comments, and a block that needs a package that is missing is
-skipped by `<!--- skip: next if(...), reason="..." -->`, with its reason.
+A ```python block is executed; with `title="train.py"` it is written to that file instead. A ```bash block is run line by line.
+Set-up that a reader need not see stands in `<!--- invisible-code-block: python` comments. A block that needs a package that is
+missing is skipped by `<!--- skip: next if(...), reason="..." -->`, with its reason.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from sprand.cli.main import run as sprand_command
 
 ROOT = Path(__file__).resolve().parent.parent
+KNOWN = re.compile(r'\s*```(python( title="[^"]+")?|bash|console|text|yaml|bibtex|)$')
 TITLED = RawFencedCodeBlockLexer(re.compile(r'python title="(?P<title>[^"]+)"$\n', re.MULTILINE))
 
 sys.path.insert(0, str(ROOT / "tests"))  # tiny_models, for the hidden blocks
@@ -48,7 +49,10 @@ def leave(namespace: dict[str, Any]) -> None:
 
 
 def titled_files(document: Document) -> Iterator[Region]:
-    """Blocks with a file name, which are written instead of run."""
+    """Blocks with a file name, which are written instead of run; and a block of no known kind, which would not be run, is refused."""
+    for line in document.text.splitlines():
+        if line.lstrip().startswith("```") and not KNOWN.match(line):
+            raise ValueError(f"{document.path}: a block begins with {line.strip()!r}; expected one that matches {KNOWN.pattern}")
     for region in TITLED(document):
         yield Region(region.start, region.end, (region.lexemes["title"], str(region.lexemes["source"])), write_file)
 

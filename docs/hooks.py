@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages of files that lie outside of docs/ (results, examples, SECURITY.md), and the texts of `sprand --help`."""
+"""Hooks of mkdocs: pages of files outside of docs/ (results, examples, SECURITY.md), and the texts of `sprand --help`."""
 
 from __future__ import annotations
 

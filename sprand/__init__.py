@@ -1,4 +1,4 @@
-"""sprand: fine-tune a model by training a small set of its own scalar weights.
+"""Fine-tune a model by training a small set of its own scalar weights.
 
     model = sprand.apply(model, density=0.01, seed=0)   # freeze it, let 1 % of the entries train
     opt = sprand.SparseAdamW(model, lr=1e-3)            # or any torch optimizer over sprand.parameters(model)
@@ -6,10 +6,10 @@
     sprand.merge(model)                                 # keep the trained weights, drop the rest
 
 What trains is one small float32 parameter per weight, beside it; the weight stays the module's own frozen parameter. Before it
-is used, its chosen entries are set to `cast(base + delta)`: forward costs what it costs without sprand, backward computes the
-gradients of the chosen entries alone, and what is trained is bit for bit what is merged. `unmerge` gives the base back, bit for bit.
+is used, its chosen entries are set to `cast(base + delta)`. So forward is the frozen model's own, backward computes the gradients
+of the chosen entries alone, and what is trained is bit for bit what is merged; `unmerge` gives the base back, bit for bit.
 
-- To start and to stop: `apply`, or `select` to choose entries first; `merge`, `unmerge`, `disabled`. `SparseConfig` holds all options.
+- To start and to stop: `apply`, or `select` to choose entries first; `merge`, `unmerge`, `disabled`. All options: `SparseConfig`.
 - To train: `SparseAdamW`, or any optimizer over `parameters`; `suggest_lr`; `DynamicMask` exchanges entries on the way.
 - Adapters: `save`, `load`, `switch`, `combine`. A `Mask` is a choice of entries on its own.
 - To look: `summary`, `print_trainable_parameters`, `visible_share`, `plot_selection`.

@@ -186,6 +186,9 @@ class SparseConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> SparseConfig:
         """The inverse of `to_dict`.
 
+        Args:
+            fields: JSON types by field name.
+
         Raises:
             ValueError: an unknown field, or a value out of range.
         """
@@ -200,6 +203,9 @@ class SparseConfig:
     @classmethod
     def from_json(cls, text: str) -> SparseConfig:
         """The inverse of `to_json`.
+
+        Args:
+            text: a JSON object.
 
         Raises:
             ValueError: no JSON object, an unknown field, or a value out of range.

@@ -124,6 +124,9 @@ class DynamicMask:
     def bind(self, optimizer: torch.optim.Optimizer) -> DynamicMask:
         """Give the optimizer whose moments move with the mask.
 
+        Args:
+            optimizer: holds every trained entry of the model.
+
         Returns:
             The same object.
 

@@ -150,6 +150,9 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that train, for any torch optimizer.
 
+    Args:
+        model: a model with trained entries.
+
     Raises:
         ValueError: the model trains nothing.
     """
@@ -167,6 +170,9 @@ def write(model: nn.Module) -> None:
     Of an FSDP2 model every rank must call this: the shards hold the trained values then. Under ZeRO-3 gather the parameters
     first (`deepspeed.zero.GatheredParameters`); what is in parts stays as it is.
 
+    Args:
+        model: a model with trained entries.
+
     Raises:
         ValueError: the model has no trained entries.
     """
@@ -177,6 +183,9 @@ def write(model: nn.Module) -> None:
 
 def merge(model: nn.Module) -> nn.Module:
     """Keep the trained weights and drop all else: the model is as it was, with other values.
+
+    Args:
+        model: a model with trained entries; changed in place.
 
     Returns:
         The same object.
@@ -192,6 +201,9 @@ def merge(model: nn.Module) -> nn.Module:
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Put the base weights back, bit for bit, and drop all else.
+
+    Args:
+        model: a model with trained entries; changed in place.
 
     Returns:
         The same object.
@@ -210,6 +222,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base model, exactly, inside of a `with` block.
 
     Of an FSDP2 or ZeRO-3 model every rank enters and leaves the block.
+
+    Args:
+        model: a model with trained entries. The block gets it, too: `with sprand.disabled(model) as base`.
 
     Raises:
         ValueError: the model has no trained entries, or is sharded and cannot be put back: one with folded entries of a

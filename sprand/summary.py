@@ -11,6 +11,9 @@ from .model import state_of
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print how much of a model trains, in PEFT's own words.
 
+    Args:
+        model: a model with trained entries.
+
     Raises:
         ValueError: the model has no trained entries.
     """
@@ -20,6 +23,9 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 def summary(model: nn.Module) -> str:
     """A table of the targets: shape, trained entries, density, and the size of the change so far.
+
+    Args:
+        model: a model with trained entries.
 
     Returns:
         Plain text, a line per target and one of totals.

@@ -66,6 +66,9 @@ class Mask(dict[str, Tensor]):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the mask to one safetensors file, in one atomic step.
 
+        Args:
+            path: the file; one that is there is replaced.
+
         Returns:
             The file.
 
@@ -84,6 +87,12 @@ class Mask(dict[str, Tensor]):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Mask:
         """Read a file written by `save`, and prove that it is whole and its indices are distinct and in range.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The mask.
 
         Raises:
             FileNotFoundError: there is no file.

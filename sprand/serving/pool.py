@@ -30,8 +30,10 @@ class Statistics:
         switches: changes of what the weights hold.
         host_bytes: of all adapters, in host memory.
         device_bytes: of their copies on GPUs; 0 where the model is on the CPU, which needs none.
-        hits, misses: packed parts (positions, values) that a switch found on the device, or had to copy there.
-        evictions, uploaded_bytes: of those copies.
+        hits: packed parts (positions, values) that a switch found on the device.
+        misses: those that it had to copy there.
+        evictions: copies that made room for others.
+        uploaded_bytes: of all copies.
     """
 
     adapters: int
@@ -122,6 +124,9 @@ class AdapterPool:
     def remove(self, name: str) -> None:
         """Forget an adapter, once no thread uses it; if it is the active one, the weights hold the base then.
 
+        Args:
+            name: the adapter.
+
         Raises:
             ValueError: there is none of that name.
             RuntimeError: this thread uses it.
@@ -139,6 +144,9 @@ class AdapterPool:
 
         A thread that asks for another waits until they leave. Threads are served in the order in which they came.
 
+        Args:
+            name: the adapter, or None.
+
         Raises:
             ValueError: there is no adapter of that name.
             RuntimeError: this thread uses another one.
@@ -149,6 +157,9 @@ class AdapterPool:
 
     def switch(self, name: str | None) -> None:
         """Make an adapter, or None for the base, what the weights hold until someone asks for another.
+
+        Args:
+            name: the adapter, or None.
 
         Raises:
             ValueError: there is no adapter of that name.

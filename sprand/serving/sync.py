@@ -66,7 +66,10 @@ class DeltaSync:
         self._read()
 
     def indices(self) -> Tensor:
-        """The index message: names, shapes, dtypes and positions, uint8 on the CPU. Versions begin anew.
+        """The index message: names, shapes, dtypes and positions. Versions begin anew.
+
+        Returns:
+            `[index_bytes]`, uint8, on the CPU.
 
         Raises:
             ValueError: a parameter is not in the checkpoint.
@@ -98,7 +101,10 @@ class DeltaSync:
         return message
 
     def values(self) -> Tensor:
-        """The next values message: what the weights hold at the sent positions, uint8 on the model's device.
+        """The next values message: what the weights hold at the sent positions.
+
+        Returns:
+            `[values_bytes]`, uint8, on the model's device.
 
         Raises:
             RuntimeError: `indices` was not called, or the model trains other entries since (a redrawn mask, another adapter).
