@@ -55,6 +55,26 @@ def asked(tmp_path: Path, *more: str) -> list[str]:
     return ["--tasks", "shakespeare", "--budgets", "0.01", *places, *more]
 
 
+def test_variants_train_as_many_weights_and_their_masks_move(suite: ModuleType, tmp_path: Path) -> None:
+    from quality import variants
+
+    moved: dict[str, int] = {}
+    step = sprand.DynamicMask.step
+
+    def counted(mask: sprand.DynamicMask) -> bool:
+        changed = step(mask)
+        moved[mask.mode] = moved.get(mask.mode, 0) + changed
+        return changed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sprand.DynamicMask, "step", counted)
+        suite.main(asked(tmp_path, "--methods", "random", *variants.VARIANTS, "--seeds", "0"))
+    lines = [line for line in read(tmp_path / "out" / "suite.csv") if line["method"] != "untrained"]
+    assert {line["method"] for line in lines} == {"random", *variants.VARIANTS}
+    assert len({line["trained"] for line in lines}) == 1
+    assert moved["regrow"] > 0 and moved["recompute"] > 0
+
+
 def test_the_first_look_fills_a_table_and_goes_on_where_it_stopped(
     suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
