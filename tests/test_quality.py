@@ -55,6 +55,49 @@ def asked(tmp_path: Path, *more: str) -> list[str]:
     return ["--tasks", "shakespeare", "--budgets", "0.01", *places, *more]
 
 
+def test_variants_train_as_many_weights_and_their_masks_move(suite: ModuleType, tmp_path: Path) -> None:
+    from quality import variants
+
+    moved: dict[str, int] = {}
+    step = sprand.DynamicMask.step
+
+    def counted(mask: sprand.DynamicMask) -> bool:
+        changed = step(mask)
+        moved[mask.mode] = moved.get(mask.mode, 0) + changed
+        return changed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sprand.DynamicMask, "step", counted)
+        suite.main(asked(tmp_path, "--methods", "random", *variants.VARIANTS, "--seeds", "0"))
+    lines = [line for line in read(tmp_path / "out" / "suite.csv") if line["method"] != "untrained"]
+    assert {line["method"] for line in lines} == {"random", *variants.VARIANTS}
+    assert len({line["trained"] for line in lines}) == 1
+    assert moved["regrow"] > 0 and moved["recompute"] > 0
+
+
+def test_the_page_of_claims_says_better_only_where_all_seeds_and_the_interval_do(quality: None, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the page has a figure")
+    from quality import claims, results
+    from quality.training import Run
+
+    generator = torch.Generator().manual_seed(0)
+    losses = {"random": 3.0, "lora": 2.5, "run2": 3.0, "regrow": 3.001}
+    for seed in range(3):
+        rows = torch.rand(200, generator=generator, dtype=torch.float64)
+        for method, mean in losses.items():
+            own = rows + mean + (0.05 * torch.rand(200, generator=generator, dtype=torch.float64) if method != "random" else 0)
+            outcome = {"metric": "perplexity", "dev": mean, "test": float(own.mean().exp()), "trained": 100}
+            results.append(tmp_path / "suite.csv", Run("shakespeare", method, 0.01, 0.1, seed), outcome, own)
+    page = tmp_path / "claims.md"
+    assert claims.main(["--results", str(tmp_path / "suite.csv"), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert "- `random` against `lora`: better in 0, worse in 1, not told apart in 0 of 1." in text
+    assert "- `run2` against `random`" in text and "`gradient` against" not in text
+    assert (tmp_path / "claims.png").stat().st_size > 0
+    with pytest.raises(SystemExit):
+        claims.main(["--results", str(tmp_path / "none.csv"), "--page", str(page)])
+
+
 def test_the_first_look_fills_a_table_and_goes_on_where_it_stopped(
     suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

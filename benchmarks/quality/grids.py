@@ -8,6 +8,7 @@ from typing import Any
 
 import sprand
 from quality.training import TaskPlan
+from quality.variants import VARIANTS
 from sprand.cli.settings import PEER_RATES, peer_rate
 from sprand.pattern import LAYOUTS
 from sprand.selection.strategies import STRATEGIES
@@ -70,7 +71,7 @@ def family(method: str) -> str:
     """What decides the rates to try: the peers by name, masks chosen with gradients, and all other entries."""
     if method in ("lora", *BUDGETLESS):
         return method
-    return "gradients" if method in ("gradient", "snip", "force", "taylor_fo", "fisher", "grasp") else "entries"
+    return "gradients" if method in ("recompute", "gradient", "snip", "force", "taylor_fo", "fisher", "grasp") else "entries"
 
 
 FIRST_LOOK_RATES = {  # the middle of three
@@ -143,7 +144,10 @@ SUITE = Grid(
         "subj": rows_of("subj", limit_train=1000, epochs=1.0, max_length=48),
         "qnli": rows_of("qnli_small", limit_train=1000, epochs=1.0, max_length=64),
     },
-    methods=("random", "lora", "gradient", "run4", "uniform", "run2", "run8", "snip", "shira", "peft-sparta", "full", "head"),
+    methods=(
+        *("random", "lora", "gradient", "run4", "uniform", "run2", "run8", "snip", "shira", "peft-sparta"),
+        *(*VARIANTS, "full", "head"),
+    ),
     blocks=(
         ("shakespeare", 0.01), ("shakespeare", 0.001), ("shakespeare", 0.05), ("sst2", 0.01), ("qnli", 0.01),
         ("shakespeare", 0.003), ("shakespeare", 0.0003), ("subj", 0.01), ("sst2", 0.001), ("qnli", 0.001), ("subj", 0.001),

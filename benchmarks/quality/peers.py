@@ -75,7 +75,7 @@ def fit(model: nn.Module, target: int) -> tuple[str, list[str]]:
     ]
     choices = [("all linears", linear)]
     for name, kinds in LAYER_KINDS.items():
-        choices.append((name, _of_kinds(linear, kinds)))
+        choices.append((name, of_kinds(linear, kinds)))
     values = choices[-1][1]
     choices += [(f"value, last {count} layers", values[-count:]) for count in range(len(values) - 1, 0, -1)]
     fits = []
@@ -92,7 +92,8 @@ def head_size(model: nn.Module) -> int:
     return sum(p.numel() for name in head_names(model) for p in model.get_submodule(name).parameters())
 
 
-def _of_kinds(layers: list[str], kinds: tuple[str, ...]) -> list[str]:
+def of_kinds(layers: list[str], kinds: tuple[str, ...]) -> list[str]:
+    """Those of the layers that are of some kinds, of `NAMES`."""
     suffixes = tuple(suffix for kind in kinds for suffix in NAMES[kind])
     return [name for name in layers if name.endswith(suffixes)]
 
@@ -121,7 +122,7 @@ def _sparta(model: nn.Module, target: int, lr: float | None, settings: Settings)
     package = importlib.import_module("peft_sparta")
     heads = {id(p) for name in head_names(model) for p in model.get_submodule(name).parameters()}
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    trained = {f"{name}.weight" for name in _of_kinds(linear, ("v", "o"))}
+    trained = {f"{name}.weight" for name in of_kinds(linear, ("v", "o"))}
     frozen = [name for name, _ in model.named_parameters() if name not in trained]
 
     class WithHead(package.SpaRTA):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quality import peers
+from quality import peers, variants
 from sprand.cli import TrainingFailed, data, methods, models, tasks, training
 from sprand.cli.progress import Log
 from sprand.cli.settings import Settings
@@ -109,7 +109,9 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> tuple[Outcom
 
 def settings_of(run: Run, plan: TaskPlan, shared: Path, out: Path) -> Settings:
     """The options of `sprand finetune` that make this run."""
-    if run.method in peers.PEERS:
+    if run.method in variants.VARIANTS:
+        own = {}
+    elif run.method in peers.PEERS:
         own = {"compare_lr": ((run.method, run.lr),)} if run.method in ("lora", "full", "head") and run.lr else {}
     elif run.method in LAYOUTS:
         own = {"layout": run.method, "density": run.budget}
@@ -136,6 +138,9 @@ def attached(run: Run, model: nn.Module, settings: Settings, task: tasks.Task, m
     """The model made ready to train with a method."""
     if run.method in peers.PEERS:
         return peers.attach(run.method, model, run.lr, run.budget, settings)
+    if run.method in variants.VARIANTS:
+        steps = training.total_steps(settings, len(task.train))
+        return variants.attach(run.method, model, run.budget, settings, task, steps)
     file = masks / f"{run.task}-{run.method}-{run.budget:g}-{run.seed}.safetensors"
     mask = methods.chosen(model, settings, task, file if file.exists() else None)
     if mask is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .shards import CHUNK, CODES, Shard, Stored, read_range
 
 FICLONE = 0x40049409  # of Linux: let a file share the blocks of another
+PIECE = 1 << 16  # bytes of a write: of longer ones Linux makes pages of up to 2 MiB, which it must first find or free
 Progress = Callable[[int], None]
 
 
@@ -162,7 +163,7 @@ def write_all(handle: int, content: memoryview, at: int) -> int:
     """Write all of `content` at a place of a file, and return how much it was."""
     done = 0
     while done < len(content):
-        done += os.pwrite(handle, content[done:], at + done)
+        done += os.pwrite(handle, content[done : done + PIECE], at + done)
     return done
 
 

@@ -1,0 +1,193 @@
+"""What the suite's runs say about the claims of SpaRTA and SPEFT: one page, each claim a table of differences with intervals."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plots import figure_saved, figure_with
+from quality import paired, results, tables
+from quality.grids import SUITE
+from report import RESULTS, command_line, markdown
+
+Summary = Mapping[str, object]
+Line = dict[str, object]
+PAGE = RESULTS.parents[1] / "docs" / "claims.md"
+TABLE = {
+    "task": ("task", ""), "amount": ("trained", ""), "name": ("method", ""), "test": ("test", ""), "reference": ("against", ""),
+    "its": ("its test", ""), "difference": ("difference", ""), "says": ("", ""),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A question, who claims what about it, and which methods are held against which other at the same count."""
+
+    title: str
+    text: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+CLAIMS = (
+    Claim(
+        "Random entries or LoRA, at the same number of trained weights?",
+        "SpaRTA (arXiv 2502.15975): a random part of the weights does about as well as LoRA with as many.",
+        (("random", "lora"), ("uniform", "lora"), ("peft-sparta", "lora"), ("shira", "lora")),
+    ),
+    Claim(
+        "Which layers?",
+        "SpaRTA trains the value and output projections alone. Here that choice, and query and value (LoRA's first recipe), "
+        "are held against the same number of random entries of all linear layers.",
+        (("random-vo", "random"), ("random-qv", "random")),
+    ),
+    Claim(
+        "A mask that stays, or one that moves?",
+        "SPEFT (arXiv 2412.13488): moving the mask brings nothing. `regrow` exchanges a fifth of random entries for those with "
+        "the largest gradients, eight times; `recompute` chooses the whole gradient mask anew, eight times, and what it leaves "
+        "behind stays in the weights, so that in the end more weights differ from the base than train at a time.",
+        (("regrow", "random"), ("recompute", "gradient"), ("regrow", "gradient")),
+    ),
+    Claim(
+        "Chosen by gradients, or random?",
+        "SPEFT: a plain gradient mask is as good as the best of the scores.",
+        (("gradient", "random"), ("snip", "random"), ("snip", "gradient"), ("gradient", "lora")),
+    ),
+    Claim(
+        "Runs, or single entries?",
+        "`layout` makes kernels cheaper by training short runs; what does that cost?",
+        (("run2", "random"), ("run4", "random"), ("run8", "random")),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS / "suite.csv")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args(argv)
+    done, rows = results.read(options.results), results.read_rows(options.results)
+    if not done:
+        parser.error(f"{options.results} holds no runs; python benchmarks/quality/suite.py makes them")
+    summary = tables.summarize(done, rows)
+    lines = {claim.title: compared_in(claim, summary) for claim in CLAIMS}
+    options.page.write_text(page(summary, lines, command_line(__file__, [])), encoding="utf-8")
+    draw(lines, options.results.with_name("claims.png"))
+    print(f"{options.page}: {len(CLAIMS)} claims, {len(done)} runs")
+    return 0
+
+
+def cells_of(summary: Sequence[Summary]) -> list[tuple[str, float]]:
+    """Task and budget of what was run with random entries, in the suite's order."""
+    known = {(row["task"], row["budget"]) for row in summary if row["method"] == "random"}
+    return [block for block in SUITE.blocks if block in known]
+
+
+def compared_in(claim: Claim, summary: Sequence[Summary]) -> list[Line]:
+    """The lines of a claim that have run."""
+    known = {(row["task"], row["budget"], row["method"]): row for row in summary}
+    lines = [compared(known, *cell, *pair) for cell in cells_of(summary) for pair in claim.pairs]
+    return [line for line in lines if line is not None]
+
+
+def page(summary: Sequence[Summary], lines: Mapping[str, Sequence[Line]], command: str) -> str:
+    """The page, from the rows of `tables.summarize` and the lines of each claim."""
+    cells = cells_of(summary)
+    blocks = ", ".join(f"{task} at {100 * budget:g} %" for task, budget in cells)
+    planned = len(SUITE.blocks)
+    parts = [
+        "# What the numbers say of the two papers' claims",
+        f"Made by `{command}` from [suite.csv](../benchmarks/results/suite.csv), where every learning rate that was tried "
+        "stands; the tables of all methods are in [suite.md](../benchmarks/results/suite.md). "
+        f"Run so far: {blocks} ({len(cells)} of {planned} blocks of the suite).",
+        "Each method has as many trained weights as its units allow, a learning rate of its own, chosen on dev rows among at "
+        "least four, and three seeds. `test` is the mean and the standard deviation over seeds. A difference is the method minus "
+        "the other, with the 95 % interval of a paired bootstrap over test rows and seeds, and in how many seeds the method was "
+        "better. *Better* or *worse* is said only where the interval leaves out 0 and all seeds agree. Intervals are not "
+        "corrected for the number of comparisons, and small models on small tasks say little about large ones.",
+    ]
+    if any(lines.values()):
+        parts.append("![Every difference with its interval](../benchmarks/results/claims.png)")
+    for claim in CLAIMS:
+        here = lines[claim.title]
+        body = markdown(here, TABLE) if here else "Not run yet.\n"
+        parts.append(f"## {claim.title}\n\n{claim.text}\n\n{counted(here)}{body}".rstrip())
+    return "\n\n".join(parts) + "\n"
+
+
+def compared(known: Mapping[tuple, Summary], task: str, budget: float, method: str, reference: str) -> dict[str, object] | None:
+    """A line of a table; None where one of them has not run."""
+    ours, theirs = known.get((task, budget, method)), known.get((task, budget, reference))
+    if ours is None or theirs is None:
+        return None
+    metric = str(ours["metric"])
+    found = paired.difference(ours["rows"], theirs["rows"], metric)
+    if found is None:
+        return None
+    if metric == "accuracy":
+        found = dataclasses.replace(found, mean=100 * found.mean, low=100 * found.low, high=100 * found.high)
+    return {
+        "task": task, "amount": f"{100 * budget:g} %", "name": method, "test": spread(ours), "reference": reference,
+        "its": spread(theirs), "difference": str(found), "says": verdict(found, metric),
+        "metric": metric, "found": found,
+    }  # fmt: skip
+
+
+def verdict(found: paired.Difference, metric: str) -> str:
+    """*better*, *worse*, or nothing."""
+    if found.low <= 0 <= found.high or found.better not in (0, found.seeds):
+        return ""
+    return "better" if (found.mean > 0) == (metric == "accuracy") else "worse"
+
+
+def spread(row: Summary) -> str:
+    """Mean and standard deviation over seeds; accuracies in percent."""
+    percent = row["metric"] == "accuracy"
+    mean, deviation = (None if value is None else value * (100 if percent else 1) for value in (row["test"], row["sd"]))
+    text = f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
+    return text + (" %" if percent else "")
+
+
+def counted(lines: Sequence[Mapping[str, object]]) -> str:
+    """How often each method was better and worse than what it is held against."""
+    pairs = dict.fromkeys((line["name"], line["reference"]) for line in lines)
+    sentences = []
+    for name, reference in pairs:
+        here = [line["says"] for line in lines if (line["name"], line["reference"]) == (name, reference)]
+        sentences.append(
+            f"`{name}` against `{reference}`: better in {here.count('better')}, worse in {here.count('worse')}, "
+            f"not told apart in {here.count('')} of {len(here)}."
+        )
+    return "\n".join(f"- {sentence}" for sentence in sentences) + "\n\n" if sentences else ""
+
+
+def draw(lines: Mapping[str, Sequence[Line]], path: Path) -> None:
+    """A panel per metric: each difference and its interval, good to the left for perplexity, to the right for accuracy."""
+    flat = [line for here in lines.values() for line in here]
+    figure, panels = figure_with([str(line["metric"]) for line in flat], path)
+    if figure is None:
+        return
+    for panel, metric in panels:
+        here = [line for line in flat if line["metric"] == metric]
+        for y, line in enumerate(here):
+            found = line["found"]
+            colour = {"better": "#1b7837", "worse": "#b2182b", "": "#666666"}[str(line["says"])]
+            panel.plot([found.low, found.high], [y, y], "-", color=colour, linewidth=2)
+            panel.plot([found.mean], [y], "o", color=colour, markersize=5)
+        panel.axvline(0, color="black", linewidth=1)
+        names = [f"{line['name']} - {line['reference']}, {line['task']} {line['amount']}" for line in here]
+        panel.set_yticks(range(len(here)), names, fontsize=8)
+        panel.invert_yaxis()
+        better = "right" if metric == "accuracy" else "left"
+        panel.set(xlabel=f"difference of {metric}{' in points' if metric == 'accuracy' else ''}; better is to the {better}")
+        panel.grid(axis="x", alpha=0.3)
+    figure.set_figheight(max(3.0, 0.28 * max(len([one for one in flat if one["metric"] == metric]) for _, metric in panels)))
+    figure_saved(figure, path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""sprand in other ways at the same trained count: fewer kinds of layers, and masks that move while the model trains."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+import sprand
+from quality import peers
+from sprand.cli import methods, tasks
+from sprand.cli.models import head_names
+from sprand.cli.settings import Settings
+
+LAYERS = {"random-vo": ("v", "o"), "random-qv": ("q", "v")}
+CHANGES = 8  # of a moving mask, over a run
+MOVING = ("regrow", "recompute")
+VARIANTS = (*LAYERS, *MOVING)
+
+
+def attach(name: str, model: nn.Module, budget: float, settings: Settings, task: tasks.Task, steps: int) -> methods.Method:
+    """A model made ready to train with one of `VARIANTS`.
+
+    `random-vo` and `random-qv` spend the budget of all linear layers on the value and output, or query and value projections.
+    `regrow` begins with random entries and exchanges a fifth of them for those with the largest gradients; `recompute` begins
+    with a gradient mask and chooses it anew on the weights as they are (SPEFT's dynamic masking). Both change the mask eight
+    times, for the last time after two thirds of the steps.
+
+    Args:
+        name: which.
+        model: changed in place.
+        budget: fraction of the targeted weights.
+        settings: the options of the run.
+        task: its training rows are what a gradient mask is chosen by.
+        steps: how many the run takes.
+    """
+    heads = head_names(model) or None
+    own = dataclasses.replace(settings, strategy="gradient" if name == "recompute" else "random", density=budget)
+    if name in LAYERS:
+        count = sprand.select(model, methods.sparse_config(own, heads)).nnz
+        layers = peers.of_kinds([n for n, m in model.named_modules() if isinstance(m, nn.Linear)], LAYERS[name])
+        return methods.sparse(
+            model, dataclasses.replace(own, density=None, budget=str(count), target_modules=tuple(layers)), None
+        )
+    plain = copy.deepcopy(model)
+    method = methods.sparse(model, own, methods.chosen(model, own, task))
+    every = max(1, 2 * steps // (3 * CHANGES))
+    moving = {"every": every, "until": CHANGES * every, "seed": settings.seed}
+    if name == "regrow":
+        mask = sprand.DynamicMask(model, method.optimizer, **moving)
+    else:
+        config = methods.sparse_config(own, heads)
+
+        def again(trained: nn.Module) -> dict[str, Tensor]:
+            return chosen_again(plain, trained, config, own, task)
+
+        mask = sprand.DynamicMask(model, method.optimizer, mode="recompute", strategy=again, **moving)
+    method.optimizer.register_step_post_hook(lambda *_: mask.step())
+    return method
+
+
+def chosen_again(
+    plain: nn.Module, trained: nn.Module, config: sprand.SparseConfig, settings: Settings, task: tasks.Task
+) -> dict[str, Tensor]:
+    """The gradient mask of the weights as they are now, by parameter name."""
+    now = dict(trained.named_parameters())
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            p.copy_(now[name])
+    return dict(sprand.select(plain, config, **methods.calibration(settings, task)))
