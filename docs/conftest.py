@@ -49,7 +49,7 @@ def leave(namespace: dict[str, Any]) -> None:
 
 
 def titled_files(document: Document) -> Iterator[Region]:
-    """Blocks with a file name, which are written instead of run; and a block of no known kind, which would not be run, is refused."""
+    """Blocks with a file name, which are written instead of run. A block of an unknown kind is refused: it would not be run."""
     for line in document.text.splitlines():
         if line.lstrip().startswith("```") and not KNOWN.match(line):
             raise ValueError(f"{document.path}: a block begins with {line.strip()!r}; expected one that matches {KNOWN.pattern}")
