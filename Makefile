@@ -46,7 +46,7 @@ docs: $(VENV)/.made-demo $(VENV)/.made-native ## draw the pictures of README and
 	$(BIN)/python docs/draw_statements.py
 
 site: $(VENV)/.made-docs $(VENV)/.made-native ## build the documentation into build/site; its notebook is run, warnings are errors
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html; to read it with its search: $(BIN)/python -m http.server --directory build/site"
 
 clean: ## remove what was built (.venv and runs stay)
