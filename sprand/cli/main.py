@@ -226,7 +226,7 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
         type=_option,
         action="append",
         metavar="NAME=X",
-        help="an option of the strategy: temperature (grasp), rank (lift)",
+        help=f"an option of the strategy: {', '.join(f'{o} ({name})' for name, s in STRATEGIES.items() for o in s.options)}",
     )
     add("--scope", choices=("local", "global"), help="scores: the same share of each weight (default), or ranked over all")
     add(
