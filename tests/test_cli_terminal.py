@@ -245,6 +245,7 @@ def test_ctrl_c_while_merging_keeps_what_is_done(base, tmp_path):
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 130 and "Traceback" not in said and not out.exists()
     kept = (hidden / shard).stat().st_ino
+    assert "Stopped" in said and "kept beside it. Go on with:" in said
     assert told(said) == asked and main.run(told(said)) == 0
     assert (out / shard).stat().st_ino == kept
     assert run("merge", base, adapter, tmp_path / "whole") == 0
@@ -262,4 +263,5 @@ def test_ctrl_c_elsewhere_says_to_begin_again(base, tmp_path, capsys, monkeypatc
     capsys.readouterr()
     (tmp_path / "an adapter").mkdir()
     assert run("inspect", tmp_path / "an adapter") == 130
-    assert told(capsys.readouterr().err) == ["inspect", str(tmp_path / "an adapter")]
+    said = capsys.readouterr().err
+    assert "Begin again with:" in said and told(said) == ["inspect", str(tmp_path / "an adapter")]

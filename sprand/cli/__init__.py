@@ -37,10 +37,10 @@ class Stopped(CliError):
     Args:
         message: what was being done, and what is kept.
         exit_code: 128 and the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
-        go_on: what to add to the command so that it goes on from here; None where it cannot.
+        go_on: what to add to the command so that it goes on from here; None where it would begin anew.
     """
 
-    def __init__(self, message: str, exit_code: int = 130, go_on: tuple[str, ...] | None = ()) -> None:
+    def __init__(self, message: str, exit_code: int = 130, go_on: tuple[str, ...] | None = None) -> None:
         super().__init__(message)
         self.exit_code, self.go_on = exit_code, go_on
 

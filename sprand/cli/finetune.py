@@ -108,8 +108,7 @@ def going_on_from(checkpoints: Checkpoints) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Stopped) as error:
         said, code = (str(error), error.exit_code) if isinstance(error, Stopped) else ("Stopped.", 130)
-        newest = checkpoints.newest()
-        raise Stopped(f"{said} {checkpoints.describe_last()}", code, ("--resume",) if newest else ()) from None
+        raise Stopped(f"{said} {checkpoints.describe_last()}", code, ("--resume",) if checkpoints.newest() else None) from None
 
 
 def resume(settings: Settings, checkpoints: Checkpoints, method: methods.Method, log: Log) -> tuple[int, list[dict[str, Any]]]:

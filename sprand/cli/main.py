@@ -55,8 +55,8 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except Stopped as stop:
-        how = "" if stop.go_on is None else f"{'Go on' if stop.go_on else 'Begin again'} with:\n  {_again(arguments, stop.go_on)}"
-        print(f"sprand: {stop} {how}".rstrip(), file=sys.stderr)
+        how = "Begin again" if stop.go_on is None else "Go on"
+        print(f"sprand: {stop} {how} with:\n  {_again(arguments, stop.go_on or ())}", file=sys.stderr)
         return stop.exit_code
     except CliError as error:
         print(f"sprand: {error}", file=sys.stderr)

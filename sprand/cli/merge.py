@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.out} is not written: {error}. What was written so far is beside it; run the same again."
             ) from error
         except KeyboardInterrupt:
-            raise Stopped(f"Stopped; {options.out} is not there yet. What is done so far is kept beside it.") from None
+            raise Stopped(f"Stopped; {options.out} is not there yet. What is done so far is kept beside it.", go_on=()) from None
         seconds = time.perf_counter() - started
         if options.verify:
             _verify(base, adapters, options, size)
@@ -93,4 +93,4 @@ def _verify(base: Path, adapters: list[tuple[Path, float]], options: argparse.Na
     except ValueError as error:
         raise WorkFailed(f"--verify: {error}.") from error
     except KeyboardInterrupt:
-        raise Stopped(f"Stopped while verifying: {options.out} is written whole, but not proven.", go_on=None) from None
+        raise Stopped(f"Stopped: {options.out} is written whole, but not proven. Use it, or remove it.") from None
