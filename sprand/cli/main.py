@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,15 @@ from typing import Any
 from ..pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from ..version import __version__
-from . import CliError, combine, diff, export, inspect, merge, plan
+from . import CliError, Stopped, combine, completion, diff, export, inspect, merge, plan
+from .parser import Parser
 
-FILES = (merge, combine, diff, inspect, plan, export)  # commands on files, each with its options in a module of its own
+OTHERS = (merge, combine, diff, inspect, plan, export, completion)  # each with its options in a module of its own
+EXIT_CODES = """exit codes:
+  0    done
+  1    the work failed: training diverged, a disk is full, a proof or self test does not hold
+  2    wrong options or data
+  130  stopped by Ctrl-C (143 by SIGTERM); the message says how to go on"""
 DEMO = {
     "epochs": 1.0,
     "batch_size": 16,
@@ -37,19 +44,34 @@ def run(arguments: Sequence[str]) -> int:
         arguments: without the program's name.
 
     Returns:
-        The exit code: 0, 1 where training failed, 2 where options or data are wrong.
+        The exit code: 0, 1 where the work failed, 2 where options or data are wrong, 130 or 143 where a signal stopped it, and
+        141 where nobody reads the output any more.
     """
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    parser = build_parser(brief="--help-all" not in arguments)
     try:
+        options = parser.parse_args(arguments)
         with _library_lines():
-            return options.command(options)
+            code = options.command(options)
+        sys.stdout.flush()
+        return code
+    except Stopped as stop:
+        how = "Begin again" if stop.go_on is None else "Go on"
+        print(f"sprand: {stop} {how} with:\n  {_again(arguments, stop.go_on or ())}", file=sys.stderr)
+        return stop.exit_code
     except CliError as error:
         print(f"sprand: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("sprand: stopped.", file=sys.stderr)
+        print(f"sprand: Stopped. Begin again with:\n  {_again(arguments)}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it flushes at exit
+        return 141
+
+
+def _again(arguments: Sequence[str], more: Sequence[str] = ()) -> str:
+    """The command, as a shell reads it, with options added to it."""
+    return shlex.join(["sprand", *arguments, *(option for option in more if list(arguments[-1:]) != [option])])
 
 
 @contextmanager
@@ -69,23 +91,53 @@ def _library_lines() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="sprand", description="Fine-tune a model by training a small set of its own weights.")
-    parser.add_argument("--version", action="version", version=f"sprand {__version__}")
+def build_parser(brief: bool = False) -> Parser:
+    """The parser of the whole command line.
+
+    Args:
+        brief: its help leaves out the options that few need.
+    """
+    parser = Parser(
+        prog="sprand",
+        description="Fine-tune a model by training a small set of its own weights.",
+        epilog=EXIT_CODES,
+        examples="""
+            sprand doctor                          # is all well here?
+            sprand finetune --out runs/first       # a demo, in a minute or two on a CPU
+            sprand COMMAND --help                  # of one command, with examples
+        """,
+    )
+    parser.add_argument("--version", action="version", version=f"sprand {__version__}", help="show the version")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    doctor = commands.add_parser("doctor", help="what is installed, which kernel serves what, and a self test")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, which kernel serves what, and a self test",
+        description="Show versions, the machine, and which kernel serves which operator, and test each of them; to be pasted "
+        "into a bug report.",
+        examples="""
+            sprand doctor
+            sprand doctor --json
+        """,
+    )
     doctor.add_argument("--json", action="store_true", help="print it as JSON")
     doctor.set_defaults(command=_doctor)
     finetune = commands.add_parser(
         "finetune",
         help="fine-tune a Hugging Face model on a file",
-        description="Fine-tune a Hugging Face model by training a share of its weights, drawn at random or by score. "
-        "Without --model and --train it runs a demo: all-MiniLM-L6-v2 learns which package of Python's standard library a "
-        "docstring comes from.",
-        epilog="The learning rate, where not given, is that of sprand.suggest_lr. It rises as the density falls (1e-2 at 0.1 %, "
-        "5e-3 at 1 %, 2e-4 at 100 % for a model 384 wide), falls as 1/width, and is a third for gradient and fisher.",
-    )
+        description="Fine-tune a Hugging Face model by training a share of its weights, drawn at random or by score. Without "
+        "--model and --train it runs a demo: a sentence model learns to tell docstrings apart.",
+        epilog="The learning rate, where not given, is that of sprand.suggest_lr, by density, width and strategy. Ctrl-C writes "
+        "a checkpoint and says how to go on.",
+        examples="""
+            sprand finetune --out runs/demo --compare lora,full
+            sprand finetune --model gpt2 --train notes.txt --out runs/notes
+            sprand finetune --model gpt2 --train notes.txt --out runs/notes --resume
+        """,
+        brief=(
+            "--model", "--train", "--eval", "--density", "--strategy", "--lr", "--epochs", "--batch-size", "--resume",
+            "--overwrite", "--compare", "--verify", "--json",
+        ),
+    )  # fmt: skip
     finetune.set_defaults(command=_finetune)
     _add_data(finetune.add_argument_group("model and data"))
     sparse = finetune.add_argument_group("what trains")
@@ -99,17 +151,36 @@ def build_parser() -> argparse.ArgumentParser:
         help="choose which entries of a model to train, into a file",
         description="Choose which entries of a Hugging Face model train: drawn at random, or the largest scores of a strategy.",
         epilog="The file is for sprand finetune --mask FILE, and sprand.apply(model, strategy=sprand.Mask.load(FILE)).",
+        examples="""
+            sprand select gpt2 --strategy magnitude --density 0.01 --out mask.safetensors
+            sprand select gpt2 --strategy snip --data notes.txt --out mask.safetensors --plot mask.png
+        """,
+        brief=(
+            "--data",
+            "--plot",
+            "--compare",
+            "--json",
+            "--density",
+            "--budget",
+            "--strategy",
+            "--scope",
+            "--task",
+            "--batch-size",
+        ),
     )
     select.set_defaults(command=_select)
     _add_selected(select)
-    for command in FILES:
+    for command in OTHERS:
         command.add(commands)
+    if brief:
+        for command in commands.choices.values():
+            command.show_brief()
     return parser
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--model", metavar="DIR_OR_HUB_ID", help="a Hugging Face model")
+    add("--model", metavar="MODEL", help="a Hugging Face model: a folder, or a name on the Hub")
     add("--train", type=Path, metavar="FILE", help="TSV (unquoted), CSV, JSONL, or plain text")
     add("--eval", type=Path, metavar="FILE", help="held-out data; without it, a share of the training file")
     add("--eval-share", type=float, metavar="X", help="that share (default 0.1)")
@@ -146,16 +217,16 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
         "--strategy",
         choices=(*RANDOM_STRATEGIES, *STRATEGIES),
         metavar="NAME",
-        help=f"how entries are chosen: {', '.join(RANDOM_STRATEGIES)} draw them (default random: stratified); by the largest "
-        f"scores on the training rows: {', '.join(name for name, s in STRATEGIES.items() if s.wants_data)}; or of the weights "
-        f"alone: {', '.join(name for name, s in STRATEGIES.items() if not s.wants_data)}",
+        help=f"{', '.join(RANDOM_STRATEGIES)} draw entries (default random: stratified); the largest scores on training rows: "
+        f"{', '.join(name for name, s in STRATEGIES.items() if s.wants_data)}; of the weights alone: "
+        f"{', '.join(name for name, s in STRATEGIES.items() if not s.wants_data)}",
     )
     add(
         "--strategy-option",
         type=_option,
         action="append",
         metavar="NAME=X",
-        help="an option of the strategy: temperature (grasp), rank (lift)",
+        help=f"an option of the strategy: {', '.join(f'{o} ({name})' for name, s in STRATEGIES.items() for o in s.options)}",
     )
     add("--scope", choices=("local", "global"), help="scores: the same share of each weight (default), or ranked over all")
     add(
@@ -192,14 +263,14 @@ def _add_selected(select: argparse.ArgumentParser) -> None:
     data("--max-length", type=int, metavar="N", help="tokens of a row (default 128)")
     data("--pooling", choices=("auto", "mean", "model"), help="of a text classifier, as in finetune")
     data("--batch-size", type=int, metavar="N", help="default 32")
-    data("--seed", type=int, help="of a random draw, a new head, and the rows taken (default 0)")
+    data("--seed", type=int, metavar="N", help="of a random draw, a new head, and the rows taken (default 0)")
     data("--dtype", choices=("float32", "bfloat16"), help="of the weights (default float32)")
     data("--device", metavar="NAME", help="default: a GPU if there is one")
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--lr", type=_lr, help="highest learning rate, or auto (the default): by density, width and strategy, see below")
+    add("--lr", type=_lr, metavar="X", help="highest learning rate, or auto (the default)")
     add("--schedule", choices=("linear", "cosine", "constant"), help="after warm-up (default linear, to 0)")
     add("--warmup", type=float, metavar="X", help="steps, or below 1 the share of all (default 0.06)")
     add("--epochs", type=float, metavar="X", help="default 3")
@@ -208,7 +279,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add("--grad-accumulation", type=int, metavar="N", help="batches per step (default 1)")
     add("--weight-decay", type=float, metavar="X", help="pulls weights to their pre-trained values (default 0)")
     add("--max-grad-norm", type=float, metavar="X", help="default 1")
-    add("--seed", type=int, help="of positions, data order, new head and dropout (default 0)")
+    add("--seed", type=int, metavar="N", help="of positions, data order, new head and dropout (default 0)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the pre-trained weights (default float32)")
     add("--device", metavar="NAME", help="default: a GPU if there is one")
     add("--eval-every", type=int, metavar="N", help="steps (default: three times in all)")
@@ -229,6 +300,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         metavar="NAME=X",
         help="their learning rates (default lora 2e-3, full 3e-4, head 1e-2, for 384 wide)",
     )
+    add("--json", action="store_true", help="print the content of results.json, and all else on standard error")
     add("--verify", action="store_true", default=None, help="reload, unmerge and merge at the end, and check that all is exact")
 
 
@@ -249,7 +321,7 @@ def _finetune(options: argparse.Namespace) -> int:
 
         finetune.prepare_folder(settings.out)
         settings = demo.settings(settings)
-    finetune.run(settings)
+    finetune.run(settings, options.json)
     return 0
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..checkpoint import merge, revert
 from ..checkpoint.shards import open_checkpoint
-from . import CliError
-from .files import adapter_and_weight, bar, failing_in_words, folder_of
+from . import CliError, Stopped, WorkFailed
+from .files import adapter_and_weight, bar, failing_in_words, folder_of, print_json
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -23,12 +23,18 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog="A merge that was stopped goes on when the same command is given again. OUT is written under a hidden name "
         "beside it, and is there whole or not at all. --revert needs sprand_revert.dat, which merge keeps in OUT (the base "
         "values of the changed entries): a merged value and its change do not determine the value before.",
+        examples="""
+            sprand merge base adapter merged --verify
+            sprand merge base first:0.5 second:0.5 both      # the weighted sum of their changes
+            sprand merge --revert merged adapter base-again  # bit for bit
+        """,
     )
     parser.add_argument("base", metavar="BASE", help="checkpoint folder, a .safetensors file, or a name on the Hub")
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER[:WEIGHT]", help="folders written by sprand.save")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument("--verify", action="store_true", help="read both again, and prove every byte")
     parser.add_argument("--revert", action="store_true", help="BASE is a merged checkpoint: write what it was merged from to OUT")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     parser.add_argument("--no-base-values", action="store_true", help="do not keep sprand_revert.dat (2 or 4 bytes per entry)")
     parser.set_defaults(command=run)
 
@@ -37,7 +43,9 @@ def run(options: argparse.Namespace) -> int:
     """Merge or revert, and say what was written.
 
     Raises:
-        CliError: there is no such checkpoint or adapter, they do not fit, or OUT cannot be written.
+        CliError: there is no such checkpoint or adapter, or they do not fit.
+        WorkFailed: OUT cannot be written, or is not what it should be.
+        Stopped: by Ctrl-C; the same command goes on.
     """
     if options.revert and options.no_base_values:
         raise CliError("--no-base-values is for merging; leave it out with --revert.")
@@ -55,19 +63,34 @@ def run(options: argparse.Namespace) -> int:
         except OSError as error:
             if isinstance(error, (FileNotFoundError, FileExistsError)):
                 raise
-            raise CliError(
+            raise WorkFailed(
                 f"{options.out} is not written: {error}. What was written so far is beside it; run the same again."
             ) from error
+        except KeyboardInterrupt:
+            raise Stopped(f"Stopped; {options.out} is not there yet. What is done so far is kept beside it.", go_on=()) from None
         seconds = time.perf_counter() - started
-        print(f"{said.entries:,} entries of {said.tensors} tensors {'put back' if options.revert else 'set'} in {seconds:.1f} s")
-        if said.added:
-            print(f"{'taken out' if options.revert else 'added'}: {', '.join(said.added)}")
-        if said.left_out:
-            print(f"left out, weights in another form: {', '.join(said.left_out)}")
         if options.verify:
-            with bar("verify", size) as progress:
-                pair = (options.out, base) if options.revert else (base, options.out)
-                merge.verify(pair[0], adapters, pair[1], progress=progress)
-            print("verified: every byte read again is the base's, or the entry that the adapters give")
+            _verify(base, adapters, options, size)
+    if options.json:
+        print_json(said, seconds=round(seconds, 3), reverted=options.revert, verified=options.verify)
+        return 0
+    print(f"{said.entries:,} entries of {said.tensors} tensors {'put back' if options.revert else 'set'} in {seconds:.1f} s")
+    if said.added:
+        print(f"{'taken out' if options.revert else 'added'}: {', '.join(said.added)}")
+    if said.left_out:
+        print(f"left out, weights in another form: {', '.join(said.left_out)}")
+    if options.verify:
+        print("verified: every byte read again is the base's, or the entry that the adapters give")
     print(f"written: {options.out}")
     return 0
+
+
+def _verify(base: Path, adapters: list[tuple[Path, float]], options: argparse.Namespace, size: int) -> None:
+    before, after = (options.out, base) if options.revert else (base, options.out)
+    try:
+        with bar("verify", size) as progress:
+            merge.verify(before, adapters, after, progress=progress)
+    except ValueError as error:
+        raise WorkFailed(f"--verify: {error}.") from error
+    except KeyboardInterrupt:
+        raise Stopped(f"Stopped: {options.out} is written whole, but not proven. Use it, or remove it.") from None

@@ -12,7 +12,7 @@ from ..checkpoint.memory import Need, Weight, linear, plan
 from ..checkpoint.shards import open_checkpoint
 from . import CliError
 from .files import failing_in_words, from_hub
-from .table import text_table
+from .table import print_table
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -27,6 +27,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog="sprand: delta, gradient and two moments in float32, index, and base value of each entry. LoRA: four float32 of "
         "each of its values. Full: gradients in the weights' dtype, two float32 moments, a float32 copy of 16-bit weights. "
         "Activations are a rough estimate, the same for all; what the GPU's kernels and libraries take comes on top.",
+        examples="""
+            sprand plan gpt2
+            sprand plan meta-llama/Llama-3.1-8B --memory 24GB --tokens 8192
+        """,
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, a .safetensors file, or a name on the Hub")
     amount = parser.add_mutually_exclusive_group()
@@ -60,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{total:,} parameters, {targets:,} of them in linear layers (output head not counted); {options.tokens:,} tokens\n")
     rows = [("method", "trained", "weights", "values", "grads", "moments", "indices", "base", "activations", "total", "file")]
     rows += [_row(need) for need in needs]
-    print(text_table(rows))
+    print_table(rows)
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import require
 from .methods import Method
+from .table import Rows, print_table
 
 PLAIN_LINES = 5
 
@@ -21,15 +22,20 @@ class Log:
     Args:
         path: the metrics file.
         metric: name of the metric, for display.
+        to_stderr: leave standard output to others.
     """
 
-    def __init__(self, path: Path, metric: str) -> None:
+    def __init__(self, path: Path, metric: str, to_stderr: bool = False) -> None:
         self.path, self.metric = path, metric
-        self.console = require("rich.console").Console(highlight=False, soft_wrap=True)
+        self.console = require("rich.console").Console(highlight=False, soft_wrap=True, stderr=to_stderr)
 
     def say(self, text: str) -> None:
         """A line for the reader."""
         self.console.print(text, markup=False)
+
+    def table(self, rows: Rows, title: str) -> None:
+        """A table, its first row the header."""
+        print_table(rows, title=title, file=self.console.file)
 
     def restart(self, method: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Begin a method with the metrics of the run it resumes; the first method begins the file anew."""

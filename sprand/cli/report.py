@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import files
 from . import require
 from .memory import HOW
 from .methods import Method
+from .progress import Log
 from .settings import Settings
 from .tasks import Task
 from .training import Outcome
@@ -43,11 +43,11 @@ class Result:
         )  # fmt: skip
 
 
-def write_results(
-    path: Path, settings: Settings, task: Task, results: Sequence[Result], versions: dict[str, str], checks: list[str]
-) -> None:
-    """Write results.json: options, versions, data sizes, the rows of the table, the checks that held."""
-    content = {
+def content(
+    settings: Settings, task: Task, results: Sequence[Result], versions: dict[str, str], checks: list[str]
+) -> dict[str, Any]:
+    """What results.json holds: options, versions, data sizes, the rows of the table, the checks that held."""
+    return {
         "settings": settings.to_json(),
         "versions": versions,
         "rows": {"train": len(task.train), "eval": len(task.eval)},
@@ -55,37 +55,26 @@ def write_results(
         "results": [dataclasses.asdict(result) for result in results],
         "checked": checks,
     }
-    files.write_json(path, content)
 
 
-def print_table(console: Any, task: Task, results: Sequence[Result], device: str) -> None:
+def print_table(log: Log, task: Task, results: Sequence[Result], device: str) -> None:
     """One table of all methods, and how its numbers were measured."""
-    rich = require("rich.table")
-    table = rich.Table(
-        title=f"{task.metric} on {len(task.eval)} held-out rows, after {results[0].steps} steps", title_justify="left"
-    )
-    table.add_column("method", no_wrap=True)
-    heads = ("before", "after", "trained weights", "adapter", "s/step", "peak memory", "lr")
-    for head in heads:
-        table.add_column(head, justify="right")
+    rows = [("method", "before", "after", "trained weights", "adapter", "s/step", "peak memory", "lr")]
     for r in results:
-        table.add_row(
-            f"{r.method} ({r.note})" if r.note else r.method,
-            _metric(task, r.before[task.metric]),
-            _metric(task, r.after[task.metric]),
-            f"{r.trained_weights:,}",
-            _size(r.adapter_bytes),
-            f"{r.seconds_per_step:.3f}",
-            "-" if r.peak_bytes is None else _size(r.peak_bytes),
-            f"{r.lr:g}",
-        )
-    wide = console if console.is_terminal else type(console)(highlight=False, width=130)
-    wide.print(table)
+        rows.append(
+            (
+                f"{r.method} ({r.note})" if r.note else r.method,
+                _metric(task, r.before[task.metric]), _metric(task, r.after[task.metric]),
+                f"{r.trained_weights:,}", _size(r.adapter_bytes), f"{r.seconds_per_step:.3f}",
+                "-" if r.peak_bytes is None else _size(r.peak_bytes), f"{r.lr:g}",
+            )
+        )  # fmt: skip
+    log.table(rows, f"{task.metric} on {len(task.eval)} held-out rows, after {results[0].steps} steps")
     head = "Trained weights include a new head's. " if task.metric == "accuracy" else ""
-    wide.print(f"{head}s/step: mean, evaluation left out. Peak memory: {HOW[device]}.", style="dim")
+    log.say(f"{head}s/step: mean, evaluation left out. Peak memory: {HOW[device]}.")
     if task.metric == "accuracy":
         worst = max((r.after["accuracy"] * (1 - r.after["accuracy"]) / len(task.eval)) ** 0.5 for r in results)
-        wide.print(f"One seed; the standard error of an accuracy here is up to {100 * worst:.1f} points.", style="dim")
+        log.say(f"One seed; the standard error of an accuracy here is up to {100 * worst:.1f} points.")
 
 
 def plot(path: Path, histories: Sequence[list[dict[str, Any]]], task: Task) -> None:

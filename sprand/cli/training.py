@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from . import CliError, TrainingFailed
+from . import CliError, Stopped
 from .checkpoint import Checkpoints, diverged
 from .memory import PeakMemory
 from .methods import Method
@@ -78,7 +79,8 @@ def train(
         history: its metrics.
 
     Raises:
-        TrainingFailed: the loss or the gradient is no finite number, or a signal asked to stop.
+        TrainingFailed: the loss or the gradient is no finite number.
+        Stopped: a signal asked to; the checkpoint of the last step is written.
     """
     steps = total_steps(settings, len(task.train))
     per_epoch = math.ceil(math.ceil(len(task.train) / settings.batch_size) / settings.grad_accumulation)
@@ -89,7 +91,7 @@ def train(
         before = before or task.evaluate(method.model, settings.batch_size, device)
         log.write(history, method=method.name, step=0, **{f"eval_{k}": v for k, v in before.items()})
     supply = batches(task.train, settings.batch_size, settings.seed, start=done * settings.grad_accumulation)
-    seconds, timed, saved_at = 0.0, 0, done
+    seconds, timed = 0.0, 0
     method.model.train()
     with log.progress(method, steps, done) as bar, stop_signals() as stopped, PeakMemory(device) as memory:
         for step in range(done, steps):
@@ -119,12 +121,14 @@ def train(
             asked = stopped()
             if checkpoints and ((step + 1) % checkpoint_every == 0 or step + 1 == steps or asked):
                 checkpoints.save(method, step + 1, history)
-                saved_at = step + 1
             if asked and step + 1 < steps:
-                hint = f" Its checkpoint is written; go on with --resume (step {saved_at} of {steps})." if checkpoints else ""
-                raise TrainingFailed(f"Stopped by {asked} after step {step + 1}.{hint}")
+                name = "Ctrl-C" if asked == signal.SIGINT else asked.name
+                raise Stopped(f"Stopped by {name} after step {step + 1} of {steps} ({method.name}).", 128 + asked)
     measures = [line for line in history if f"eval_{task.metric}" in line]
     first, last = ({k.removeprefix("eval_"): v for k, v in measures[i].items() if k.startswith("eval_")} for i in (0, -1))
+    if not timed:  # a run that is resumed at its end
+        past = [line["seconds"] for line in history if "seconds" in line]
+        seconds, timed = sum(past), len(past)
     return Outcome(first, last, steps, seconds / max(1, timed), memory.peak, history)
 
 
@@ -145,9 +149,9 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Any]:
-    """Turn Ctrl-C and SIGTERM into a wish that is asked for between steps; a second Ctrl-C stops at once."""
-    asked: list[str] = []
+def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Turn Ctrl-C and SIGTERM into a wish that is asked for between steps; a second one stops at once."""
+    asked: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
@@ -155,7 +159,8 @@ def stop_signals() -> Iterator[Any]:
     def remember(number: int, frame: Any) -> None:
         if asked:
             raise KeyboardInterrupt
-        asked.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        asked.append(signal.Signals(number))
+        os.write(2, b"sprand: stopping after this step; once more stops at once, without a checkpoint.\n")  # print may be at work
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

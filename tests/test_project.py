@@ -1,0 +1,106 @@
+"""What the project says of itself in several places is the same in all: versions, dates, tools, make targets, names of files."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import sprand
+
+yaml = pytest.importorskip("yaml")
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = [path for path in sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")) if path.name != "config.yml"]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def versions() -> list[tuple[str, str]]:
+    """Versions and dates of the changelog, in its order."""
+    return re.findall(r"^## \[([^\]]+)\](?: - (.*))?$", read("CHANGELOG.md"), re.M)
+
+
+def test_the_changelog_has_the_version_and_dates_in_order():
+    (unreleased, none), *released = versions()
+    assert (unreleased, none) == ("Unreleased", "")
+    assert released[0][0] == sprand.__version__, "sprand/version.py: no entry of that version on top of CHANGELOG.md"
+    numbers = [tuple(map(int, version.split("."))) for version, _ in released]
+    dates = [datetime.date.fromisoformat(date) for _, date in released]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in released)
+    assert all(len(number) == 3 for number in numbers)
+    assert numbers == sorted(set(numbers), reverse=True) and dates == sorted(dates, reverse=True)
+    links = set(re.findall(r"^\[([^\]]+)\]: ", read("CHANGELOG.md"), re.M))
+    assert links == {version for version, _ in versions()}
+
+
+def test_the_changelog_has_the_usual_headings_only():
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.*)$", read("CHANGELOG.md"), re.M)) <= kinds
+
+
+def test_the_citation_is_of_this_version():
+    citation, released = yaml.safe_load(read("CITATION.cff")), dict(versions())
+    assert citation["version"] == sprand.__version__
+    assert str(citation["date-released"]) == released[sprand.__version__]
+    assert citation["license"] == PROJECT["license"]
+    papers = {reference["url"].rpartition("/")[2] for reference in citation["references"]}
+    assert papers == {"2502.15975", "2412.13488"}
+
+
+def test_pre_commit_has_the_tools_of_the_dev_extra():
+    hooks = [hook for repo in yaml.safe_load(read(".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]]
+    used = {pin for hook in hooks for pin in hook["additional_dependencies"]}
+    of_dev = {pin for pin in PROJECT["optional-dependencies"]["dev"] if not pin.startswith("mypy")}
+    assert used == of_dev and all("==" in pin for pin in used)
+
+
+def commands(workflow: Path) -> list[str]:
+    jobs = yaml.safe_load(workflow.read_text())["jobs"].values()
+    return [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_call_what_a_developer_calls(workflow):
+    assert commands(workflow)
+    for command in commands(workflow):
+        program, *arguments = command.split()
+        assert (program == "make" and arguments[0] in TARGETS) or (ROOT / program).is_file(), command
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda path: path.name)
+def test_issue_forms_ask_for_the_doctor(form):
+    fields = yaml.safe_load(form.read_text())["body"]
+    (doctor,) = (field for field in fields if field.get("id") == "doctor")
+    assert "sprand doctor" in doctor["attributes"]["label"]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", ".github/PULL_REQUEST_TEMPLATE.md"])
+def test_what_contributors_are_told_is_there(page):
+    text = read(page)
+    told = {target for targets in re.findall(r"`make ([a-z ]+)`", text) for target in targets.split()}
+    told |= {
+        target for block in re.findall(r"```\n(.*?)```", text, re.S) for target in re.findall(r"^make ([a-z]+)", block, re.M)
+    }
+    assert told and told <= TARGETS
+    named = [word for word in re.findall(r"`([^`\s]+)`", text) if re.fullmatch(r"[\w./]+\.(py|toml|cff|md)|[\w./]+/", word)]
+    rooms = (ROOT, ROOT / "sprand")
+    assert [word for word in named if word != "dist/" and not any((room / word).exists() for room in rooms)] == []
+    assert all((ROOT / link).is_file() for link in re.findall(r"\]\((\w[\w./]+\.md)\)", text))
+
+
+def test_names_in_the_steps_of_contributing_exist():
+    text = read("CONTRIBUTING.md")
+    for name, file in {
+        "ORACLES": "tests/test_selection.py", "OPTIONS": "tests/test_selection.py", "needs_none": "tests/test_selection.py",
+        "SCHEMAS": "sprand/ops.py", "CUDA_ONLY": "sprand/ops.py", "_arguments": "sprand/selftest.py",
+        "ROUNDED": "sprand/selftest.py", "sample_calls": "tests/test_ops.py",
+    }.items():  # fmt: skip
+        assert name in text and re.search(rf"\b{name}\b", read(file)), f"{name} in {file}"
