@@ -78,11 +78,12 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
   const int32_t* const tile_rows = args.table + args.tiles + int64_t{block} * kRows * kThreads + tid;
   const int32_t* const tile_entries =
       args.table + args.tiles + int64_t{args.tiles} * kRows * kThreads + int64_t{block} * kRows * kSlots * kThreads + tid;
+  // Both are read again when they are needed again: no register holds them meanwhile.
   const auto listed_row = [&](int m) -> int64_t {
-    const int64_t row = __ldg(tile_rows + m * kThreads);
+    const int64_t row = tile_rows[m * kThreads];
     return row < 0 ? 0 : row < out ? row : out - 1;
   };
-  const auto listed_entry = [&](int m, int slot) -> int64_t {  // or -1; read again when it is needed again, not kept
+  const auto listed_entry = [&](int m, int slot) -> int64_t {  // or -1
     const int64_t entry = tile_entries[(m * kSlots + slot) * kThreads];
     return entry < args.nnz ? entry : -1;
   };
@@ -180,26 +181,21 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
     }
   };
 
-  // Of the groups of rows of a lane, so many are in registers before they are multiplied: where the sums of a group are few, a
-  // whole tile. No branch stands around the loads: the compiler would wait for them at its end.
-  constexpr int kGroups = kRows / kGroup, kAhead = kGroups > 2 && (kOrdered || kSlots > 8) ? 1 : kGroups;
+  // Of the groups of rows of a lane, so many are in registers before they are multiplied: a whole tile where the sums leave room.
+  // No branch stands around the loads: the compiler would wait for them at its end.
+  constexpr int kGroups = kRows / kGroup, kFew = std::is_same_v<E, __half> ? 4 : 8;  // slots; halves take more registers
+  constexpr int kAhead = kOrdered ? 4 : kGroups <= 2 || kSlots <= kFew ? kGroups : kSlots <= 8 ? 2 : 1;
   static_assert(kGroups % kAhead == 0);
   using Loaded = std::conditional_t<kGroup == 1, typename G::One, Pair>;
   constexpr int kLoads = kGroup == 1 ? 1 : kGroup / 2;
   Loaded grads[kAhead][kTokens][kLoads];
-  uint32_t listed_at[kOrdered ? kGroups : 1];  // bytes of the rows of an ordered lane into a token
-  if constexpr (kOrdered) {
-#pragma unroll
-    for (int m = 0; m < kGroups; ++m) listed_at[m] = static_cast<uint32_t>(listed_row(m)) * sizeof(E);
-  }
   const uint32_t last_at = static_cast<uint32_t>(out - kGroup) * sizeof(E);
   const char* grads_tile = reinterpret_cast<const char*>(grad_output + begin * out);  // the tile multiplied now
   const auto load_grads = [&](int group, const char* tile) {
     uint32_t at;
     if constexpr (kOrdered) {
-      at = listed_at[group];
-      forget(at);  // or the addresses of all rows and tokens stay in registers
-    } else {       // what the sums of a row behind the last one become is written nowhere
+      at = static_cast<uint32_t>(listed_row(group)) * sizeof(E);
+    } else {  // what the sums of a row behind the last one become is written nowhere
       at = static_cast<uint32_t>(lane_row + 32 * kGroup * group) * sizeof(E);
       at = at < last_at ? at : last_at;
     }
