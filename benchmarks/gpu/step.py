@@ -132,7 +132,7 @@ def attach_sprand(model: nn.Module, density: float, layout: str) -> tuple[nn.Mod
 
 
 def attach_lora(model: nn.Module, cast: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """PEFT LoRA on all linears, with PEFT's default of fp32 weights for a bf16 model, or, without `cast`, in the model's dtype."""
+    """PEFT LoRA on all linears, with PEFT's default of fp32 weights on a bf16 model, or, without `cast`, in the model's dtype."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=PROJECTIONS)

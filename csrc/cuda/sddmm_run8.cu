@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int4* units = reinterpret_cast<const int4*>(at.table);
   const int4 unit = __ldg(units + blockIdx.x);
-  const int row_begin = most(unit.x, 0), column_begin = most(unit.y, 0) & ~7, first_tile = most(unit.w, 0);
+  const int row_begin = most(unit.x, 0), column_begin = most(unit.y, 0) & ~7;
+  const int first_tile = most(least(unit.w, at.tiles), 0);
   const int last_tile = most(least(__ldg(units + blockIdx.x + 1).w, at.tiles), 0);
   const int unit_tiles = most(0, least(last_tile - first_tile, kWarps * kTiles));
   const int first = first_tile + unit_tiles * warp / kWarps;
