@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import PROBLEMS, assert_within, check_sddmm, guarded, make_sddmm, oracle_sddmm_dense, tolerance
+from problems import PROBLEMS, assert_within, check_sddmm, guarded, guards_hold, make_sddmm, oracle_sddmm_dense, tolerance
 from sprand import host, ops, pattern, schedule
 from sprand.schedule import VARIANTS, Limits, Rows, Schedule, Variant, make_schedule
 
@@ -120,6 +120,23 @@ def test_reads_nothing_outside_its_inputs(dtype, emulated):
             expected = emulated.sddmm(grad_output, input, indices, made.table, made.launch)
             fenced = guarded(grad_output)[0], guarded(input)[0]
             assert torch.equal(emulated.sddmm(*fenced, indices, made.table, made.launch), expected)
+
+
+@dtypes
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_table_and_indices_of_nonsense_touch_nothing_outside(dtype, ordered, emulated):
+    out, cols, generator = 300, 72, torch.Generator().manual_seed(5)
+    indices, (grad_output, input) = stratified(out, cols, 900), sides(24, out, cols, dtype)
+    rows = Rows.of(indices, out, cols)
+    variant = next(v for v in VARIANTS[dtype] if v.ordered == ordered and v.unit == 1 and v.slots >= rows.most)
+    made = schedule._ordered(rows, variant, 1) if ordered else aligned_to(variant, indices, out, cols)
+    for low, high in ((-(2**31), 2**31), (-5, 905), (2**31 - 9, 2**31)):
+        table = torch.randint(low, high, made.table.shape, generator=generator).int()
+        wrong = torch.randint(low, high, indices.shape, generator=generator)
+        sums, memory = guarded(torch.zeros(900))
+        for nonsense in (wrong.int(), wrong.long() << 20):
+            emulated.sddmm_add_(sums, grad_output, input, nonsense, table, made.launch)
+            assert guards_hold(memory)
 
 
 @dtypes

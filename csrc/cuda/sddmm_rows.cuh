@@ -88,29 +88,16 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
     return entry < args.nnz ? entry : -1;
   };
 
-  // What the offsets are made of comes from memory while the first tokens do.
-  if constexpr (kOrdered) {
-    constexpr int kBytes = kRows * kSlots * 4 * 32;  // of a warp's share
-    prefetch(reinterpret_cast<const char*>(tile_entries - tid) + warp * kBytes, kBytes);
-  } else if (warp_row < out) {
-    constexpr int64_t kMost = 4096;  // entries
-    const int64_t last_row = warp_row + 32 * kRows < out ? warp_row + 32 * kRows : out;
-    const int64_t first = __ldg(args.table + warp_row), end = __ldg(args.table + last_row),
-                  last = end < args.nnz ? end : args.nnz;
-    const int64_t count = last - first < kMost ? last - first : kMost;
-    if (first >= 0 && count > 0)
-      prefetch(positions + (first << args.long_indices), static_cast<int>(count << (2 + args.long_indices)));
-  }
-
   // The column of each slot, before anything needs it. All loads of a batch come before the first use: they wait together.
   uint16_t* const offsets = reinterpret_cast<uint16_t*>(shared + 2 * kStage);
   const auto fill_offsets = [&]() {
-    constexpr int kUnits = kRows / kUnit;
     const auto put = [&](int owner, int s, uint32_t column) {
       offsets[(s / 8 * kThreads + owner) * 8 + s % 8] = static_cast<uint16_t>(inside_window(column) * 16);
     };
     if constexpr (kOrdered) {
-#pragma unroll 2
+      constexpr int kBytes = kRows * kSlots * 4 * 32;  // of a warp's share of the entries
+      prefetch(reinterpret_cast<const char*>(tile_entries - tid) + warp * kBytes, kBytes);
+#pragma unroll 4
       for (int m = 0; m < kRows; ++m) {
         const uint32_t before = static_cast<uint32_t>(listed_row(m)) * row_words + window_word;
         int64_t entry[kSlots];
@@ -124,7 +111,15 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
           put(tid, m * kSlots + slot, entry[slot] < 0 ? lane & 7 : position[slot] - before);
       }
     } else {  // the lanes of a warp take neighbouring entries, whoever owns them: full lines
-      constexpr int kBatch = 12;
+      if (warp_row < out) {
+        constexpr int64_t kMost = 4096;  // entries to ask for
+        const int64_t last_row = warp_row + 32 * kRows < out ? warp_row + 32 * kRows : out;
+        const int64_t first = __ldg(args.table + warp_row), end = __ldg(args.table + last_row);
+        const int64_t rest = (end < args.nnz ? end : args.nnz) - first, count = rest < kMost ? rest : kMost;
+        if (first >= 0 && count > 0)
+          prefetch(positions + (first << args.long_indices), static_cast<int>(count << (2 + args.long_indices)));
+      }
+      constexpr int kUnits = kRows / kUnit, kBatch = 12;
 #pragma unroll 1
       for (int first = 0; first < kUnits * kSlots; first += kBatch) {
         Span span[kBatch];
