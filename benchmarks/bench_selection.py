@@ -24,7 +24,7 @@ import plots
 import sprand
 import timing
 from peak_memory import ALLOCATOR, MIB, high_water, resident
-from report import RESULTS, command_line, markdown, progress, write_csv, write_markdown
+from report import RESULTS, Row, command_line, end_as_by_ctrl_c, markdown, progress, write_csv, write_markdown
 from sprand.selection.strategies import STRATEGIES
 
 NAIVE = {"naive snip": "snip", "naive fisher": "fisher"}
@@ -69,19 +69,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     methods = ["one pass", *options.methods]
     rows: list[dict[str, object]] = []
-    with progress(len(methods), "selection") as bar:
-        for method in methods:
-            case = Case(
-                method, options.width, options.key_value, options.feed_forward, options.layers, options.dtype, options.device,
-                options.examples, options.tokens, options.batch, options.density, options.bounded_mib * MIB,
-            )  # fmt: skip
-            row = {**asdict(case), "repeats": options.repeats, **middle([measure(case) for _ in range(options.repeats)])}
-            floor = rows[0] if rows else row
-            if not row.get("note") and not floor.get("note"):
-                row |= {"ratio": row["seconds"] / floor["seconds"], "above_mib": row["peak_mib"] - floor["peak_mib"]}
-            rows.append(row)
-            bar.say(f"{method}: " + str(row.get("note") or f"{row['seconds']:.1f} s, peak {row['peak_mib']:.0f} MiB"))
-            bar.advance()
+    end_as_by_ctrl_c()
+    try:
+        with progress(len(methods), "selection") as bar:
+            for method in methods:
+                case = Case(
+                    method, options.width, options.key_value, options.feed_forward, options.layers, options.dtype, options.device,
+                    options.examples, options.tokens, options.batch, options.density, options.bounded_mib * MIB,
+                )  # fmt: skip
+                row = {**asdict(case), "repeats": options.repeats, **middle([measure(case) for _ in range(options.repeats)])}
+                floor = rows[0] if rows else row
+                if not row.get("note") and not floor.get("note"):
+                    row |= {"ratio": row["seconds"] / floor["seconds"], "above_mib": row["peak_mib"] - floor["peak_mib"]}
+                rows.append(row)
+                bar.say(f"{method}: " + str(row.get("note") or f"{row['seconds']:.1f} s, peak {row['peak_mib']:.0f} MiB"))
+                bar.advance()
+    finally:
+        put_down(rows, options, command_line(__file__, sys.argv[1:] if argv is None else argv))
+    return 0
+
+
+def put_down(rows: Sequence[Row], options: argparse.Namespace, command: str) -> None:
+    """Write the rows measured so far."""
+    if not rows:
+        return
     write_csv(options.out / "selection.csv", rows, COLUMNS)
     first = rows[0]
     facts = (
@@ -89,11 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{options.examples} examples of {options.tokens} tokens; "
         f"gradient of the largest layer {first.get('largest_mib', 0):.0f} MiB"
     )
-    write_markdown(
-        options.out / "selection.md", "Choosing entries", command_line(__file__, sys.argv[1:]), [(facts, markdown(rows, TABLE))]
-    )
+    write_markdown(options.out / "selection.md", "Choosing entries", command, [(facts, markdown(rows, TABLE))])
     plots.selection(rows, options.out / "selection.png")
-    return 0
 
 
 def middle(found: Sequence[dict[str, object]]) -> dict[str, object]:

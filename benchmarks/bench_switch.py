@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+
 import torch
 from torch import Tensor, nn
 
 import plots
 import sprand
+import timing
 from methods import DTYPES, PEER_DENSITY, VOCABULARY, Unavailable, build, fresh, linears, matching_rank, targets
-from report import RESULTS, Row, command_line, progress, quantiles, write_csv, write_markdown
+from report import RESULTS, Row, command_line, end_as_by_ctrl_c, progress, quantiles, write_csv, write_markdown
 from report import markdown as table
 from sprand.adapter_file import read
 from sprand.serving import AdapterPool
@@ -60,20 +63,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     command = command_line(__file__, sys.argv[1:] if argv is None else argv)
     rows: list[Row] = []
-    with progress(len(options.widths) * len(options.dtypes), "switching") as bar, tempfile.TemporaryDirectory() as folder:
-        for dtype in options.dtypes:
-            for width in options.widths:
-                rows += measure(options, width, dtype, Path(folder) / f"{width} {dtype}")
-                bar.say(f"{dtype}, {width} wide: done")
-                bar.advance()
+    end_as_by_ctrl_c()
+    try:
+        with progress(len(options.widths) * len(options.dtypes), "switching") as bar, tempfile.TemporaryDirectory() as folder:
+            for dtype in options.dtypes:
+                for width in options.widths:
+                    rows += measure(options, width, dtype, Path(folder) / f"{width} {dtype}")
+                    bar.say(f"{dtype}, {width} wide: done")
+                    bar.advance()
+    finally:
+        put_down(rows, options, command)
+    return 0
+
+
+def put_down(rows: Sequence[Row], options: argparse.Namespace, command: str) -> None:
+    """Write the rows of the models measured so far."""
+    if not rows:
+        return
     write_csv(options.out / "switch.csv", rows, COLUMNS)
     sections = []
     for name in dict.fromkeys(SECTION.format(**row) for row in rows):
         here = [row for row in rows if SECTION.format(**row) == name]
-        sections.append((name, table([row | {"milliseconds": row["seconds"] and 1e3 * row["seconds"]} for row in here], TABLE)))
+        sections.append(
+            (name, table([row | {"milliseconds": 1e3 * row["seconds"] if "seconds" in row else None} for row in here], TABLE))
+        )
     write_markdown(options.out / "switch.md", "Switching between two adapters of a live model", command, sections)
     plots.switching(rows, options.out / "switch.png")
-    return 0
 
 
 def measure(options: argparse.Namespace, width: int, dtype: str, folder: Path) -> list[Row]:
@@ -231,11 +246,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16"])
     parser.add_argument("--tokens", type=int, default=128, help="of the forward that is timed after each switch")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default: results/, or that of the card")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all?")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is visible to torch")
+    options.out = options.out or (RESULTS if options.device == "cpu" else timing.default_out())
     if options.quick:
         options.widths, options.layers, options.tokens, options.repeats, options.dtypes = [64], 1, 8, 3, ["bf16"]
     if min(*options.widths, options.layers, options.tokens, options.repeats) < 1:

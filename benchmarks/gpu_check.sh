@@ -1,23 +1,40 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most ten minutes and without a network: build, GPU tests, compute-sanitizer, measurements.
+# Everything that needs a GPU, in at most 9.5 minutes and without a network: build, GPU tests, compute-sanitizer, measurements.
 #
-#   benchmarks/gpu_check.sh [--no-build] [folder of the results, by default benchmarks/results/gpu-<card>]
+#   benchmarks/gpu_check.sh [--no-build] [--only STEP,STEP...] [folder of the results, by default benchmarks/results/gpu-<card>]
+#   steps: tests sanitizers ops step selection switching
 #
-# A step that fails or runs out of its time does not stop the others; the end says which did, and the exit status is 1 then.
+# A step that fails or runs out of its time does not stop the others; the end says which did, and the exit status is 1 then. A
+# measurement that runs out of its time writes what it has.
 # PYTHON names the interpreter (default: .venv/bin/python, else python3). SPRAND_COMMIT names the commit where .git is missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # one workspace for all streams: a captured product takes the algorithm of the eager one
 
-build=1 out=()
-for argument in "$@"; do
-  case $argument in
+known=" tests sanitizers ops step selection switching " only=$known build=1 out=()
+usage() {
+  echo "gpu_check: $1" >&2
+  sed -n 's/^#   //p' "$0" >&2
+  exit 2
+}
+while (($#)); do
+  case $1 in
     --no-build) build=0 ;;
-    -*) sed -n 's/^#   //p' "$0" >&2; exit 2 ;;
-    *) out=(--out "$argument") ;;
+    --only)
+      only=" ${2:-} " only=${only//,/ }
+      for name in ${only:- }; do
+        if [[ $known != *" $name "* ]]; then usage "expected steps of$known, got $name"; fi
+      done
+      if [[ -z ${only// /} ]]; then usage "expected steps after --only"; fi
+      shift
+      ;;
+    -*) usage "unknown option $1" ;;
+    *) out=(--out "$1") ;;
   esac
+  shift
 done
+chosen() { [[ $only == *" $1 "* ]]; }
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
   if [[ -x .venv/bin/python ]]; then PYTHON=$PWD/.venv/bin/python; fi
@@ -28,7 +45,7 @@ step() { # step "title" seconds command...
   local title=$1 limit=$2 start=$SECONDS status=0
   shift 2
   echo "== $title"
-  timeout -k 5 "$limit" "$@" || status=$?
+  timeout -k 10 "$limit" "$@" || status=$?
   echo "-- $title: $((SECONDS - start)) s"
   if ((status == 0)); then return; fi
   if ((status == 124 || status == 137)); then status="not done after $limit s"; else status="exit status $status"; fi
@@ -57,18 +74,24 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   exit 1
 fi
 side_by_side=$("$PYTHON" -c 'import xdist; print("-n 8 --dist worksteal")' 2>/dev/null)
-if ((build)); then step "Build" 140 "$PYTHON" setup.py -q build_ext --inplace; fi
+if ((build)); then step "Build" 100 "$PYTHON" setup.py -q build_ext --inplace; fi
 loaded='from sprand import native; print(native.problems); assert native.kernel_of("sddmm", "cuda") == "CUDA"'
-step "CUDA kernels are loaded" 30 "$PYTHON" -c "$loaded"
-step "Tests" 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu --durations 5 $side_by_side
-sanitize memcheck 50
-sanitize racecheck 50
-step "Operators" 95 "$PYTHON" benchmarks/gpu/ops.py --budget 75 ${out[@]+"${out[@]}"}
-step "Training step" 75 "$PYTHON" benchmarks/gpu/step.py --budget 55 ${out[@]+"${out[@]}"}
-selection=(--device cuda --llama-8b --methods snip fisher 'snip, bounded' 'naive snip')
-step "Selection" 40 "$PYTHON" benchmarks/bench_selection.py "${selection[@]}" ${out[@]+"${out[@]}"}
-switching=(--device cuda --widths 1024 4096 --layers 2 --dtypes bf16)
-step "Switching" 20 "$PYTHON" benchmarks/bench_switch.py "${switching[@]}" ${out[@]+"${out[@]}"}
+step "CUDA kernels are loaded" 20 "$PYTHON" -c "$loaded"
+if chosen tests; then step "Tests" 110 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu --durations 5 $side_by_side; fi
+if chosen sanitizers; then
+  sanitize memcheck 50
+  sanitize racecheck 50
+fi
+if chosen ops; then step "Operators" 65 "$PYTHON" benchmarks/gpu/ops.py --budget 50 ${out[@]+"${out[@]}"}; fi
+if chosen step; then step "Training step" 75 "$PYTHON" benchmarks/gpu/step.py --budget 60 ${out[@]+"${out[@]}"}; fi
+selection=(--device cuda --llama-8b --methods snip 'snip, bounded' 'naive snip')
+if chosen selection; then
+  step "Selection" 50 "$PYTHON" benchmarks/bench_selection.py "${selection[@]}" ${out[@]+"${out[@]}"}
+fi
+switching=(--device cuda --widths 1024 4096 --layers 2 --dtypes bf16 --repeats 10)
+if chosen switching; then
+  step "Switching" 35 "$PYTHON" benchmarks/bench_switch.py "${switching[@]}" ${out[@]+"${out[@]}"}
+fi
 
 if ((${#failed[@]})); then
   echo "FAILED after $SECONDS s:"

@@ -7,6 +7,7 @@ import csv
 import datetime
 import importlib.metadata
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,11 @@ def machine() -> dict[str, str]:
             facts[package] = importlib.metadata.version(package)
     facts["sprand"] = f"{_sprand_version()}, commit {_commit()}"
     return facts
+
+
+def end_as_by_ctrl_c() -> None:
+    """Let `timeout` end a script by a KeyboardInterrupt, so that what was measured until then is written."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -24,6 +24,9 @@ RUN8_DTYPES = (torch.bfloat16, torch.float16)
 SAMPLED_ROWS, SAMPLED_RANKS = 2048, 64  # of a pattern, to judge its bank conflicts
 FEW_CONFLICTS = 1.3  # wavefronts per phase, up to which nothing is gained by ordering
 MOST_PADDING = 8  # slots per entry, beyond which an aligned schedule is out of the question
+CHUNK_ROWS = (
+    128  # a multiple of it starts each chunk: cuBLAS's fast kernels read 16 bytes at once, of rows that start at such an edge
+)
 CHUNK_BYTES = 32 << 20  # of a chunk of the dense gradient, in float32: stays in the L2 of an A100 or later until it is gathered
 
 
@@ -208,8 +211,8 @@ class Rows:
 
 
 def chunk_rows(in_features: int) -> int:
-    """How many rows of a dense gradient make a chunk."""
-    return max(1, CHUNK_BYTES // (4 * in_features))
+    """How many rows of a dense gradient make a chunk: as many times CHUNK_ROWS as CHUNK_BYTES hold, at least once."""
+    return max(1, CHUNK_BYTES // (4 * in_features * CHUNK_ROWS)) * CHUNK_ROWS
 
 
 def _aligned(rows: Rows, variant: Variant, conflicts: float, multiprocessors: int) -> Schedule | None:

@@ -168,6 +168,7 @@ def test_tied_weights_move_together():
 @pytest.mark.parametrize("layer", ["linear", "embedding"])
 def test_no_dense_gradient_is_made(monkeypatch, layer):
     """Candidates come from chunks of rows: of 200 here, at most 10 at a time."""
+    monkeypatch.setattr(schedule, "CHUNK_ROWS", 1)
     monkeypatch.setattr(schedule, "CHUNK_BYTES", 10 * 300 * 4)
     if layer == "linear":
         model, x = nn.Sequential(nn.Linear(300, 200)), torch.randn(6, 300)
@@ -191,6 +192,7 @@ def test_no_dense_gradient_is_made(monkeypatch, layer):
 @pytest.mark.parametrize("size", [1, 2, 5, 1000])
 def test_chunks_do_not_change_the_choice(monkeypatch, size):
     results = []
+    monkeypatch.setattr(schedule, "CHUNK_ROWS", 1)
     for chunk in (size * 4, 1 << 20):
         monkeypatch.setattr(schedule, "CHUNK_BYTES", chunk)
         model = sprand.apply(built(MLP, width=8), density=0.1)

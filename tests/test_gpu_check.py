@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +35,9 @@ def check(tmp_path: Path):
             tool = programs / "compute-sanitizer"
             tool.write_text(f'#!/bin/bash\necho "compute-sanitizer $*" >>"{calls}"\n')
             tool.chmod(0o755)
+        timeout = programs / "timeout"  # after `-k seconds`: the limit, and what is run
+        timeout.write_text(f'#!/bin/bash\necho "limit $3" >>"{calls}"\nshift 3\nexec "$@"\n')
+        timeout.chmod(0o755)
         calls.write_text("")
         environment = {**os.environ, "PYTHON": str(python), "PATH": f"{programs}:/usr/bin:/bin"}
         script = BENCHMARKS / "gpu_check.sh"
@@ -40,6 +45,20 @@ def check(tmp_path: Path):
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 
     return run
+
+
+WORDS = {
+    "tests": "-m pytest -q -p no:cacheprovider -m gpu", "sanitizers": "compute-sanitizer", "ops": "gpu/ops.py",
+    "step": "gpu/step.py", "selection": "bench_selection.py", "switching": "bench_switch.py",
+}  # fmt: skip
+
+
+def steps_of(calls: list[str]) -> list[str]:
+    """The steps that ran, in order."""
+    found = []
+    for call in calls:
+        found += [name for name, word in WORDS.items() if call.startswith(word) or f"benchmarks/{word}" in call]
+    return list(dict.fromkeys(found))
 
 
 def test_every_step_runs_in_order(check):
@@ -52,6 +71,61 @@ def test_every_step_runs_in_order(check):
     )]  # fmt: skip
     assert steps == sorted(steps)
     assert all("--out results-here" in call for call in calls if "benchmarks/gpu/" in call)
+
+
+def test_all_limits_together_leave_a_ten_minute_session_room_to_start_and_end(check):
+    _, _, calls = check(sanitizer=True)
+    limits = [int(call.removeprefix("limit ")) for call in calls if call.startswith("limit ")]
+    assert len(limits) == 9
+    assert sum(limits) <= 9.5 * 60
+
+
+@pytest.mark.parametrize("only", ["tests", "sanitizers", "ops,step", "switching,selection", ",".join(WORDS)])
+def test_steps_can_be_chosen(check, only):
+    code, said, calls = check("--no-build", "--only", only, "results-here", sanitizer=True)
+    assert code == 0 and "All passed" in said
+    assert steps_of(calls) == [name for name in WORDS if name in only.split(",")]
+    assert all("--out results-here" in call for call in calls if "benchmarks/gpu/" in call)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--only", "ops,speed"], "got speed"),
+        (["--only", "--no-build"], "got --no-build"),
+        (["--only"], "expected steps after --only"),
+    ],
+)
+def test_unknown_steps_are_refused_with_the_usage(check, arguments, message):
+    code, said, calls = check(*arguments)
+    assert code == 2 and not calls
+    assert message in said and "steps: tests sanitizers ops step selection switching" in said
+
+
+@pytest.mark.parametrize("name, table", [("bench_selection", "selection"), ("bench_switch", "switch")])
+def test_what_was_measured_is_written_when_the_time_is_up(name, table, tmp_path, monkeypatch):
+    module, measured = gpu_benchmark(name, monkeypatch), []
+
+    def measure(*arguments):
+        if measured:
+            os.kill(os.getpid(), signal.SIGTERM)  # as `timeout` does
+            time.sleep(5)
+        measured.append(1)
+        if name == "bench_selection":
+            return {"seconds": 1.0, "peak_mib": 2.0, "targets": 3, "chosen": 0, "largest_mib": 1.0}
+        _, width, dtype, _ = arguments
+        return [{"device": "cpu", "width": width, "layers": 1, "dtype": dtype, "method": "pool", "label": "pool", "seconds": 1.0}]
+
+    monkeypatch.setattr(module, "measure", measure)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module.main(["--out", str(tmp_path), *(["--widths", "8", "16"] if name == "bench_switch" else ["--quick"])])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (row,) = read(tmp_path / f"{table}.csv")
+    assert row["seconds"] == "1"
+    assert (tmp_path / f"{table}.md").exists()
 
 
 def test_built_modules_can_be_used(check):
@@ -82,7 +156,7 @@ def test_without_a_gpu_nothing_is_checked(check):
 
 def test_an_unknown_option_is_refused_with_the_usage(check):
     code, said, calls = check("--fast")
-    assert code == 2
+    assert code == 2 and "unknown option --fast" in said
     assert "gpu_check.sh [--no-build]" in said
     assert not calls
 
@@ -137,8 +211,8 @@ def test_the_step_is_set_against_the_frozen_model(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert step.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     rows = {row["method"]: row for row in read(tmp_path / "step.csv")}
-    assert set(rows) == {"frozen", "sprand", "lora", "shira", "full"}
-    assert rows["lora"]["note"] == rows["shira"]["note"] == "not installed: peft"
+    assert set(rows) == {"frozen", "sprand", "lora", "lora-bf16", "shira", "full"}
+    assert all(rows[method]["note"] == "not installed: peft" for method in ("lora", "lora-bf16", "shira"))
     for method in ("sprand", "full"):
         assert float(rows[method]["ratio"]) > 0
         assert float(rows[method]["loss_last"]) < float(rows[method]["loss_first"])
@@ -149,9 +223,10 @@ def test_the_step_is_set_against_the_frozen_model(tmp_path, monkeypatch):
 def test_the_step_with_peft(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     step = gpu_benchmark("step", monkeypatch)
-    assert step.main(["--device", "cpu", "--quick", "--methods", "lora", "shira", "--out", str(tmp_path)]) == 0
+    assert step.main(["--device", "cpu", "--quick", "--methods", "lora", "lora-bf16", "shira", "--out", str(tmp_path)]) == 0
     rows = [row for row in read(tmp_path / "step.csv") if row["method"] != "frozen"]
-    assert [row["note"] for row in rows] == ["", ""]
+    assert [row["note"] for row in rows] == ["", "", ""]
+    assert rows[0]["trained"] == rows[1]["trained"]
     assert all(float(row["loss_last"]) < float(row["loss_first"]) for row in rows)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import PROBLEMS, assert_within, check_sddmm, guarded, make_sddmm, oracle_sddmm_dense, tolerance
+from problems import PROBLEMS, assert_within, check_sddmm, guarded, guards_hold, make_sddmm, oracle_sddmm_dense, tolerance
 from sprand import host, ops, pattern, schedule
 from sprand.schedule import VARIANTS, Limits, Rows, Schedule, Variant, make_schedule
 
@@ -123,6 +123,23 @@ def test_reads_nothing_outside_its_inputs(dtype, emulated):
 
 
 @dtypes
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_table_and_indices_of_nonsense_touch_nothing_outside(dtype, ordered, emulated):
+    out, cols, generator = 300, 72, torch.Generator().manual_seed(5)
+    indices, (grad_output, input) = stratified(out, cols, 900), sides(24, out, cols, dtype)
+    rows = Rows.of(indices, out, cols)
+    variant = next(v for v in VARIANTS[dtype] if v.ordered == ordered and v.unit == 1 and v.slots >= rows.most)
+    made = schedule._ordered(rows, variant, 1) if ordered else aligned_to(variant, indices, out, cols)
+    for low, high in ((-(2**31), 2**31), (-5, 905), (2**31 - 9, 2**31)):
+        table = torch.randint(low, high, made.table.shape, generator=generator).int()
+        wrong = torch.randint(low, high, indices.shape, generator=generator)
+        sums, memory = guarded(torch.zeros(900))
+        for nonsense in (wrong.int(), wrong.long() << 20):
+            emulated.sddmm_add_(sums, grad_output, input, nonsense, table, made.launch)
+            assert guards_hold(memory)
+
+
+@dtypes
 def test_adds_to_earlier_sums(dtype, emulated):
     out, cols = 64, 72
     indices = stratified(out, cols, 300)
@@ -225,9 +242,23 @@ def test_ordering_is_the_same_with_and_without_the_extension(monkeypatch):
 
 @dtypes
 def test_dense_chunks_give_the_same_sums(dtype, monkeypatch):
-    monkeypatch.setattr(schedule, "CHUNK_BYTES", 4 * 72 * 10)  # ten rows
+    monkeypatch.setattr(schedule, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(schedule, "CHUNK_BYTES", 4 * 72 * 11)  # ten rows
     indices = stratified(64, 72, 300)
     made = make_schedule(indices, 64, 72, dtype)
     assert len(made.chunks) == 7
     grad_output, input = sides(33, 64, 72, dtype)
     check_sddmm(ops.sddmm_dense(grad_output, input, indices, made), grad_output, input, indices)
+
+
+@pytest.mark.parametrize("out, cols", [(4096, 14336), (14336, 4096), (300, 8), (130, 1 << 17), (1, 2)])
+def test_chunks_start_where_cublas_reads_fast_and_stay_in_the_cache(out, cols):
+    """A column slice of grad_output that starts at a multiple of 128 is aligned as the whole is; 585 rows a chunk were not."""
+    rows = torch.arange(out, dtype=torch.int64)
+    chunks = Rows.of(rows * cols, out, cols).chunks
+    assert [first for first, *_ in chunks] == [0, *(last for _, last, *_ in chunks[:-1])]
+    assert chunks[-1][1] == out
+    assert all(first % 128 == 0 for first, *_ in chunks)
+    assert all(4 * cols * (last - first) <= 32 << 20 or last - first <= 128 for first, last, *_ in chunks)
+    assert len(chunks) <= 1 + out * cols * 4 // (16 << 20) or cols > 1 << 16  # and no smaller than half of what fits
+    assert all(end - begin == last - first for first, last, begin, end in chunks)

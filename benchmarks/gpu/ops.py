@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from timing import Budget, Call, Clock, default_out, end_as_by_ctrl_c, microseconds, predictions  # isort: skip  (puts benchmarks/ on the path)
+from timing import Budget, Call, Clock, default_out, microseconds, predictions  # isort: skip  (puts benchmarks/ on the path)
 from bench_ops import Problem, contestants, shape_of
 from peers import sampled_addmm, spops
-from report import Row, command_line, markdown, progress, write_csv, write_markdown
+from report import Row, command_line, end_as_by_ctrl_c, markdown, progress, write_csv, write_markdown
 
 LAYOUTS = ("unstructured", "run2", "run4", "run8")
 PARTS = ("cublas", "entries", "adamw", "dtypes", "sddmm", "peers")  # long ones late, for a budget; foreign kernels last

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from blocks import Shape, batch, build
 
-from timing import Budget, Clock, default_out, end_as_by_ctrl_c, microseconds, predictions  # isort: skip  (puts benchmarks/ on the path)
+from timing import Budget, Clock, default_out, microseconds, predictions  # isort: skip  (puts benchmarks/ on the path)
 from ops import LAYOUTS, usable_layouts
-from report import Progress, Row, command_line, markdown, progress, write_csv, write_markdown
+from report import Progress, Row, command_line, end_as_by_ctrl_c, markdown, progress, write_csv, write_markdown
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANK = 16
@@ -110,7 +110,8 @@ def methods(options: argparse.Namespace) -> list[Method]:
         label = f"sprand {100 * PEER_DENSITY:g} %, CUDA graph"
         chosen.append(Method("sprand", label, attach, "unstructured", PEER_DENSITY, graph=True))
     peers = {
-        "lora": Method("lora", f"PEFT LoRA r{LORA_RANK}", attach_lora),
+        "lora": Method("lora", f"PEFT LoRA r{LORA_RANK}, fp32 adapters (PEFT's default)", attach_lora),
+        "lora-bf16": Method("lora-bf16", f"PEFT LoRA r{LORA_RANK}, bf16 adapters", partial(attach_lora, cast=False)),
         "shira": Method("shira", "PEFT SHiRA 1 %", attach_shira, density=PEER_DENSITY),
         "full": Method("full", "full, fused AdamW", attach_full),
     }
@@ -130,11 +131,12 @@ def attach_sprand(model: nn.Module, density: float, layout: str) -> tuple[nn.Mod
     return model, sprand.SparseAdamW(model, lr=LEARNING_RATE)
 
 
-def attach_lora(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """PEFT LoRA on all linears, with PEFT's defaults (its weights are fp32)."""
+def attach_lora(model: nn.Module, cast: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """PEFT LoRA on all linears, with PEFT's default of fp32 weights on a bf16 model, or, without `cast`, in the model's dtype."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=PROJECTIONS))
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=PROJECTIONS)
+    model = get_peft_model(model, config, autocast_adapter_dtype=cast)
     return model, adamw(model)
 
 
@@ -283,7 +285,7 @@ def put_down(measured: dict[int, list[Row]], options: argparse.Namespace, comman
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    names = ["sprand", "lora", "shira", "full"]
+    names = ["sprand", "lora", "lora-bf16", "shira", "full"]
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to see that it runs, nothing is written")
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -73,11 +72,6 @@ class Clock:
 
     def _seconds(self, start, end) -> float:
         return start.elapsed_time(end) / 1e3 if self.device == "cuda" else end - start
-
-
-def end_as_by_ctrl_c() -> None:
-    """Let `timeout` end a script by a KeyboardInterrupt, so that what was measured until then is written."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class Budget:

@@ -1,57 +1,50 @@
-// What the kernels over the entries of many targets share: four consecutive entries per thread, and the launch of a table.
+// What the kernels over the entries of many targets share: which entries a thread takes, and the launch of a table.
 #pragma once
 #include "kernel.cuh"
 #include "segments.h"
 
 namespace sprand::cuda {
 
-constexpr int kQuad = 4;
-constexpr int kTurns = kChunk / (kQuad * kEntryThreads);  // a block takes its chunk in this many turns
-static_assert(kTurns * kQuad * kEntryThreads == kChunk);
+constexpr int kFour = 4;                                  // entries of a thread at once: four misses in flight
+constexpr int kTurns = kChunk / (kFour * kEntryThreads);  // a block takes its chunk in this many turns
+static_assert(kTurns * kFour * kEntryThreads == kChunk);
 
-// Four consecutive values of what is stored per entry: one access of up to 16 bytes (two for int64).
-template <class V>
-struct alignas(kQuad * sizeof(V)) Quad {
-  V value[kQuad];
-};
-
-template <class V>
-__device__ __forceinline__ bool holds_quads(const V* p) {
-  return (reinterpret_cast<uintptr_t>(p) & (alignof(Quad<V>) - 1)) == 0;
-}
-
-// The first `count` of four values, zero for the rest; nothing behind them is read. `p` may be unaligned: then one by one.
-template <class V>
-__device__ __forceinline__ Quad<V> load_quad(const V* p, int count) {
-  if (count >= kQuad && holds_quads(p)) return *reinterpret_cast<const Quad<V>*>(p);
-  Quad<V> q;
-#pragma unroll
-  for (int k = 0; k < kQuad; ++k) q.value[k] = k < count ? p[k] : V{};
-  return q;
-}
-
-template <class V>
-__device__ __forceinline__ void store_quad(V* p, const Quad<V>& q, int count) {
-  if (count >= kQuad && holds_quads(p)) {
-    *reinterpret_cast<Quad<V>*>(p) = q;
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kQuad; ++k)
-    if (k < count) p[k] = q.value[k];
-}
-
-// The entries of a thread in one turn of its block: the first of them in the segment, and how many (0 to 4) there are.
+// The entries of a thread in one turn of its block. Neighbouring lanes hold neighbouring entries, so that what is stored per
+// entry moves in full lines, and an access of a warp to the weight meets as few lines as 32 neighbours of the pattern lie in.
 struct Turn {
-  int64_t entry;
-  int count;
+  int64_t first, rest;  // entry k is first + k * kEntryThreads, if that is below first + rest
+  __device__ __forceinline__ bool has(int k) const { return k * kEntryThreads < rest; }
 };
 template <class Segment>
 __device__ __forceinline__ Turn turn_of(const Segment& segment, int turn) {
   const int64_t chunk = int64_t{blockIdx.x - segment.first_block} * kChunk;
-  const int64_t entry = chunk + (turn * kEntryThreads + static_cast<int>(threadIdx.x)) * kQuad;
-  const int64_t rest = segment.nnz - entry;
-  return {entry, rest >= kQuad ? kQuad : rest > 0 ? static_cast<int>(rest) : 0};
+  const int64_t first = chunk + turn * kFour * kEntryThreads + static_cast<int>(threadIdx.x);
+  return {first, segment.nnz - first};
+}
+
+template <class V>
+struct Four {
+  V value[kFour];
+};
+
+// The values of a thread's entries; for an entry that it has not, that of the last one: a branch around loads would make each
+// wait for the one before. No segment is empty.
+template <class V>
+__device__ __forceinline__ Four<V> load_four(const V* p, const Turn& turn) {
+  Four<V> four;
+#pragma unroll
+  for (int k = 0; k < kFour; ++k) {
+    const int64_t ahead = k * kEntryThreads;
+    four.value[k] = p[turn.first + (ahead < turn.rest ? ahead : turn.rest - 1)];
+  }
+  return four;
+}
+
+template <class V>
+__device__ __forceinline__ void store_four(V* p, const Four<V>& four, const Turn& turn) {
+#pragma unroll
+  for (int k = 0; k < kFour; ++k)
+    if (turn.has(k)) p[turn.first + k * kEntryThreads] = four.value[k];
 }
 
 template <int kCapacity, class Segment, class F>

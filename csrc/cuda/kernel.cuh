@@ -58,6 +58,28 @@ __device__ __forceinline__ bool inside(I position, int64_t numel) {
   return static_cast<uint64_t>(static_cast<int64_t>(position)) < static_cast<uint64_t>(numel);
 }
 
+// Makes the compiler forget what it knows of `value`, so that what follows from it does not stay in registers around the loop.
+__device__ __forceinline__ void forget(uint32_t& value) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(value));
+#endif
+}
+
+// Asks for `bytes` from `from` on, which will be read soon, to be brought into L2; called by all lanes of a warp. A hint: no
+// result depends on it, and nothing outside of these bytes is asked for.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* from, [[maybe_unused]] int bytes) {
+#if defined(__CUDA_ARCH__)
+  const size_t begin = __cvta_generic_to_global(from);
+#if __CUDA_ARCH__ >= 900  // one instruction of the copy engine, in granules of 16 bytes
+  const size_t first = (begin + 15) & ~size_t{15}, last = (begin + bytes) & ~size_t{15};
+  if (threadIdx.x % 32 == 0 && first < last)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(static_cast<uint32_t>(last - first)));
+#else
+  for (int at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(begin + at));
+#endif
+#endif
+}
+
 // Lets `kernel` have more dynamic shared memory than the 48 KB that need no asking.
 template <class Kernel>
 cudaError_t allow_shared([[maybe_unused]] Kernel* kernel, [[maybe_unused]] size_t bytes) {

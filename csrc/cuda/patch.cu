@@ -14,20 +14,20 @@ __global__ void __launch_bounds__(kEntryThreads) patch_kernel(SPRAND_GRID_CONSTA
   const auto& s = table.segments[segment_of(table, blockIdx.x)];
   T* const weight = static_cast<T*>(s.weight);
 #pragma unroll 1  // a turn's stores may alias the next one's loads: nothing to gain from both at once
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const auto [entry, count] = turn_of(s, turn);
-    const Quad<I> position = load_quad(static_cast<const I*>(s.indices) + entry, count);
-    Quad<T> value = load_quad(static_cast<const T*>(s.base) + entry, count);
+  for (int i = 0; i < kTurns; ++i) {
+    const Turn turn = turn_of(s, i);
+    const Four<I> position = load_four(static_cast<const I*>(s.indices), turn);
+    Four<T> value = load_four(static_cast<const T*>(s.base), turn);
     if (s.delta != nullptr) {
-      const Quad<float> delta = load_quad(s.delta + entry, count);
+      const Four<float> delta = load_four(s.delta, turn);
 #pragma unroll
-      for (int k = 0; k < kQuad; ++k)
+      for (int k = 0; k < kFour; ++k)
         if (changes(delta.value[k], s.scale))
           value.value[k] = from_float<T>(patched(to_float(value.value[k]), delta.value[k], s.scale));
     }
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k)
-      if (k < count && inside(position.value[k], s.numel)) weight[position.value[k]] = value.value[k];
+    for (int k = 0; k < kFour; ++k)
+      if (turn.has(k) && inside(position.value[k], s.numel)) weight[position.value[k]] = value.value[k];
   }
 }
 

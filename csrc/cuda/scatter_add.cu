@@ -14,19 +14,19 @@ __global__ void __launch_bounds__(kEntryThreads) scatter_add_kernel(SPRAND_GRID_
   const auto& s = table.segments[segment_of(table, blockIdx.x)];
   T* const weight = static_cast<T*>(s.weight);
 #pragma unroll 1  // a turn's stores may alias the next one's loads: nothing to gain from both at once
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const auto [entry, count] = turn_of(s, turn);
-    const Quad<I> position = load_quad(static_cast<const I*>(s.indices) + entry, count);
-    const Quad<float> added = load_quad(s.values + entry, count);
-    bool written[kQuad];
-    T value[kQuad] = {};
+  for (int i = 0; i < kTurns; ++i) {
+    const Turn turn = turn_of(s, i);
+    const Four<I> position = load_four(static_cast<const I*>(s.indices), turn);
+    const Four<float> added = load_four(s.values, turn);
+    bool written[kFour];
+    T value[kFour] = {};
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {  // all loads first: four misses at a time
-      written[k] = k < count && changes(added.value[k], s.scale) && inside(position.value[k], s.numel);
+    for (int k = 0; k < kFour; ++k) {  // all loads first: four misses at a time
+      written[k] = turn.has(k) && changes(added.value[k], s.scale) && inside(position.value[k], s.numel);
       if (written[k]) value[k] = weight[position.value[k]];
     }
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k)
+    for (int k = 0; k < kFour; ++k)
       if (written[k]) weight[position.value[k]] = from_float<T>(patched(to_float(value[k]), added.value[k], s.scale));
   }
 }

@@ -16,7 +16,7 @@
 #pragma once
 #include <type_traits>
 
-#include "kernel.cuh"
+#include "granule.cuh"
 #include "sddmm_rows.h"
 
 namespace sprand::cuda {
@@ -30,54 +30,6 @@ struct RowsArgs {
   int64_t tokens, out_features, in_features, nnz, split_tokens;  // tokens: whole granules
   int tiles, ranks, width;
   bool long_indices, accumulate;
-};
-
-// How 16 bytes hold the tokens of one column, and how a pair of neighbouring elements is loaded and split.
-template <class E>
-struct Granule {  // 16-bit elements
-  static constexpr int kTokens = 8;
-  using Pair = uint32_t;
-  using One = uint16_t;
-  static __device__ __forceinline__ uint4 first(const Pair* s) {
-    return {__byte_perm(s[0], s[1], 0x5410), __byte_perm(s[2], s[3], 0x5410), __byte_perm(s[4], s[5], 0x5410),
-            __byte_perm(s[6], s[7], 0x5410)};
-  }
-  static __device__ __forceinline__ uint4 second(const Pair* s) {
-    return {__byte_perm(s[0], s[1], 0x7632), __byte_perm(s[2], s[3], 0x7632), __byte_perm(s[4], s[5], 0x7632),
-            __byte_perm(s[6], s[7], 0x7632)};
-  }
-  static __device__ __forceinline__ float low(uint32_t w) {
-    if constexpr (std::is_same_v<E, __nv_bfloat16>)
-      return __uint_as_float(w << 16);
-    else
-      return __half2float(__ushort_as_half(static_cast<uint16_t>(w)));
-  }
-  static __device__ __forceinline__ float high(uint32_t w) {
-    if constexpr (std::is_same_v<E, __nv_bfloat16>)
-      return __uint_as_float(w & 0xFFFF0000u);
-    else
-      return __half2float(__ushort_as_half(static_cast<uint16_t>(w >> 16)));
-  }
-  static __device__ __forceinline__ float value(One x) { return low(x); }
-  static __device__ __forceinline__ float value(Pair x, bool odd) { return odd ? high(x) : low(x); }
-  static __device__ __forceinline__ void unpack(uint4 v, float* x) {
-    x[0] = low(v.x), x[1] = high(v.x), x[2] = low(v.y), x[3] = high(v.y);
-    x[4] = low(v.z), x[5] = high(v.z), x[6] = low(v.w), x[7] = high(v.w);
-  }
-};
-
-template <>
-struct Granule<float> {
-  static constexpr int kTokens = 4;
-  using Pair = uint2;
-  using One = uint32_t;
-  static __device__ __forceinline__ uint4 first(const Pair* s) { return {s[0].x, s[1].x, s[2].x, s[3].x}; }
-  static __device__ __forceinline__ uint4 second(const Pair* s) { return {s[0].y, s[1].y, s[2].y, s[3].y}; }
-  static __device__ __forceinline__ float value(One x) { return __uint_as_float(x); }
-  static __device__ __forceinline__ float value(Pair x, bool odd) { return __uint_as_float(odd ? x.y : x.x); }
-  static __device__ __forceinline__ void unpack(uint4 v, float* x) {
-    x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y), x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
-  }
 };
 
 template <class E, int kThreads, int kRows, int kSlots, int kColumns, int kUnit, bool kOrdered>
@@ -102,50 +54,94 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
   // Held inside the input for any table, and even, as loads of pairs need it.
   const int64_t wanted_column = window_begin[kOrdered ? block : window], last_column = in - args.width;
   const int64_t first_column = (wanted_column < 0 ? 0 : wanted_column < last_column ? wanted_column : last_column) & ~int64_t{1};
+  // Words of 32 bits: of a 64-bit index the lower half, which tells the column as well.
+  const uint32_t* const positions = static_cast<const uint32_t*>(args.indices);
+  const auto position_of = [&](int64_t entry) -> uint32_t { return __ldg(positions + (entry << args.long_indices)); };
+  const auto inside_window = [&](uint32_t column) -> uint32_t { return column < static_cast<uint32_t>(args.width) ? column : 0; };
+  const uint32_t row_words = static_cast<uint32_t>(in), window_word = static_cast<uint32_t>(first_column);
+
+  // Aligned: the rows of a warp follow each other, kGroup to a lane, in blocks of 32 * kGroup.
+  const int64_t warp_row = lane_row - kGroup * lane;
+  const auto row_of = [&](int m) -> int64_t { return lane_row + 32 * kGroup * (m / kGroup) + m % kGroup; };
+  // The entries of a row that this window serves.
+  struct Span {
+    int first, count;
+  };
+  const auto span_of = [&](int64_t row) -> Span {
+    const int64_t held = row < out ? row : out - 1;
+    const int64_t first = __ldg(args.table + held) + int64_t{window} * args.ranks, end = __ldg(args.table + held + 1);
+    const int64_t last = end < args.nnz ? end : args.nnz, most = args.ranks < kSlots ? args.ranks : kSlots;
+    const int64_t count = last - first < most ? last - first : most;
+    return {static_cast<int>(first), row < out && first >= 0 && count > 0 ? static_cast<int>(count) : 0};
+  };
+  // Ordered: the table tells the row of each m and the entry of each slot of a lane.
   const int32_t* const tile_rows = args.table + args.tiles + int64_t{block} * kRows * kThreads + tid;
   const int32_t* const tile_entries =
       args.table + args.tiles + int64_t{args.tiles} * kRows * kThreads + int64_t{block} * kRows * kSlots * kThreads + tid;
-
-  const auto row_of = [&](int m) -> int64_t {
-    if constexpr (kOrdered) {
-      const int64_t row = tile_rows[m * kThreads];
-      return row < out ? row : -1;
-    } else {
-      const int64_t row = lane_row + 32 * kGroup * (m / kGroup) + m % kGroup;
-      return row < out ? row : -1;
-    }
+  // Both are read again when they are needed again: no register holds them meanwhile.
+  const auto listed_row = [&](int m) -> int64_t {
+    const int64_t row = tile_rows[m * kThreads];
+    return row < 0 ? 0 : row < out ? row : out - 1;
   };
-  // The entry of a slot, or -1.
-  const auto entry_of = [&](int m, int slot, int64_t row) -> int64_t {
-    if (row < 0) return -1;
-    int64_t entry;
-    if constexpr (kOrdered) {
-      entry = tile_entries[(m * kSlots + slot) * kThreads];
-    } else {
-      entry = args.table[row] + int64_t{window} * args.ranks + slot;
-      if (slot >= args.ranks || entry >= args.table[row + 1]) entry = -1;
-    }
+  const auto listed_entry = [&](int m, int slot) -> int64_t {  // or -1
+    const int64_t entry = tile_entries[(m * kSlots + slot) * kThreads];
     return entry < args.nnz ? entry : -1;
   };
 
-  const auto position_of = [&](int64_t entry) -> int64_t {
-    return args.long_indices ? static_cast<const int64_t*>(args.indices)[entry]
-                             : static_cast<const int32_t*>(args.indices)[entry];
-  };
-
+  // The column of each slot, before anything needs it. All loads of a batch come before the first use: they wait together.
   uint16_t* const offsets = reinterpret_cast<uint16_t*>(shared + 2 * kStage);
+  const auto fill_offsets = [&]() {
+    const auto put = [&](int owner, int s, uint32_t column) {
+      offsets[(s / 8 * kThreads + owner) * 8 + s % 8] = static_cast<uint16_t>(inside_window(column) * 16);
+    };
+    if constexpr (kOrdered) {
+      constexpr int kBytes = kRows * kSlots * 4 * 32;  // of a warp's share of the entries
+      prefetch(reinterpret_cast<const char*>(tile_entries - tid) + warp * kBytes, kBytes);
+#pragma unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const uint32_t before = static_cast<uint32_t>(listed_row(m)) * row_words + window_word;
+        int64_t entry[kSlots];
+        uint32_t position[kSlots];
+#pragma unroll
+        for (int slot = 0; slot < kSlots; ++slot) entry[slot] = listed_entry(m, slot);
+#pragma unroll
+        for (int slot = 0; slot < kSlots; ++slot) position[slot] = position_of(entry[slot] < 0 ? 0 : entry[slot]);
+#pragma unroll
+        for (int slot = 0; slot < kSlots; ++slot)
+          put(tid, m * kSlots + slot, entry[slot] < 0 ? lane & 7 : position[slot] - before);
+      }
+    } else {  // the lanes of a warp take neighbouring entries, whoever owns them: full lines
+      if (warp_row < out) {
+        constexpr int64_t kMost = 4096;  // entries to ask for
+        const int64_t last_row = warp_row + 32 * kRows < out ? warp_row + 32 * kRows : out;
+        const int64_t first = __ldg(args.table + warp_row), end = __ldg(args.table + last_row);
+        const int64_t rest = (end < args.nnz ? end : args.nnz) - first, count = rest < kMost ? rest : kMost;
+        if (first >= 0 && count > 0)
+          prefetch(positions + (first << args.long_indices), static_cast<int>(count << (2 + args.long_indices)));
+      }
+      constexpr int kUnits = kRows / kUnit, kBatch = 12;
 #pragma unroll 1
-  for (int unit = 0; unit < kRows / kUnit; ++unit) {
-    const int64_t row = row_of(unit * kUnit);
-#pragma unroll 1
-    for (int slot = 0; slot < kSlots; ++slot) {
-      const int64_t entry = entry_of(unit * kUnit, slot, row);
-      int64_t column = entry < 0 ? lane & 7 : position_of(entry) - row * in - first_column;
-      if (column < 0 || column >= args.width) column = 0;
-      const int s = unit * kSlots + slot;
-      offsets[(s / 8 * kThreads + tid) * 8 + s % 8] = static_cast<uint16_t>(column * 16);
+      for (int first = 0; first < kUnits * kSlots; first += kBatch) {
+        Span span[kBatch];
+        uint32_t position[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) span[k] = span_of(warp_row + ((first + k) * 32 + lane) / kSlots * kUnit);
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const int slot = ((first + k) * 32 + lane) % kSlots;
+          position[k] = position_of(slot < span[k].count ? span[k].first + slot : 0);
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          if (first + k >= kUnits * kSlots) continue;
+          const int item = (first + k) * 32 + lane, slot = item % kSlots, row = item / kSlots * kUnit;
+          const int owner = row / kGroup % 32, m = row / (32 * kGroup) * kGroup + row % kGroup;
+          const uint32_t before = static_cast<uint32_t>(warp_row + row) * row_words + window_word;
+          put(warp * 32 + owner, m / kUnit * kSlots + slot, slot < span[k].count ? position[k] - before : owner & 7);
+        }
+      }
     }
-  }
+  };
 
   float acc[kRows * kSlots];
 #pragma unroll
@@ -180,49 +176,55 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
     }
   };
 
+  // Of the groups of rows of a lane, so many are in registers before they are multiplied: a whole tile where the sums leave room.
+  // No branch stands around the loads: the compiler would wait for them at its end.
+  constexpr int kGroups = kRows / kGroup, kFew = std::is_same_v<E, __half> ? 4 : 8;  // slots; halves take more registers
+  constexpr int kAhead = kOrdered ? 4 : kGroups <= 2 || kSlots <= kFew ? kGroups : kSlots <= 8 ? 2 : 1;
+  static_assert(kGroups % kAhead == 0);
   using Loaded = std::conditional_t<kGroup == 1, typename G::One, Pair>;
   constexpr int kLoads = kGroup == 1 ? 1 : kGroup / 2;
-  Loaded grads[kTokens][kLoads] = {};
-  const char* grads_tile = reinterpret_cast<const char*>(grad_output + begin * out);  // the tile multiplied now, or the next one
-  const auto load_grads = [&](int group) {
-    const int64_t row = kOrdered ? row_of(group) : lane_row + 32 * kGroup * group;
-    if (row < 0 || row >= out) return;  // what the sums of such a row become is written nowhere
-    uint32_t at = static_cast<uint32_t>(row) * sizeof(E);
+  Loaded grads[kAhead][kTokens][kLoads];
+  const uint32_t last_at = static_cast<uint32_t>(out - kGroup) * sizeof(E);
+  const char* grads_tile = reinterpret_cast<const char*>(grad_output + begin * out);  // the tile multiplied now
+  const auto load_grads = [&](int group, const char* tile) {
+    uint32_t at;
+    if constexpr (kOrdered) {
+      at = static_cast<uint32_t>(listed_row(group)) * sizeof(E);
+    } else {  // what the sums of a row behind the last one become is written nowhere
+      at = static_cast<uint32_t>(lane_row + 32 * kGroup * group) * sizeof(E);
+      at = at < last_at ? at : last_at;
+    }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) grads[t][i] = __ldg(reinterpret_cast<const Loaded*>(grads_tile + at) + i);
+      for (int i = 0; i < kLoads; ++i) grads[group % kAhead][t][i] = __ldg(reinterpret_cast<const Loaded*>(tile + at) + i);
       at += out_bytes;
     }
   };
 
-  const bool idle = !kOrdered && lane_row - kGroup * lane >= out;  // the same for all lanes of a warp
+  const bool idle = !kOrdered && warp_row >= out;  // the same for all lanes of a warp
   const uint4* const packed = reinterpret_cast<const uint4*>(offsets) + tid;
   const auto multiply = [&](const unsigned char* stage, bool more) {
     if (idle) return;
-    uint4 pack;
+    const char* const next_tile = more ? grads_tile + int64_t{kTokens} * out_bytes : grads_tile;
+    uint4 pack = {};
 #pragma unroll
     for (int unit = 0; unit < kRows / kUnit; ++unit) {
       float a[kUnit][kTokens];
 #pragma unroll
       for (int u = 0; u < kUnit; ++u) {
-        const int member = (unit * kUnit + u) % kGroup;
+        const int member = (unit * kUnit + u) % kGroup, held = (unit * kUnit + u) / kGroup % kAhead;
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
           if constexpr (kGroup == 1)
-            a[u][t] = G::value(grads[t][0]);
+            a[u][t] = G::value(grads[held][t][0]);
           else
-            a[u][t] = G::value(grads[t][member / 2], member % 2);
+            a[u][t] = G::value(grads[held][t][member / 2], member % 2);
         }
       }
-      if ((unit + 1) * kUnit % kGroup == 0) {  // the group is used up: bring the next one
-        const int next = (unit + 1) * kUnit / kGroup;
-        if (next < kRows / kGroup) {
-          load_grads(next);
-        } else if (more) {
-          grads_tile += int64_t{kTokens} * out_bytes;
-          load_grads(0);
-        }
+      if ((unit + 1) * kUnit % kGroup == 0) {  // the group is used up: its registers take the one that is kAhead behind it
+        const int next = (unit + 1) * kUnit / kGroup - 1 + kAhead;
+        load_grads(next % kGroups, next < kGroups ? grads_tile : next_tile);
       }
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
@@ -241,13 +243,16 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
         }
       }
     }
+    grads_tile = next_tile;
   };
 
   if (tiles > 0) {
     load_input();
-    store_input(shared);
-    load_grads(0);
+#pragma unroll
+    for (int group = 0; group < kAhead; ++group) load_grads(group, grads_tile);
   }
+  fill_offsets();
+  if (tiles > 0) store_input(shared);
   __syncthreads();
 #pragma unroll 1
   for (int left = tiles; left > 0; left -= 2) {
@@ -263,13 +268,49 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
   }
 
   float* const sums = args.sums + blockIdx.z * args.nnz;
+  const auto add = [&](float before, float sum) { return args.accumulate ? before + sum : sum; };
+  __syncthreads();  // the stages are read no more
+  if constexpr (kOrdered) {
 #pragma unroll
-  for (int m = 0; m < kRows; ++m) {
-    const int64_t row = row_of(m);
+    for (int m = 0; m < kRows; ++m) {
+      int64_t entry[kSlots];
+      float before[kSlots] = {};
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      const int64_t entry = entry_of(m, slot, row);
-      if (entry >= 0) sums[entry] = args.accumulate ? sums[entry] + acc[m * kSlots + slot] : acc[m * kSlots + slot];
+      for (int slot = 0; slot < kSlots; ++slot) entry[slot] = listed_entry(m, slot);
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot)
+        if (args.accumulate && entry[slot] >= 0) before[slot] = sums[entry[slot]];
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot)
+        if (entry[slot] >= 0) sums[entry[slot]] = add(before[slot], acc[m * kSlots + slot]);
+    }
+  } else {  // row by row of each lane, turned so that neighbouring lanes write neighbouring entries
+    constexpr int kStride = kSlots | 1;
+    static_assert(kThreads * kStride * 4 <= 2 * kStage);
+    float* const turned = reinterpret_cast<float*>(shared) + warp * 32 * kStride;
+    Span span[kRows];
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) span[m] = span_of(row_of(m));
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) turned[lane * kStride + slot] = acc[m * kSlots + slot];
+      __syncwarp();
+      float* to[kSlots];
+      float before[kSlots] = {};
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k) {
+        const int owner = (k * 32 + lane) / kSlots, slot = (k * 32 + lane) % kSlots;
+        const int first = __shfl_sync(0xFFFFFFFFu, span[m].first, owner), count = __shfl_sync(0xFFFFFFFFu, span[m].count, owner);
+        to[k] = slot < count ? sums + first + slot : nullptr;
+        if (args.accumulate && to[k] != nullptr) before[k] = *to[k];
+      }
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k) {
+        const int owner = (k * 32 + lane) / kSlots, slot = (k * 32 + lane) % kSlots;
+        if (to[k] != nullptr) *to[k] = add(before[k], turned[owner * kStride + slot]);
+      }
+      __syncwarp();
     }
   }
 }

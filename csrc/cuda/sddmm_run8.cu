@@ -90,13 +90,6 @@ __device__ __forceinline__ void store_pair(unsigned char* half, const uint32_t (
   granules[(first_row + !swapped) ^ turn] = swapped ? even : odd;
 }
 
-// Makes the compiler forget what it knows of `value`, so that what follows from it does not stay in registers around the loop.
-__device__ __forceinline__ void forget(uint32_t& value) {
-#if defined(__CUDACC__)
-  asm volatile("" : "+r"(value));
-#endif
-}
-
 template <class T, int kRows, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
     sddmm_run8_kernel(const uint16_t* __restrict__ grad_output, const uint16_t* __restrict__ input, Run8Problem at) {
@@ -108,7 +101,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int4* units = reinterpret_cast<const int4*>(at.table);
   const int4 unit = __ldg(units + blockIdx.x);
-  const int row_begin = most(unit.x, 0), column_begin = most(unit.y, 0) & ~7, first_tile = most(unit.w, 0);
+  const int row_begin = most(unit.x, 0), column_begin = most(unit.y, 0) & ~7;
+  const int first_tile = most(least(unit.w, at.tiles), 0);
   const int last_tile = most(least(__ldg(units + blockIdx.x + 1).w, at.tiles), 0);
   const int unit_tiles = most(0, least(last_tile - first_tile, kWarps * kTiles));
   const int first = first_tile + unit_tiles * warp / kWarps;
@@ -125,26 +119,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   grad_output += begin * at.out_features + row_begin;
   input += begin * at.in_features + column_begin;
 
-  uint32_t row_of[kTiles / 2] = {};    // byte offsets of this lane's row in tiles 2i and 2i + 1
-  uint32_t group_of[kTiles / 4] = {};  // column groups of tiles 4i .. 4i + 3
-  uint32_t marks = 0;                  // bit i: tile i is in another group than the one before
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    if (i >= count) continue;
-    const uint32_t row = static_cast<uint16_t>(__ldg(rows + 16 * int64_t{first + i} + lane % 16)) % kRows;
-    const uint32_t group = static_cast<uint32_t>(__ldg(groups + first + i)) % (kColumns / 8);
-    row_of[i / 2] |= row * kGranule << 16 * (i % 2);
-    group_of[i / 4] |= group << 8 * (i % 4);
-    if (i == 0 || group != (group_of[(i - 1) / 4] >> 8 * ((i - 1) % 4) & 0xFF)) marks |= 1u << i;
-  }
-  // Its next bits: the turns of the pairs of rows that this thread brings.
-  constexpr int kPairs = kParts > 1 ? kParts / 2 : 1;  // in each half
-#pragma unroll
-  for (int p = 0; p < kPairs; ++p) {
-    const int row = (threadIdx.x + p * kThreads) % (kRows / 2) * 2;
-    if (row < at.rows) marks |= (__ldg(turns + row / kGranule) & 7u) << (kTiles + 3 * p);
-  }
-  float sum[kTiles][4] = {};
   const auto load_input = [&](int token, unsigned char* stage) {
     static_assert(kWarps == kTokens);  // one warp, one token
     const bool there = token + warp < tokens;
@@ -159,6 +133,43 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __pipeline_commit();
   };
+  const auto prefetch_tokens = [&](int token) {
+    uint32_t line = token + warp;
+    forget(line);
+    if (static_cast<int>(line) < tokens) prefetch(grad_output + line * at.out_features, 2 * rows_here);
+  };
+  prefetch_tokens(0);
+  prefetch_tokens(kTokens);
+  if (tokens > 0) load_input(0, memory);
+
+  // All loads of the table come before the first use: they wait together, and beside the first tokens. A tile behind the last is
+  // read as the last, and not used.
+  uint32_t table_row[kTiles], table_group[kTiles];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const int64_t tile = least(first + i, at.tiles - 1);
+    table_row[i] = static_cast<uint16_t>(__ldg(rows + 16 * tile + lane % 16));
+    table_group[i] = static_cast<uint32_t>(__ldg(groups + tile));
+  }
+  uint32_t row_of[kTiles / 2] = {};    // byte offsets of this lane's row in tiles 2i and 2i + 1
+  uint32_t group_of[kTiles / 4] = {};  // column groups of tiles 4i .. 4i + 3
+  uint32_t marks = 0;                  // bit i: tile i is in another group than the one before
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    if (i >= count) continue;
+    const uint32_t row = table_row[i] % kRows, group = table_group[i] % (kColumns / 8);
+    row_of[i / 2] |= row * kGranule << 16 * (i % 2);
+    group_of[i / 4] |= group << 8 * (i % 4);
+    if (i == 0 || group != (group_of[(i - 1) / 4] >> 8 * ((i - 1) % 4) & 0xFF)) marks |= 1u << i;
+  }
+  // Its next bits: the turns of the pairs of rows that this thread brings.
+  constexpr int kPairs = kParts > 1 ? kParts / 2 : 1;  // in each half
+#pragma unroll
+  for (int p = 0; p < kPairs; ++p) {
+    const int row = (threadIdx.x + p * kThreads) % (kRows / 2) * 2;
+    if (row < at.rows) marks |= (__ldg(turns + row / kGranule) & 7u) << (kTiles + 3 * p);
+  }
+  float sum[kTiles][4] = {};
   uint32_t pair[8];
   const auto load_grad = [&](int token, int part) {
     uint32_t thread = threadIdx.x;
@@ -190,7 +201,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   if (tokens > 0) {
-    load_input(0, memory);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       load_grad(0, part);
@@ -205,6 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (uint32_t& packed : row_of) forget(packed);
     for (uint32_t& packed : group_of) forget(packed);
     forget(marks);
+    prefetch_tokens(next + kTokens);
     if (next < tokens) load_input(next, memory + S::kBytes - stage);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -218,14 +229,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int64_t last_run = at.nnz / 8;
   float* out = at.out + blockIdx.y * at.nnz;
+  uint32_t first_here = first;
+  forget(first_here);  // or what the loads above were addressed by stays in registers around the loop
+  int run[kTiles][2];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
-    if (i >= count) break;
+    const int64_t tile = least(static_cast<int>(first_here) + i, at.tiles - 1);
+#pragma unroll
+    for (int below = 0; below < 2; ++below) run[i][below] = __ldg(runs + 16 * tile + 8 * below + lane / 4);
+  }
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
-      const int64_t run = __ldg(runs + 16 * int64_t{first + i} + 8 * below + lane / 4);
-      if (run < 0 || run >= last_run) continue;
-      *reinterpret_cast<float2*>(out + 8 * run + lane % 4 * 2) = float2{sum[i][2 * below], sum[i][2 * below + 1]};
+      if (i >= count || run[i][below] < 0 || run[i][below] >= last_run) continue;
+      *reinterpret_cast<float2*>(out + 8 * int64_t{run[i][below]} + lane % 4 * 2) =
+          float2{sum[i][2 * below], sum[i][2 * below + 1]};
     }
   }
 }
@@ -236,6 +255,7 @@ __global__ void __launch_bounds__(kEntryThreads)
   const int64_t quad = entry_of_thread();
   if (quad >= quads) return;
   float4 sum = partial[quad];
+#pragma unroll 8
   for (int s = 1; s < splits; ++s) {
     const float4 part = partial[s * quads + quad];
     sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;

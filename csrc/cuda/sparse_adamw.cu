@@ -11,20 +11,20 @@ namespace sprand::cuda {
 namespace {
 
 template <class T, class I, class Table>
-__global__ void __launch_bounds__(kEntryThreads)
+__global__ void __launch_bounds__(kEntryThreads, 4)
     sparse_adamw_kernel(SPRAND_GRID_CONSTANT(Table) table, SPRAND_GRID_CONSTANT(AdamWOptions) options) {
   if (options.found_inf != nullptr && *options.found_inf != 0.f) return;  // the same for every thread
   const AdamWSegment& s = table.segments[segment_of(table, blockIdx.x)];
   T* const weight = static_cast<T*>(s.weight);
   __shared__ AdamW<float> shared;
 #pragma unroll 1  // a turn's stores may alias the next one's loads: nothing to gain from both at once
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const auto [entry, count] = turn_of(s, turn);
-    const Quad<float> grad = load_quad(s.grad + entry, count);
-    Quad<float> delta = load_quad(s.delta + entry, count);
-    Quad<float> m = load_quad(s.exp_avg + entry, count);
-    Quad<float> v = load_quad(s.exp_avg_sq + entry, count);
-    if (turn == 0) {
+  for (int i = 0; i < kTurns; ++i) {
+    const Turn turn = turn_of(s, i);
+    const Four<float> grad = load_four(s.grad, turn);
+    Four<float> delta = load_four<float>(s.delta, turn);
+    Four<float> m = load_four<float>(s.exp_avg, turn);
+    Four<float> v = load_four<float>(s.exp_avg_sq, turn);
+    if (i == 0) {
       if (threadIdx.x == 0) {
         const double lr = options.lr_tensor != nullptr ? double{*options.lr_tensor} : options.lr;
         const double coef = options.grad_coef != nullptr ? double{*options.grad_coef} : 1.0;
@@ -33,18 +33,18 @@ __global__ void __launch_bounds__(kEntryThreads)
       }
       __syncthreads();
     }
-    const Quad<I> position = load_quad(static_cast<const I*>(s.indices) + entry, count);
-    Quad<T> value = load_quad(static_cast<const T*>(s.base) + entry, count);
+    const Four<I> position = load_four(static_cast<const I*>(s.indices), turn);
+    Four<T> value = load_four(static_cast<const T*>(s.base), turn);
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) delta.value[k] = adamw_entry(shared, delta.value[k], grad.value[k], m.value[k], v.value[k]);
-    store_quad(s.exp_avg + entry, m, count);
-    store_quad(s.exp_avg_sq + entry, v, count);
-    store_quad(s.delta + entry, delta, count);
+    for (int k = 0; k < kFour; ++k) delta.value[k] = adamw_entry(shared, delta.value[k], grad.value[k], m.value[k], v.value[k]);
+    store_four(s.exp_avg, m, turn);
+    store_four(s.exp_avg_sq, v, turn);
+    store_four(s.delta, delta, turn);
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
+    for (int k = 0; k < kFour; ++k) {
       if (changes(delta.value[k], s.scale))
         value.value[k] = from_float<T>(patched(to_float(value.value[k]), delta.value[k], s.scale));
-      if (k < count && inside(position.value[k], s.numel)) weight[position.value[k]] = value.value[k];
+      if (turn.has(k) && inside(position.value[k], s.numel)) weight[position.value[k]] = value.value[k];
     }
   }
 }

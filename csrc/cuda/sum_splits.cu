@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kEntryThreads)
   const int64_t entry = entry_of_thread();
   if (entry >= nnz) return;
   float sum = 0.f;
-#pragma unroll 4
+#pragma unroll 16  // the loads of so many splits wait together
   for (int s = 0; s < splits; ++s) sum += partial[s * nnz + entry];
   out[entry] = accumulate ? out[entry] + sum : sum;
 }
