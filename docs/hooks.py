@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages of files outside of docs/ (results, examples, CONTRIBUTING.md, ...), and the texts of `sprand --help`."""
+"""Hooks of mkdocs: pages of files outside of docs/ (results, examples, CONTRIBUTING.md), and the texts of `sprand --help`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = re.compile(r"\]\((?:\.\./)((?:\.\./)*(?:benchmarks/|examples/|SECURITY\.md|CONTRIBUTING\.md|CHANGELOG\.md|CODE_OF_CONDUCT\.md)[^)]*)\)")
+TOP = ("CHANGELOG", "CODE_OF_CONDUCT", "CONTRIBUTING", "SECURITY")
+OUTSIDE = re.compile(rf"\]\((?:\.\./)((?:\.\./)*(?:benchmarks/|examples/|(?:{'|'.join(TOP)})\.md)[^)]*)\)")
 EXAMPLE = re.compile(r"[.]py$")
 HIDDEN = re.compile(r"^<!--- .*?-->\n", re.MULTILINE | re.DOTALL)
 HELP = "<!-- sprand --help -->"
@@ -21,7 +22,7 @@ HELP = "<!-- sprand --help -->"
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what the pages link to, under the path that it has in the repository."""
-    top = [ROOT / f"{name}.md" for name in ("CHANGELOG", "CODE_OF_CONDUCT", "CONTRIBUTING", "SECURITY")]
+    top = [ROOT / f"{name}.md" for name in TOP]
     outside = [*top, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "benchmarks" / "results").rglob("*"))]
     for path in outside:
         if path.suffix in (".md", ".png", ".csv"):

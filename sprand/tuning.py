@@ -150,7 +150,8 @@ def costs(device: torch.device, dtype: torch.dtype) -> Costs:
 
 @functools.cache
 def _costs(card: str, device: torch.device, dtype: torch.dtype) -> Costs:
-    path = cache_folder() / f"sddmm-{re.sub(r'[^A-Za-z0-9]+', '-', card)}-{str(dtype)[6:]}-{__version__}-{torch.__version__}.json"
+    name = f"{re.sub(r'[^A-Za-z0-9]+', '-', card)}-{str(dtype)[6:]}-{__version__}-{torch.__version__}"
+    path = cache_folder() / f"sddmm-costs-{name}.json"
     return read_or_measure(path, lambda: measure(device, dtype))
 
 
