@@ -172,7 +172,7 @@ def merging(file: Path) -> Verdict:
 
 
 def quality(file: Path) -> Verdict:
-    """Random entries against each peer at the same budget, and against all weights; means over the seeds of each one's best rate."""
+    """Random entries against each peer at the same budget, and against all weights: means over the seeds of the best rates."""
     summary = tables.summarize(results.read(file), results.read_rows(file))
     lost, compared = [], 0
     for ours in (row for row in summary if row["method"] == "random"):

@@ -19,8 +19,8 @@ PAGE = RESULTS.parents[1] / "docs" / "benchmarks.md"
 SHOWN = 12
 HEAD = """# Benchmarks
 
-Made by `python benchmarks/page.py` from [benchmarks/results](../benchmarks/results); not edited by hand. What each script does, and
-how to read its numbers: [benchmarks/README.md](../benchmarks/README.md).
+Made by `python benchmarks/page.py` from [benchmarks/results](../benchmarks/results); not edited by hand. What each script does,
+and how to read its numbers: [benchmarks/README.md](../benchmarks/README.md).
 """
 FIRST = """## Where sprand loses
 
@@ -75,7 +75,9 @@ SECTIONS = (
     Result("shira", "SHiRA and Super-Tuning, accelerated", "PEFT's own methods before and after `sprand.peft.accelerate`."),
     Result("wire", "Between ranks", "Bytes of every collective of a step; nothing is timed."),
     Result("combine", "Merging adapters of three tasks", "Accuracy of one merged adapter on each task."),
-    Result("first_look", "Quality, a first look", "Every strategy beside LoRA and all weights.", ((losses.quality, "first_look"),)),
+    Result(
+        "first_look", "Quality, a first look", "Every strategy beside LoRA and all weights.", ((losses.quality, "first_look"),),
+    ),
     Result("suite", "Quality", "Every method at equal counts, and what it forgets.", ((losses.quality, "suite"),)),
     Result("learning_rate", "Learning rates", "The law behind the default rate."),
     Result(
