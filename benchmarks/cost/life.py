@@ -44,6 +44,11 @@ def merge_sprand(model: nn.Module) -> None:
     sprand.merge(model)
 
 
+def save_sparta(model: nn.Module, folder: Path) -> None:
+    folder.mkdir()
+    model.save(str(folder), merged=False)
+
+
 def save_all(model: nn.Module, folder: Path) -> None:
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
@@ -51,7 +56,7 @@ def save_all(model: nn.Module, folder: Path) -> None:
 
 SAVE: dict[str, Callable[[nn.Module, Path], object]] = {
     "sprand": save_sprand,
-    "peft-sparta": lambda model, folder: model.save(str(folder), merged=False),
+    "peft-sparta": save_sparta,
     "full": save_all,
 }
 MERGE: dict[str, Callable[[nn.Module], object]] = {
