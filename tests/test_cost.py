@@ -26,10 +26,9 @@ def test_growth_and_life_are_measured_once(benchmark, tmp_path: Path, monkeypatc
     pytest.importorskip("peft", reason="the peers are PEFT's")
     suite, growth, report = (benchmark(name) for name in ("cost.suite", "cost.growth", "report"))
     asked = ["--quick", "--parts", "growth", "life", "--out", str(tmp_path)]
-    monkeypatch.setattr(growth, "NAMES", ("frozen", "sprand", "lora"))
-    monkeypatch.setattr(
-        growth, "QUICK_VALUES", {**growth.QUICK_VALUES, "width": (64,), "layers": (1,), "tokens": (32,), "length": (16,)}
-    )
+    monkeypatch.setattr(growth, "NAMES", ("frozen", "sprand"))
+    values = {"density": (0.01, 0.1), "tokens": (32,), "length": (16,), "width": (64,), "layers": (1,)}
+    monkeypatch.setattr(growth, "QUICK_VALUES", values)
     assert suite.main(asked) == 0
     rows = report.read_csv(tmp_path / "cost_growth.csv")
     assert {row["axis"] for row in rows} == set(growth.TITLES) and not any(row["note"] for row in rows)
@@ -130,7 +129,7 @@ def test_a_long_run_holds(benchmark, tmp_path: Path) -> None:
     long_run, report = benchmark("long_run"), benchmark("report")
     assert long_run.main(["--steps", "100", "--out", str(tmp_path)]) == 0
     checks = report.read_csv(tmp_path / "long_run_checks.csv")
-    assert {row["passed"] for row in checks} == {"yes"} and len(checks) == 18
+    assert {row["passed"] for row in checks} == {"yes"} and len(checks) == 20
     assert (tmp_path / "long_run.png").read_bytes().startswith(b"\x89PNG")
 
 
