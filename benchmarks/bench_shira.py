@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bench_train_step
-from bench_train_step import MEMORY_COLUMNS, MEMORY_TABLE, TIME_COLUMNS, TIME_TABLE, identity, memory_row, time_case
+from bench_train_step import MEMORY_COLUMNS, MEMORY_TABLE, TIME_COLUMNS, TIME_TABLE, memory_row
 from methods import DTYPES, ON_PEFT, expand
 from report import RESULTS, Row, command_line, progress, write_csv, write_markdown
 from report import markdown as table
+from rounds import Setting, identity, time_methods
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,8 @@ def timed(options: argparse.Namespace, dtype: str, rows: list[Row], sections: li
     """One step of each method in turn, on one model, in one process."""
     total = len(options.methods) * (options.warmup + options.repeats)
     with progress(total, "time") as bar:
-        here = time_case(options, options.width, dtype, bar)
+        setting = Setting(options.width, options.layers, dtype, options.tokens)
+        here = time_methods(setting, expand(options.methods, options.densities, dtype), options.repeats, options.warmup, bar)
     rows += here
     heading = f"Time: {options.width} wide, {options.layers} layers, {dtype}, {options.tokens} tokens: {options.repeats} rounds"
     sections.append((heading, table(here, TIME_TABLE)))

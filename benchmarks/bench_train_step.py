@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import plots
-from methods import DTYPES, METHODS, PEER_DENSITY, Method, Times, Trainer, Unavailable, build, expand, fresh, random_tokens
-from peak_memory import MIB, Case, measure
-from report import RESULTS, Progress, Row, command_line, progress, quantiles, write_csv, write_markdown
+from methods import DTYPES, METHODS, PEER_DENSITY, expand
+from peak_memory import CATEGORIES, MIB, Case, measure
+from report import RESULTS, Row, command_line, progress, write_csv, write_markdown
 from report import markdown as table
+from rounds import Setting, identity, time_methods
 
 TIME_COLUMNS = (
     "width", "layers", "dtype", "tokens", "method", "label", "density", "trained", "seconds", "seconds_p20", "seconds_p80",
@@ -21,7 +20,9 @@ TIME_COLUMNS = (
 )  # fmt: skip
 MEMORY_COLUMNS = (
     "width", "layers", "dtype", "tokens", "checkpointing", "method", "label", "density", "trained", "peak_mib", "above_mib",
-    "saved_above_mib", "state_mib", "bytes_per_weight", "own_bytes_per_weight", "repeats", "note",
+    "saved_above_mib", "state_mib", *(f"{name}_mib" for name in CATEGORIES), "bytes_per_weight",
+    "own_bytes_per_weight", "repeats",
+    "note",
 )  # fmt: skip
 TIME_TABLE = {
     "label": ("method", ""), "trained": ("trained weights", ",d"), "seconds": ("seconds", ".4f"), "seconds_p20": ("p20", ".4f"),
@@ -31,7 +32,8 @@ TIME_TABLE = {
 MEMORY_TABLE = {
     "label": ("method", ""), "trained": ("trained weights", ",d"), "peak_mib": ("peak, MiB", ".1f"),
     "above_mib": ("above frozen, MiB", ".1f"), "saved_above_mib": ("of it saved activations, MiB", ".1f"),
-    "state_mib": ("state, MiB", ".1f"), "bytes_per_weight": ("bytes per trained weight", ".1f"),
+    "state_mib": ("state, MiB", ".1f"), **{f"{name}_mib": (name, ".1f") for name in CATEGORIES},
+    "bytes_per_weight": ("bytes per trained weight", ".1f"),
     "own_bytes_per_weight": ("without saved activations", ".1f"), "note": ("", ""),
 }  # fmt: skip
 
@@ -56,68 +58,14 @@ def report_times(options: argparse.Namespace, command: str) -> None:
     with progress(total, "train step") as bar:
         for width, dtype in cases:
             bar.say(f"{width} wide, {dtype}: {rounds} rounds")
-            here = time_case(options, width, dtype, bar)
+            setting = Setting(width, options.layers, dtype, options.tokens)
+            here = time_methods(setting, expand(options.methods, options.densities, dtype), options.repeats, options.warmup, bar)
             rows += here
             heading = f"{width} wide, {options.layers} layers, {dtype}, {options.tokens} tokens: {options.repeats} rounds"
             sections.append((heading, table(here, TIME_TABLE)))
     write_csv(options.out / "train_step.csv", rows, TIME_COLUMNS)
     write_markdown(options.out / "train_step.md", "Training step: time", command, sections)
     plots.time_ratios(rows, options.out / "train_step.png")
-
-
-def time_case(options: argparse.Namespace, width: int, dtype: str, bar: Progress) -> list[Row]:
-    """All methods on one model, one step each in turn (A B C A B C ...)."""
-    methods = expand(options.methods, options.densities, dtype)
-    facts = {"width": width, "layers": options.layers, "dtype": dtype, "tokens": options.tokens}
-    trainers: dict[str, Trainer] = {}
-    notes: dict[str, str] = {}
-    try:
-        base, tokens = build(width, options.layers, dtype), random_tokens(options.tokens)
-    except Unavailable as error:
-        return [{**facts, **identity(method), "note": str(error)} for method in methods]
-    for method in methods:
-        try:
-            trainers[method.key] = Trainer.of(method, fresh(base), tokens)
-        except Unavailable as error:
-            notes[method.key] = str(error)
-            bar.say(f"{method.label} skipped, {error}")
-    del base
-
-    times: dict[str, list[Times]] = {key: [] for key in trainers}
-    for index in range(options.warmup + options.repeats):
-        gc.collect()
-        for key, trainer in trainers.items():
-            with uninterrupted():
-                taken = trainer.step()
-            if index >= options.warmup:
-                times[key].append(taken)
-            bar.advance()
-
-    floor = [t.total for t in times.get("frozen", [])]
-    rows = []
-    for method in methods:
-        row: dict[str, object] = {**facts, **identity(method), "note": notes.get(method.key)}
-        if method.key in trainers:
-            trainer, taken = trainers[method.key], times[method.key]
-            row |= {"trained": trainer.trained, "repeats": len(taken)}
-            row["seconds"], row["seconds_p20"], row["seconds_p80"] = quantiles([t.total for t in taken])
-            if floor:
-                ratios = [t.total / f for t, f in zip(taken, floor, strict=True)]
-                row["ratio"], row["ratio_p20"], row["ratio_p80"] = quantiles(ratios)
-            row |= {phase: quantiles([getattr(t, phase) for t in taken])[0] for phase in ("forward", "backward", "optimizer")}
-            row |= {"loss_first": trainer.losses[0], "loss_last": trainer.losses[-1]}
-        rows.append(row)
-    return rows
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """No garbage collection of Python's within the block."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def report_memory(options: argparse.Namespace, command: str) -> None:
@@ -150,6 +98,7 @@ def memory_row(found: dict[str, object], before: Sequence[Row]) -> dict[str, obj
     if "reason" in found:
         return {"note": found["reason"]}
     row = {"trained": found["trained"], "peak_mib": found["peak"] / MIB, "state_mib": found["state"] / MIB}
+    row |= {f"{name}_mib": found[name] / MIB for name in CATEGORIES}
     saved = found["saved"]
     row["_saved"] = saved
     floor = next((r for r in before if r["method"] == "frozen" and "peak_mib" in r), None)
@@ -162,10 +111,6 @@ def memory_row(found: dict[str, object], before: Sequence[Row]) -> dict[str, obj
         if saved is not None:
             row["own_bytes_per_weight"] = (row["above_mib"] - row["saved_above_mib"]) * MIB / found["trained"]
     return row
-
-
-def identity(method: Method) -> dict[str, object]:
-    return {"method": method.key, "label": method.label, "density": method.density}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

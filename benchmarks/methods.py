@@ -140,9 +140,9 @@ def build(width: int, layers: int, dtype: str, checkpointing: bool = False) -> n
     return model
 
 
-def random_tokens(tokens: int) -> Tensor:
-    """`[batch, length]` token ids: sequences of 512, or one sequence where there are fewer or it does not divide."""
-    length = 512 if tokens % 512 == 0 else tokens
+def random_tokens(tokens: int, length: int | None = None) -> Tensor:
+    """`[batch, length]` token ids: sequences of `length`; by default of 512, or one where 512 does not divide `tokens`."""
+    length = length or (512 if tokens % 512 == 0 else tokens)
     return torch.randint(0, VOCABULARY, (tokens // length, length), generator=torch.Generator().manual_seed(0))
 
 
@@ -163,6 +163,12 @@ def expand(names: Sequence[str], densities: Sequence[float], dtype: str) -> list
     return methods
 
 
+def at(name: str, density: float) -> Method:
+    """LoRA or SHiRA at the rank whose count is nearest to `density` of the linears."""
+    label, _, attach = PEERS[name]
+    return Method(f"{name}@{density:g}", f"{label} {100 * density:g} %", density, partial(attach, density=density))
+
+
 def attach_frozen(model: nn.Module) -> tuple[nn.Module, None]:
     """Nothing trains: forward, and backward down to the embedding output. The floor of any method."""
     return model.requires_grad_(False), None
@@ -181,21 +187,23 @@ def attach_sprand(model: nn.Module, density: float) -> tuple[nn.Module, torch.op
     return model, sprand.SparseAdamW(model, lr=LEARNING_RATE)
 
 
-def attach_lora(model: nn.Module, autocast: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+def attach_lora(
+    model: nn.Module, autocast: bool = True, density: float = PEER_DENSITY
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """PEFT LoRA at the rank with the nearest count; by PEFT's default its weights are fp32 on a bf16 model."""
     from peft import LoraConfig, get_peft_model
 
-    names, rank = targets(model), matching_rank(model)
+    names, rank = targets(model), matching_rank(model, density)
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names), autocast_adapter_dtype=autocast)
     return model, adamw(model.parameters())
 
 
-def attach_shira(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+def attach_shira(model: nn.Module, density: float = PEER_DENSITY) -> tuple[nn.Module, torch.optim.Optimizer]:
     """PEFT SHiRA with its random mask, which counts in LoRA ranks."""
     from peft import ShiraConfig, get_peft_model
 
     torch.sparse.check_sparse_tensor_invariants.disable()  # the default, said aloud: it warns otherwise
-    config = ShiraConfig(r=matching_rank(model), mask_type="random", random_seed=0, target_modules=targets(model))
+    config = ShiraConfig(r=matching_rank(model, density), mask_type="random", random_seed=0, target_modules=targets(model))
     model = get_peft_model(model, config)
     return model, adamw(model.parameters())
 
@@ -271,8 +279,8 @@ def targets(model: nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in linears(model)})
 
 
-def matching_rank(model: nn.Module) -> int:
-    """The rank at which r * (in + out) over all targets is nearest to `PEER_DENSITY` of their entries."""
+def matching_rank(model: nn.Module, density: float = PEER_DENSITY) -> int:
+    """The rank at which r * (in + out) over all targets is nearest to `density` of their entries."""
     layers = linears(model).values()
     entries = sum(layer.weight.numel() for layer in layers)
-    return max(round(PEER_DENSITY * entries / sum(layer.in_features + layer.out_features for layer in layers)), 1)
+    return max(round(density * entries / sum(layer.in_features + layer.out_features for layer in layers)), 1)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 MIB = 2**20
+CATEGORIES = ("entries", "gradients", "moments", "indices", "base", "other")
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
@@ -38,8 +39,8 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
 
     Returns:
         Medians of `peak` (high-water RSS while training minus RSS with the model loaded), `saved` (bytes that autograd
-        keeps for backward beside the weights; None with checkpointing) and `state` (bytes of what the method adds to the
-        model: entries, indices, gradients, moments), all in bytes; `trained`; or `reason` where it cannot run.
+        keeps for backward beside the weights; None with checkpointing) and `state` (what the method adds to the model and
+        its optimizer), which is the sum of `CATEGORIES`, all in bytes; `trained`; or `reason` where it cannot run.
     """
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
@@ -53,7 +54,7 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
         results.append(json.loads(done.stdout.splitlines()[-1]))
         if "reason" in results[-1]:
             return results[-1]
-    middle = {key: int(statistics.median(r[key] for r in results)) for key in ("peak", "state", "trained")}
+    middle = {key: int(statistics.median(r[key] for r in results)) for key in ("peak", "state", "trained", *CATEGORIES)}
     middle["saved"] = None if case.checkpointing else statistics.median(r["saved"] for r in results)
     return middle
 
@@ -83,13 +84,9 @@ def run(case: Case) -> dict[str, object]:
         for _ in range(case.steps):
             trainer.step()
     saved = saved_bytes(trainer)
-    state = storages(trainer.model, trainer.optimizer)
-    return {
-        "peak": peak[0] - loaded,
-        "saved": saved,
-        "state": sum(size for key, size in state.items() if key not in own),
-        "trained": trainer.trained,
-    }
+    parts = categories(trainer, own)
+    state = sum(parts.values())
+    return {"peak": peak[0] - loaded, "saved": saved, "state": state, "trained": trainer.trained, **parts}
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -129,15 +126,51 @@ def high_water() -> Iterator[list[int]]:
 
 def storages(model, optimizer) -> dict[int, int]:
     """Bytes by address of all storages that parameters, buffers, gradients and optimizer state live in."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in tensors(model, optimizer)}
+
+
+def tensors(model, optimizer):
+    """All tensors of a model and its optimizer, each with its category."""
     import torch
 
-    tensors = []
     for module in model.modules():
-        held = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        tensors += held + [t.grad for t in held if t.is_leaf and t.grad is not None]
+        for tensor in module._parameters.values():
+            if tensor is not None:
+                yield ("entries" if tensor.requires_grad else "other"), tensor
+                if tensor.is_leaf and tensor.grad is not None:
+                    yield "gradients", tensor.grad
+        for name, tensor in (*module._buffers.items(), *held(module)):
+            if tensor is not None:
+                integers = not (tensor.is_floating_point() or tensor.is_complex())
+                yield ("indices" if integers else "base" if "base" in name else "other"), tensor
     if optimizer is not None:
-        tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                if isinstance(tensor, torch.Tensor):
+                    yield "moments", tensor
+
+
+def held(module):
+    """Tensors in attributes of a module, or in dictionaries there, as SHiRA keeps its indices."""
+    import torch
+
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            continue
+        for item in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(item, torch.Tensor) and not item.is_sparse:
+                yield name, item
+
+
+def categories(trainer, own: dict[int, int]) -> dict[str, int]:
+    """Bytes that the method adds to the model, by `CATEGORIES`; `own` are the storages of the model before."""
+    found, seen = dict.fromkeys(CATEGORIES, 0), set(own)
+    for category, tensor in tensors(trainer.model, trainer.optimizer):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            found[category] += storage.nbytes()
+    return found
 
 
 def saved_bytes(trainer) -> int:

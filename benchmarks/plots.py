@@ -188,3 +188,36 @@ def switching(rows: Sequence[Row], path: Path) -> None:
         panel.set_xscale("log")
         panel.set_xlabel("one switch, ms")
     figure_saved(figure, path)
+
+
+def long_run(rows: Sequence[Row], path: Path) -> None:
+    """Loss and resident memory against steps, one line per run."""
+    figure, panels = figure_with(["loss", "memory"], path)
+    if figure is None:
+        return
+    (losses, _), (memory, _) = panels
+    styles = {
+        "sparse": (OURS[2], "-", 1.5),
+        "full": (OURS[1], "-", 4.0),
+        "dense": ("black", "-", 1.2),
+        "again": (THEIRS[2], ":", 1.2),
+    }
+    for key in dict.fromkeys(str(row["run"]) for row in rows):
+        here = [row for row in rows if row["run"] == key]
+        steps = [row["step"] for row in here]
+        color, style, width = styles[key]
+        label = str(here[0]["label"])
+        losses.plot(steps, [row["loss"] for row in here], style, color=color, linewidth=width, label=label)
+        start = here[0]["rss_mib"]
+        memory.plot(steps, [row["rss_mib"] - start for row in here], style, color=color, linewidth=min(width, 2), label=label)
+    losses.axhline(rows[0]["floor"], color="grey", linestyle="--", linewidth=1)
+    losses.annotate(
+        "entropy of the source", (steps[-1], rows[0]["floor"]), (0, 3), textcoords="offset points", ha="right", fontsize=8
+    )
+    losses.set_ylabel("loss, mean of a hundredth of the steps, nats")
+    memory.set_ylabel("RSS over its first look, MiB")
+    for panel in (losses, memory):
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure_saved(figure, path)

@@ -27,7 +27,7 @@ def machine() -> dict[str, str]:
         "CPU": _cpu_model(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "threads": str(torch.get_num_threads()),
-        "instruction set": f"torch {torch.backends.cpu.get_cpu_capability()}, sprand {_sprand_instruction_set()}",
+        "instruction set": instruction_sets(),
         "torch": torch.__version__,
         **_gpu(),
     }
@@ -41,6 +41,13 @@ def machine() -> dict[str, str]:
 def end_as_by_ctrl_c() -> None:
     """Let `timeout` end a script by a KeyboardInterrupt, so that what was measured until then is written."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def instruction_sets() -> str:
+    """What PyTorch's kernels and sprand's use on this CPU."""
+    import torch
+
+    return f"torch {torch.backends.cpu.get_cpu_capability()}, sprand {_sprand_instruction_set()}"
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -58,6 +65,12 @@ def write_csv(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+
+
+def read_csv(path: Path) -> list[dict[str, object]]:
+    """What `write_csv` wrote: numbers as numbers, missing values as None."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: _value(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
 
 
 def markdown(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
@@ -137,6 +150,13 @@ class Progress:
 
 def _cell(value: object) -> object:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _value(cell: str) -> object:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell)
+    return cell or None
 
 
 def _cpu_model() -> str:
