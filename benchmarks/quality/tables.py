@@ -73,7 +73,9 @@ def summarize(done: Results, rows: Rows) -> list[Summary]:
 def write(done: Results, rows: Rows, out: Path, name: str, grid: Grid, command: str) -> None:
     """Write NAME.md and the figures."""
     summary = summarize(done, rows)
-    caption = [f"{len(done)} runs."]
+    known = {(row["task"], row["budget"]) for row in summary}
+    absent = [f"{task} at {100 * budget:g} %" for task, budget in grid.blocks if (task, budget) not in known]
+    caption = [f"{len(done)} runs." + (f" Not run yet: {', '.join(absent)}." if absent else "")]
     caption += [paired.CAPTION] if rows else []
     caption += [OLD] if any(row["old"] for row in summary) else []
     sections = [("", "\n\n".join(caption) + "\n")]
