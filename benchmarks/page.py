@@ -19,8 +19,8 @@ PAGE = RESULTS.parents[1] / "docs" / "benchmarks.md"
 SHOWN = 12
 HEAD = """# Benchmarks
 
-Made by `python benchmarks/page.py` from [benchmarks/results](../benchmarks/results/README.md); not edited by hand. What each script does,
-and how to read its numbers: [benchmarks/README.md](../benchmarks/README.md).
+Made by `python benchmarks/page.py` from [benchmarks/results](../benchmarks/results/README.md); not edited by hand. What each
+script does, and how to read its numbers: [benchmarks/README.md](../benchmarks/README.md).
 """
 FIRST = """## Where sprand loses
 
