@@ -120,9 +120,9 @@ def page(summary: Sequence[Summary], lines: Mapping[str, Sequence[Line]], comman
 
 
 def compared(known: Mapping[tuple, Summary], task: str, budget: float, method: str, reference: str) -> dict[str, object] | None:
-    """A line of a table; None where one of them has not run."""
+    """A line of a table; None where one of them has not run to its end, with all rates and seeds."""
     ours, theirs = known.get((task, budget, method)), known.get((task, budget, reference))
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or min(len(ours["tests"]), len(theirs["tests"])) < len(SUITE.seeds):
         return None
     metric = str(ours["metric"])
     found = paired.difference(ours["rows"], theirs["rows"], metric)

@@ -88,6 +88,8 @@ def write(done: Results, rows: Rows, out: Path, name: str, grid: Grid, command: 
         for row in here:
             also = [name for name, other in SAME_MASK.items() if other == row["method"]]
             row["label"] = " = ".join([str(row["method"]), *also])
+            if row["method"] != "untrained" and len(row["tests"]) < len(grid.seeds):
+                row["note"] = "; ".join(filter(None, [str(row["note"]), "not finished"]))
         amount = f"{100 * budget:g} % of the targeted weights" if budget else "without a budget"
         heading = f"{task}: {amount}, {here[0]['metric']} ({'higher' if higher else 'lower'} is better)"
         columns = {key: value for key, value in TABLE.items() if any(row.get(key) not in (None, "") for row in here)}
