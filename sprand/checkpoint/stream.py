@@ -17,8 +17,10 @@ from torch import Tensor
 from .shards import CHUNK, CODES, Shard, Stored, read_range
 
 FICLONE = 0x40049409  # of Linux: let a file share the blocks of another
-PIECE = 1 << 16  # bytes of a write: of longer ones Linux makes pages of up to 2 MiB, which it must first find or free
+PIECE = 1 << 20  # bytes of a write: for 2 MiB Linux seeks pages of that size, which it may first have to make
+WRITE_OUT = 2  # of Linux's sync_file_range: begin, and do not wait
 Progress = Callable[[int], None]
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 class Change(Protocol):
@@ -80,7 +82,7 @@ def write(
                 for at, content, touched in _changed(source.fileno(), begin, end, change, buffers=2):
                     if under_way is not None:
                         under_way.result()
-                    under_way = writer.submit(write_all, out.fileno(), content, at + shift) if touched or not shared else None
+                    under_way = writer.submit(_put, out.fileno(), content, at + shift) if touched or not shared else None
                     progress(len(content))
                 if under_way is not None:
                     under_way.result()
@@ -167,6 +169,17 @@ def write_all(handle: int, content: memoryview, at: int) -> int:
     return done
 
 
+def _put(handle: int, content: memoryview, at: int) -> None:
+    write_all(handle, content, at)
+    _begin_writeback(handle, at, len(content))
+
+
+def _begin_writeback(handle: int, at: int, count: int) -> None:
+    """Let the disk begin with these bytes while the next ones are made, where the system has a call for it."""
+    if _sync_file_range is not None:
+        _sync_file_range(handle, ctypes.c_int64(at), ctypes.c_int64(count), WRITE_OUT)
+
+
 def _changed(handle: int, begin: int, end: int, change: Change, buffers: int = 1) -> Iterator[tuple[int, memoryview, bool]]:
     """The bytes of a tensor after its change, in parts, and whether each was touched; memory is reused `buffers` parts later."""
     stored = change.stored
@@ -191,10 +204,11 @@ def _copy(source: int, target: int, begin: int, end: int, shift: int, progress: 
             break
         if count == 0:
             break
+        _begin_writeback(target, begin + shift, count)
         begin += count
         progress(count)
     for at, content in read_range(source, bytearray(CHUNK), begin, end):
-        write_all(target, content, at + shift)
+        _put(target, content, at + shift)
         progress(len(content))
 
 
