@@ -30,34 +30,28 @@ class Verdict:
 
 def training_step(file: Path) -> Verdict:
     """Each peer against sprand with as many weights, in the same model."""
-    lost, compared = [], 0
-    for ours, theirs, place in pairs(read_csv(file), ("width", "layers", "dtype", "tokens"), "ratio"):
-        compared += 1
-        if theirs["ratio"] < ours["ratio"]:
-            lost.append(
-                f"{place}: {theirs['label']} {theirs['ratio']:.3f} of the frozen step, {ours['label']} {ours['ratio']:.3f}"
-            )
-    return Verdict("a peer's training step is shorter", lost, compared)
+    keys = ("width", "layers", "dtype", "tokens")
+    return less_is_better(file, keys, "ratio", "a peer's training step is shorter", "{:.3f} of the frozen step")
 
 
 def peak(file: Path) -> Verdict:
-    lost, compared = [], 0
-    for ours, theirs, place in pairs(read_csv(file), ("width", "layers", "dtype", "tokens", "checkpointing"), "above_mib"):
-        compared += 1
-        if theirs["above_mib"] < ours["above_mib"]:
-            mine, other = (f"{row['label']} {row['above_mib']:.1f} MiB" for row in (ours, theirs))
-            lost.append(f"{place}: {other} above the frozen model's peak, {mine}")
-    return Verdict("a peer needs less memory", lost, compared)
+    keys = ("width", "layers", "dtype", "tokens", "checkpointing")
+    return less_is_better(file, keys, "above_mib", "a peer needs less memory", "{:.1f} MiB above the frozen model's peak")
 
 
 def growth(file: Path) -> Verdict:
+    return less_is_better(file, ("axis", "x"), "seconds", "a peer's training step is shorter", "{:.3f} s")
+
+
+def less_is_better(file: Path, keys: Sequence[str], quantity: str, what: str, shown: str) -> Verdict:
+    """Each peer against sprand where `keys` are equal: lost is what has less of a quantity, shown by a format."""
     lost, compared = [], 0
-    for ours, theirs, place in pairs(read_csv(file), ("axis", "x"), "seconds"):
+    for ours, theirs, place in pairs(read_csv(file), keys, quantity):
         compared += 1
-        if theirs["seconds"] < ours["seconds"]:
-            mine, other = (f"{row['label']} {1e3 * row['seconds']:.1f} ms" for row in (ours, theirs))
+        if theirs[quantity] < ours[quantity]:
+            mine, other = (f"{row['label']} {shown.format(row[quantity])}" for row in (ours, theirs))
             lost.append(f"{place}: {other}, {mine}")
-    return Verdict("a peer's training step is shorter", lost, compared)
+    return Verdict(what, lost, compared)
 
 
 def life(file: Path) -> Verdict:

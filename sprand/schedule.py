@@ -24,9 +24,7 @@ RUN8_DTYPES = (torch.bfloat16, torch.float16)
 SAMPLED_ROWS, SAMPLED_RANKS = 2048, 64  # of a pattern, to judge its bank conflicts
 FEW_CONFLICTS = 1.3  # wavefronts per phase, up to which nothing is gained by ordering
 MOST_PADDING = 8  # slots per entry, beyond which an aligned schedule is out of the question
-CHUNK_ROWS = (
-    128  # a multiple of it starts each chunk: cuBLAS's fast kernels read 16 bytes at once, of rows that start at such an edge
-)
+CHUNK_ROWS = 128  # a multiple of it starts each chunk: cuBLAS's fast kernels read 16 bytes at once, from such edges
 CHUNK_BYTES = 32 << 20  # of a chunk of the dense gradient, in float32: stays in the L2 of an A100 or later until it is gathered
 
 
