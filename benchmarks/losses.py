@@ -40,7 +40,7 @@ def peak(file: Path) -> Verdict:
 
 
 def growth(file: Path) -> Verdict:
-    return less_is_better(file, ("axis", "x"), "seconds", "a peer's training step is shorter", "{:.3f} s")
+    return less_is_better(file, ("axis", "x"), "seconds", "a peer's training step is shorter", "{:.4f} s")
 
 
 def less_is_better(file: Path, keys: Sequence[str], quantity: str, what: str, shown: str) -> Verdict:
