@@ -361,3 +361,15 @@ def test_metamath_leaves_out_long_rows(
     monkeypatch.setattr(metamath, "batches", lambda rows, *rest: seen.append(len(rows)) or batches(rows, *rest))
     metamath.main([*math_files, "--methods", "random"])
     assert set(seen) == {20}
+
+
+def test_a_task_that_confirms_is_run_with_few_methods_and_with_any_that_is_asked_for(quality: None) -> None:
+    from quality.grids import SUITE
+
+    planned = list(SUITE.cells(list(SUITE.tasks)))
+    assert len(planned) == len(set(planned))
+    at_one = {task: {method for other, method, budget in planned if (other, budget) == (task, 0.01)} for task in SUITE.tasks}
+    assert {"random", "lora", "gradient"} < at_one["subj"] < at_one["shakespeare"] < set(SUITE.methods)
+    assert ("subj", "snip", 0.003) not in planned
+    assert ("subj", "snip", 0.003) in list(SUITE.cells(["subj"], ["snip"], [0.003]))
+    assert {("subj", "untrained", None), ("subj", "full", None)} < set(SUITE.cells(["subj"], None, [0.003]))

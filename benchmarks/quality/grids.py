@@ -30,6 +30,7 @@ class Grid:
         tasks: by name.
         methods: those that are run at every budget, and of `BUDGETLESS` those that are run once per task.
         blocks: task and budget of the cells, most wanted first; those without a budget follow the first block of a task.
+        confirms: for a task that only confirms what another found, the methods that are run on it unless others are asked for.
         rates: the learning rates of a cell, rising.
         extend: whether one more rate is tried where the best is at an edge.
         seeds: the first tries the rates; the others repeat the best.
@@ -45,20 +46,29 @@ class Grid:
     extend: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     many_budgets: bool = False
+    confirms: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     own_options: dict[tuple[str, str], dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-    def cells(self, tasks: Sequence[str], methods: Sequence[str], budgets: Sequence[float]) -> Iterator[Cell]:
-        """Task, method and budget of everything that is run, most wanted first."""
+    def cells(
+        self, tasks: Sequence[str], methods: Sequence[str] | None = None, budgets: Sequence[float] | None = None
+    ) -> Iterator[Cell]:
+        """Task, method and budget of everything that is run, most wanted first.
+
+        Args:
+            tasks: by name.
+            methods: None for those that the grid plans for each task.
+            budgets: None for those that the grid plans for each task.
+        """
+        blocks = [block for block in self.blocks if block[0] in tasks and (budgets is None or block[1] in budgets)]
+        blocks += [(task, budget) for task in tasks for budget in budgets or () if (task, budget) not in blocks]
         seen = set()
-        for task, budget in self.blocks:
-            if task not in tasks:
-                continue
+        for task, budget in blocks:
+            wanted = methods or self.confirms.get(task, self.methods)
             if task not in seen:
                 yield task, "untrained", None
-            if budget in budgets:
-                yield from ((task, method, budget) for method in methods if method not in BUDGETLESS)
+            yield from ((task, method, budget) for method in wanted if method not in BUDGETLESS)
             if task not in seen:
-                yield from ((task, method, None) for method in methods if method in BUDGETLESS[1:])
+                yield from ((task, method, None) for method in wanted if method in BUDGETLESS[1:])
             seen.add(task)
 
 
@@ -134,6 +144,7 @@ FIRST_LOOK = Grid(
     },
 )  # fmt: skip
 
+CONFIRMING = ("random", "lora", "gradient", "run8", "shira", "peft-sparta", "full", "head")
 SUITE = Grid(
     title="Quality at equal trained counts",
     tasks={
@@ -149,11 +160,10 @@ SUITE = Grid(
         *(*VARIANTS, "full", "head"),
     ),
     blocks=(
-        ("shakespeare", 0.01), ("shakespeare", 0.001), ("shakespeare", 0.05), ("sst2", 0.01), ("qnli", 0.01),
-        ("shakespeare", 0.003), ("shakespeare", 0.0003), ("subj", 0.01), ("sst2", 0.001), ("qnli", 0.001), ("subj", 0.001),
-        ("sst2", 0.05), ("sst2", 0.003), ("sst2", 0.0003), ("qnli", 0.05), ("qnli", 0.003), ("qnli", 0.0003),
-        ("subj", 0.05), ("subj", 0.003), ("subj", 0.0003),
+        ("shakespeare", 0.01), ("shakespeare", 0.001), ("shakespeare", 0.05), ("sst2", 0.01), ("subj", 0.01), ("qnli", 0.01),
+        ("shakespeare", 0.003), ("shakespeare", 0.0003), ("sst2", 0.001), ("subj", 0.001), ("qnli", 0.001),
     ),
+    confirms=dict.fromkeys(("sst2", "subj", "qnli"), CONFIRMING),
     rates=suite_rates,
     extend=True,
     many_budgets=True,

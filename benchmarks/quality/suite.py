@@ -114,8 +114,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", nargs="?", choices=(*GRIDS, "own"), default="suite")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all of the grid")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all of the grid")
-    parser.add_argument("--budgets", nargs="+", type=float, help="fractions of the targeted weights (default: all of the grid)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: those that the grid plans for each task")
+    parser.add_argument("--budgets", nargs="+", type=float, help="fractions of the targeted weights (default: as planned)")
     parser.add_argument("--seeds", nargs="+", type=int, help="the first tries the rates (default: those of the grid)")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each (default 2)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default cpu)")
@@ -147,11 +147,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "methods": grid.methods,
         "budgets": tuple(dict.fromkeys(budget for _, budget in grid.blocks)),
     }.items():
-        asked = getattr(options, name) or list(known)
-        unknown = [value for value in asked if value not in known]
+        unknown = [value for value in getattr(options, name) or () if value not in known]
         if unknown:
             parser.error(f"--{name}: expected some of {', '.join(map(str, known))}, got {unknown[0]}")
-        setattr(options, name, asked)
+    options.tasks = options.tasks or list(grid.tasks)
     options.seeds = options.seeds or list(grid.seeds)
     if options.grid in GRIDS and not (options.shared / "data").is_dir() and not options.tables:
         parser.error(f"expected a folder with data/ and models/ at {options.shared}; give --shared")
