@@ -9,8 +9,8 @@ from . import require
 SHELLS = ("bash", "zsh", "fish")
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add the command and its options."""
+def add(commands: argparse._SubParsersAction, whole: argparse.ArgumentParser) -> None:
+    """Add the command and its options; what it completes is the whole parser, with every command."""
     parser = commands.add_parser(
         "completion",
         help="print what makes a shell complete sprand's commands and options",
@@ -23,21 +23,18 @@ def add(commands: argparse._SubParsersAction) -> None:
         """,
     )
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or fish")
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=lambda options: run(whole, options.shell))
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print it.
+def run(parser: argparse.ArgumentParser, shell: str) -> int:
+    """Print the completion of a parser.
 
     Raises:
         CliError: shtab is not installed.
     """
     shtab = require("shtab")
-    from .main import build_parser
-
-    parser = build_parser()
     complete_files(parser, shtab)
-    print(shtab.complete(parser, options.shell))
+    print(shtab.complete(parser, shell))
     return 0
 
 

@@ -20,7 +20,7 @@ from ..version import __version__
 from . import CliError, Stopped, combine, completion, diff, export, inspect, merge, plan
 from .parser import Parser
 
-OTHERS = (merge, combine, diff, inspect, plan, export, completion)  # each with its options in a module of its own
+OTHERS = (merge, combine, diff, inspect, plan, export)  # each with its options in a module of its own
 EXIT_CODES = """exit codes:
   0    done
   1    the work failed: training diverged, a disk is full, a proof or self test does not hold
@@ -172,6 +172,7 @@ def build_parser(brief: bool = False) -> Parser:
     _add_selected(select)
     for command in OTHERS:
         command.add(commands)
+    completion.add(commands, parser)
     if brief:
         for command in commands.choices.values():
             command.show_brief()
