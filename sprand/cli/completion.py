@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from . import require
 
 SHELLS = ("bash", "zsh", "fish")
 
 
-def add(commands: argparse._SubParsersAction, whole: argparse.ArgumentParser) -> None:
-    """Add the command and its options; what it completes is the whole parser, with every command."""
+def add(commands: argparse._SubParsersAction, build: Callable[[], argparse.ArgumentParser]) -> None:
+    """Add the command and its options; `build` makes the parser that it completes, with every command and every option."""
     parser = commands.add_parser(
         "completion",
         help="print what makes a shell complete sprand's commands and options",
@@ -23,7 +24,7 @@ def add(commands: argparse._SubParsersAction, whole: argparse.ArgumentParser) ->
         """,
     )
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or fish")
-    parser.set_defaults(command=lambda options: run(whole, options.shell))
+    parser.set_defaults(command=lambda options: run(build(), options.shell))
 
 
 def run(parser: argparse.ArgumentParser, shell: str) -> int:

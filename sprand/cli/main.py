@@ -172,7 +172,7 @@ def build_parser(brief: bool = False) -> Parser:
     _add_selected(select)
     for command in OTHERS:
         command.add(commands)
-    completion.add(commands, parser)
+    completion.add(commands, build_parser)
     if brief:
         for command in commands.choices.values():
             command.show_brief()
