@@ -99,6 +99,8 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> tuple[Outcom
             return line | {"metric": task.metric, "dev": worst, "test": worst, "note": note}, torch.zeros(0)
         losses = [step["loss"] for step in outcome.history if "loss" in step]
         measured, rows = measures(method.model, held_out, settings, device)
+        if run.method in variants.MOVING:
+            line["note"] = f"{variants.changed(method.model):,} weights changed in all"
         line |= {
             "train_loss": sum(losses[-10:]) / len(losses[-10:]),
             "steps": outcome.steps,

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 import sprand
 from quality import peers
+from sprand.adapter import attached
 from sprand.cli import methods, tasks
 from sprand.cli.models import head_names
 from sprand.cli.settings import Settings
+from sprand.model import state_of
 
 LAYERS = {"random-vo": ("v", "o"), "random-qv": ("q", "v")}
 CHANGES = 8  # of a moving mask, over a run
@@ -59,6 +61,12 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
         mask = sprand.DynamicMask(model, method.optimizer, mode="recompute", strategy=again, **moving)
     method.optimizer.register_step_post_hook(lambda *_: mask.step())
     return method
+
+
+def changed(model: nn.Module) -> int:
+    """How many weights of a model differ from its base or may: those that train now, and those that a moving mask left behind."""
+    now = sum(module.sparse_entries(p).delta.numel() for _, module, p in attached(model))
+    return now + sum(frozen.indices.numel() for frozen in state_of(model).current.frozen.values())
 
 
 def chosen_again(
