@@ -53,7 +53,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model has no trained entries, or a value is not finite.
+        ValueError: the model has no trained entries, a value is not finite, or the path is that of a file.
         OSError: the folder cannot be written; an adapter that was there is untouched.
     """
     state = state_of(model)

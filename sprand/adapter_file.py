@@ -56,8 +56,11 @@ def store(
         The folder.
 
     Raises:
+        ValueError: the path is that of a file.
         OSError: the folder cannot be written; an adapter that was there is untouched.
     """
+    if Path(path).is_file() or Path(path).suffix == ".safetensors":
+        raise ValueError(f"an adapter is a folder, and {path} is the name of a file; give a folder, which is made where none is")
     tensors = {**tensors, **{f"saved.{name}": value for name, value in heads.items()}}
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     description = {

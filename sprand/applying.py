@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -182,6 +183,10 @@ def taken_by(model: nn.Module, disjoint: Disjoint) -> list[tuple[str, dict[str, 
 def _config_of(config: SparseConfig | None, fields: Mapping[str, Any]) -> SparseConfig:
     if config is not None and fields:
         raise ValueError(f"give a config or its fields, not both (got a config and {', '.join(fields)})")
+    known = {field.name for field in dataclasses.fields(SparseConfig)}
+    for name in fields.keys() - known:
+        hint = "; a rank of LoRA is a budget here: r * (in + out) entries for each weight" if name in ("r", "rank") else ""
+        raise TypeError(f"no option is called {name!r}; expected fields of SparseConfig, {', '.join(sorted(known))}{hint}")
     return config or SparseConfig(**fields)
 
 

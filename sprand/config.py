@@ -218,5 +218,6 @@ class SparseConfig:
 
 def _fraction(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or not 0 < value <= 1:
-        raise ValueError(f"{name}: expected a fraction in (0, 1], got {value!r}")
+        hint = "; write 0.01 for 1 %" if isinstance(value, str) else ""
+        raise ValueError(f"{name}: expected a fraction in (0, 1], got {value!r}{hint}")
     return float(value)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import ops, pattern, sharding
+from . import ops, optimizer_order, pattern, sharding
 from .combining import SUM, Origin, Part, Rule, combined, content_checksum, record, shared_counts
 from .config import SparseConfig
 from .frozen import Frozen
@@ -76,6 +76,7 @@ def install(model: nn.Module, state: State, name: str, adapter: Adapter, places:
             module.activation_relu_or_gelu = 0
     model._sprand = state
     _attach(model, adapter, places)
+    optimizer_order.watch(model)
 
 
 def _attach(model: nn.Module, adapter: Adapter, places: Mapping[str, Place]) -> None:

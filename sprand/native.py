@@ -11,7 +11,7 @@ import torch
 from . import ops
 
 REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
-HOW_TO = f"install a C++ compiler, then run: {REINSTALL}"
+HOW_TO = f"install a C++ compiler, then run in sprand's source folder: {REINSTALL}"
 
 _KERNELS = {"cpu": ("CPU", "C++"), "cuda": ("CUDA", "CUDA")}
 
@@ -65,5 +65,5 @@ def warn_if_slow() -> None:
     """Say, once per process, that the compiled CPU kernels are missing and how to get them."""
     if not has_extension():
         warnings.warn(
-            f"sprand runs without its compiled kernels (sprand._C: {problems['_C']}). To train fast, {HOW_TO}", stacklevel=2
+            f"sprand runs without its compiled kernels (sprand._C: {problems['_C']}). To train fast, {HOW_TO}", stacklevel=3
         )

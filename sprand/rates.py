@@ -6,6 +6,7 @@ import math
 
 from torch import nn
 
+from . import sharding
 from .adapter import mask_of
 
 # log10(lr) = A + B log10(density) + C log10(density)^2 + shift at MEASURED_WIDTH; fitted by benchmarks/quality/fit_lr.py
@@ -30,7 +31,7 @@ def suggest_lr(
     what it was fitted to and what it costs against tuned rates; wider than 384 it is an extrapolation.
 
     Args:
-        model: prepared by `sprand.apply`: gives the three that are not given here.
+        model: prepared by `sprand.apply`, or by PEFT with `sprand.peft.SprandConfig`: gives the three that are not given here.
         density: trained entries over entries of the targeted weights, in (0, 1].
         width: the model's hidden size.
         strategy: how the entries were chosen, as in `SparseConfig`; one without a name here counts as "random".
@@ -42,10 +43,10 @@ def suggest_lr(
         ValueError: density and width are neither given nor known by the model, or out of range.
     """
     if model is not None:
-        mask = mask_of(model)
-        density = mask.nnz / sum(math.prod(shape) for shape in mask.shapes.values()) if density is None else density
+        known, chosen = _known_of(model)
+        density = known if density is None else density
         width = width_of(model) if width is None else width
-        strategy = (mask.selection or {}).get("strategy") if strategy is None else strategy
+        strategy = chosen if strategy is None else strategy
     if density is None or width is None:
         raise ValueError("suggest_lr: expected a model of sprand.apply, or density and width; give density=0.01, width=768 say")
     if not 0 < density <= 1:
@@ -55,6 +56,25 @@ def suggest_lr(
     x = math.log10(max(density, LEAST_DENSITY))
     shift = SHIFTS.get(strategy or "random", 0.0) * fade(density)
     return two_digits(10 ** (A + B * x + C * x * x + shift) * width_factor(width))
+
+
+def _known_of(model: nn.Module) -> tuple[float, str | None]:
+    """Density and strategy of the entries that a model trains now."""
+    hosted = [
+        (target, module._parameters[name])
+        for module in model.modules()
+        for name, target in getattr(module, "_sprand_hosted", {}).items()  # how modules of a PEFT model hold their entries
+    ]
+    if not hosted:
+        mask = mask_of(model)
+        return mask.nnz / sum(math.prod(shape) for shape in mask.shapes.values()), (mask.selection or {}).get("strategy")
+    trained = sum(target.indices[adapter].numel() for target, _ in hosted for adapter in target.active)
+    if not trained:
+        raise ValueError("suggest_lr: no adapter of this PEFT model is active; call model.set_adapter(name) first")
+    adapters = {adapter for target, _ in hosted for adapter in target.active}
+    strategies = {model.peft_config[adapter].strategy for adapter in adapters} if hasattr(model, "peft_config") else {None}
+    density = trained / sum(math.prod(sharding.shape_of(weight)) for target, weight in hosted if target.active)
+    return density, strategies.pop() if len(strategies) == 1 else None
 
 
 def width_of(model: nn.Module) -> int:

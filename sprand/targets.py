@@ -143,10 +143,16 @@ def _is_suffix(wanted: str, name: str) -> bool:
 
 
 def _module_hint(model: nn.Module, wanted: Any) -> str:
-    return f'{closest(str(wanted), _linear_names(model))}, or "all-linear"'
+    linear = _linear_names(model)
+    if linear and wanted != "all-linear":
+        return f'{closest(str(wanted), linear)}, or "all-linear"'
+    weighted = [name for name, module in model.named_modules() if name and isinstance(module._parameters.get("weight"), Tensor)]
+    names = f"modules with a weight ({', '.join(weighted[:5])}) in target_modules, or " if weighted else ""
+    return f"it has no linear layer{' but its output head' if linear else ''}; name {names}parameters in target_parameters"
 
 
 def closest(wanted: str, names: Sequence[str]) -> str:
-    last = {name.rpartition(".")[2] for name in names}
-    near = difflib.get_close_matches(wanted, [*last, *names], n=5, cutoff=0.0)
+    last = (name.rpartition(".")[2] for name in names)
+    known = dict.fromkeys([*(part for part in last if not part.isdigit()), *names])
+    near = difflib.get_close_matches(wanted, known, n=5, cutoff=0.0)
     return f"the closest names are {', '.join(near)}" if near else "it has none of that kind"

@@ -300,3 +300,12 @@ def test_the_same_adapter_gives_the_same_bytes(saved, tmp_path):
     sprand.save(model, tmp_path / "again")
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (path / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["taken", "adapter.safetensors"])
+def test_the_name_of_a_file_is_refused_and_left_alone(tmp_path, name):
+    (tmp_path / "taken").write_text("mine")
+    model = sprand.apply(torch.nn.Sequential(torch.nn.Linear(8, 8)), density=0.5)
+    with pytest.raises(ValueError, match=f"an adapter is a folder, and .*{name} is the name of a file; give a folder"):
+        sprand.save(model, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and (tmp_path / "taken").read_text() == "mine"

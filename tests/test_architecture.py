@@ -36,7 +36,7 @@ ROOMS = {
         "_C_cuda",
         "_host",
     ),
-    "core": ("pattern", "candidates", "functional", "layers", "optim"),
+    "core": ("pattern", "candidates", "functional", "layers", "optim", "optimizer_order"),
     "policy": ("config", "files", "forms", "states", "targets", "selection"),
     "assembly": (
         "model",

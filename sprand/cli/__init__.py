@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib import metadata
 from types import ModuleType
 
 EXTRAS = {
@@ -60,6 +61,16 @@ def require(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != package:
             raise
-        raise CliError(
-            f"This command needs the package {package.replace('_', '-')}. Install it: pip install 'sprand[{EXTRAS[package]}]'"
-        ) from None
+        needed = " ".join(repr(name) for name in requirements(EXTRAS[package]))
+        raise CliError(f"This command needs the package {package.replace('_', '-')}. Install: pip install {needed}") from None
+
+
+def requirements(extra: str) -> list[str]:
+    """What an extra of sprand asks for, as pip reads it, extras inside it resolved."""
+    found = []
+    for line in metadata.requires("sprand") or ():
+        name, _, marker = line.partition(";")
+        if marker.strip() in (f'extra == "{extra}"', f"extra == '{extra}'"):
+            inner = name.strip().removeprefix("sprand[").removesuffix("]")
+            found += [name.strip()] if inner == name.strip() else requirements(inner)
+    return found

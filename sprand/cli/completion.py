@@ -16,7 +16,7 @@ def add(commands: argparse._SubParsersAction, build: Callable[[], argparse.Argum
         "completion",
         help="print what makes a shell complete sprand's commands and options",
         description="Print the completion of a shell, for the shell to read when it starts. It is made by the package shtab "
-        "(pip install 'sprand[completion]'); the command sprand itself does not need it.",
+        "(pip install shtab); the command sprand itself does not need it.",
         examples="""
             sprand completion bash > ~/.local/share/bash-completion/completions/sprand
             sprand completion zsh > ~/.zfunc/_sprand     # a folder of $fpath, before compinit

@@ -110,11 +110,17 @@ def _first(pattern: str, command: Sequence[str]) -> str:
 def _advice() -> list[str]:
     said = []
     if not native.has_extension():
-        said.append(f"The CPU kernels are missing (sprand._C: {native.problems['_C']}). For speed, {native.HOW_TO}.")
+        said.append(f"The CPU kernels are missing (sprand._C: {native.problems['_C']}). For speed, {native.HOW_TO}")
     if torch.cuda.is_available() and native.problems["_C_cuda"]:
         said.append(
             f"This torch sees a GPU, but the CUDA kernels are missing (sprand._C_cuda: {native.problems['_C_cuda']}). "
-            "Install the CUDA toolkit (nvcc; set CUDA_HOME), then run: SPRAND_CUDA=1 " + native.REINSTALL
+            "Install the CUDA toolkit (nvcc; set CUDA_HOME), then run in sprand's source folder: "
+            f"SPRAND_CUDA=1 {native.REINSTALL}"
+        )
+    if native.has_extension() and not host.has_extension():
+        said.append(
+            "The host module is missing (sprand._host), so kernel schedules and file merges are slower. Run in sprand's source "
+            f"folder: pip install pybind11 && {native.REINSTALL}"
         )
     return said
 

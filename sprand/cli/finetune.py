@@ -40,7 +40,7 @@ def run(settings: Settings, as_json: bool = False) -> list[report.Result]:
         require(package)
     device = pick_device(settings.device)
     dataset = data.load(settings)
-    prepare_folder(settings.out)
+    prepare_folder(settings)
 
     def fresh_model() -> tuple[torch.nn.Module, Any]:
         model, tokenizer = models.load(
@@ -112,37 +112,43 @@ def going_on_from(checkpoints: Checkpoints) -> Iterator[None]:
 
 
 def resume(settings: Settings, checkpoints: Checkpoints, method: methods.Method, log: Log) -> tuple[int, list[dict[str, Any]]]:
-    """Go on from the checkpoint that the options name; a new run does not overwrite those of one that never ended.
+    """Go on from the checkpoint that the options name, or begin anew.
 
     Returns:
         Steps done, and the metrics so far.
 
     Raises:
-        CliError: there is no such checkpoint, or it is of another run, or there are some and no word on what to do.
+        CliError: there is no such checkpoint, or it is of another run.
     """
     newest = checkpoints.newest()
     if settings.resume is None:
-        if newest and not (settings.out / "results.json").exists() and not settings.overwrite:
-            raise CliError(
-                f"{settings.out} has checkpoints of a run that did not end. Go on with --resume, or begin anew with --overwrite."
-            )
         checkpoints.clear()
         (settings.out / "results.json").unlink(missing_ok=True)
         return 0, []
     path = newest if settings.resume == "newest" else Path(settings.resume)
     if path is None:
-        raise CliError(f"--resume: {checkpoints.folder} holds no checkpoint.")
+        raise CliError(f"--resume: {checkpoints.folder} holds no checkpoint; leave out --resume to begin.")
     done, history = checkpoints.restore(path, method)
     log.say(f"resumed from {path}, {done} steps done")
     return done, history
 
 
-def prepare_folder(out: Path) -> None:
-    """Make the output folder and prove that files can be written there.
+def prepare_folder(settings: Settings) -> None:
+    """Make the output folder and prove that files can be written there. A run that is there is not overwritten unasked.
 
     Raises:
-        CliError: they cannot.
+        CliError: they cannot, or there is a run and no word on what to do.
     """
+    out, checkpoints = settings.out, Checkpoints(settings.out / "checkpoints", {})
+    if settings.resume is None and not settings.overwrite:
+        if (out / "results.json").exists():
+            raise CliError(f"{out} holds a run that has ended. Give another --out, or drop that run with --overwrite.")
+        if checkpoints.newest():
+            raise CliError(
+                f"{out} has checkpoints of a run that did not end. Go on with --resume, or begin anew with --overwrite."
+            )
+    if settings.resume == "newest" and not checkpoints.newest():
+        raise CliError(f"--resume: {checkpoints.folder} holds no checkpoint; leave out --resume to begin.")
     probe = out / ".sprand-probe"
     try:
         out.mkdir(parents=True, exist_ok=True)

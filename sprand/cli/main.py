@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     parser = build_parser(brief="--help-all" not in arguments)
     try:
-        options = parser.parse_args(arguments)
+        options = parser.parse(arguments)
         with _library_lines():
             code = options.command(options)
         sys.stdout.flush()
@@ -71,7 +72,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def _again(arguments: Sequence[str], more: Sequence[str] = ()) -> str:
     """The command, as a shell reads it, with options added to it."""
-    return shlex.join(["sprand", *arguments, *(option for option in more if list(arguments[-1:]) != [option])])
+    return shlex.join([_program(), *arguments, *(option for option in more if list(arguments[-1:]) != [option])])
+
+
+def _program() -> str:
+    """What a shell calls this program by: its name where that finds it, else the path that was called."""
+    called = sys.argv[0]
+    found = shutil.which("sprand")
+    return called if Path(called).name == "sprand" and not (found and os.path.samefile(found, called)) else "sprand"
 
 
 @contextmanager
@@ -199,7 +207,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 def _add_sparse(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--density", type=float, metavar="X", help="share of the targeted weights' entries that train (default 0.01)")
+    add("--density", type=_density, metavar="X", help="share of the targeted weights' entries that train (default 0.01)")
     add("--budget", metavar="N", help="instead: a count of entries, or a fraction of the model")
     add("--target-modules", type=_names, metavar="A,B", help="names or suffixes of modules (default all-linear)")
     add(
@@ -292,7 +300,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="adapter, checkpoints, metrics, curve and results go here")
-    add("--overwrite", action="store_true", default=None, help="drop the checkpoints of an unfinished run there")
+    add("--overwrite", action="store_true", default=None, help="drop the run that is there")
     add("--compare", type=_names, metavar="A,B", help="run these beside it on the same data: lora, full, head")
     add(
         "--compare-lr",
@@ -320,7 +328,7 @@ def _finetune(options: argparse.Namespace) -> int:
     if settings.train == Path():
         from . import demo
 
-        finetune.prepare_folder(settings.out)
+        finetune.prepare_folder(settings)
         settings = demo.settings(settings)
     finetune.run(settings, options.json)
     return 0
@@ -352,6 +360,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _density(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a fraction, got {text!r}; write 0.01 for 1 %") from None
 
 
 def _lr(text: str) -> float | None:

@@ -57,7 +57,7 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not Path(name).is_dir() and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-        raise CliError(f"--model: no directory {name}.")
+        raise CliError(f"--model: no directory {name}; expected one in the Hugging Face layout, or a name on the Hub.")
     torch.manual_seed(seed)
     options = {"dtype": getattr(torch, dtype)}
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Sequence
 from typing import Any
 
 
@@ -26,6 +27,18 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help="show this help" + (", the options most used" if brief else ""))
         if brief:
             self.add_argument("--help-all", action="help", help="show every option")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The options; one that is not known is refused by the command that it was given to, with what is close to it."""
+        options, unknown = self.parse_known_args(arguments)
+        if unknown:
+            commands = next(action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
+            command = next(commands[word] for word in arguments if word in commands)
+            known = [option for action in command._actions for option in action.option_strings]
+            near = [close for word in unknown for close in difflib.get_close_matches(word.partition("=")[0], known, n=1)]
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return options
 
     def show_brief(self) -> None:
         """Leave the options that are not of the brief help out of it; they are parsed as before."""

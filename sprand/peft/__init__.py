@@ -4,6 +4,16 @@ Importing this module registers the method. `hotswap` puts the values of a saved
 `import_adapter` go to and from SHiRA and Super-Tuning; `accelerate` lets those run on sprand's kernels.
 """
 
+try:
+    import peft  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "peft":
+        raise
+    how = "pip install 'peft==0.21.*' transformers accelerate"
+    raise ModuleNotFoundError(
+        f"sprand.peft needs the package peft: {how}. sprand.apply needs none of them", name="peft"
+    ) from None
+
 from .config import SprandConfig
 from .faster import accelerate
 from .hotswap import hotswap
