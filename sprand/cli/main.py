@@ -18,10 +18,10 @@ from typing import Any
 from ..pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from ..version import __version__
-from . import CliError, Stopped, combine, completion, diff, export, inspect, merge, plan
+from . import CliError, Stopped, combine, completion, diff, export, inspect, merge, plan, predict
 from .parser import Parser
 
-OTHERS = (merge, combine, diff, inspect, plan, export)  # each with its options in a module of its own
+OTHERS = (predict, merge, combine, diff, inspect, plan, export)  # each with its options in a module of its own
 EXIT_CODES = """exit codes:
   0    done
   1    the work failed: training diverged, a disk is full, a proof or self test does not hold

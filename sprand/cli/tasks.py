@@ -19,6 +19,12 @@ IGNORED = -100  # the label of a token that no loss is taken of
 Batch = dict[str, Tensor]
 
 
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """What a model, Hugging Face's or a plain one, makes of a batch, whose labels it does not see."""
+    output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    return output if isinstance(output, Tensor) else output.logits
+
+
 class Task(abc.ABC):
     """What both tasks share.
 
@@ -92,8 +98,7 @@ class Task(abc.ABC):
         return parts[0], parts[1], parts[2]
 
     def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        output = model(**{key: value for key, value in batch.items() if key != "labels"})
-        return self._aligned(output if isinstance(output, Tensor) else output.logits, batch["labels"])
+        return self._aligned(logits_of(model, batch), batch["labels"])
 
     @abc.abstractmethod
     def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import sprand
 
 from . import TrainingFailed
-from .tasks import Task
+from .tasks import Task, logits_of
 
 
 def check(trained: nn.Module, fresh: nn.Module, adapter: Path, task: Task, device: torch.device) -> list[str]:
@@ -48,8 +48,7 @@ def check(trained: nn.Module, fresh: nn.Module, adapter: Path, task: Task, devic
 @torch.no_grad()
 def _outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     model.eval()
-    output = model(**batch)
-    return output if isinstance(output, Tensor) else output.logits
+    return logits_of(model, batch)
 
 
 def _held(sentence: str, true: bool) -> str:

@@ -1,0 +1,161 @@
+"""`sprand predict`: what a model fine-tuned by `sprand finetune` says of new texts: a class, or how the text goes on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sprand
+
+from . import CliError, data, models, tasks
+from .files import failing_in_words
+from .training import pick_device
+
+
+@dataclasses.dataclass
+class Tuned:
+    """A model with the adapter of a run in it, ready to use.
+
+    Attributes:
+        model: in eval mode; `sprand.merge(model)` makes it a plain one.
+        tokenizer: its tokenizer.
+        labels: names of the classes in the order of their numbers; empty for a language model.
+        max_length: tokens of a text; what is longer is cut off, as in training.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    labels: tuple[str, ...]
+    max_length: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def probabilities(self, texts: Sequence[data.Example], batch_size: int = 32) -> Tensor:
+        """Of each text, or pair of texts, the probability of each class, float32 `[texts, classes]`, on the CPU."""
+        rows = [dataclasses.replace(text, label=self.labels[0]) for text in texts]
+        task = tasks.Classification(data.Dataset("classification", [], rows, self.labels), self.tokenizer, self.max_length)
+        parts = []
+        for start in range(0, len(rows), batch_size):
+            batch = {k: v.to(self.device) for k, v in task.collate(task.eval[start : start + batch_size]).items()}
+            parts.append(tasks.logits_of(self.model, batch).float().softmax(-1).cpu())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def continuation(self, text: str, tokens: int = 64) -> str:
+        """How a text goes on, by the likeliest token each time, until the model ends it or after so many tokens."""
+        asked = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=self.max_length).to(self.device)
+        end = self.tokenizer.pad_token_id
+        ids = self.model.generate(
+            input_ids=asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=tokens, do_sample=False,
+            pad_token_id=end,
+        )  # fmt: skip
+        return self.tokenizer.decode(ids[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def load_run(folder: Path, device: str = "auto") -> Tuned:
+    """The base model of a run with the adapter that it wrote.
+
+    Args:
+        folder: `--out` of `sprand finetune`.
+        device: "auto", or as torch has it.
+
+    Raises:
+        CliError: there is no run, it has not ended, or its base is not there or another one.
+    """
+    file = folder / "task.json"
+    if not file.is_file():
+        raise CliError(f"{folder}: no task.json; expected the folder --out of a run of sprand finetune that has ended.")
+    with failing_in_words():
+        made = json.loads(file.read_text())
+        labels = tuple(made["labels"])
+        model, tokenizer = models.load(made["model"], made["task"], len(labels), made["dtype"], made["pooling"], made["seed"])
+        sprand.load(model, folder / "adapter")
+    return Tuned(model.to(pick_device(device)).eval(), tokenizer, labels, made["max_length"])
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "predict",
+        help="use what sprand finetune trained on new texts",
+        description="Classes and their probabilities of new texts, or how a language model continues them. In Python: "
+        "sprand.cli.predict.load_run(RUN).",
+        examples="""
+            sprand predict runs/mine new.txt           # a text a line; without a file, of standard input
+            sprand predict runs/mine new.tsv --json    # every class's probability
+        """,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder --out of sprand finetune")
+    parser.add_argument(
+        "file", nargs="?", default="-", metavar="FILE", help="TSV, CSV or JSONL, or a text a line (default: standard input)"
+    )
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="default: text")
+    parser.add_argument("--text2-column", metavar="NAME", help="for pairs of texts (default: text2, where there is one)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default 32")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of a continuation (default 64)")
+    parser.add_argument("--device", default="auto", help="default auto: a GPU where there is one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every class's probability")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a line for each text: its class, the probability of that, and the text; or the text and its continuation.
+
+    Raises:
+        CliError: there is no such run, or no text.
+    """
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise CliError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}.")
+    texts = texts_of(options.file, options.text_column, options.text2_column)
+    tuned = load_run(options.run, options.device)
+    rows: list[dict[str, Any]]
+    if tuned.labels:
+        found = tuned.probabilities(texts, options.batch_size)
+        rows = [
+            {
+                "text": text.text,
+                "label": tuned.labels[int(p.argmax())],
+                "probabilities": dict(zip(tuned.labels, p.tolist(), strict=True)),
+            }
+            for text, p in zip(texts, found, strict=True)
+        ]
+        lines = [f"{row['label']}\t{row['probabilities'][row['label']]:.4f}\t{row['text']}" for row in rows]
+    else:
+        rows = [{"text": text.text, "continuation": tuned.continuation(text.text, options.max_new_tokens)} for text in texts]
+        lines = [f"{row['text']}{row['continuation']}" for row in rows]
+    print(json.dumps({"rows": rows}, indent=2) if options.json else "\n".join(lines))
+    return 0
+
+
+def texts_of(file: str, column: str = "text", second: str | None = None) -> list[data.Example]:
+    """The texts of a table, of a file with a text a line, or of standard input.
+
+    Raises:
+        CliError: the file cannot be read, lacks a column, or holds no text.
+    """
+    path = Path(file)
+    if file == "-" or path.suffix not in data.TABLES:
+        text = sys.stdin.read() if file == "-" else data.read_text(path)
+        found = [data.Example(line) for line in text.splitlines() if line.strip()]
+        if not found:
+            raise CliError("There is no text; give a file, or a text a line on standard input.")
+        return found
+    columns, rows = data.read_table(path)
+    second = second or ("text2" if "text2" in columns else None)
+    for name, option in ((column, "--text-column"), (second, "--text2-column")):
+        if name is not None and name not in columns:
+            raise CliError(f"{path}: no column {name!r}, only {', '.join(map(repr, columns))}. Name it with {option}.")
+    return [data.Example(row.get(column, ""), row.get(second, "") if second else None) for row in rows]
