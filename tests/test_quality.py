@@ -373,3 +373,24 @@ def test_a_task_that_confirms_is_run_with_few_methods_and_with_any_that_is_asked
     assert ("subj", "snip", 0.003) not in planned
     assert ("subj", "snip", 0.003) in list(SUITE.cells(["subj"], ["snip"], [0.003]))
     assert {("subj", "untrained", None), ("subj", "full", None)} < set(SUITE.cells(["subj"], None, [0.003]))
+
+
+def test_the_default_rate_is_held_against_the_tuned_one(
+    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quality import default_rate
+
+    assert suite.main(asked(tmp_path, "--methods", "random")) == 0
+    out = tmp_path / "out"
+    arguments = ["--tasks", "shakespeare", "--suite", str(out / "suite.csv"), "--shared", str(tmp_path / "shared")]
+    arguments += ["--masks", str(tmp_path / "masks"), "--out", str(out)]
+    assert default_rate.main(arguments) == 0
+    rows = read(out / "default_rate.csv")
+    assert {float(row["lr"]) for row in rows} == {sprand.suggest_lr(density=0.01, width=64)} and len(rows) == 3
+    tuned = [row for row in read(out / "suite.csv") if row["method"] == "random" and row["seed"] == "1"]
+    mean, default = (sum(float(row["test"]) for row in found) / 3 for found in (
+        [row for row in read(out / "suite.csv") if row["lr"] == tuned[0]["lr"]], rows,
+    ))  # fmt: skip
+    assert f"| {100 * (default / mean - 1):+.1f} |" in (out / "default_rate.md").read_text()
+    monkeypatch.setattr(default_rate, "perform", None)
+    assert default_rate.main(arguments) == 0
