@@ -40,7 +40,8 @@ def run(settings: Settings, as_json: bool = False) -> list[report.Result]:
         require(package)
     device = pick_device(settings.device)
     dataset = data.load(settings)
-    prepare_folder(settings)
+    refuse_to_overwrite(settings)
+    prepare_folder(settings.out)
 
     def fresh_model() -> tuple[torch.nn.Module, Any]:
         model, tokenizer = models.load(
@@ -133,11 +134,11 @@ def resume(settings: Settings, checkpoints: Checkpoints, method: methods.Method,
     return done, history
 
 
-def prepare_folder(settings: Settings) -> None:
-    """Make the output folder and prove that files can be written there. A run that is there is not overwritten unasked.
+def refuse_to_overwrite(settings: Settings) -> None:
+    """A run that is in the output folder is not overwritten unasked.
 
     Raises:
-        CliError: they cannot, or there is a run and no word on what to do.
+        CliError: there is one and no word on what to do, or none to resume.
     """
     out, checkpoints = settings.out, Checkpoints(settings.out / "checkpoints", {})
     if settings.resume is None and not settings.overwrite:
@@ -149,6 +150,14 @@ def prepare_folder(settings: Settings) -> None:
             )
     if settings.resume == "newest" and not checkpoints.newest():
         raise CliError(f"--resume: {checkpoints.folder} holds no checkpoint; leave out --resume to begin.")
+
+
+def prepare_folder(out: Path) -> None:
+    """Make the output folder and prove that files can be written there.
+
+    Raises:
+        CliError: they cannot.
+    """
     probe = out / ".sprand-probe"
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -328,7 +328,7 @@ def _finetune(options: argparse.Namespace) -> int:
     if settings.train == Path():
         from . import demo
 
-        finetune.prepare_folder(settings)
+        finetune.prepare_folder(settings.out)
         settings = demo.settings(settings)
     finetune.run(settings, options.json)
     return 0
