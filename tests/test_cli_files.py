@@ -127,3 +127,13 @@ def test_inspect_prints_a_table_json_and_a_picture(base, adapter, tmp_path, caps
 def test_inspect_refuses_another_base(tuned, adapter, capsys):
     assert run("inspect", adapter, "--base", tuned) == 2
     assert "was trained on another base" in capsys.readouterr().err
+
+
+def test_a_classifier_around_a_base_is_not_exported_under_names_that_peft_would_not_find(bert, rows, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main.run(["finetune", *map(str, ["--model", bert, "--train", rows, "--out", out, "--max-steps", 1])]) == 0
+    options = [out / "adapter", "--to", "shira", "--base", bert, "-o", tmp_path / "exported"]
+    assert main.run(["export", *map(str, options)]) == 2
+    said = capsys.readouterr().err
+    assert "bert.encoder.layer.0.attention.self.query.weight: the model of this base calls that weight encoder.layer.0" in said
+    assert "(sprand merge)" in said and not (tmp_path / "exported").exists()

@@ -79,8 +79,14 @@ def export(
         checkpoint = open_checkpoint(base)
         applied = checkpoint, edits_of(checkpoint, [source])
     folder = Path(out)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    return FORMS[to].write(source, applied, folder)
+    try:
+        return FORMS[to].write(source, applied, folder)
+    except BaseException:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 @form("vllm-patch", "values and flat indices in the names of the checkpoint, the fields of vLLM's CheckpointWeightPatch", True)

@@ -142,7 +142,7 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         raise CliError(f"{path}: this is a binary file; expected text, TSV, CSV or JSONL.")
     if not text.strip():
-        raise CliError(f"{path}: the file is empty.")
+        raise CliError(f"{path}: the file is empty; expected rows below a header, or text.")
     return text
 
 

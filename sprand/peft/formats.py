@@ -103,6 +103,12 @@ def supertuning(source: Source, applied: tuple[Checkpoint, Edits] | None, folder
 def _of_files(to: str, source: Source, checkpoint: Checkpoint, edits: Edits, folder: Path) -> list[Path]:
     linear, changes = _linear_weights(checkpoint.folder), []
     for target in edits.targets:
+        called = next((edit.stored.name for edit in target.edits if edit.stored.name in linear), None)
+        if target.name not in linear and called is not None:
+            raise ValueError(
+                f"{target.name}: the model of this base calls that weight {called}, and PEFT, which goes by a model's "
+                f"own names, would not find it as {to}; merge the adapter into its base instead (sprand merge)"
+            )
         if target.name not in linear or len(target.edits) != 1:
             raise ValueError(f"{target.name} {NOT_LINEAR.format(to)} (sprand merge)")
         (edit,) = target.edits
