@@ -62,6 +62,7 @@ def apply(
         ValueError: nothing is targeted, a name matches nothing, the budget does not fit (or not into what is free), an adapter of
             that name is there already, or the model is sharded (apply first, then shard; of a model that ZeRO-3 has in parts,
             gather the parameters first).
+        TypeError: a keyword is no field of `SparseConfig`.
     """
     config = _config_of(config, fields)
     state: State | None = getattr(model, "_sprand", None)
