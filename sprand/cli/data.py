@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -172,13 +172,11 @@ def _read(path: Path, task: str, settings: Settings) -> list[Example]:
         names = (settings.text_column or "text", second, settings.label_column or "label")
         options = ("--text-column", "--text2-column", "--label-column")
     elif settings.text_column or ("text" in columns and not settings.prompt_column and "prompt" not in columns):
-        names, options = (settings.text_column or "text", None, None), ("--text-column", "", "")
+        names, options = (settings.text_column or "text", None, None), ("--text-column", "--text2-column", "--label-column")
     else:
         names = (settings.prompt_column or "prompt", settings.completion_column or "completion", None)
-        options = ("--prompt-column", "--completion-column", "")
-    for name, option in zip(names, options, strict=True):
-        if name is not None and name not in columns:
-            raise CliError(f"{path}: no column {name!r}, only {_listed(columns)}. Name it with {option}.")
+        options = ("--prompt-column", "--completion-column", "--label-column")
+    check_columns(path, columns, dict(zip(options, names, strict=True)))
     examples = []
     for number, row in enumerate(rows, 1):
         values = [None if name is None else row.get(name) for name in names]
@@ -189,6 +187,17 @@ def _read(path: Path, task: str, settings: Settings) -> list[Example]:
             raise CliError(f"{path}, row {number}: a column of {_listed([name for name in names if name])} is empty.")
         examples.append(Example(*values))
     return examples
+
+
+def check_columns(path: Path, columns: Sequence[str], wanted: Mapping[str, str | None]) -> None:
+    """Prove that a table has the columns that are wanted, by the option that names each.
+
+    Raises:
+        CliError: one is not there.
+    """
+    for option, name in wanted.items():
+        if name is not None and name not in columns:
+            raise CliError(f"{path}: no column {name!r}, only {_listed(columns)}. Name it with {option}.")
 
 
 def _hold_out(examples: list[Example], settings: Settings) -> tuple[list[Example], list[Example]]:

@@ -155,7 +155,5 @@ def texts_of(file: str, column: str = "text", second: str | None = None) -> list
         return found
     columns, rows = data.read_table(path)
     second = second or ("text2" if "text2" in columns else None)
-    for name, option in ((column, "--text-column"), (second, "--text2-column")):
-        if name is not None and name not in columns:
-            raise CliError(f"{path}: no column {name!r}, only {', '.join(map(repr, columns))}. Name it with {option}.")
+    data.check_columns(path, columns, {"--text-column": column, "--text2-column": second})
     return [data.Example(row.get(column, ""), row.get(second, "") if second else None) for row in rows]
