@@ -17,7 +17,8 @@ from quality.training import Outcome, Run
 
 KEYS = ("task", "method", "budget", "lr", "seed")
 COLUMNS = (
-    *KEYS, "trained", "metric", "dev", "test", "old", "train_loss", "steps", "seconds", "calibration_seconds", "note",
+    *KEYS, "trained", "metric", "dev", "test", "old", "train_loss", "steps", "seconds", "calibration_seconds", "device",
+    "note",
 )  # fmt: skip
 NUMBERS = ("budget", "lr", "trained", "dev", "test", "old", "train_loss", "steps", "seconds", "calibration_seconds")
 Results = Mapping[Run, Outcome]

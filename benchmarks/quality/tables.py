@@ -21,7 +21,7 @@ TABLE = {
     "label": ("method", ""), "trained": ("trained weights", ",.0f"), "tried": ("rates tried: dev", ""), "lr": ("lr", "g"),
     "dev": ("dev", ".4g"), "test": ("test, mean", ".4g"), "sd": ("sd", ".2g"), "each": ("test of each seed", ""),
     "vs lora": ("vs LoRA", ""), "vs full": ("vs full", ""), "old": ("old text", ".4g"),
-    "seconds": ("training, s", ".0f"), "calibration": ("choosing, s", ".0f"), "note": ("", ""),
+    "seconds": ("training, s", ".0f"), "calibration": ("choosing, s", ".0f"), "device": ("on", ""), "note": ("", ""),
 }  # fmt: skip
 OLD = "`old text` is the perplexity of text like that which the model was trained on before (untrained: as it was)."
 
@@ -56,6 +56,7 @@ def summarize(done: Results, rows: Rows) -> list[Summary]:
                 "each": ", ".join(f"{value:.4g}" for value in tests),
                 "old": statistics.mean(old) if old else None,
                 "seconds": done[chosen].get("seconds"),
+                "device": ", ".join(sorted({str(done[run]["device"]) for run in runs if done[run].get("device")})),
                 "calibration": max((float(value) for value in choosing if value), default=None),
                 "note": "; ".join(filter(None, [done[chosen].get("note"), "best rate at the edge of the grid" if edge else ""])),
             }

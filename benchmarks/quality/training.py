@@ -62,8 +62,8 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> tuple[Outcom
         masks: where chosen masks are kept for runs that differ in the learning rate alone.
 
     Returns:
-        A line (`trained`, `metric`, `dev`, `test`, `old`, `train_loss`, `seconds`, `calibration_seconds`, `steps`, `note`), and
-        of each test row whether it was right (classification) or its mean loss (language model), float64 [rows].
+        A line (`trained`, `metric`, `dev`, `test`, `old`, `train_loss`, `seconds`, `calibration_seconds`, `steps`, `device`,
+        `note`), and of each test row whether it was right (classification) or its mean loss (language model), float64 [rows].
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -80,12 +80,13 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> tuple[Outcom
         model, started, head = model.to(device), time.perf_counter(), peers.head_size(model)
         if run.method == "untrained":
             line, rows = measures(model, held_out, settings, device)
-            return line | {"trained": 0, "steps": 0, "seconds": 0.0}, rows
+            return line | {"trained": 0, "steps": 0, "seconds": 0.0, "device": name_of(device)}, rows
         method = attached(run, model, settings, task, masks)
         chosen = time.perf_counter() - started
         line = {
             "trained": method.count - head,
             "calibration_seconds": chosen if settings.strategy not in RANDOM_STRATEGIES else None,
+            "device": name_of(device),
             "note": method.note if run.method in peers.ADAPTERS else "",
         }
         torch.manual_seed(run.seed)
@@ -134,6 +135,11 @@ def sentence_model() -> str:
 def load(settings: Settings, dataset: data.Dataset) -> tuple[nn.Module, Any]:
     """The model with a new head where the task has classes, and its tokenizer."""
     return models.load(settings.model, dataset.task, len(dataset.labels), settings.dtype, settings.pooling, settings.seed)
+
+
+def name_of(device: torch.device) -> str:
+    """What a run was done on: `cpu`, or the name of the card."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def attached(run: Run, model: nn.Module, settings: Settings, task: tasks.Task, masks: Path) -> methods.Method:
