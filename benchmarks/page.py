@@ -91,6 +91,10 @@ GPU_SECTIONS = (
         ((losses.gpu_step, "step"), (losses.predicted, "step")),
     ),
     Result("ops", "operators", "Against cuBLAS and PyTorch.", ((losses.gpu_operators, "ops"),)),
+    Result(
+        "choice", "the choice between kernels",
+        "Made anew from the times above, with costs fitted to a few of them: what it gives away against the fastest kernel.",
+    ),
     Result("switch", "switching adapters", "Two adapters of a live model, back and forth.", ((losses.switching, "switch"),)),
     Result("selection", "choosing entries", "Time and memory of each way, over one pass through the same data."),
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
 Three ways give the same sums up to rounding: the row kernel and, for runs of 8 columns, the tensor-core kernel (their time grows
 with the entries), and dense products gathered chunk by chunk (time grows with the weight). Each is a start and a slope over the
-tokens, so one token count separates two of them.
+tokens, so one token count separates two of them. A kernel's time is that of the multiprocessor with the most blocks, so the model
+counts blocks, splits and waves as the launches do. `benchmarks/gpu/choice.py` shows what a choice gives away on measured times.
 
 The table is kept in `$SPRAND_CACHE` (default `~/.cache/sprand`), one file per card and version, so that later runs and the other
 processes of a machine choose alike. `SPRAND_SDDMM=sparse|dense` overrides it; `auto` is the default.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -19,7 +21,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +34,10 @@ from .schedule_run8 import SHAPES
 from .version import __version__
 
 EVERY = 1 << 62  # more tokens than any batch
-MANY_TOKENS = 4096  # where kernels are compared: a few tokens are cheap with any
+MANY_TOKENS = 8192  # where kernels are compared: a few tokens are cheap with any
+MEASURED_SHAPES, MEASURED_TOKENS, MEASURED_DENSITIES = ((1024, 4096), (4096, 4096)), (2048, 8192), (0.001, 0.05)
 WAIT_SECONDS = 60.0  # for another process that is measuring
+FEWEST_ROW_TOKENS, ROWS_GRANULE, RUN8_TOKENS = 64, 8, 16  # of a split, of a tile of the row kernel, of a step of that for runs
 FLUSH_BYTES, FLUSHES = 1 << 26, 8  # 0.5 GB: by its data sheet 0.2 ms of an H100, while the host launches the next call
 
 
@@ -55,10 +59,11 @@ class Costs:
 
     Attributes:
         rows_start: one call of the row kernel.
-        rows_cycle: each cycle that the schedule's model predicts for one multiprocessor.
+        rows_cycle: each cycle that the schedule's model predicts for the busiest multiprocessor.
+        rows_load: each element that this one loads.
         runs_start: one call of the kernel for runs of 8; zero, like the next two, where the dtype has none.
-        runs_row: each row or column that a block of it reads of a token, over all its blocks.
-        runs_tile: each tile of 16 runs, per token.
+        runs_load: each element that its busiest multiprocessor loads.
+        runs_tile: each tile of 16 runs that this one multiplies with a token.
         dense_start: one chunk of the dense way.
         dense_product: each multiplication of the dense product.
         dense_entry: each entry of the dense gradient, written and gathered.
@@ -66,8 +71,9 @@ class Costs:
 
     rows_start: float
     rows_cycle: float
+    rows_load: float
     runs_start: float
-    runs_row: float
+    runs_load: float
     runs_tile: float
     dense_start: float
     dense_product: float
@@ -75,12 +81,13 @@ class Costs:
 
     def rows(self, schedule: Schedule) -> Line:
         """Of the row kernel."""
-        return Line(self.rows_start, self.rows_cycle * cycles(schedule, 1))
+        cycles, loads = row_work(schedule, MANY_TOKENS)
+        return Line(self.rows_start, (self.rows_cycle * cycles + self.rows_load * loads) / MANY_TOKENS)
 
     def runs(self, schedule: Schedule) -> Line:
         """Of the kernel for runs of 8."""
-        reads, tiles = run_work(schedule)
-        return Line(self.runs_start, self.runs_row * reads + self.runs_tile * tiles)
+        loads, tiles = run_work(schedule, MANY_TOKENS)
+        return Line(self.runs_start, (self.runs_load * loads + self.runs_tile * tiles) / MANY_TOKENS)
 
     def dense(self, schedule: Schedule, out_features: int, in_features: int) -> Line:
         """Of dense chunks."""
@@ -110,15 +117,28 @@ def below(line: Line, other: Line) -> tuple[int, int]:
     return (0, crossing) if start > 0 else (0, 0)
 
 
-def run_work(schedule: Schedule) -> tuple[int, int]:
-    """Rows and columns read per token by all blocks of the kernel for runs, and its tiles."""
-    _, (shape, rows, units, tiles, _) = schedule.runs
-    return units * (rows + SHAPES[shape][1]), tiles
+def row_work(schedule: Schedule, tokens: int) -> tuple[float, float]:
+    """Cycles by the schedule's model, and elements loaded, of the multiprocessor that has most to do in the row kernel."""
+    blocks = schedule.tiles * schedule.windows
+    splits = min(max(schedule.blocks // blocks, 1), max(tokens // FEWEST_ROW_TOKENS, 1))  # as rows_splits in sddmm_rows.h
+    granules = math.ceil(blocks * splits / schedule.blocks) * math.ceil(math.ceil(tokens / splits) / ROWS_GRANULE)
+    return granules * schedule.cost / blocks, granules * ROWS_GRANULE * (schedule.width + schedule.variant.block_rows)
 
 
-def cycles(schedule: Schedule, tokens: int) -> float:
-    """What the schedule's model predicts for one multiprocessor, its share of all blocks."""
-    return schedule.cost * tokens / 8 / schedule.blocks
+def run_work(schedule: Schedule, tokens: int) -> tuple[float, float]:
+    """Elements loaded, and tiles times tokens, of the multiprocessor that has most to do in the kernel for runs."""
+    _, (shape, rows, units, tiles, processors) = schedule.runs
+    nnz, steps = schedule.chunks[-1][3], math.ceil(tokens / RUN8_TOKENS)
+
+    def waves(splits: int) -> int:
+        return math.ceil(units * splits / processors)
+
+    def cost(splits: int) -> int:  # as sddmm_run8_splits in sddmm_run8.cu
+        return 1000 * waves(splits) * (math.ceil(steps / splits) + 3) + splits * nnz // 1400
+
+    splits = min(range(1, max(min(steps // 4, 64), 1) + 1), key=cost)
+    own = waves(splits) * math.ceil(steps / splits) * RUN8_TOKENS
+    return own * (rows + SHAPES[shape][1]), own * tiles / units
 
 
 def schedule_for(indices: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Schedule | None:
@@ -196,7 +216,7 @@ def read_or_measure(path: Path, measure: Callable[[], Costs]) -> Costs:
 
 
 def measure(device: torch.device, dtype: torch.dtype, seconds: Callable[[Callable[[], object]], float] | None = None) -> Costs:
-    """Time both ways on two weights, two densities and two token counts, and fit the costs by least squares.
+    """Time all ways on two weights, two densities and two token counts, and fit the costs by least squares.
 
     Args:
         device: the GPU.
@@ -204,28 +224,49 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: Callable[[Callabl
         seconds: how to time a call; by CUDA events and from cold caches, the median of ten, if None.
     """
     seconds = seconds or functools.partial(_seconds, device)
-    rows: list[tuple[list[float], float]] = []
-    runs: list[tuple[list[float], float]] = []
-    dense: list[tuple[list[float], float]] = []
-    for features in (1024, 4096):
-        for tokens in (512, 4096):
-            sides = [torch.randn(tokens, features, device=device).to(dtype) for _ in range(2)]
-            for density in (0.001, 0.01):
-                for run in (1, 8):
-                    nnz = round(features * features * density) // 8 * 8
-                    indices = torch.empty(nnz // run, dtype=torch.int32, device=device)
-                    ops.stratified_indices_(indices, features, features // run, 0)
-                    indices = (indices[:, None] * run + torch.arange(run, dtype=torch.int32, device=device)).flatten()
-                    schedule = make_schedule(indices, features, features, dtype)
-                    taken = seconds(lambda s=schedule, i=indices, a=sides: ops.sddmm(*a, i, s))
-                    if run == 1:
-                        rows.append(([1.0, cycles(schedule, tokens)], taken))
-                    elif schedule.runs is not None:
-                        runs.append(([1.0, *(float(tokens * work) for work in run_work(schedule))], taken))
-            entries = features * features
-            taken = seconds(lambda s=schedule, i=indices, a=sides: ops.sddmm_dense(*a, i, s))
-            dense.append(([float(len(schedule.chunks)), float(tokens * entries), float(entries)], taken))
-    return Costs(*fit(rows), *(fit(runs) if runs else (0.0, 0.0, 0.0)), *fit(dense))
+    cases = []
+    for shape, tokens in itertools.product(MEASURED_SHAPES, MEASURED_TOKENS):
+        sides = [torch.randn(tokens, features, device=device).to(dtype) for features in shape]
+        for density, run in itertools.product(MEASURED_DENSITIES, (1, 8)):
+            schedule, indices = drawn(shape, density, run, dtype, device)
+            cases.append(
+                ("rows" if run == 1 else "runs", schedule, shape, tokens, seconds(_call(ops.sddmm, sides, schedule, indices)))
+            )
+        cases.append(("dense", schedule, shape, tokens, seconds(_call(ops.sddmm_dense, sides, schedule, indices))))
+    return fitted(cases)
+
+
+def fitted(cases: Iterable[tuple[str, Schedule, tuple[int, int], int, float]]) -> Costs:
+    """The costs behind measured times.
+
+    Args:
+        cases: of each call, its way (rows, runs or dense), schedule, the weight's shape, tokens, and seconds.
+    """
+    measured: dict[str, list[tuple[list[float], float]]] = {"rows": [], "runs": [], "dense": []}
+    for way, schedule, (out_features, in_features), tokens, taken in cases:
+        entries = float(out_features * in_features)
+        if way == "dense":
+            measured[way].append(([float(len(schedule.chunks)), tokens * entries, entries], taken))
+        elif way == "rows":
+            measured[way].append(([1.0, *row_work(schedule, tokens)], taken))
+        elif schedule.runs is not None:
+            measured[way].append(([1.0, *run_work(schedule, tokens)], taken))
+    return Costs(
+        *fit(measured["rows"]), *(fit(measured["runs"]) if measured["runs"] else (0.0, 0.0, 0.0)), *fit(measured["dense"])
+    )
+
+
+def drawn(shape: tuple[int, int], density: float, run: int, dtype: torch.dtype, device: torch.device) -> tuple[Schedule, Tensor]:
+    """A random pattern of runs of so many columns, and its schedule."""
+    out_features, in_features = shape
+    indices = torch.empty(round(out_features * in_features * density) // run, dtype=torch.int32, device=device)
+    ops.stratified_indices_(indices, out_features, in_features // run, 0)
+    indices = (indices[:, None] * run + torch.arange(run, dtype=torch.int32, device=device)).flatten()
+    return make_schedule(indices, out_features, in_features, dtype), indices
+
+
+def _call(op: Callable[..., Tensor], sides: list[Tensor], schedule: Schedule, indices: Tensor) -> Callable[[], Tensor]:
+    return lambda: op(*sides, indices, schedule)
 
 
 def fit(measured: list[tuple[list[float], float]]) -> list[float]:

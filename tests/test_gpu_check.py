@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import signal
 import subprocess
@@ -217,6 +218,55 @@ def test_the_step_is_set_against_the_frozen_model(tmp_path, monkeypatch):
         assert float(rows[method]["ratio"]) > 0
         assert float(rows[method]["loss_last"]) < float(rows[method]["loss_first"])
     assert int(rows["full"]["trained"]) > int(rows["sprand"]["trained"]) > 0
+
+
+def test_a_short_budget_of_the_step_goes_to_what_is_compared(tmp_path, monkeypatch):
+    step = gpu_benchmark("step", monkeypatch)
+    options = step.parse(["--device", "cpu"])
+    chosen = sorted(step.methods(options), key=step.urgency)
+    first = [(method.key, method.layout, method.density) for method in chosen]
+    assert set(first[:4]) == {("sprand", layout, density) for layout in ("unstructured", "run8") for density in (0.001, 0.01)}
+    assert [key for key, *_ in first[4:8]] == ["lora", "lora-bf16", "shira", "full"]
+    assert step.main(["--device", "cpu", "--quick", "--methods", "sprand", "full", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "step.csv")
+    assert [row["method"] for row in rows] == ["frozen", *4 * ["sprand"], "full"]
+    assert [row["layout"] for row in rows[1:5]] == ["unstructured", "run2", "run4", "run8"]
+
+
+def test_the_choice_between_kernels_is_replayed_from_measured_times(tmp_path, monkeypatch):
+    """Times that a card would have whose costs are known: a fit to a few of them chooses the fastest everywhere."""
+    from sprand import tuning
+
+    choice, ops = gpu_benchmark("choice", monkeypatch), gpu_benchmark("ops", monkeypatch)
+    monkeypatch.setattr(tuning, "MEASURED_SHAPES", ((64, 256), (256, 256)))
+    monkeypatch.setattr(tuning, "MEASURED_TOKENS", (512, 8192))
+    monkeypatch.setattr(tuning, "MEASURED_DENSITIES", (0.02, 0.1))
+    costs = tuning.Costs(3e-7, 1e-12, 1e-14, 2e-7, 1e-13, 1e-12, 1e-7, 2e-15, 1e-12)
+    rows = []
+    for shape, density, run, tokens in itertools.product([(64, 256), (256, 256)], (0.005, 0.02, 0.1), (1, 8), (512, 2048, 8192)):
+        schedule, _ = tuning.drawn(shape, density, run, torch.bfloat16, torch.device("cpu"))
+        cycles, loads = tuning.row_work(schedule, tokens)
+        times = {"sprand, row kernel": costs.rows_start + costs.rows_cycle * cycles + costs.rows_load * loads}
+        times["sprand, dense chunks"] = costs.dense(schedule, *shape).at(tokens)
+        if schedule.runs is not None:
+            loads, tiles = tuning.run_work(schedule, tokens)
+            times["sprand, tensor cores"] = costs.runs_start + costs.runs_load * loads + costs.runs_tile * tiles
+        times["sprand"] = 2 * max(times.values())
+        facts = {"op": "sddmm", "out": shape[0], "in": shape[1], "tokens": tokens, "dtype": "bf16", "density": density}
+        layout = {1: "unstructured", 8: "run8"}[run]
+        rows += [{**facts, "layout": layout, "contestant": name, "us": 1e6 * taken} for name, taken in times.items()]
+    ops.write_csv(tmp_path / "ops.csv", rows, ops.COLUMNS)
+    assert choice.main([str(tmp_path)]) == 0
+    found = read(tmp_path / "choice.csv")
+    assert len(found) == 36 and {row["chosen"] for row in found} >= {"rows", "dense"}
+    assert sum(row["chosen"] == row["fastest"] for row in found) >= 34
+    assert all(float(row["measured_lost"]) > 0 for row in found)
+
+
+def test_a_folder_without_times_is_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        gpu_benchmark("choice", monkeypatch).main([str(tmp_path)])
+    assert "expected the ops.csv of benchmarks/gpu/ops.py" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from sprand.schedule import Limits, make_schedule
 from sprand.tuning import EVERY, Costs, fit, read_or_measure
 
 COSTS = Costs(
-    rows_start=5e-6, rows_cycle=6e-10, runs_start=7e-6, runs_row=1e-12, runs_tile=4e-12, dense_start=6e-6, dense_product=2.6e-15,
-    dense_entry=2e-12,
+    rows_start=3e-5, rows_cycle=7e-10, rows_load=1e-11, runs_start=2.5e-5, runs_load=6e-11, runs_tile=4e-11, dense_start=5e-6,
+    dense_product=2.4e-15, dense_entry=2e-12,
 )  # fmt: skip
 
 
@@ -58,15 +58,19 @@ def test_fit_gives_no_negative_cost():
 
 def test_measuring_finds_the_costs_of_a_card(monkeypatch):
     called = []
-    monkeypatch.setattr(ops, "sddmm", lambda a, b, i, s: called.append(("rows", s, a.shape)))
-    monkeypatch.setattr(ops, "sddmm_dense", lambda a, b, i, s: called.append(("dense", s, a.shape)))
+    monkeypatch.setattr(ops, "sddmm", lambda a, b, i, s: called.append(("rows", s, a.shape, b.shape[1])))
+    monkeypatch.setattr(ops, "sddmm_dense", lambda a, b, i, s: called.append(("dense", s, a.shape, b.shape[1])))
 
     def seconds(call) -> float:
         call()
-        way, schedule, (tokens, features) = called[-1]
+        way, schedule, (tokens, out_features), in_features = called[-1]
         if way == "dense":
-            return COSTS.dense(schedule, features, features).at(tokens)
-        return (COSTS.rows(schedule) if schedule.runs is None else COSTS.runs(schedule)).at(tokens)
+            return COSTS.dense(schedule, out_features, in_features).at(tokens)
+        if schedule.runs is None:
+            cycles, loads = tuning.row_work(schedule, tokens)
+            return COSTS.rows_start + COSTS.rows_cycle * cycles + COSTS.rows_load * loads
+        loads, tiles = tuning.run_work(schedule, tokens)
+        return COSTS.runs_start + COSTS.runs_load * loads + COSTS.runs_tile * tiles
 
     found = tuning.measure(torch.device("cpu"), torch.bfloat16, seconds)
     for name, wanted in dataclasses.asdict(COSTS).items():

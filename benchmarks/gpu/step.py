@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +100,7 @@ class Trainer:
 
 
 def methods(options: argparse.Namespace) -> list[Method]:
-    """The rows to measure after the frozen model, sprand first."""
+    """The rows of a table after the frozen model, sprand first."""
     chosen = []
     for layout in usable_layouts(options.layouts) if "sprand" in options.methods else ():
         for density in options.densities:
@@ -116,6 +117,13 @@ def methods(options: argparse.Namespace) -> list[Method]:
         "full": Method("full", "full, fused AdamW", attach_full),
     }
     return chosen + [peers[name] for name in options.methods if name in peers]
+
+
+def urgency(method: Method) -> int:
+    """What a budget is spent on first: what a reader compares, the peers, then the rest."""
+    if method.key != "sprand":
+        return 1
+    return 0 if method.layout in ("unstructured", "run8") and method.density in (0.001, 0.01) and not method.graph else 2
 
 
 def attach_frozen(model: nn.Module) -> tuple[nn.Module, None]:
@@ -204,29 +212,29 @@ def measure(method: Method, shape: Shape, options: argparse.Namespace, data: tup
 
 
 def compare(
-    chosen: Sequence[Method], tokens: int, options: argparse.Namespace, clock: Clock, budget: Budget, bar: Progress
-) -> Iterator[Row]:
-    """The rows of all methods at one number of tokens, before each that of the frozen model beside it."""
+    chosen: Sequence[Method], options: argparse.Namespace, clock: Clock, budget: Budget, bar: Progress
+) -> Iterator[tuple[int, Row]]:
+    """Tokens and row of every method at every number of tokens, most urgent first, before each that of the frozen model."""
     predicted = predictions("step") if options.device == "cuda" else {}
     shape = Shape(64, 32, 160, 16) if options.quick else Shape()
-    data = batch(shape, tokens, options.device)
-    for method in chosen:
+    data = {tokens: batch(shape, tokens, options.device) for tokens in options.tokens}
+    for method, tokens in itertools.product(sorted(chosen, key=urgency), options.tokens):
         row = {"method": method.key, "label": method.label, "layout": method.layout, "density": method.density, "tokens": tokens}
         if budget.spent():
-            yield {**row, "note": f"not measured: the budget of {options.budget:g} s was spent"}
+            yield tokens, {**row, "note": f"not measured: the budget of {options.budget:g} s was spent"}
             continue
         try:
-            base, row = measure(method, shape, options, data, clock)
+            base, row = measure(method, shape, options, data[tokens], clock)
             if not method.graph:
                 row["predicted_ratio"] = predicted.get((method.key, method.layout, method.density, None, None, tokens))
-            yield base
+            yield tokens, base
         except ImportError as error:
             row["note"] = f"not installed: {error.name or error}"
         except torch.OutOfMemoryError:
             row["note"] = "more memory than this card has"
         except Exception as error:
             row["note"] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        yield row
+        yield tokens, row
         bar.say(f"{tokens} tokens, {method.label}: " + (row.get("note") or f"{row['ratio']:.3f} of the frozen model's step"))
         bar.advance()
         gc.collect()
@@ -234,14 +242,14 @@ def compare(
             torch.cuda.empty_cache()
 
 
-def one_floor(rows: list[Row]) -> list[Row]:
-    """The rows with one of the frozen model, and one of its graph: the median of theirs."""
+def one_floor(rows: list[Row], labels: Sequence[str]) -> list[Row]:
+    """The rows by their labels, behind one of the frozen model and one of its graph: the median of theirs."""
     floors: dict[int, list[Row]] = {}
     for row in rows:
         if row["method"] == "frozen":
             floors.setdefault(row["graph"], []).append(row)
     bases = [{**found[0], "us": statistics.median(row["us"] for row in found)} for found in floors.values()]
-    return bases + [row for row in rows if row["method"] != "frozen"]
+    return bases + sorted((row for row in rows if row["method"] != "frozen"), key=lambda row: labels.index(row["label"]))
 
 
 def line(row: Row) -> Row:
@@ -260,18 +268,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_as_by_ctrl_c()
     try:
         with progress(len(measured) * len(chosen), "gpu step") as bar:
-            for tokens, rows in measured.items():
-                for row in compare(chosen, tokens, options, clock, budget, bar):
-                    rows.append(row)
+            for tokens, row in compare(chosen, options, clock, budget, bar):
+                measured[tokens].append(row)
     finally:
-        put_down(measured, options, command_line(__file__, sys.argv[1:] if argv is None else argv))
+        labels = [method.label for method in chosen]
+        tables = {tokens: one_floor(rows, labels) for tokens, rows in measured.items() if rows}
+        put_down(tables, options, command_line(__file__, sys.argv[1:] if argv is None else argv))
     ours = [row for rows in measured.values() for row in rows if row["method"] == "sprand"]
     return int(any(row.get("note", "").startswith("failed") for row in ours))
 
 
-def put_down(measured: dict[int, list[Row]], options: argparse.Namespace, command: str) -> None:
-    """Write the rows measured so far, or print them where there is no folder."""
-    tables = {tokens: one_floor(rows) for tokens, rows in measured.items() if rows}
+def put_down(tables: dict[int, list[Row]], options: argparse.Namespace, command: str) -> None:
+    """Write the rows of each number of tokens, or print them where there is no folder."""
     sections = [
         (f"{tokens} tokens, {options.layers} layers, bf16", markdown([line(row) for row in rows], TABLE))
         for tokens, rows in tables.items()
