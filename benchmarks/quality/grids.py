@@ -30,7 +30,8 @@ class Grid:
         tasks: by name.
         methods: those that are run at every budget, and of `BUDGETLESS` those that are run once per task.
         blocks: task and budget of the cells, most wanted first; those without a budget follow the first block of a task.
-        confirms: for a task that only confirms what another found, the methods that are run on it unless others are asked for.
+        confirms: for a task, or a task and budget, that only confirms what others found, the methods that are run there unless
+            others are asked for.
         rates: the learning rates of a cell, rising.
         extend: whether one more rate is tried where the best is at an edge.
         seeds: the first tries the rates; the others repeat the best.
@@ -46,7 +47,7 @@ class Grid:
     extend: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     many_budgets: bool = False
-    confirms: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    confirms: dict[str | tuple[str, float], tuple[str, ...]] = dataclasses.field(default_factory=dict)
     own_options: dict[tuple[str, str], dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def cells(
@@ -63,7 +64,7 @@ class Grid:
         blocks += [(task, budget) for task in tasks for budget in budgets or () if (task, budget) not in blocks]
         seen = set()
         for task, budget in blocks:
-            wanted = methods or self.confirms.get(task, self.methods)
+            wanted = methods or self.confirms.get((task, budget)) or self.confirms.get(task, self.methods)
             if task not in seen:
                 yield task, "untrained", None
             yield from ((task, method, budget) for method in wanted if method not in BUDGETLESS)
@@ -163,7 +164,9 @@ SUITE = Grid(
         ("shakespeare", 0.01), ("shakespeare", 0.001), ("shakespeare", 0.05), ("sst2", 0.01), ("subj", 0.01), ("qnli", 0.01),
         ("shakespeare", 0.003), ("shakespeare", 0.0003), ("sst2", 0.001), ("subj", 0.001), ("qnli", 0.001),
     ),
-    confirms=dict.fromkeys(("sst2", "subj"), CONFIRMING) | {"qnli": ("random", "lora", "gradient", "full")},
+    confirms={
+        **dict.fromkeys(("sst2", "subj", ("shakespeare", 0.003)), CONFIRMING), "qnli": ("random", "lora", "gradient", "full"),
+    },
     rates=suite_rates,
     extend=True,
     many_budgets=True,
