@@ -127,6 +127,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         cast = torch.get_autocast_dtype(device)
         input = input.to(cast)
         bias = None if bias is None else bias.to(cast)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # an autograd function costs more than a small product
+        _write(weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries))
+        return _product(input, weight, bias, cast, transposed)
     leading = None
     if bias is not None and input.dim() > 2 and input.is_contiguous():
         # F.linear computes so too, but the view of a result that it returns may not be changed in place
@@ -152,6 +155,9 @@ def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int 
     """
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _write(weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries))
+        return F.embedding(input, weight)
     return _Embedding.apply(
         input, weight, entries.delta, entries.indices, entries.base, entries.scale, padding_idx, _written(entries),
         _candidates(entries),
@@ -236,6 +242,11 @@ def _write(weight: Tensor, delta: Tensor, indices: Tensor, base: Tensor, scale: 
         Entries(delta, indices, base, scale).write(weight)
 
 
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None, transposed: bool) -> Tensor:
+    used = weight if cast is None else weight.to(cast)
+    return F.linear(input, used.t() if transposed else used, bias)
+
+
 class _Linear(torch.autograd.Function):
     """Forward: y = x W^T + b.  Backward: dx = dy W, ddelta = scale * (dy^T x)[indices] (SDDMM), db = sum dy.
 
@@ -248,8 +259,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(input, weight, delta, indices, base)
         ctx.scale, ctx.cast, ctx.transposed = scale, cast, transposed
         ctx.written, ctx.schedule, ctx.candidates = written, schedule, candidates
-        used = weight if cast is None else weight.to(cast)
-        return F.linear(input, used.t() if transposed else used, bias)
+        return _product(input, weight, bias, cast, transposed)
 
     @staticmethod
     @once_differentiable

@@ -100,6 +100,24 @@ def test_no_tokens_and_no_entries():
     assert torch.equal(entries.delta.grad, torch.zeros(5))
 
 
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+@pytest.mark.parametrize("bias", [None, torch.randn(7)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (6,), (0, 6)])
+def test_without_gradients_the_output_has_the_same_bits_and_the_weight_is_written(shape, transposed, bias, cast):
+    weight = torch.randn((6, 7) if transposed else (7, 6))
+    entries = entries_for(weight, 11)
+    x, given = torch.randn(shape), weight.clone()
+    with torch.autocast("cpu", dtype=cast or torch.bfloat16, enabled=cast is not None):
+        wanted = functional.linear(x, weight, bias, entries, transposed)
+        for mode in (torch.no_grad, torch.inference_mode):
+            weight.copy_(given)
+            with mode():
+                found = functional.linear(x, weight, bias, entries, transposed)
+            assert torch.equal(found, wanted) and not found.requires_grad
+            assert torch.equal(weight, dense_weight(given, entries))
+
+
 def test_second_derivative_is_refused():
     weight = torch.randn(4, 3, dtype=torch.float64)
     entries = entries_for(weight, 5)
