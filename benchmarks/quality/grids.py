@@ -162,7 +162,7 @@ SUITE = Grid(
     ),
     blocks=(
         ("shakespeare", 0.01), ("shakespeare", 0.001), ("shakespeare", 0.05), ("sst2", 0.01), ("subj", 0.01), ("qnli", 0.01),
-        ("shakespeare", 0.003), ("shakespeare", 0.0003), ("sst2", 0.001), ("subj", 0.001), ("qnli", 0.001),
+        ("shakespeare", 0.0003), ("sst2", 0.001), ("subj", 0.001), ("shakespeare", 0.003),
     ),
     confirms={
         **dict.fromkeys(("sst2", "subj", ("shakespeare", 0.003)), CONFIRMING), "qnli": ("random", "lora", "gradient", "full"),
