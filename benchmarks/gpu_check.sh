@@ -88,7 +88,7 @@ selection=(--device cuda --llama-8b --methods snip 'snip, bounded' 'naive snip')
 if chosen selection; then
   step "Selection" 50 "$PYTHON" benchmarks/bench_selection.py "${selection[@]}" ${out[@]+"${out[@]}"}
 fi
-switching=(--device cuda --widths 1024 4096 --layers 2 --dtypes bf16 --repeats 10)
+switching=(--device cuda --widths 1024 2048 --layers 2 --dtypes bf16 --repeats 10)
 if chosen switching; then
   step "Switching" 35 "$PYTHON" benchmarks/bench_switch.py "${switching[@]}" ${out[@]+"${out[@]}"}
 fi
