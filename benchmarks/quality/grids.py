@@ -165,7 +165,7 @@ SUITE = Grid(
         ("shakespeare", 0.0003), ("sst2", 0.001), ("subj", 0.001), ("shakespeare", 0.003),
     ),
     confirms={
-        **dict.fromkeys(("sst2", "subj", ("shakespeare", 0.003)), CONFIRMING), "qnli": ("random", "lora", "gradient", "full"),
+        **dict.fromkeys(("sst2", "subj", ("shakespeare", 0.003)), CONFIRMING), "qnli": ("random", "lora", "gradient"),
     },
     rates=suite_rates,
     extend=True,
