@@ -162,10 +162,11 @@ SUITE = Grid(
     ),
     blocks=(
         ("shakespeare", 0.01), ("shakespeare", 0.001), ("shakespeare", 0.05), ("sst2", 0.01), ("subj", 0.01), ("qnli", 0.01),
-        ("shakespeare", 0.0003), ("sst2", 0.001), ("subj", 0.001), ("shakespeare", 0.003),
+        ("shakespeare", 0.0003), ("sst2", 0.001), ("subj", 0.001),
     ),
     confirms={
-        **dict.fromkeys(("sst2", "subj", ("shakespeare", 0.003)), CONFIRMING), "qnli": ("random", "lora", "gradient"),
+        **dict.fromkeys(("sst2", "subj"), CONFIRMING), "qnli": ("random", "lora"),
+        **dict.fromkeys((("sst2", 0.001), ("subj", 0.001)), ("random", "lora", "gradient", "run8")),
     },
     rates=suite_rates,
     extend=True,
