@@ -127,8 +127,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         cast = torch.get_autocast_dtype(device)
         input = input.to(cast)
         bias = None if bias is None else bias.to(cast)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # an autograd function costs more than a small product
-        _write(weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries))
+    if _written_without_autograd(weight, entries):
         return _product(input, weight, bias, cast, transposed)
     leading = None
     if bias is not None and input.dim() > 2 and input.is_contiguous():
@@ -155,8 +154,7 @@ def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int 
     """
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _write(weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries))
+    if _written_without_autograd(weight, entries):
         return F.embedding(input, weight)
     return _Embedding.apply(
         input, weight, entries.delta, entries.indices, entries.base, entries.scale, padding_idx, _written(entries),
@@ -240,6 +238,14 @@ def _write(weight: Tensor, delta: Tensor, indices: Tensor, base: Tensor, scale: 
         )
     if written is None or not written.holds(delta):
         Entries(delta, indices, base, scale).write(weight)
+
+
+def _written_without_autograd(weight: Tensor, entries: Entries) -> bool:
+    """Whether no gradient is wanted; the weight is written then. An autograd function costs more than a small product."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    _write(weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries))
+    return True
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None, transposed: bool) -> Tensor:

@@ -118,6 +118,17 @@ def test_without_gradients_the_output_has_the_same_bits_and_the_weight_is_writte
             assert torch.equal(weight, dense_weight(given, entries))
 
 
+def test_without_gradients_an_embedding_has_the_same_bits_and_its_weight_is_written():
+    weight = torch.randn(9, 4)
+    entries, given, tokens = entries_for(weight, 13), weight.clone(), torch.tensor([[0, 3, 8], [3, 3, 1]])
+    wanted = functional.embedding(tokens, weight, entries, padding_idx=-1)
+    weight.copy_(given)
+    with torch.no_grad():
+        found = functional.embedding(tokens, weight, entries, padding_idx=-1)
+    assert torch.equal(found, wanted) and not found.requires_grad
+    assert torch.equal(weight, dense_weight(given, entries))
+
+
 def test_second_derivative_is_refused():
     weight = torch.randn(4, 3, dtype=torch.float64)
     entries = entries_for(weight, 5)
