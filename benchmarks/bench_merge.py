@@ -95,11 +95,11 @@ def contestants(folder: Path) -> dict[str, Callable[[Path], object]]:
 
     def loaded(out: Path) -> None:
         """Every tensor in memory, one index_put_ each, everything written anew."""
-        description, tensors = sprand.adapter_file.read(folder / "adapter")
+        description, tensors = sprand.adapters.file.read(folder / "adapter")
         weights = load_file(base / "model.safetensors")
         config = sprand.SparseConfig.from_dict(description["config"])
         for name, target in description["targets"].items():
-            indices, deltas = sprand.adapter_file.entries(folder, config, name, target, tensors)
+            indices, deltas = sprand.adapters.file.entries(folder, config, name, target, tensors)
             flat = weights[name].view(-1)
             flat[indices.long()] = (flat[indices.long()].float() + deltas).to(flat.dtype)
         out.mkdir()

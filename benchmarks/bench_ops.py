@@ -56,7 +56,8 @@ class Problem:
     def of(
         cls, shape: tuple[int, int], density: float, dtype: torch.dtype, tokens: int, layouts: Sequence[str] = LAYOUTS[:1]
     ) -> Problem:
-        from sprand import ops, pattern
+        from sprand.kernels import ops
+        from sprand.selection import pattern
 
         generator = torch.Generator().manual_seed(0)
         rows, cols = shape
@@ -72,7 +73,7 @@ class Problem:
 
 def contestants(op: str, p: Problem) -> dict[str, Call]:
     """Ours first, in each layout, then ways to do the same in plain PyTorch, with int64 indices, as it likes them best."""
-    from sprand import ops
+    from sprand.kernels import ops
 
     flat, wide = p.weight.view(-1), p.indices.long()
     nnz, dtype = len(wide), p.weight.dtype
@@ -137,7 +138,7 @@ def _ours(layout: str) -> str:
 
 
 def _sddmm(p: Problem, indices: torch.Tensor) -> Call:
-    from sprand import ops
+    from sprand.kernels import ops
 
     return lambda: ops.sddmm(p.grad_output, p.input, indices)
 
@@ -148,7 +149,7 @@ def copies(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def all_contestants(op: str, p: Problem, wide: torch.Tensor) -> dict[str, Call]:
     """`TARGETS` equal layers in one call, against a write per weight."""
-    from sprand import ops
+    from sprand.kernels import ops
 
     weights, indices, deltas = copies(p.weight), copies(p.indices), copies(p.delta)
     dtype, adds = p.weight.dtype, op == "scatter_add_all_"
@@ -169,7 +170,7 @@ def adamw_contestants(p: Problem, wide: torch.Tensor) -> dict[str, Call]:
     """One step of `TARGETS` equal layers, against the functional form of torch's fused AdamW and a write per weight."""
     from torch.optim.adamw import adamw
 
-    from sprand import ops
+    from sprand.kernels import ops
 
     weights, grads = copies(p.weight), copies(p.delta)
     deltas, firsts, seconds = (copies(torch.zeros_like(p.delta)) for _ in range(3))

@@ -24,7 +24,7 @@ import timing
 from methods import DTYPES, PEER_DENSITY, VOCABULARY, Unavailable, build, fresh, linears, matching_rank, targets
 from report import RESULTS, Row, command_line, end_as_by_ctrl_c, progress, quantiles, write_csv, write_markdown
 from report import markdown as table
-from sprand.adapter_file import read
+from sprand.adapters.file import read
 from sprand.serving import AdapterPool
 
 COLUMNS = (

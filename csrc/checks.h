@@ -1,4 +1,4 @@
-// The last line of argument checks, shared by the CPU and CUDA operators; users meet the ones in sprand/ops.py first.
+// The last line of argument checks, shared by the CPU and CUDA operators; users meet the ones in sprand/kernels/ops.py first.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

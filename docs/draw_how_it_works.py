@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from sprand import pattern
+from sprand.selection import pattern
 
 INK, FROZEN, CHOSEN, SECOND = "#1f2933", "#dfe5ec", "#d9480f", "#1971c2"
 OUT, IN, TOKENS = 12, 16, 7

@@ -10,7 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from sprand import ops, pattern
+from sprand.kernels import ops
+from sprand.selection import pattern
 
 INK, FROZEN, CHOSEN, SECOND = "#1f2933", "#dfe5ec", "#d9480f", "#1971c2"
 IMAGES = Path(__file__).parent / "images"

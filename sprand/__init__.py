@@ -18,19 +18,18 @@ of the chosen entries alone, and what is trained is bit for bit what is merged; 
 With Hugging Face: `sprand.peft`, `sprand.integrations.transformers`. To serve: `sprand.serving`. In a shell: `sprand --help`.
 """
 
-from . import native  # registers the operators and their compiled kernels
-from .adapter import load, save
-from .applying import apply, select
-from .config import SparseConfig
-from .dynamic import DynamicMask
-from .layers import SparseLinear, SparseModule
-from .mixing import combine
-from .model import disabled, merge, named_parameters, parameters, switch, unmerge, write
-from .optim import SparseAdamW
-from .plots import plot_selection
-from .rates import suggest_lr
+from .adapters.apply import apply, select
+from .adapters.model import combine, disabled, merge, named_parameters, parameters, switch, unmerge, write
+from .adapters.plots import plot_selection
+from .adapters.save_and_load import load, save
+from .adapters.summary import print_trainable_parameters, summary, visible_share
+from .kernels import native  # registers the operators and their compiled kernels
+from .layers.module import SparseLinear, SparseModule
+from .selection.config import SparseConfig
 from .selection.mask import Mask
-from .summary import print_trainable_parameters, summary, visible_share
+from .training.dynamic import DynamicMask
+from .training.optim import SparseAdamW
+from .training.rates import suggest_lr
 from .version import __version__
 
 __all__ = [

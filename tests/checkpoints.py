@@ -52,7 +52,7 @@ def redrawn(model):
     optimizer = torch.optim.SGD(sprand.parameters(model), lr=0.0)
 
     def other(model):
-        places = [(name, module, parameter) for name, module, parameter in sprand.adapter.attached(model)]
+        places = [(name, module, parameter) for name, module, parameter in sprand.layers.sites.attached(model)]
         counts = {name: module.sparse_entries(parameter).indices.numel() for name, module, parameter in places}
         return {name: torch.randperm(module._parameters[p].numel())[: counts[name]] for name, module, p in places}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sprand import ops
+from sprand.kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"

@@ -10,8 +10,8 @@ import torch
 import sprand
 from checkpoints import plain, redrawn
 from models import MLP, assert_same_bits, built
-from sprand import states
 from sprand.checkpoint.merge import merge
+from sprand.files import states
 
 REFUSED = (ValueError, OSError)
 

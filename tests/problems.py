@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sprand import native, reference  # noqa: F401  native loads the compiled operators
+from sprand import native  # noqa: F401  native loads the compiled operators
+from sprand.kernels import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)

@@ -173,7 +173,7 @@ def all_passed(report, name) -> None:
 
 def assert_same_training(model: nn.Module, expected: nn.Module) -> None:
     """All that trains is the same to the bit, sharded or not."""
-    others = dict(sprand.model.named_parameters(expected))
-    for name, p in sprand.model.named_parameters(model):
-        assert torch.equal(sprand.sharding.whole(p), others[name].detach()), name
+    others = dict(sprand.adapters.model.named_parameters(expected))
+    for name, p in sprand.adapters.model.named_parameters(model):
+        assert torch.equal(sprand.layers.sharding.whole(p), others[name].detach()), name
     assert len(others) == len(sprand.parameters(model)) > 0

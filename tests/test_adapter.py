@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, built, points_and_labels, tokens_and_labels
-from sprand import files
-from sprand.adapter_file import CONFIG_FILE, WEIGHTS_FILE
+from sprand.adapters.file import CONFIG_FILE, WEIGHTS_FILE
+from sprand.files import described
 
 
 def random_deltas(model):
@@ -116,7 +116,7 @@ def edited(path, change):
         description = json.loads(content.metadata()["sprand"])
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     change(tensors, description)
-    files.write(path / WEIGHTS_FILE, "sprand", description, tensors)
+    described.write(path / WEIGHTS_FILE, "sprand", description, tensors)
 
 
 def with_indices(indices):
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch):
         Path(name).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(described, "save_file", full)
     model.second.sprand_delta.data.add_(1.0)
     with pytest.raises(OSError, match="No space left"):
         sprand.save(model, path)

@@ -10,86 +10,56 @@ from pathlib import Path
 
 import pytest
 
-from sprand import ops
+import sprand
+from sprand.kernels import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sprand"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NATIVE_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".inl", ".cpp", ".cu"))
 
-# Rooms, from the operators up to the doors. A module of a room may import from its own and from the rooms it names.
-ROOMS = {
-    "ops": (
-        "ops",
-        "checks",
-        "reference",
-        "native",
-        "host",
-        "schedule",
-        "schedule_run8",
-        "selftest",
-        "sharding",
-        "topk",
-        "tuning",
-        "version",
-        "_C",
-        "_C_cuda",
-        "_host",
-    ),
-    "core": ("pattern", "candidates", "functional", "layers", "optim", "optimizer_order"),
-    "policy": ("config", "files", "forms", "states", "targets", "selection"),
-    "assembly": (
-        "model",
-        "applying",
-        "combining",
-        "mixing",
-        "frozen",
-        "adapter",
-        "adapter_file",
-        "checkpoint",
-        "dynamic",
-        "exchange",
-        "plots",
-        "rates",
-        "summary",
-        "__init__",
-    ),
-    "doors": ("peft", "integrations", "serving", "cli", "__main__"),
-}
-MAY_IMPORT = {
-    "ops": set(),
-    "core": {"ops"},
-    "policy": {"pattern", "topk"},
-    "assembly": {"ops", "core", "policy"},
-    "doors": {"ops", "core", "policy", "assembly"},
-}
-OPEN_TO_ALL = {"version"}
-
-
-def name_of(path: Path) -> str:
-    """The first name below `sprand`: `ops` for sprand/ops.py, `cli` for everything in sprand/cli."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+# Rooms are the folders of the package. A room imports only rooms left of it; those between two signs do not import each other.
+ORDER = "kernels, files < layers < selection < adapters < training, checkpoint < peft, serving < integrations, cli"
+FLOORS = [floor.split(", ") for floor in ORDER.split(" < ")]
+TOP = ("__init__", "__main__")  # above all rooms
+OPEN_TO_ALL = ("version",)
+NATIVE = ("_C", "_C_cuda", "_host")  # the compiled modules, below all rooms
+DOORS = ("peft", "serving", "integrations", "cli")  # may need more than torch and safetensors
 
 
 def room_of(name: str) -> str:
-    found = [room for room, names in ROOMS.items() if name in names]
-    assert found, f"sprand/{name}: in which room is it? (ROOMS in {Path(__file__).name})"
+    """The room of a dotted name below `sprand`: `layers` for `layers.module`; `__init__` for the package itself."""
+    return name.partition(".")[0] or "__init__"
+
+
+def floor_of(room: str) -> int:
+    if room in OPEN_TO_ALL:
+        return -1
+    if room in TOP:
+        return len(FLOORS)
+    if room in NATIVE:
+        return -1
+    found = [number for number, rooms in enumerate(FLOORS) if room in rooms]
+    assert found, f"sprand/{room}: no room of that name; there are {ORDER}"
     return found[0]
+
+
+def origin_of(path: Path, node: ast.ImportFrom) -> str:
+    """The module that a statement imports from, absolute."""
+    package = ("sprand", *path.relative_to(PACKAGE).parts[:-1])
+    return ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module]))) if node.level else node.module
 
 
 def imports_of(path: Path) -> set[str]:
     """All modules that a file imports, absolute, wherever in the file it does."""
-    package = ("sprand", *path.relative_to(PACKAGE).parts[:-1])
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            origin = (
-                ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module]))) if node.level else node.module
-            )
-            found |= {f"{origin}.{alias.name}" for alias in node.names} if origin == "sprand" else {origin}
-    return found
+            origin = origin_of(path, node)
+            modules |= {f"{origin}.{alias.name}" for alias in node.names} if origin == "sprand" else {origin}
+    return modules
 
 
 def called(path: Path) -> str:
@@ -97,20 +67,34 @@ def called(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=called)
-def test_a_module_imports_only_what_its_room_may(path):
-    room, known = room_of(name_of(path)), sum(ROOMS.values(), ())
+def test_a_room_imports_only_rooms_left_of_it(path):
+    own = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    names = set(sprand.__all__)
     for module in imports_of(path):
         top, _, rest = module.partition(".")
         if top == "sprand":
-            other = rest.partition(".")[0]
-            if other not in known:
-                assert room == "doors", f"{called(path)} imports from the package itself ({module}), which imports it"
+            if own not in TOP and (not rest or rest in names):
+                assert own in ("integrations", "cli"), (
+                    f"{called(path)} imports from the package itself ({module}), which imports it"
+                )
                 continue
-            allowed = other in OPEN_TO_ALL | MAY_IMPORT[room] or room_of(other) in MAY_IMPORT[room] | {room}
-            assert allowed, f"{called(path)} ({room}) imports {module} ({room_of(other)})"
-        elif room != "doors":
+            other = room_of(rest)
+            assert other == own or floor_of(other) < floor_of(own), f"{called(path)} imports {module}: expected {ORDER}"
+        elif own not in DOORS:
             at_hand = top in sys.stdlib_module_names or top in ("torch", "safetensors")
             assert at_hand, f"{called(path)} imports {module}: only doors may need more than torch and safetensors"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=called)
+def test_no_room_reads_what_is_private_to_another(path):
+    """An underscore is for the own room: neither imported nor asked for by `getattr` from elsewhere."""
+    own = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            origin = origin_of(path, node)
+            private = [alias.name for alias in node.names if re.match("_[^_]", alias.name) and alias.name not in NATIVE]
+            outside = origin.startswith("sprand") and room_of(origin.removeprefix("sprand").removeprefix(".")) != own
+            assert not (private and outside), f"{called(path)} imports {', '.join(private)} of {origin}"
 
 
 def test_kernels_know_tensors_only():
@@ -126,7 +110,7 @@ def test_kernels_know_tensors_only():
 @pytest.mark.parametrize("op", ops.SCHEMAS)
 def test_one_operator_is_one_name_in_five_places(op):
     assert hasattr(ops, op)
-    assert re.search(rf"^def {op}\(", (PACKAGE / "reference.py").read_text(), re.M)
+    assert re.search(rf"^def {op}\(", (PACKAGE / "kernels" / "reference.py").read_text(), re.M)
     for folder in ("cuda",) if op in ops.CUDA_ONLY else ("cpu", "cuda"):
         text = "".join(path.read_text() for path in sorted((ROOT / "csrc" / folder).glob("*.cpp")))
         assert f'm.impl("{op}"' in text, f"csrc/{folder} registers no {op}"

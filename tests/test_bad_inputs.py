@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sprand import native, ops
+from sprand import native
+from sprand.kernels import ops
 
 WEIGHT = torch.zeros(4, 6)
 INDICES = torch.tensor([1, 5, 23], dtype=torch.int32)

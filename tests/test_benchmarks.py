@@ -115,7 +115,7 @@ def test_shira_is_measured_before_and_after_acceleration(
 
 
 def test_ops_times_every_op_against_plain_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sprand import ops
+    from sprand.kernels import ops
 
     monkeypatch.syspath_prepend(BENCHMARKS)
     import bench_ops

@@ -105,7 +105,7 @@ def test_revert_refuses_what_it_cannot_prove(sharded, tmp_path):
 
 
 def _indices(base, adapter):
-    return sprand.adapter.mask_of(sprand.load(load(base), adapter))
+    return sprand.adapters.state.mask_of(sprand.load(load(base), adapter))
 
 
 def test_a_wrong_base_is_refused_and_nothing_is_written(sharded, tmp_path, monkeypatch):

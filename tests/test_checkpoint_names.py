@@ -54,7 +54,7 @@ def test_what_is_not_one_prefix_is_refused(tmp_path, there, wanted, message):
 
 def test_a_mean_pooled_classifier_merges_into_its_encoder(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from sprand.cli.models import MeanPoolClassifier
+    from sprand.cli.finetune.models import MeanPoolClassifier
 
     base = bert(tmp_path)
     model = MeanPoolClassifier(transformers.AutoModel.from_pretrained(base, add_pooling_layer=False), 2)

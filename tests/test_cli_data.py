@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sprand.cli import CliError, data, demo
-from sprand.cli.settings import Settings
+from sprand.cli import CliError
+from sprand.cli.finetune import data, demo
+from sprand.cli.finetune.settings import Settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

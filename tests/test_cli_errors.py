@@ -18,9 +18,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from sprand import cli, files, states
-from sprand.adapter_file import WEIGHTS_FILE
-from sprand.cli import checkpoint, main
+from sprand import cli
+from sprand.adapters.file import WEIGHTS_FILE
+from sprand.cli import main
+from sprand.cli.finetune import checkpoints as checkpoint
+from sprand.files import described, states
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,7 +112,7 @@ def test_out_cannot_be_written(bert, rows, tmp_path, says):
 
 
 def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(bert, rows, tmp_path, says, monkeypatch):
-    from sprand.cli import tasks
+    from sprand.cli.finetune import tasks
 
     loss, calls = tasks.Task.loss, []
 
@@ -135,7 +137,7 @@ def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(bert, rows, tmp_p
 
 
 def test_disk_full_leaves_the_older_checkpoint(bert, rows, tmp_path, says, monkeypatch):
-    save, written = files.save_file, []
+    save, written = described.save_file, []
 
     def full_at_the_second(tensors, name, metadata):
         if name.name.startswith("step-"):
@@ -145,7 +147,7 @@ def test_disk_full_leaves_the_older_checkpoint(bert, rows, tmp_path, says, monke
                 raise OSError(28, "No space left on device")
         save(tensors, name, metadata=metadata)
 
-    monkeypatch.setattr(files, "save_file", full_at_the_second)
+    monkeypatch.setattr(described, "save_file", full_at_the_second)
     code, said = says("--model", bert, "--train", rows, "--out", tmp_path, "--checkpoint-every", 2, "--max-steps", 6)
     assert code == 1 and "No space left on device" in said and "step-00000002.safetensors" in said
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
@@ -178,7 +180,7 @@ def test_resume_from_the_wrong_thing(bert, rows, tmp_path, says):
 
 
 def test_a_signal_writes_a_checkpoint_to_go_on_from(bert, rows, tmp_path, says, monkeypatch):
-    from sprand.cli import training
+    from sprand.cli.finetune import training
 
     step, calls = training._step, []
 

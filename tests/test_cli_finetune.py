@@ -19,8 +19,10 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import sprand
-from sprand import states
-from sprand.cli import checkpoint, main, models, tasks
+from sprand.cli import main
+from sprand.cli.finetune import checkpoints as checkpoint
+from sprand.cli.finetune import models, tasks
+from sprand.files import states
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -115,7 +117,7 @@ def test_loss_is_taken_of_completions_only(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = save_llama(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    from sprand.cli.data import Dataset, Example
+    from sprand.cli.finetune.data import Dataset, Example
 
     example = [Example("w1 w2 w3", "w4 w5")]
     task = tasks.CausalLM(Dataset("causal-lm", example, example), tokenizer, 16)

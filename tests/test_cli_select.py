@@ -14,7 +14,8 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import sprand
-from sprand.cli import main, models
+from sprand.cli import main
+from sprand.cli.finetune import models
 from sprand.selection.strategies import STRATEGIES
 
 
@@ -38,7 +39,7 @@ def test_each_strategy_chooses_and_its_mask_trains(bert, rows, tmp_path, strateg
         assert run("finetune", "--model", bert, "--mask", mask, "--train", rows, "--max-steps", 2, "--out", tmp_path / "out") == 0
         model, _ = models.load(str(bert), "classification", 2, "float32", "auto", 0)
         sprand.load(model, tmp_path / "out" / "adapter")
-        trained = sprand.adapter.mask_of(model)
+        trained = sprand.adapters.state.mask_of(model)
         assert all(torch.equal(trained[name], chosen[name]) for name in chosen)
         assert trained.selection == chosen.selection
 

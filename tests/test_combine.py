@@ -10,11 +10,11 @@ import torch
 import sprand
 from checkpoints import changed, plain, redrawn
 from models import MLP, assert_same_bits, bits, built
-from sprand.adapter_file import read
+from sprand.adapters.combining import Part, Rule, combined
+from sprand.adapters.file import read
 from sprand.checkpoint.combine import combine, remove
-from sprand.checkpoint.report import inspect
+from sprand.checkpoint.inspect import inspect
 from sprand.cli.main import run
-from sprand.combining import Part, Rule, combined
 
 NUMEL = 400
 
@@ -167,7 +167,7 @@ def test_a_combined_adapter_trains_on_and_is_told_of(three):
     model(torch.randn(4, 16)).square().mean().backward()
     optimizer.step()
     sprand.save(model, three / "both")
-    assert sprand.adapter.mask_of(model).selection["strategy"] == "combine"
+    assert sprand.adapters.state.mask_of(model).selection["strategy"] == "combine"
     assert all(torch.equal(delta, before[name]) for name, delta in model._sprand.adapters["a"].deltas.items())
     assert inspect(three / "both", three / "base").chosen == "sum of 1 x a, 0.5 x b"
     with pytest.raises(ValueError, match=r"both was trained further since .*/a was combined into it"):

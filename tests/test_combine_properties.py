@@ -10,7 +10,7 @@ import torch
 
 import sprand
 from checkpoints import assert_same, plain, tensors_of
-from sprand.adapter_file import read
+from sprand.adapters.file import read
 from sprand.checkpoint.combine import combine, remove
 from sprand.checkpoint.merge import merge
 

@@ -18,8 +18,9 @@ import sprand
 from checkpoints import plain
 from forks import killed_after, killed_at, on_small_disk, one_thread, started, status_of
 from models import MLP, built
-from sprand import adapter_file, files, states
+from sprand.adapters import file as adapter_file
 from sprand.checkpoint.merge import merge, verify
+from sprand.files import atomic, described, states
 
 ENTRIES = 30_000
 KILLS = 30
@@ -72,8 +73,8 @@ class State:
     """The same of the checkpoints of a run, of which two are kept."""
 
     def __init__(self, folder: Path) -> None:
-        from sprand.cli.checkpoint import KIND, Checkpoints
-        from sprand.cli.methods import Method
+        from sprand.cli.finetune.checkpoints import KIND, Checkpoints
+        from sprand.cli.finetune.methods import Method
 
         self.folder, self.kind = folder / "checkpoints", KIND
         p = torch.nn.Parameter(torch.zeros(ENTRIES))
@@ -138,7 +139,7 @@ def test_killed_at_random_old_or_new_is_there(kept):
 
 
 POINTS = [
-    (os, "replace"), (os, "fsync"), (files, "save_file"), (files.tempfile, "mkdtemp"), (shutil, "rmtree"), (Path, "chmod"),
+    (os, "replace"), (os, "fsync"), (described, "save_file"), (atomic.tempfile, "mkdtemp"), (shutil, "rmtree"), (Path, "chmod"),
 ]  # fmt: skip
 
 
@@ -164,7 +165,7 @@ def test_killed_at_each_call_old_or_new_is_there(kept, owner, name):
 def test_a_live_writer_keeps_its_unfinished_file(tmp_path):
     """Two processes save at once: neither takes the other's file for one that was left behind."""
     kept = Mask(tmp_path)
-    with files.replacing(kept.folder / "mask.safetensors") as temporary:
+    with atomic.replacing(kept.folder / "mask.safetensors") as temporary:
         temporary.write_bytes(b"half of it")
         assert status_of(started(lambda: kept.save(7))) == 0
         assert temporary.read_bytes() == b"half of it" and kept.read() == 7

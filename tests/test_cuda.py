@@ -18,7 +18,7 @@ from problems import (
     tolerance,
 )
 from sprand import native
-from sprand import ops as sprand_ops
+from sprand.kernels import ops as sprand_ops
 
 if not torch.cuda.is_available():
     pytest.skip("these tests need a CUDA device, and a CUDA build of torch", allow_module_level=True)

@@ -25,8 +25,9 @@ from problems import (
     run_problems,
     tolerance,
 )
-from sprand import native, reference
-from sprand import ops as sprand_ops
+from sprand import native
+from sprand.kernels import ops as sprand_ops
+from sprand.kernels import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ORDINARY, LARGE = PROBLEMS[0], PROBLEMS[-1]

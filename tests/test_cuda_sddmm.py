@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from problems import check_sddmm
-from sprand import ops, pattern, schedule, tuning
-from sprand.schedule import VARIANTS, Rows, make_schedule
+from sprand.kernels import ops, schedule, tuning
+from sprand.kernels.schedule import VARIANTS, Rows, make_schedule
+from sprand.selection import pattern
 from test_sddmm_rows import aligned_to, lopsided, shared_rows, sides, stratified, uniform
 
 pytestmark = [

@@ -10,8 +10,8 @@ import torch
 import sprand
 from checkpoints import changed, redrawn
 from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels, tokens_and_labels
-from sprand import pattern
 from sprand.cli.main import run
+from sprand.selection import pattern
 from tiny_models import save_bert, save_rows
 
 
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_the_base():
     x, y = points_and_labels()
     fields = {"strategy": "gradient", "density": 0.1, "data": [(x, y)], "loss_fn": loss}
     model = changed(sprand.apply(built(MLP), **fields))
-    avoided = sprand.adapter.mask_of(model)
+    avoided = sprand.adapters.state.mask_of(model)
     sprand.apply(model, name="second", disjoint=True, **fields)
     expected = sprand.select(built(MLP), disjoint=avoided, **fields)
     assert all(torch.equal(indices, expected[name]) for name, indices in model._sprand.adapters["second"].indices.items())
@@ -194,7 +194,10 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(tmp_path):
         ({"density": 0.1, "disjoint": {"fourth.weight": torch.arange(3)}}, "this one has no parameter 'fourth.weight'"),
         ({"density": 0.1, "disjoint": other}, r"first.weight is \[24, 16\] here and \[12, 16\] there"),
         ({"density": 0.1, "disjoint": [3]}, "disjoint: expected True, folders of adapters, masks or indices by name, got int"),
-        ({"strategy": sprand.adapter.mask_of(model), "disjoint": True}, "given entries of first.weight are among those"),
+        (
+            {"strategy": sprand.adapters.state.mask_of(model), "disjoint": True},
+            "given entries of first.weight are among those",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             sprand.apply(model, name="b", **options)
@@ -223,7 +226,7 @@ def test_the_commands_leave_out_the_entries_of_adapters(tmp_path, capsys):
     out = ["--base", model, "-o", str(tmp_path / "both"), "--drop-heads"]
     assert run(["combine", str(a), str(b), *out]) == 0
     assert "1 x b/adapter: no entry in common with others" in capsys.readouterr().out
-    together = sprand.adapter_file.read(tmp_path / "both")[1]
+    together = sprand.adapters.file.read(tmp_path / "both")[1]
     assert apart({name: together[f"indices.{name}"] for name in mask}, mask)
     assert run(["finetune", *options, "--out", str(tmp_path / "d"), "--disjoint", str(tmp_path / "none")]) == 2
     assert "no adapter at" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import ranks
 import sprand
 from models import assert_same_bits
 from ranks import HALVES, LR, adamw, assert_same_training, made, train, trained_alone
-from sprand.sharding import whole
+from sprand.layers.sharding import whole
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
 

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 import ranks
 from ranks import HALVES, TARGETS, Net, adamw, assert_same_training, made, train, trained_alone
-from sprand.sharding import whole
+from sprand.layers.sharding import whole
 
 
 def trainable(model):

@@ -13,7 +13,7 @@ import ranks
 import sprand
 from models import assert_same_bits, tokens_and_labels
 from ranks import HALVES, LR, Net, adamw, assert_same_training, made, train, trained_alone
-from sprand.sharding import whole
+from sprand.layers.sharding import whole
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
@@ -166,7 +166,7 @@ def bfloat16_models_train(rank, folder):
     """
     for stage in (1, 2, 3):
         model = made() if stage < 3 else made(density=0.2, target_modules=["embed", "linear", "conv"])
-        named = list(sprand.model.named_parameters(model))
+        named = list(sprand.adapters.model.named_parameters(model))
         groups = [[p for name, p in named if ("sprand_delta" in name) == deltas] for deltas in (True, False)]
         optimizer = torch.optim.AdamW([{"params": group} for group in groups if group], lr=LR)
         losses = go(engine(model, optimizer, stage, bf16={"enabled": True}), rank, steps=8)

@@ -16,8 +16,8 @@ import ranks
 import sprand
 from models import assert_same_bits, bits, tokens_and_labels
 from ranks import HALVES, LR, TARGETS, Net, Wire, adamw, assert_same_training, made, train, trained_alone
+from sprand.layers.sharding import whole
 from sprand.serving import DeltaReceiver, DeltaSync
-from sprand.sharding import whole
 
 
 def sharded(model, again=True, **options):

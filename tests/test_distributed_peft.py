@@ -17,8 +17,8 @@ import sprand
 from models import assert_same_bits, tokens_and_labels
 from peft_models import peft, trainable
 from ranks import HALVES, LR, TARGETS, Net, Wire, train, trained_alone
+from sprand.layers.sharding import whole
 from sprand.peft import SprandConfig, SprandLayer
-from sprand.sharding import whole
 
 
 def base(seed=0, dtype=torch.float32):
@@ -160,7 +160,7 @@ def mixed_precision_rounds_once(rank, folder):
 
 def alone_with(model):
     """A model that is not sharded, with the values of one that is."""
-    sprand.sharding.reshard(model)
+    sprand.layers.sharding.reshard(model)
     result = made()
     for name, value in trained_values(model).items():
         result.get_parameter(name).data.copy_(value)

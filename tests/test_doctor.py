@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from sprand import native, ops, reference, selftest
+from sprand import native
 from sprand.cli import doctor
+from sprand.kernels import ops, reference, selftest
 
 
 def test_every_operator_is_tested_on_the_cpu_and_right():

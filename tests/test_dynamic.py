@@ -13,8 +13,8 @@ from torch import nn
 import sprand
 from dynamic_masks import LR, MODES, OPTIMIZERS, Drawn, pair, train
 from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels, tokens_and_labels
-from sprand import schedule
-from sprand.topk import largest, order_keys
+from sprand.kernels import schedule
+from sprand.kernels.topk import largest, order_keys
 from watch import WatchSizes
 
 

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 import sprand
 from dynamic_masks import LR, MODES, Drawn, train
 from models import MLP, assert_same_bits, bits, built, points_and_labels
-from sprand import files
-from sprand.adapter_file import CONFIG_FILE, WEIGHTS_FILE
+from sprand.adapters.file import CONFIG_FILE, WEIGHTS_FILE
+from sprand.files import described
 
 
 class WithLoss(nn.Module):
@@ -124,7 +124,7 @@ def edited(path, change):
         description = json.loads(content.metadata()["sprand"])
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     change(tensors, description)
-    files.write(path / WEIGHTS_FILE, "sprand", description, tensors)
+    described.write(path / WEIGHTS_FILE, "sprand", description, tensors)
 
 
 EDITS = {

@@ -23,7 +23,7 @@ from problems import (
     sum_dtype,
     tolerance,
 )
-from sprand import reference
+from sprand.kernels import reference
 
 LONG = next(problem for problem in PROBLEMS if problem.reason == "more tokens than one token block")
 

@@ -16,8 +16,8 @@ from problems import (
     implementations,
     make_entries,
 )
-from sprand import ops as checked
-from sprand import reference
+from sprand.kernels import ops as checked
+from sprand.kernels import reference
 
 SCALES = (1.0, 0.3, -2.0, 0.0)
 

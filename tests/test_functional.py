@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sprand import functional, ops, pattern
-from sprand.functional import Entries
+from sprand.kernels import ops
+from sprand.layers import functional
+from sprand.layers.functional import Entries
+from sprand.selection import pattern
 
 
 def entries_for(weight, nnz, scale=1.0):

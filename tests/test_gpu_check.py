@@ -187,7 +187,7 @@ def test_ops_are_timed_against_cublas_and_peers(tmp_path, monkeypatch):
 
 
 def test_an_operator_that_fails_is_a_row_and_an_exit_status(tmp_path, monkeypatch):
-    from sprand import ops as operators
+    from sprand.kernels import ops as operators
 
     ops = gpu_benchmark("ops", monkeypatch)
 
@@ -235,7 +235,7 @@ def test_a_short_budget_of_the_step_goes_to_what_is_compared(tmp_path, monkeypat
 
 def test_the_choice_between_kernels_is_replayed_from_measured_times(tmp_path, monkeypatch):
     """Times that a card would have whose costs are known: a fit to a few of them chooses the fastest everywhere."""
-    from sprand import tuning
+    from sprand.kernels import tuning
 
     choice, ops = gpu_benchmark("choice", monkeypatch), gpu_benchmark("ops", monkeypatch)
     monkeypatch.setattr(tuning, "MEASURED_SHAPES", ((64, 256), (256, 256)))

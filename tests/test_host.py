@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprand import host
+from sprand.kernels import host
 
 
 @pytest.fixture(params=["compiled", "torch"])
 def door(request, monkeypatch):
-    """`sprand.host` by way of the compiled module, then by way of PyTorch."""
+    """`sprand.kernels.host` by way of the compiled module, then by way of PyTorch."""
     if request.param == "torch":
         monkeypatch.setattr(host, "_host", None)
     elif not host.has_extension():

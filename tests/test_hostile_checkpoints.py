@@ -13,12 +13,13 @@ import pytest
 import sprand
 from hostile import REFUSED, header_of, outcome, tensor, written
 from models import MLP, built
-from sprand import adapter_file, states
-from sprand.adapter_file import WEIGHTS_FILE
+from sprand.adapters import file as adapter_file
+from sprand.adapters.file import WEIGHTS_FILE
 from sprand.checkpoint.diff import diff
 from sprand.checkpoint.merge import merge
 from sprand.checkpoint.revert import revert
 from sprand.checkpoint.shards import open_checkpoint
+from sprand.files import states
 
 
 @pytest.fixture(scope="module")

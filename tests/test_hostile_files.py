@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 import sprand
 from hostile import assert_untouched, outcome, same, state_of, written
 from models import MLP, assert_same_bits, built
-from sprand import adapter_file, files, states
-from sprand.adapter_file import KEY, WEIGHTS_FILE
+from sprand.adapters import file as adapter_file
+from sprand.adapters.file import KEY, WEIGHTS_FILE
 from sprand.checkpoint.export import export
+from sprand.checkpoint.inspect import inspect
 from sprand.checkpoint.merge import merge
-from sprand.checkpoint.report import inspect
 from sprand.checkpoint.shards import read_header
+from sprand.files import described, states
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def resealed(folder: Path, out: Path, change) -> Path:
         description = json.loads(content.metadata()[KEY])
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     change(description, tensors)
-    files.write(out / WEIGHTS_FILE, KEY, description, tensors)
+    described.write(out / WEIGHTS_FILE, KEY, description, tensors)
     return out
 
 

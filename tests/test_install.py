@@ -186,7 +186,7 @@ def test_the_plain_wheel_is_for_any_machine(sources, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "sprand/ops.py" in names
+    assert "sprand/kernels/ops.py" in names
     assert "sprand/py.typed" in names
     assert "sprand/cli/doctor.py" in names
     assert not any(name.endswith((".so", ".cu", ".cpp")) for name in names)

@@ -12,9 +12,10 @@ from torch import nn
 
 import sprand
 from models import MLP, assert_same_bits, bits, built, points_and_labels
-from sprand import files, plots
-from sprand.adapter import mask_of
-from sprand.adapter_file import CONFIG_FILE
+from sprand.adapters import plots
+from sprand.adapters.file import CONFIG_FILE
+from sprand.adapters.state import mask_of
+from sprand.files import described
 from sprand.selection.mask import chosen_by
 
 FIELDS = {"strategy": "magnitude", "scope": "global", "density": 0.1, "target_modules": ["first", "second"]}
@@ -64,10 +65,10 @@ def test_a_model_trains_exactly_what_a_mask_chose():
 
 def edited(path, change):
     tensors = load_file(path)
-    with files.safe_open(path, framework="pt") as content:
+    with described.safe_open(path, framework="pt") as content:
         description = json.loads(content.metadata()["sprand_mask"])
     change(tensors, description)
-    files.write(path, "sprand_mask", description, tensors)
+    described.write(path, "sprand_mask", description, tensors)
 
 
 BAD = {
@@ -168,10 +169,10 @@ def test_how_entries_were_chosen_in_words():
     model = sprand.apply(built(MLP), density=0.1, name="a", target_modules=["first"])
     words = []
     for fields in ({"density": 0.2, "seed": 3, "target_modules": ["first"]}, {"strategy": {"second.weight": torch.arange(5)}}):
-        sprand.apply(model, name=f"b{len(words)}", disjoint=sprand.adapter.mask_of(model), **fields)
-        words.append(chosen_by(sprand.adapter.mask_of(model).selection))
+        sprand.apply(model, name=f"b{len(words)}", disjoint=sprand.adapters.state.mask_of(model), **fields)
+        words.append(chosen_by(sprand.adapters.state.mask_of(model).selection))
     sprand.combine(model, {"a": 1.0, "b0": -0.5}, "dare", density=0.5, seed=2)
-    words.append(chosen_by(sprand.adapter.mask_of(model).selection))
+    words.append(chosen_by(sprand.adapters.state.mask_of(model).selection))
     assert words == [
         "random, seed 3, density 0.2, disjoint from mask", "given indices, disjoint from mask",
         "dare of 1 x a, -0.5 x b0, density 0.5, seed 2",

@@ -130,7 +130,7 @@ def test_all_layers_are_written_in_one_call(tmp_path):
     sprand.save(model, tmp_path)
     sprand.load(model, tmp_path, name="other")
     with WritesSeen() as seen:
-        sprand.model.write(model)
+        sprand.adapters.model.write(model)
         assert seen.names == ["patch_all_"]
         with sprand.disabled(model):
             assert seen.names == ["patch_all_"] * 2
@@ -148,7 +148,7 @@ def test_a_weight_of_two_modules_is_left_as_the_last_of_them_writes_it():
     states = []
     for first, second in ((False, True), (True, False)):
         model.embed._sprand_active, model.out._sprand_active = first, second
-        sprand.model.write(model)
+        sprand.adapters.model.write(model)
         states.append(model.embed.weight.clone())
     base = sprand.unmerge(model).embed.weight
     assert torch.equal(states[1], base)

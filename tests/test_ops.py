@@ -31,7 +31,8 @@ from problems import (
     sum_dtype,
     tolerance,
 )
-from sprand import native, reference
+from sprand import native
+from sprand.kernels import reference
 
 
 @problem_table

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sprand import ops, pattern
+from sprand.kernels import ops
+from sprand.selection import pattern
 
 SIGNIFICANCE = 1e-4
 SHAPES = [(6, 24, 10), (6, 24, 30), (5, 12, 7), (1, 40, 3), (40, 1, 9), (3, 16, 47), (16, 8, 16)]

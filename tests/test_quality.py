@@ -180,7 +180,7 @@ def test_a_count_that_a_peer_cannot_reach_is_said(quality: None, tmp_path: Path,
     from transformers import AutoModelForCausalLM
 
     from quality import peers
-    from sprand.cli.settings import Settings
+    from sprand.cli.finetune.settings import Settings
 
     model = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "tiny"))
     made = peers.attach(method, model, 0.01, 0.0003, Settings("tiny", tmp_path, tmp_path))

@@ -78,8 +78,8 @@ def test_finetune_takes_it(asked: list[str], tmp_path: Path):
 
 
 def test_finetune_counts_targets_that_a_mask_leaves_empty():
-    from sprand.cli import methods
-    from sprand.cli.settings import Settings
+    from sprand.cli.finetune import methods
+    from sprand.cli.finetune.settings import Settings
 
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     indices = {"0.weight": torch.arange(0, 64 * 64, 16, dtype=torch.int32), "1.weight": torch.empty(0, dtype=torch.int32)}
@@ -93,7 +93,7 @@ def test_a_peft_model_gives_them_too():
     from sprand.peft import SprandConfig
 
     model = peft.get_peft_model(nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128)), SprandConfig(density=0.02))
-    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, width=sprand.rates.width_of(model))
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, width=sprand.training.rates.width_of(model))
     mask = sprand.Mask({"0.weight": torch.arange(40)}, {"0.weight": (64, 128)}, {"strategy": "gradient"})
     chosen = peft.get_peft_model(nn.Sequential(nn.Linear(128, 64)), SprandConfig(mask=mask))
     assert sprand.suggest_lr(chosen) == sprand.suggest_lr(density=40 / 8192, width=128, strategy="gradient")

@@ -18,10 +18,10 @@ from forks import one_thread, started, status_of
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from sprand.cli import data, methods, models, tasks, training
-from sprand.cli.checkpoint import Checkpoints, identity
-from sprand.cli.progress import Log
-from sprand.cli.settings import Settings
+from sprand.cli.finetune import data, methods, models, tasks, training
+from sprand.cli.finetune.checkpoints import Checkpoints, identity
+from sprand.cli.finetune.progress import Log
+from sprand.cli.finetune.settings import Settings
 
 KILLS, STEPS = 50, 3  # times, and the most steps that a copy does
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from problems import PROBLEMS, assert_within, check_sddmm, guarded, guards_hold, make_sddmm, oracle_sddmm_dense, tolerance
-from sprand import host, ops, pattern, schedule
-from sprand.schedule import VARIANTS, Limits, Rows, Schedule, Variant, make_schedule
+from sprand.kernels import host, ops, schedule
+from sprand.kernels.schedule import VARIANTS, Limits, Rows, Schedule, Variant, make_schedule
+from sprand.selection import pattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

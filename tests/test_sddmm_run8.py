@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from problems import check_sddmm, guarded
-from sprand import ops as sprand_ops
-from sprand import reference, schedule_run8
-from sprand.schedule_run8 import RUN, SHAPES, conflict_degree, run8_indices, run8_schedule
+from sprand.kernels import ops as sprand_ops
+from sprand.kernels import reference, schedule_run8
+from sprand.kernels.schedule_run8 import RUN, SHAPES, conflict_degree, run8_indices, run8_schedule
 
 DTYPES = (torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -180,7 +180,7 @@ def test_an_error_in_the_middle_of_a_switch_leaves_the_base(four, failing, monke
     for name, path in four.items():
         pool.add(name, path)
     pool.switch("a")
-    steps, real = [], sprand.ops.patch_all_
+    steps, real = [], sprand.kernels.ops.patch_all_
 
     def patch(weights, *rest):
         steps.append(0)

@@ -9,7 +9,7 @@ import torch
 
 import sprand
 from models import MLP, built, points_and_labels
-from sprand import states
+from sprand.files import states
 
 
 def same(one, two) -> bool:

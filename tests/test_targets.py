@@ -10,7 +10,7 @@ from torch import nn
 
 import sprand
 from models import MLP, assert_same_bits, bits, built
-from sprand.adapter import attached
+from sprand.layers.sites import attached
 
 
 @pytest.mark.parametrize("density", [0.0007, 0.01, 0.37, 1.0])

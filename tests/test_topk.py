@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sprand import topk
-from sprand.topk import EXCLUDED, Pool, largest, order_keys
+from sprand.kernels import topk
+from sprand.kernels.topk import EXCLUDED, Pool, largest, order_keys
 
 SCORES = {
     "normal": lambda n: torch.randn(n),

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import sprand
-from sprand import ops, pattern, tuning
-from sprand.schedule import Limits, make_schedule
-from sprand.tuning import EVERY, Costs, fit, read_or_measure
+from sprand.kernels import ops, tuning
+from sprand.kernels.schedule import Limits, make_schedule
+from sprand.kernels.tuning import EVERY, Costs, fit, read_or_measure
+from sprand.selection import pattern
 
 COSTS = Costs(
     rows_start=3e-5, rows_cycle=7e-10, rows_load=1e-11, runs_start=2.5e-5, runs_load=6e-11, runs_tile=4e-11, dense_start=5e-6,

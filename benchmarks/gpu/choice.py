@@ -13,8 +13,8 @@ import torch
 
 import timing  # noqa: F401  isort: skip  (puts benchmarks/ on the path)
 from report import Row, command_line, markdown, read_csv, write_csv, write_markdown
-from sprand import tuning
-from sprand.schedule import Schedule
+from sprand.kernels import tuning
+from sprand.kernels.schedule import Schedule
 
 WAYS = {"sprand, row kernel": "rows", "sprand, tensor cores": "runs", "sprand, dense chunks": "dense"}
 RUNS = {"unstructured": 1, "run8": 8}

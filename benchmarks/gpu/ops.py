@@ -93,7 +93,7 @@ class Bench:
                         yield shape, tokens, density, layout, "bf16"
 
     def _sddmm(self, shape, tokens: int, density: float, layout: str, dtype: str) -> list[dict[str, object]]:
-        from sprand import ops
+        from sprand.kernels import ops
 
         grad_output, input = self._sides(shape, tokens, DTYPES[dtype])
         indices = self._draw(shape, density, layout, DTYPES[dtype])
@@ -177,7 +177,7 @@ class Bench:
     def _adamw(self, entries: int, density: float) -> list[dict[str, object]]:
         from torch.optim.adamw import adamw
 
-        from sprand import ops
+        from sprand.kernels import ops
 
         shape = max(self.options.shapes, key=lambda s: s[0] * s[1])
         pattern = self._draw(shape, density, "unstructured", torch.bfloat16)
@@ -233,9 +233,9 @@ class Bench:
 
     def _sampled(self, grad_output: torch.Tensor, input: torch.Tensor, indices: torch.Tensor) -> dict[str, Call]:
         """`ops.sddmm` with the schedule that a layer keeps, and each of the ways that it chooses from."""
-        from sprand import ops
-        from sprand.schedule import make_schedule
-        from sprand.tuning import schedule_for
+        from sprand.kernels import ops
+        from sprand.kernels.schedule import make_schedule
+        from sprand.kernels.tuning import schedule_for
 
         if torch.device(self.device).type != "cuda":
             return {"sprand": lambda: ops.sddmm(grad_output, input, indices)}
@@ -252,7 +252,7 @@ class Bench:
         return calls
 
     def _problem(self, shape: tuple[int, int], density: float) -> Problem:
-        from sprand import ops
+        from sprand.kernels import ops
 
         weight = torch.randn(shape, device=self.device).to(torch.bfloat16)
         indices = self._draw(shape, density, "unstructured", torch.bfloat16)

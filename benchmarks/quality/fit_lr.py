@@ -1,4 +1,4 @@
-"""Fits the default learning rate to the runs of the quality grids: the coefficients of `sprand/rates.py`, and how good they are.
+"""Fits the default learning rate to the runs of the quality grids: the numbers in `sprand/training/rates.py`, and their cost.
 
 A cell is a task, a method and a budget with its rates; goodness is the accuracy, or minus the log of the perplexity, on dev.
 Its best rate is the vertex of a parabola through the best of its rates and the two beside it, on a logarithmic axis, or the
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plots import figure_saved, figure_with
 from quality import results
 from report import RESULTS, command_line, markdown, write_markdown
-from sprand import rates
+from sprand.training import rates
 
 WIDTHS = {"shakespeare": 64, "sst2": 384, "subj": 384, "qnli": 384}
 METHODS = ("random", "uniform", "run2", "run4", "run8", "snip", "force", "grasp", *rates.SHIFTS, "full")

@@ -9,8 +9,8 @@ from typing import Any
 import sprand
 from quality.training import TaskPlan
 from quality.variants import VARIANTS
-from sprand.cli.settings import PEER_RATES, peer_rate
-from sprand.pattern import LAYOUTS
+from sprand.cli.finetune.settings import PEER_RATES, peer_rate
+from sprand.selection.pattern import LAYOUTS
 from sprand.selection.strategies import STRATEGIES
 
 BUDGETLESS = ("untrained", "full", "head")

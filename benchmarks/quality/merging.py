@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import sprand
 from quality.training import Run, TaskPlan, attached, load, settings_of
-from sprand import files
-from sprand.adapter_file import read
-from sprand.cli import data, methods, tasks, training
-from sprand.cli.progress import Log
-from sprand.cli.settings import Settings
+from sprand.adapters.file import read
+from sprand.cli.finetune import data, methods, tasks, training
+from sprand.cli.finetune.progress import Log
+from sprand.cli.finetune.settings import Settings
+from sprand.files import described
 
 DENSITY = 0.5  # of TIES and DARE, for every method
 SPRAND = {"sum": {"method": "sum"}, "mean": {"method": "mean"}} | {
@@ -72,7 +72,7 @@ def train_all(case: Case, plans: Mapping[str, TaskPlan], shared: Path, kept: Pat
     """
     folders: list[Path] = []
     for run in case.runs(list(plans)):
-        size = files.digest([json.dumps(plans[run.task].options, sort_keys=True)])[:8]
+        size = described.digest([json.dumps(plans[run.task].options, sort_keys=True)])[:8]
         folder = kept / f"{case.kind}-{case.budget:g}-{case.lr:g}-{run.seed}-{run.task}-{size}"
         if not (folder / "done").exists():
             folder.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import sprand
-from sprand.cli import methods
-from sprand.cli.models import head_names
-from sprand.cli.settings import Settings
+from sprand.cli.finetune import methods
+from sprand.cli.finetune.models import head_names
+from sprand.cli.finetune.settings import Settings
 
 ADAPTERS = ("lora", "shira", "peft-sparta")
 PEERS = (*ADAPTERS, "full", "head", "untrained")

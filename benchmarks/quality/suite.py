@@ -22,7 +22,7 @@ from quality.grids import GRIDS, HALF_DECADE, Cell, Grid, own
 from quality.results import Results
 from quality.training import Run, TaskPlan, perform
 from report import RESULTS, command_line, progress
-from sprand.cli.settings import Settings
+from sprand.cli.finetune.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"max_steps": 4, "limit_train": 32, "limit_eval": 16, "calibration_examples": 16}

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from quality import peers, variants
-from sprand.cli import TrainingFailed, data, methods, models, tasks, training
-from sprand.cli.progress import Log
-from sprand.cli.settings import Settings
-from sprand.pattern import LAYOUTS, RANDOM_STRATEGIES
+from sprand.cli import TrainingFailed
+from sprand.cli.finetune import data, methods, models, tasks, training
+from sprand.cli.finetune.progress import Log
+from sprand.cli.finetune.settings import Settings
+from sprand.selection.pattern import LAYOUTS, RANDOM_STRATEGIES
 
 Outcome = dict[str, Any]
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import sprand
 from quality import peers
-from sprand.adapter import attached
-from sprand.cli import methods, tasks
-from sprand.cli.models import head_names
-from sprand.cli.settings import Settings
-from sprand.model import state_of
+from sprand.adapters.state import state_of
+from sprand.cli.finetune import methods, tasks
+from sprand.cli.finetune.models import head_names
+from sprand.cli.finetune.settings import Settings
+from sprand.layers.sites import attached
 
 LAYERS = {"random-vo": ("v", "o"), "random-qv": ("q", "v")}
 CHANGES = 8  # of a moving mask, over a run

@@ -1,4 +1,4 @@
-// Registers the CUDA kernels of the operators of sprand/ops.py, which owns their schemas; here are the last checks, O(1) each.
+// Registers the CUDA kernels of the operators of sprand/kernels/ops.py, which owns their schemas; here are the last checks, O(1) each.
 //
 // Compiled with SPRAND_SIMT, together with the .cu files, by g++: the same kernels run on CPU tensors as torch.ops.sprand_simt.
 #include <torch/csrc/stable/library.h>
@@ -15,7 +15,7 @@
 namespace sprand::cuda {
 namespace {
 
-// The plan of sprand/schedule.py; without one the kernel for any pattern serves.
+// The plan of sprand/kernels/schedule.py; without one the kernel for any pattern serves.
 std::optional<RowsPlan> plan_of(const char* op, const std::optional<Tensor>& table, const std::vector<int64_t>& launch,
                                 const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
   if (!table) return std::nullopt;
@@ -36,7 +36,7 @@ std::optional<RowsPlan> plan_of(const char* op, const std::optional<Tensor>& tab
   STD_TORCH_CHECK(plan.tiles > 0 && plan.tiles < int64_t{1} << 31 && plan.windows > 0 && plan.windows < 65536 &&
                       plan.ranks >= 0 && plan.ranks <= v.slots && plan.width > 0 && plan.width <= v.columns &&
                       plan.width <= input.size(1) && plan.blocks > 0,
-                  op, ": expected a schedule of sprand.schedule.make_schedule, got numbers out of range");
+                  op, ": expected a schedule of sprand.kernels.schedule.make_schedule, got numbers out of range");
   const int64_t covered = plan.tiles * v.threads * v.rows_per_lane;
   STD_TORCH_CHECK(v.ordered || covered >= grad_output.size(1), op, ": expected a schedule for ", grad_output.size(1),
                   " rows, got one for another weight");

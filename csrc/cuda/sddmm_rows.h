@@ -1,6 +1,6 @@
 // The row kernel of sddmm: its instantiations, the plan of a launch, and the launcher.
 //
-// A plan is made once per pattern (sprand/schedule.py). `table` holds int32 in device memory:
+// A plan is made once per pattern (sprand/kernels/schedule.py). `table` holds int32 in device memory:
 //   aligned:  row_begin [out + 1], the number of entries before each row; window_begin [windows], first column of each window
 //   ordered:  window_begin [tiles]; rows [tiles, rows_per_lane, threads]; entries [tiles, rows_per_lane * slots, threads],
 //             -1 where a lane has no such row or slot
@@ -40,7 +40,7 @@ inline int64_t rows_shared_bytes(const RowsVariant& v) {
 }
 
 // Parts of the tokens, each with its own blocks and partial sums: as many as the plan's blocks leave multiprocessors idle.
-// sprand/tuning.py counts them in the same way.
+// sprand/kernels/tuning.py counts them in the same way.
 inline int64_t rows_splits(const RowsPlan& plan, int64_t tokens) {
   constexpr int64_t kFewestTokens = 64;
   const int64_t blocks = plan.tiles * plan.windows, useful = tokens / kFewestTokens;

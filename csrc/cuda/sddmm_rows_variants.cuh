@@ -1,5 +1,5 @@
 // The compiled variants of the row kernel: {threads, rows per lane, slots, columns, unit, ordered}, mirrored in
-// sprand/schedule.py.
+// sprand/kernels/schedule.py.
 //
 // rows_per_lane * slots sums, a tile of input and the operands at hand fill the 255 registers of a lane without spilling.
 // Variants of 64 sums and 2,048 columns fit into 99 KB of shared memory, the limit of sm_86, sm_89 and sm_120; all fit into the

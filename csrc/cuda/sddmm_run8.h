@@ -4,7 +4,7 @@
 
 namespace sprand::cuda {
 
-// What sprand/schedule_run8.py makes of a pattern, once. `table` lies in device memory, `table_size` int32 (256-byte aligned):
+// What sprand/kernels/schedule_run8.py makes of a pattern, once. `table` lies in device memory, `table_size` int32 (256-byte aligned):
 //   units + 1 times {row_begin, column_begin, columns, first_tile}, where the last holds first_tile = tiles and else zeros;
 //   tiles times 16 runs: entries 8 run .. 8 run + 7 are row i of the tile, -1 where it has none;
 //   tiles times 16 places of rows as int16;
@@ -19,7 +19,7 @@ struct Run8Schedule {
 };
 
 // The parts into which the tokens are split: 1 for nnz = 0. A fact of sizes and schedule only, which
-// sprand/tuning.py knows, too.
+// sprand/kernels/tuning.py knows, too.
 int64_t sddmm_run8_splits(int64_t tokens, const Run8Schedule& schedule, int64_t nnz);
 
 // out [nnz], for grad_output [tokens, out_features] and input [tokens, in_features] of `dtype`, both contiguous, input aligned to

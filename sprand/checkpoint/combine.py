@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import files, pattern
-from ..adapter_file import WITHOUT_FROZEN, entries, fingerprints, read, store
-from ..combining import Origin, Part, Rule, combined, content_checksum, record, shared_counts
-from ..config import AS_GIVEN, SparseConfig
+from ..adapters.combining import Origin, Part, Rule, combined, content_checksum, record, shared_counts
+from ..adapters.file import WITHOUT_FROZEN, Source, entries, fingerprints, open_adapters, read, refuse_unmixable, store
+from ..files import described
+from ..selection import pattern
+from ..selection.config import AS_GIVEN, SparseConfig
 from .edits import edits_of, read_bases
 from .merge import Adapters
 from .shards import Checkpoint, open_checkpoint
-from .sources import Source, open_adapters, refuse_unmixable
 from .stream import Progress
 
 Listed = dict[str, tuple[Tensor, Tensor]]  # indices and deltas by parameter name
@@ -60,7 +60,7 @@ def combine(
         adapters: folders of adapters, each with its weight, in the order in which they are summed.
         base: folder of the checkpoint they were trained on, or one safetensors file; each adapter is proven to be of it.
         out: folder of the new adapter; one that is there is replaced, unless it is one of those that are combined.
-        method, density, seed, signs: how, as in `sprand.combining.Rule`.
+        method, density, seed, signs: how, as in `sprand.adapters.combining.Rule`.
         drop_heads: leave out modules trained in full (each task keeps its own head); without it they are refused.
         progress: called with the number of bytes of the base that were read.
 
@@ -92,7 +92,7 @@ def combine(
         places[target.name] = [sources.index(source) for source, _ in target.claims], positions
     shared = shared_counts(len(sources), places.values())
     origins = [
-        Origin(files.label(source.path), source.weight, _checksum(_entries_of(source)), count)
+        Origin(described.label(source.path), source.weight, _checksum(_entries_of(source)), count)
         for source, count in zip(sources, shared, strict=True)
     ]
     return _write(out, checkpoint, sources, listed, bases, record(rule, origins), left_out)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, pattern, topk
-from ..adapter_file import FORMAT_VERSION, WITHOUT_FROZEN, fingerprints, store
-from ..config import AS_GIVEN, SparseConfig
-from ..functional import patched
+from ..adapters.file import FORMAT_VERSION, WITHOUT_FROZEN, fingerprints, store
+from ..kernels import ops, topk
+from ..kernels.ops import patched
+from ..selection import pattern
+from ..selection.config import AS_GIVEN, SparseConfig
 from .names import resolve
 from .shards import TRAINABLE, Checkpoint, Stored, open_checkpoint
 from .stream import Progress

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import ops, pattern
-from ..adapter_file import check_base
-from ..combining import SUM, Rule
+from ..adapters.combining import SUM, Rule
+from ..adapters.file import Source, check_base
+from ..kernels import ops
+from ..selection import pattern
 from .entries import Changes, Cut, Pending, bounds
 from .names import resolve, twins
 from .shards import CHUNK, TRAINABLE, Checkpoint, Stored
-from .sources import Source
 from .stream import Progress
 
 

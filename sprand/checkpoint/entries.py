@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..adapter_file import entries, frozen_entries
-from ..combining import SUM, Part, Rule, combined
-from .sources import Source
+from ..adapters.combining import SUM, Part, Rule, combined
+from ..adapters.file import Source, entries, frozen_entries
+from ..kernels import ops
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import files
-from ..adapter_file import entries
+from ..adapters.file import Source, entries, open_adapters
+from ..files import described
 from .edits import Edits, Overwrite, edits_of
 from .patches import patches_of
 from .shards import Checkpoint, open_checkpoint
-from .sources import Source, open_adapters
 
 Writer = Callable[[Source, "tuple[Checkpoint, Edits] | None", Path], list[Path]]
 
@@ -102,7 +101,7 @@ def vllm_patch(source: Source, applied: tuple[Checkpoint, Edits] | None, folder:
     about = {
         "format": PATCH_FORMAT,
         "adapter_checksum": source.description["checksum"],
-        "checksum": files.checksum(tensors),
+        "checksum": described.checksum(tensors),
         "patches": patches,
     }
     return _write(folder, "patches", tensors, about)
@@ -144,6 +143,6 @@ def dense_delta(source: Source, applied: tuple[Checkpoint, Edits] | None, folder
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], about: dict) -> list[Path]:
     weights, text = folder / f"{name}.safetensors", folder / f"{name}.json"
-    files.save(weights, {key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"})
-    files.write_json(text, about)
+    described.save(weights, {key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"})
+    described.write_json(text, about)
     return [weights, text]

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..files import settle
+from ..files.atomic import settle
 from .shards import INDEX, Checkpoint
 
 REVERT_FILE, REVERT_KEY = "sprand_revert.dat", "sprand_revert"  # not *.safetensors: servers load every such file of a folder

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import files
+from ..adapters.file import Source, open_adapters
+from ..files import described
 from .edits import Edit, Edits, Overwrite, Target, base_values, edits_of, worked_out_ahead
 from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
 from .shards import INDEX, Checkpoint, Shard, open_checkpoint
-from .sources import Source, open_adapters
 from .stream import Progress, differs, header_with, write
 
 Adapters = Iterable[tuple[str | os.PathLike[str], float]]
@@ -90,7 +90,7 @@ def merge(
     left_out = carry_over(Path(base), unfinished, checkpoint)
     job.write_index(unfinished)
     if revertible:
-        files.write(unfinished / REVERT_FILE, REVERT_KEY, job.revert_description(sources), base_values(edits.by_tensor))
+        described.write(unfinished / REVERT_FILE, REVERT_KEY, job.revert_description(sources), base_values(edits.by_tensor))
     return Merged(made.finish(), count_of(edits), len(edits.by_tensor) + len(edits.added), tuple(edits.added), left_out)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import pattern
+from ..adapters.file import Source
+from ..selection import pattern
 from .edits import Edit, Edits, Overwrite
 from .shards import Checkpoint
-from .sources import Source
 
 
 @dataclass(frozen=True, eq=False)

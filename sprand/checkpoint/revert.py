@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .. import files
-from ..forms import NUMBER, TEXT, WHOLE, list_of, optional, record
+from ..adapters.file import open_adapters
+from ..files import described
+from ..files.forms import NUMBER, TEXT, WHOLE, list_of, optional, record
 from .edits import Edit, Overwrite, base_values, edits_of
 from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
 from .merge import Adapters, Merged, adapters_of
 from .shards import INDEX, Checkpoint, open_checkpoint, read_header
-from .sources import open_adapters
 from .stream import Progress, write
 
 FORM = record(
@@ -57,7 +57,7 @@ def revert(
             f"no {REVERT_FILE} in {merged}: a merged value and a delta do not determine the base value, and only a merge that "
             "keeps the base values can be reverted; take the base checkpoint instead"
         )
-    description, values = files.read(folder / REVERT_FILE, REVERT_KEY, "merge's base values", FORM)
+    description, values = described.read(folder / REVERT_FILE, REVERT_KEY, "merge's base values", FORM)
     if description["format_version"] != 1:
         raise ValueError(f"{folder / REVERT_FILE} has format {description['format_version']}; install a newer sprand")
     if description["adapters"] != adapters_of(sources):

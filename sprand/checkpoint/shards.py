@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import header_of, parse
-from ..forms import OBJECT, SHAPE, TEXT, is_whole, optional, record, simple, table_of
+from ..files.described import header_of, parse
+from ..files.forms import OBJECT, SHAPE, TEXT, is_whole, optional, record, simple, table_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK = 1 << 21  # bytes read at a time: what stays in a core's cache between reading, patching and writing

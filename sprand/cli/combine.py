@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..adapters.combining import METHODS
 from ..checkpoint.combine import combine, remove
 from ..checkpoint.shards import open_checkpoint
-from ..combining import METHODS
 from . import CliError
 from .files import bar, failing_in_words, folder_of, print_json
 

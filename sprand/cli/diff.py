@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..adapter_file import WEIGHTS_FILE
+from ..adapters.file import WEIGHTS_FILE
 from ..checkpoint.diff import diff
 from ..checkpoint.shards import open_checkpoint
 from .files import bar, failing_in_words, folder_of, print_json

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import host, native, ops, selftest
+from ..kernels import host, native, ops, selftest
 from ..version import __version__
 from .table import print_table
 

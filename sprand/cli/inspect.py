@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from ..adapter_file import WEIGHTS_FILE
-from ..checkpoint import report
+from ..adapters.file import WEIGHTS_FILE
+from ..checkpoint import inspect as report
 from . import CliError
 from .files import failing_in_words, folder_of
 from .table import print_table

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..pattern import RANDOM_STRATEGIES
+from ..selection.pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from ..version import __version__
 from . import CliError, Stopped, combine, completion, diff, export, inspect, merge, plan, predict
@@ -314,7 +314,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    from .settings import Settings
+    from .finetune.settings import Settings
 
     given = _given(options, Settings)
     if "train" in given and "model" not in given:
@@ -323,10 +323,10 @@ def _finetune(options: argparse.Namespace) -> int:
         given.pop("eval", None)
         given = DEMO | {"model": "", "train": Path()} | given
     settings = Settings(**given)
-    from . import finetune
+    from .finetune import run as finetune
 
     if settings.train == Path():
-        from . import demo
+        from .finetune import demo
 
         finetune.prepare_folder(settings.out)
         settings = demo.settings(settings)
@@ -335,7 +335,7 @@ def _finetune(options: argparse.Namespace) -> int:
 
 
 def _select(options: argparse.Namespace) -> int:
-    from .settings import Settings
+    from .finetune.settings import Settings
 
     given = _given(options, Settings)
     settings = Settings(**given | {"train": options.data or Path(), "eval": options.data, "out": options.out, "compare": ()})

@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from ..checkpoint.memory import Need, Weight, linear, plan
+from ..checkpoint.plan import Need, Weight, linear, plan
 from ..checkpoint.shards import open_checkpoint
 from . import CliError
 from .files import failing_in_words, from_hub

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import sprand
 
-from . import CliError, data, models, tasks
+from . import CliError
 from .files import failing_in_words
-from .training import pick_device
+from .finetune import data, models, tasks
+from .finetune.training import pick_device
 
 
 @dataclasses.dataclass

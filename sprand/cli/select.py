@@ -10,12 +10,13 @@ from typing import Any
 
 import sprand
 
-from ..pattern import RANDOM_STRATEGIES
+from ..selection.pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
-from . import CliError, data, methods, models, require, tasks
-from .finetune import prepare_folder
-from .settings import Settings
-from .training import pick_device
+from . import CliError, require
+from .finetune import data, methods, models, tasks
+from .finetune.run import prepare_folder
+from .finetune.settings import Settings
+from .finetune.training import pick_device
 
 
 def run(settings: Settings, out: Path, plot: Path | None, compare: Path | None, as_json: bool) -> sprand.Mask:

@@ -20,15 +20,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .. import files, ops, pattern, states
-from ..adapter import attached, save
-from ..adapter_file import read
-from ..dynamic import DynamicMask
-from ..exchange import Site, sites_of
-from ..functional import patched
-from ..model import sparse_modules, state_of, write
-from ..optim import SparseAdamW
-from ..summary import visible_share
+from ..adapters.file import read
+from ..adapters.model import write
+from ..adapters.save_and_load import save
+from ..adapters.state import state_of
+from ..adapters.summary import visible_share
+from ..files import described, states
+from ..kernels import ops
+from ..kernels.ops import patched
+from ..layers.sites import Site, attached, sites_of, sparse_modules
+from ..selection import pattern
+from ..training.dynamic import DynamicMask
+from ..training.optim import SparseAdamW
 
 MASK_FILE, MASK_KIND = "dynamic_mask.safetensors", "sprand.DynamicMask 1"
 ADAPTER_FOLDER, ENTRIES_FILE, KEY = "sprand", "entries.safetensors", "sprand"
@@ -136,7 +139,7 @@ class SparseCheckpointCallback(TrainerCallback):
         for name, module, parameter in attached(model):
             entries = module.sparse_entries(parameter)
             tensors |= {f"indices.{name}": entries.indices.cpu(), f"base.{name}": entries.base.cpu()}
-        files.write(folder / ENTRIES_FILE, KEY, {}, tensors)
+        described.write(folder / ENTRIES_FILE, KEY, {}, tensors)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Where the trainer has just loaded the best model, give it its entries."""
@@ -218,7 +221,7 @@ def _restore(model: nn.Module, folders: list[Path]) -> None:
     """Give the model the entries of the folder whose trained values its weights hold."""
     for folder in folders:
         _, tensors = read(folder)
-        tensors |= files.read(folder / ENTRIES_FILE, KEY, "checkpoint")[1]
+        tensors |= described.read(folder / ENTRIES_FILE, KEY, "checkpoint")[1]
         sites = sites_of(model)
         values = [_values_of(site, tensors, folder) for site in sites]
         if all(_holds(site, *entries) for site, entries in zip(sites, values, strict=True)):

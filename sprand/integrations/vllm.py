@@ -23,12 +23,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import files, host
+from ..adapters.file import open_adapters
 from ..checkpoint.edits import edits_of
 from ..checkpoint.export import PATCH_FORMAT
 from ..checkpoint.patches import TensorPatch, patches_of
 from ..checkpoint.shards import open_checkpoint
-from ..checkpoint.sources import open_adapters
+from ..files import described
+from ..kernels import host
 
 try:
     from vllm.model_executor.model_loader.checkpoint_weight_patch import CheckpointWeightPatch
@@ -172,7 +173,7 @@ def read_patches(folder: str | os.PathLike[str]) -> tuple[dict[str, TensorPatch]
         raise ValueError(f"{folder} is damaged ({error}); export the adapter again") from error
     if found != PATCH_FORMAT:
         raise ValueError(f"{folder} has the format {found!r}, expected {PATCH_FORMAT!r}; export the adapter again")
-    if checksum != files.checksum(tensors):
+    if checksum != described.checksum(tensors):
         raise ValueError(f"{folder} is damaged: its values do not match their checksum; export the adapter again")
     read = {}
     for entry in about["patches"]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import ops
-from ..combining import SIGNS, Part, Rule
-from ..combining import combined as combined_parts
-from ..config import GIVEN
+from ..adapters.combining import SIGNS, Part, Rule
+from ..adapters.combining import combined as combined_parts
+from ..kernels import ops
+from ..selection.config import GIVEN
 from .config import SprandConfig
 
 COMBINATIONS = {"linear": "sum", "ties": "ties", "dare_linear": "dare"}  # PEFT's names, and ours

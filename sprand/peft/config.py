@@ -12,9 +12,9 @@ from typing import Any
 from peft.config import PeftConfig
 from torch import Tensor
 
-from ..config import GIVEN, SparseConfig
-from ..pattern import RANDOM_STRATEGIES
+from ..selection.config import GIVEN, SparseConfig
 from ..selection.mask import Mask
+from ..selection.pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from .registration import NAME
 

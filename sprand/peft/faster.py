@@ -13,9 +13,9 @@ from peft.tuners.supertuning.layer import Linear as SupertuningLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .. import pattern
+from ..selection import pattern
 from .hosted import AdapterTarget, Positions, host, unhost
-from .memory import check_writable, read_only_ranges
+from .writable import check_writable, read_only_ranges
 
 
 class FastLayer:

@@ -14,11 +14,11 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapters.file import Source
 from ..checkpoint.diff import exact_deltas
 from ..checkpoint.edits import Edits
 from ..checkpoint.export import form
 from ..checkpoint.shards import Checkpoint
-from ..checkpoint.sources import Source
 
 CONFIGS = {"shira": peft.ShiraConfig, "supertuning": peft.SupertuningConfig}
 NARROW = (torch.bfloat16, torch.float16)

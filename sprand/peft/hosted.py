@@ -17,10 +17,11 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .. import ops, sharding
-from ..functional import Entries, Written
-from ..layers import SparseModule, kind_of, track, untrack
-from ..tuning import schedule_for
+from ..kernels import ops
+from ..kernels.tuning import schedule_for
+from ..layers import sharding
+from ..layers.functional import Entries, Written
+from ..layers.module import SparseModule, kind_of, track, untrack
 
 
 class Delta(nn.Module):

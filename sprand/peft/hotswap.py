@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import pattern
+from ..selection import pattern
 from .config import SprandConfig
 from .hosted import AdapterTarget
 from .interchange import tensors_of

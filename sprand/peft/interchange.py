@@ -14,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .. import ops, pattern
-from ..adapter_file import KEY, entries
-from ..adapter_file import read as read_native
-from ..config import SparseConfig
-from ..files import parse
-from ..forms import OBJECT
+from ..adapters.file import KEY, entries
+from ..adapters.file import read as read_native
+from ..files.described import parse
+from ..files.forms import OBJECT
+from ..kernels import ops
+from ..selection import pattern
+from ..selection.config import SparseConfig
 from .config import SprandConfig
 from .formats import CONFIGS, NARROW, NOT_LINEAR, PREFIX, WEIGHTS, Change, write
 from .layer import SprandLayer

@@ -11,8 +11,9 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .. import ops, sharding
-from ..layers import BASE, DELTA, INDICES
+from ..kernels import ops
+from ..layers import sharding
+from ..layers.module import BASE, DELTA, INDICES
 from .hosted import AdapterTarget, Delta, Deltas, Positions, host, unhost
 from .plan import Part, Site
 

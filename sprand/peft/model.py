@@ -14,8 +14,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from .. import native, pattern, sharding
-from ..layers import DELTA, INDICES
+from ..kernels import native
+from ..layers import sharding
+from ..layers.module import DELTA, INDICES
+from ..selection import pattern
 from .combine import combined
 from .config import SprandConfig
 from .hosted import AdapterTarget

@@ -14,11 +14,12 @@ from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .. import ops, pattern
-from ..adapter_file import check_base, fingerprints
-from ..targets import OUTPUT_HEADS, READ_NOT_CALLED, closest
+from ..adapters.file import check_base, fingerprints
+from ..kernels import ops
+from ..selection import pattern
+from ..selection.targets import OUTPUT_HEADS, READ_NOT_CALLED, closest
 from .config import SprandConfig
-from .memory import check_writable, read_only_ranges
+from .writable import check_writable, read_only_ranges
 
 
 @dataclass

@@ -11,9 +11,9 @@ from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import ops
-from ..functional import Entries
-from ..layers import track, untrack
+from ..kernels import ops
+from ..layers.functional import Entries
+from ..layers.module import track, untrack
 from .hosted import AdapterTarget, union_of
 from .layer import SprandLayer
 from .plan import Site

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..targets import HEADS
+from .targets import HEADS
 from .untouched import random_states, set_random_states
 
 

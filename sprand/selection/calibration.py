@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..targets import Place
 from .batches import Batches, loss_of, scaled_logits, split
 from .flow import flow
 from .strategies import Stats
+from .targets import Place
 from .untouched import untouched
 
 try:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import pattern
-from ..config import SparseConfig
-from ..targets import Place
-from ..topk import EXCLUDED, Pool, largest, order_keys
+from ..kernels.topk import EXCLUDED, Pool, largest, order_keys
+from . import pattern
 from .calibration import Calibration, calibrate
+from .config import SparseConfig
 from .strategies import Stats, strategy_of
+from .targets import Place
 
 
 def choose(

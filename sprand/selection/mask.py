@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import files, pattern
-from ..config import GIVEN, SparseConfig
-from ..forms import NUMBER, SHAPE, TEXT, WHOLE, list_of, optional, record, simple, table_of
+from ..files import described
+from ..files.forms import NUMBER, SHAPE, TEXT, WHOLE, list_of, optional, record, simple, table_of
+from . import pattern
+from .config import GIVEN, SparseConfig
 
 FORMAT_VERSION = 1
 KEY = "sprand_mask"
@@ -81,7 +82,7 @@ class Mask(dict[str, Tensor]):
             "selection": self.selection,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
         }
-        files.write(Path(path), KEY, description, tensors)
+        described.write(Path(path), KEY, description, tensors)
         return Path(path)
 
     @classmethod
@@ -101,7 +102,7 @@ class Mask(dict[str, Tensor]):
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"no mask at {path}; expected a file written by sprand select or Mask.save")
-        description, tensors = files.read(file, KEY, "mask", FORM)
+        description, tensors = described.read(file, KEY, "mask", FORM)
         version, shapes = description["format_version"], description["shapes"]
         if version != FORMAT_VERSION:
             raise ValueError(f"{file} has mask format {version}, this sprand reads {FORMAT_VERSION}; install a newer sprand")

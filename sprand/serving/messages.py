@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import files, pattern
+from ..files import described
+from ..selection import pattern
 
 INDICES, VALUES = b"sprandI1", b"sprandV1"
 INDEX_HEADER, VALUES_HEADER = struct.Struct("<8sq"), struct.Struct("<8s16sq")
@@ -61,7 +62,7 @@ class Layout:
     def digest(self) -> bytes:
         """16 bytes that name these positions."""
         text = json.dumps([asdict(piece) for piece in self.pieces])
-        return bytes.fromhex(files.digest([text, *(self.indices[p.name] for p in self.pieces if p.name in self.indices)]))
+        return bytes.fromhex(described.digest([text, *(self.indices[p.name] for p in self.pieces if p.name in self.indices)]))
 
     def encoded(self) -> Tensor:
         """The index message, uint8 on the CPU."""

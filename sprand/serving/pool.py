@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import ops, sharding
-from ..adapter import prove
-from ..adapter_file import read
-from ..frozen import Frozen
+from ..adapters.file import read
+from ..adapters.frozen import Frozen
+from ..adapters.save_and_load import prove
+from ..kernels import ops
+from ..layers import sharding
 from .gate import ANY, Gate, guard, unguard
 from .residents import DeviceCache, Library, Packed, Resident
 from .writes import set_entries

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops, sharding
-from ..adapter_file import check_base
-from ..frozen import Frozen
+from ..adapters.file import check_base
+from ..adapters.frozen import Frozen
+from ..kernels import ops
+from ..layers import sharding
 from .gate import ANY, Gate, guard, unguard
 from .messages import INDICES, Layout, as_bytes, decoded, kind_of, values_of, version_of
 from .writes import check_writable, set_entries

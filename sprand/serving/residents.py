@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import files, functional
-from ..frozen import Frozen
-from ..model import Adapter
+from ..adapters.frozen import Frozen
+from ..adapters.state import Adapter
+from ..files import described
+from ..kernels import ops
 
 QUAD = 4  # entries that a CUDA kernel reads at once, where they are aligned
 
@@ -87,7 +88,7 @@ class Library:
         for name, own in adapter.indices.items():
             changed = _final(own, adapter.deltas[name].data, base[name], adapter.frozen.get(name))
             indices[name], values[name], before[name] = changed.indices, changed.values, changed.base
-        key = files.digest(part for name in indices for part in (name, indices[name]))
+        key = described.digest(part for name in indices for part in (name, indices[name]))
         positions = self._known.get(key)
         if positions is None:
             positions = self._known.setdefault(key, Positions(indices, before))
@@ -97,9 +98,9 @@ class Library:
 def _final(indices: Tensor, delta: Tensor, base: Tensor, frozen: Frozen | None) -> Frozen:
     """Trained entries over the folded ones: positions, what a weight holds there, and what its base does."""
     if frozen is None:
-        return Frozen(indices, functional.patched(base, delta), base)
+        return Frozen(indices, ops.patched(base, delta), base)
     start = Frozen(frozen.indices, frozen.values, frozen.values).pristine(indices, base)
-    return frozen.fold(indices, functional.patched(start, delta), base)
+    return frozen.fold(indices, ops.patched(start, delta), base)
 
 
 @dataclass

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import functional, ops, pattern, sharding
-from ..adapter import attached
-from ..adapter_file import fingerprints
+from ..adapters.file import fingerprints
+from ..adapters.state import state_of
 from ..checkpoint.names import resolve
 from ..checkpoint.patches import TensorPatch
 from ..checkpoint.shards import open_checkpoint
-from ..functional import Entries
-from ..model import state_of
+from ..kernels import ops
+from ..layers import sharding
+from ..layers.functional import Entries
+from ..layers.sites import attached
+from ..selection import pattern
 from .messages import Layout, Piece
 
 
@@ -199,7 +201,7 @@ class DeltaSync:
 
 def _target(name: str, weight: Tensor, entries: Entries) -> _Target:
     delta = sharding.whole(entries.delta.detach()).to(ops.accumulation_dtype(entries.base.dtype))
-    values = functional.patched(entries.base, delta, entries.scale)
+    values = ops.patched(entries.base, delta, entries.scale)
     return _Target(name, tuple(sharding.shape_of(weight)), entries.indices, values, entries.base)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from ..kernels import ops
 
 
 def set_entries(parameters: Mapping[str, nn.Parameter], indices: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

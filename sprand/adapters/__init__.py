@@ -1,0 +1,1 @@
+"""Adapters: sets of trained entries, on a model, combined, and on disk."""

@@ -1,0 +1,219 @@
+"""Adapters on disk: values, a seed or indices, and a fingerprint of the base they were trained on.
+
+A folder holds `adapter_model.safetensors`, which is complete by itself (its header carries the description as JSON),
+and `adapter_config.json`, a copy of that description for people and tools. Saving replaces the first file in one
+atomic step, so that a crash or a full disk leaves the old adapter. Loading proves everything before it changes a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import ops
+from ..layers import sharding
+from ..layers.sites import attached
+from ..selection import pattern
+from ..selection.config import AS_GIVEN, SparseConfig
+from ..selection.targets import places_of
+from .file import (
+    DTYPES,
+    FORMAT_VERSION,
+    WITHOUT_FROZEN,
+    check_base,
+    draw,
+    dtype_name,
+    entries,
+    fingerprints,
+    finite,
+    frozen_entries,
+    read,
+    store,
+)
+from .frozen import Frozen
+from .model import disabled, install, switch, write
+from .state import Adapter, State, state_of
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the active adapter to a folder: 4 bytes per trained weight for a random pattern, 8 for another.
+
+    Of a model sharded by FSDP2 or ZeRO-3 every rank must call this: the deltas are gathered, the first rank writes, and the
+    folder is there when any of them returns. Elsewhere nothing is sent, and one rank may save alone.
+
+    Args:
+        model: a model with trained entries.
+        path: the folder; made if it is not there, an adapter in it is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model has no trained entries, a value is not finite, or the path is that of a file.
+        OSError: the folder cannot be written; an adapter that was there is untouched.
+    """
+    state = state_of(model)
+    adapter = state.current
+    if adapter is None:
+        raise ValueError("save: no adapter is active; call sprand.switch(model, name) first")
+    sharding.reshard(model)
+    tensors, targets, given = {}, {}, adapter.config.strategy not in pattern.RANDOM_STRATEGIES or state.mixed is not None
+    shapes = {}
+    for name, module, parameter in attached(model):
+        entries, weight = module.sparse_entries(parameter), module._parameters[parameter]
+        delta, shape = sharding.whole(entries.delta).cpu(), list(sharding.shape_of(weight))
+        if not finite(delta):
+            raise ValueError(f"save: the trained values of {name} are not finite; load the last good checkpoint")
+        tensors[f"delta.{name}"], shapes[name] = delta, shape
+        targets[name] = {
+            "shape": shape,
+            "dtype": dtype_name(weight.dtype),
+            "nnz": delta.numel(),
+            "fingerprint": fingerprints(entries.base),
+        }
+        if name in adapter.frozen:
+            frozen = adapter.frozen[name]
+            tensors |= {f"frozen_indices.{name}": frozen.indices.cpu(), f"frozen_values.{name}": frozen.values.cpu()}
+            targets[name] |= {
+                "fingerprint": fingerprints(frozen.pristine(entries.indices, entries.base)),
+                "frozen": {"nnz": frozen.indices.numel(), "fingerprint": fingerprints(frozen.base)},
+            }
+        given = given or not torch.equal(entries.indices.cpu(), draw(adapter.config, name, shape, delta.numel()))
+    if given:
+        tensors |= {f"indices.{name}": module.sparse_entries(p).indices.cpu() for name, module, p in attached(model)}
+    heads = {name: sharding.whole(p).cpu() for name, p in model.named_parameters() if name in adapter.saved}
+    if bad := [name for name, value in heads.items() if not finite(value)]:
+        raise ValueError(f"save: the trained values of {bad[0]} are not finite; load the last good checkpoint")
+    description = {
+        "format_version": FORMAT_VERSION if adapter.frozen else WITHOUT_FROZEN,
+        "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "config": adapter.config.to_dict() | (AS_GIVEN if given else {}),
+        **({} if adapter.selection is None else {"selection": adapter.selection}),
+        "targets": targets,
+    }
+    with sharding.first_rank(model) as writes:
+        return store(path, description, tensors, heads) if writes else Path(path)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:
+    """Put a saved adapter on its base model and make it the active one.
+
+    Args:
+        model: the base model, or one that holds other adapters. If adapter `name` is there with the same entries, its
+            values are replaced (an optimizer stays valid).
+        path: folder written by `save`, or its safetensors file.
+        name: what to call it in `switch`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: it is damaged, made by a newer sprand, or for another base; or the model is sharded. The model is as it
+            was then.
+    """
+    sharding.refuse(model, "load", "load the adapter first, then shard the model")
+    description, tensors = read(path)
+    state = getattr(model, "_sprand", None)
+    with contextlib.nullcontext() if state is None else disabled(model):
+        adapter = prove(model, Path(path), description, tensors)
+        places = {place.name: place for place in places_of(model, set(adapter.indices))}
+    if state is None:
+        trained = {key for key, p in model.named_parameters() if p.requires_grad}
+        install(model, State(trained_before=trained), name, adapter, places)
+        return model
+    if name in state.adapters:
+        return _replace_values(model, state, name, adapter)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key in adapter.saved:
+        state.base_saved.setdefault(key, parameters[key].data.clone())
+    state.adapters[name] = adapter
+    return switch(model, name)
+
+
+def prove(
+    model: nn.Module,
+    path: Path,
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base_of: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+) -> Adapter:
+    """An adapter that was read, after every check against the model that it is for.
+
+    Args:
+        model: its weights are read, not changed.
+        path: named in the messages.
+        description, tensors: from `read`.
+        base_of: the entries `[nnz]` that a parameter holds in the base, from its name, its weight and their indices `[nnz]`; by
+            default what the weight holds now.
+
+    Returns:
+        Its entries, on the devices of their weights.
+
+    Raises:
+        ValueError: it is damaged, or for another model or base.
+    """
+    base_of = base_of or (lambda name, weight, indices: ops.gather(weight.contiguous(), indices))
+    config = SparseConfig.from_dict(description["config"])
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    adapter = Adapter(config, selection=description.get("selection"))
+    for name, target in description["targets"].items():
+        weight = _matching(path, parameters, name, target["shape"])
+        indices, delta = entries(path, config, name, target, tensors)
+        indices = indices.to(weight.device)
+        check_base(path, name, base_of(name, weight.data, indices), target["fingerprint"])
+        if "frozen" in target:
+            own, values = (part.to(weight.device) for part in frozen_entries(path, name, target, tensors))
+            base = base_of(name, weight.data, own)
+            check_base(path, name, base, target["frozen"]["fingerprint"])
+            adapter.frozen[name] = Frozen(own, values.to(base), base)
+        adapter.indices[name] = indices
+        adapter.deltas[name] = nn.Parameter(delta.to(device=weight.device, dtype=ops.accumulation_dtype(weight.dtype)))
+    for name, entry in description["saved"].items():
+        p = _matching(path, parameters, name, entry["shape"])
+        adapter.saved[name] = tensors[f"saved.{name}"].to(device=p.device, dtype=p.dtype)
+    names: dict[int, str] = {}
+    for name in (*adapter.indices, *adapter.saved):
+        first = names.setdefault(id(parameters[name]), name)
+        if first != name:
+            raise ValueError(f"{path} was made for another model: {first} and {name} are one parameter here")
+    return adapter
+
+
+def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]) -> nn.Parameter:
+    if name not in parameters:
+        raise ValueError(f"{path} was made for another model: this one has no parameter {name!r}")
+    weight = parameters[name]
+    if dtype_name(weight.dtype) not in DTYPES or not weight.is_contiguous():
+        raise ValueError(
+            f"{path}: expected {name} as {', '.join(DTYPES)} in contiguous memory, got {dtype_name(weight.dtype)} with strides "
+            f"{weight.stride()}"
+        )
+    if list(weight.shape) != shape:
+        raise ValueError(f"{path} was made for another model: {name} is {list(weight.shape)} here and {shape} there")
+    return weight
+
+
+def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter) -> nn.Module:
+    there = state.adapters[name]
+    same = there.indices.keys() == adapter.indices.keys() and there.saved.keys() == adapter.saved.keys()
+    if not same or not all(torch.equal(there.indices[key].cpu(), adapter.indices[key].cpu()) for key in adapter.indices):
+        raise ValueError(f"adapter {name!r} is loaded already, with other entries; choose another name")
+    if there.frozen or adapter.frozen:
+        switch(model, None)
+    for key, delta in adapter.deltas.items():
+        there.deltas[key].data.copy_(delta.data)
+    if state.active != name:
+        there.saved, there.frozen = adapter.saved, adapter.frozen
+        return switch(model, name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, value in adapter.saved.items():
+        parameters[key].data.copy_(value)
+    write(model)
+    return model

@@ -1,0 +1,82 @@
+"""What sprand keeps with a model: its adapters, which one is active, and the entries that train now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers import sharding
+from ..layers.sites import attached
+from ..selection.config import SparseConfig
+from ..selection.mask import Mask
+from .frozen import Frozen
+
+
+@dataclass
+class Adapter:
+    """A set of trained entries, attached to the model or set aside.
+
+    Attributes:
+        config: what it was made from.
+        indices: flat positions by parameter name.
+        deltas: trained changes by parameter name.
+        saved: values of the parameters of `modules_to_save` by name.
+        frozen: entries that trained under an earlier mask, by parameter name.
+        selection: how the entries were chosen, where not by a random draw: fields of `SparseConfig` as JSON types.
+    """
+
+    config: SparseConfig
+    indices: dict[str, Tensor] = field(default_factory=dict)
+    deltas: dict[str, nn.Parameter] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    frozen: dict[str, Frozen] = field(default_factory=dict)
+    selection: dict[str, Any] | None = None
+
+
+@dataclass
+class State:
+    """What sprand keeps with a model: its adapters, which one is active, and what the model was before."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: str | None = None
+    mixed: Adapter | None = None
+    trained_before: set[str] = field(default_factory=set)
+    base_saved: dict[str, Tensor] = field(default_factory=dict)
+    fast_paths: list[tuple[nn.Module, int]] = field(default_factory=list)
+
+    @property
+    def current(self) -> Adapter | None:
+        """The adapter whose entries are attached now."""
+        return self.mixed or (self.adapters[self.active] if self.active is not None else None)
+
+
+def state_of(model: nn.Module) -> State:
+    """What sprand keeps with a model.
+
+    Raises:
+        ValueError: nothing was applied to or loaded into this model.
+    """
+    state = getattr(model, "_sprand", None)
+    if state is None:
+        raise ValueError(
+            "this model has no trained entries; call sprand.apply(model, ...) or sprand.load(model, path) first (and pass the "
+            "model itself, not its DataParallel wrapper)"
+        )
+    return state
+
+
+def mask_of(model: nn.Module) -> Mask:
+    """The entries that a model trains, as a mask.
+
+    Raises:
+        ValueError: the model has no trained entries, or no adapter is active.
+    """
+    adapter = state_of(model).current
+    if adapter is None:
+        raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
+    places = [(name, module, parameter) for name, module, parameter in attached(model)]
+    indices = {name: module.sparse_entries(parameter).indices for name, module, parameter in places}
+    shapes = {name: sharding.shape_of(module._parameters[parameter]) for name, module, parameter in places}
+    return Mask(indices, shapes, adapter.selection)

@@ -1,0 +1,1 @@
+"""The program `sprand finetune`: settings, data, training, report."""

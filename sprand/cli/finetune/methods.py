@@ -1,0 +1,226 @@
+"""The methods a run trains with: sprand, and beside it LoRA, all weights, or the head alone, on the same model and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sprand
+
+from ...adapters.apply import selection_without, taken_by
+from ...adapters.state import mask_of
+from ...selection.pattern import RANDOM_STRATEGIES
+from ...selection.targets import find_targets
+from ...training.rates import suggest_lr, width_of
+from .. import CliError, require
+from .data import limited
+from .models import head_names
+from .settings import Settings, peer_rate
+from .tasks import Task
+
+
+@dataclasses.dataclass
+class Method:
+    """A model made ready to train.
+
+    Attributes:
+        name: "sprand", "lora", "full" or "head".
+        model: the model to call; for LoRA, PEFT's wrapper.
+        trained: the parameters that train, by name.
+        optimizer: over them; AdamW in each case.
+        lr: its highest learning rate.
+        note: what the table says beside the name.
+    """
+
+    name: str
+    model: nn.Module
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    lr: float
+    note: str = ""
+
+    @property
+    def count(self) -> int:
+        """How many weights train, a new head's included."""
+        return sum(p.numel() for p in self.trained.values())
+
+
+def chosen(model: nn.Module, settings: Settings, task: Task, kept: Path | None = None) -> sprand.Mask | None:
+    """The entries to train where they are given, scored on the training rows, or apart from others; None for a plain draw.
+
+    Args:
+        model: as it was loaded; it is left as it is.
+        settings: the options.
+        task: its training rows are what strategies calibrate on.
+        kept: the mask of the run that is resumed.
+
+    Raises:
+        CliError: the options fit no weight of this model, or the mask is another run's.
+    """
+    try:
+        if settings.mask is not None:
+            return sprand.Mask.load(settings.mask)
+        drawn = settings.strategy in RANDOM_STRATEGIES
+        if drawn and not settings.disjoint:
+            return None
+        config = sparse_config(settings, head_names(model) or None)
+        if kept is None:
+            fields = {} if drawn else calibration(settings, task)
+            return sprand.select(model, config, disjoint=settings.disjoint or None, **fields)
+        mask = sprand.Mask.load(kept)
+        _prove_same(mask, selection_without(config, taken_by(model, settings.disjoint or None)), kept)
+        return mask
+    except (ValueError, FileNotFoundError) as error:
+        raise CliError(f"{error}.") from None
+
+
+def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Method:
+    """Entries of the model's own weights.
+
+    Args:
+        model: changed in place.
+        settings: the options.
+        mask: the entries, or None for a random draw.
+
+    Raises:
+        CliError: the options fit no weight of this model.
+    """
+    heads = head_names(model) or None
+    try:
+        if mask is None:
+            config = sparse_config(settings, heads)
+            size = sum(place.parameter.numel() for place in find_targets(model, config))
+        else:
+            config = sprand.SparseConfig(strategy=mask, modules_to_save=heads, seed=settings.seed)
+            size = sum(math.prod(shape) for shape in mask.shapes.values())
+        sprand.apply(model, config, disjoint=settings.disjoint or None)
+    except (ValueError, FileNotFoundError) as error:
+        raise CliError(f"{error}.") from None
+    density = mask_of(model).nnz / size
+    lr = settings.lr or suggest_lr(model, density=density)
+    optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
+    return Method("sprand", model, dict(sprand.named_parameters(model)), optimizer, lr, f"{density:.2%} of the targets")
+
+
+def _prove_same(mask: sprand.Mask, selection: dict[str, Any] | None, file: Path) -> None:
+    asked = json.loads(json.dumps(selection))
+    if mask.selection != asked:
+        raise CliError(
+            f"--resume: {file} was chosen by {mask.selection}, here {asked} is asked for; begin anew with --overwrite."
+        )
+
+
+def sparse_config(settings: Settings, heads: list[str] | None) -> sprand.SparseConfig:
+    """What the options ask to train.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    fields = settings.sparse_fields() | {"modules_to_save": heads}
+    if not settings.sparta:
+        return sprand.SparseConfig(**fields)
+    density = fields.pop("density", 0.01)
+    return sprand.SparseConfig.sparta(1 - density, **fields)
+
+
+def calibration(settings: Settings, task: Task) -> dict[str, Any]:
+    """What `sprand.apply` and `sprand.select` need to score entries on the training rows of a task."""
+    size = settings.batch_size
+    rows = limited(task.train, settings.calibration_examples, random.Random(settings.seed))
+    memory = settings.calibration_memory
+
+    def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        total, terms, _ = task.loss(model, batch)
+        return total / max(1, terms)
+
+    return {
+        "data": [task.collate(rows[start : start + size]) for start in range(0, len(rows), size)],
+        "loss_fn": mean_loss,
+        "calibration_examples": settings.calibration_examples,
+        "calibration_memory": memory if memory == "auto" else int(memory),
+    }
+
+
+def target_names(model: nn.Module) -> list[str]:
+    """The modules that sprand trains entries of: what LoRA is compared on."""
+    return [name for name, _ in _sparse_modules(model)]
+
+
+def peer(name: str, model: nn.Module, settings: Settings, targets: list[str], count: int) -> Method:
+    """A method to compare with, of the same model.
+
+    Args:
+        name: "lora", "full" or "head".
+        model: a fresh copy of the model.
+        settings: learning rates and weight decay.
+        targets: names of the modules that LoRA adapts.
+        count: trained weights to match; LoRA takes the nearest rank (alpha is twice the rank).
+
+    Raises:
+        CliError: PEFT is not installed, or the model has no head.
+    """
+    lr = dict(settings.compare_lr).get(name) or peer_rate(name, width_of(model))
+    heads, note = head_names(model), ""
+    if name == "lora":
+        model, note = _with_lora(model, targets, count, heads)
+    elif name == "head":
+        parts = [model.get_submodule(head) for head in heads] or [_output_embeddings(model)]
+        model.requires_grad_(False)
+        for part in parts:
+            part.requires_grad_(True)
+        note = "" if heads else "output embedding"
+    else:
+        model.requires_grad_(True)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=settings.weight_decay, fused=True)
+    return Method(name, model, trained, optimizer, lr, note)
+
+
+def adapter_bytes(method: Method, directory: Path) -> int:
+    """The bytes that a method's result takes on disk: its adapter, or the weights it changed."""
+    if method.name == "sprand":
+        return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    if method.name == "lora":
+        with tempfile.TemporaryDirectory() as folder:
+            method.model.save_pretrained(folder, save_embedding_layers=False)
+            return sum(path.stat().st_size for path in Path(folder).glob("adapter_*"))
+    return sum(p.numel() * p.element_size() for p in method.trained.values())
+
+
+def values(method: Method) -> dict[str, Tensor]:
+    """The values that a method trains, by name."""
+    return {name: p.data for name, p in method.trained.items()}
+
+
+def _with_lora(model: nn.Module, targets: list[str], count: int, heads: list[str]) -> tuple[nn.Module, str]:
+    peft = require("peft")
+    per_rank = 0
+    for name in targets:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            per_rank += module.in_features + module.out_features
+    if not per_rank:
+        raise CliError("--compare lora: none of the targeted modules is a linear layer.")
+    head = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
+    rank = max(1, round((count - head) / per_rank))
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=heads or None)
+    return peft.get_peft_model(model, config), f"rank {rank}"
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise CliError("--compare head: this model has no head by the names that Hugging Face gives.")
+    return head
+
+
+def _sparse_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, sprand.SparseModule)]

@@ -1,0 +1,120 @@
+"""Loads the model and tokenizer that a run starts from, from a directory or the Hub, and says in a sentence why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import CliError, require
+
+POOLINGS = ("auto", "mean", "model")
+
+
+class MeanPoolClassifier(nn.Module):
+    """A sentence encoder with a linear head over the mean of its token vectors, as sentence embedding models are trained.
+
+    Args:
+        encoder: a Hugging Face model that returns `last_hidden_state`.
+        num_labels: number of classes.
+    """
+
+    def __init__(self, encoder: nn.Module, num_labels: int) -> None:
+        super().__init__()
+        self.config = encoder.config
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, num_labels)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Logits [rows, num_labels] in float32, of token ids and mask [rows, tokens]."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return self.classifier(pooled.to(self.classifier.weight.dtype)).float()
+
+
+def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: int) -> tuple[nn.Module, Any]:
+    """The model, a new head of seeded random weights included, and its tokenizer.
+
+    Args:
+        name: a directory in the Hugging Face layout, or the name of a model on the Hub.
+        task: "classification" or "causal-lm".
+        num_labels: number of classes.
+        dtype: "float32" or "bfloat16", of the pre-trained weights; a mean-pooled head is float32 always.
+        pooling: "mean", "model" (what the architecture does itself), or "auto": mean where the model says it was trained so.
+        seed: of the new head.
+
+    Raises:
+        CliError: there is no such model, or it has not what the task needs.
+    """
+    transformers = require("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not Path(name).is_dir() and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise CliError(f"--model: no directory {name}; expected one in the Hugging Face layout, or a name on the Hub.")
+    torch.manual_seed(seed)
+    options = {"dtype": getattr(torch, dtype)}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if task == "causal-lm":
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+        elif pooling == "mean" or (pooling == "auto" and _is_mean_pooled(name)):
+            model = MeanPoolClassifier(_encoder(transformers, name, options), num_labels)
+        else:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                name, num_labels=num_labels, ignore_mismatched_sizes=True, **options
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split()).removesuffix(".")[:300]
+        place = "in that directory" if Path(name).is_dir() else "here or on the Hub (offline?)"
+        raise CliError(f"--model {name}: no model for {task} could be loaded {place}: {reason}.") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def task_of(name: str) -> str:
+    """What a model was made for, by its configuration: "causal-lm", or else "classification".
+
+    Raises:
+        CliError: there is no such model.
+    """
+    try:
+        made_for = require("transformers").AutoConfig.from_pretrained(name).architectures or []
+    except (OSError, ValueError, KeyError) as error:
+        raise CliError(f"--model {name}: no configuration could be loaded: {' '.join(str(error).split())[:300]}.") from None
+    return (
+        "causal-lm"
+        if any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in made_for)
+        else "classification"
+    )
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """The modules of a classifier that start from random weights, and so train in full under every method."""
+    return [name for name, _ in model.named_children() if name in ("classifier", "score", "classification_head")]
+
+
+def _encoder(transformers: Any, name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return transformers.AutoModel.from_pretrained(name, add_pooling_layer=False, **options)
+    except TypeError:
+        return transformers.AutoModel.from_pretrained(name, **options)
+
+
+def _is_mean_pooled(name: str) -> bool:
+    """Whether a directory or Hub model carries the pooling of a sentence embedding model, and it is the mean."""
+    path: Path | None = Path(name) / "1_Pooling" / "config.json"
+    if not Path(name).is_dir():
+        from transformers.utils import cached_file
+
+        found = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
+        path = Path(found) if found else None
+    return path is not None and path.is_file() and bool(json.loads(path.read_text()).get("pooling_mode_mean_tokens"))

@@ -1,0 +1,125 @@
+"""What a run leaves: the table, results.json, and the training curve as a PNG."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import require
+from .methods import Method
+from .peak_memory import HOW
+from .progress import Log
+from .settings import Settings
+from .tasks import Task
+from .training import Outcome
+
+SMOOTHING = 0.9
+COLOURS = {"sprand": "#c0392b", "lora": "#2471a3", "full": "#1e8449", "head": "#7d6608"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One row of the table."""
+
+    method: str
+    note: str
+    lr: float
+    before: dict[str, float]
+    after: dict[str, float]
+    trained_weights: int
+    adapter_bytes: int
+    seconds_per_step: float
+    peak_bytes: int | None
+    steps: int
+
+    @classmethod
+    def of(cls, method: Method, outcome: Outcome, adapter_bytes: int) -> Result:
+        """The row of a trained method."""
+        return cls(
+            method.name, method.note, method.lr, outcome.before, outcome.after, method.count, adapter_bytes,
+            round(outcome.seconds_per_step, 5), outcome.peak_bytes, outcome.steps,
+        )  # fmt: skip
+
+
+def content(
+    settings: Settings, task: Task, results: Sequence[Result], versions: dict[str, str], checks: list[str]
+) -> dict[str, Any]:
+    """What results.json holds: options, versions, data sizes, the rows of the table, the checks that held."""
+    return {
+        "settings": settings.to_json(),
+        "versions": versions,
+        "rows": {"train": len(task.train), "eval": len(task.eval)},
+        "metric": task.metric,
+        "results": [dataclasses.asdict(result) for result in results],
+        "checked": checks,
+    }
+
+
+def print_table(log: Log, task: Task, results: Sequence[Result], device: str) -> None:
+    """One table of all methods, and how its numbers were measured."""
+    rows = [("method", "before", "after", "trained weights", "adapter", "s/step", "peak memory", "lr")]
+    for r in results:
+        rows.append(
+            (
+                f"{r.method} ({r.note})" if r.note else r.method,
+                _metric(task, r.before[task.metric]), _metric(task, r.after[task.metric]),
+                f"{r.trained_weights:,}", _size(r.adapter_bytes), f"{r.seconds_per_step:.3f}",
+                "-" if r.peak_bytes is None else _size(r.peak_bytes), f"{r.lr:g}",
+            )
+        )  # fmt: skip
+    log.table(rows, f"{task.metric} on {len(task.eval)} held-out rows, after {results[0].steps} steps")
+    head = "Trained weights include a new head's. " if task.metric == "accuracy" else ""
+    log.say(f"{head}s/step: mean, evaluation left out. Peak memory: {HOW[device]}.")
+    if task.metric == "accuracy":
+        worst = max((r.after["accuracy"] * (1 - r.after["accuracy"]) / len(task.eval)) ** 0.5 for r in results)
+        log.say(f"One seed; the standard error of an accuracy here is up to {100 * worst:.1f} points.")
+
+
+def plot(path: Path, histories: Sequence[list[dict[str, Any]]], task: Task) -> None:
+    """The training curve: smoothed training loss, and the metric on held-out rows, by step."""
+    require("matplotlib").use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for history in histories:
+        name = history[0]["method"]
+        losses = [(line["step"], line["loss"]) for line in history if "loss" in line]
+        colour = COLOURS.get(name, "black")
+        left.plot([step for step, _ in losses], [loss for _, loss in losses], color=colour, alpha=0.2, linewidth=0.8)
+        left.plot([step for step, _ in losses], _smooth([loss for _, loss in losses]), color=colour, label=name)
+        measured = [(line["step"], line[f"eval_{task.metric}"]) for line in history if f"eval_{task.metric}" in line]
+        right.plot(
+            [step for step, _ in measured], [value for _, value in measured], color=colour, marker="o", markersize=4, label=name
+        )
+    left.set(xlabel="step", ylabel="training loss", title="Training loss (smoothed; pale: each step)")
+    right.set(xlabel="step", ylabel=task.metric, title=f"{task.metric.capitalize()} on {len(task.eval)} held-out rows")
+    if not task.higher_is_better:
+        right.set_yscale("log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """An exponential mean without the pull of its first value."""
+    smoothed, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * value, SMOOTHING * weight + 1 - SMOOTHING
+        smoothed.append(mean / weight)
+    return smoothed
+
+
+def _metric(task: Task, value: float) -> str:
+    return f"{100 * value:.1f} %" if task.metric == "accuracy" else f"{value:.4g}"
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,156 @@
+"""What one `sprand finetune` run is asked to do, checked, and the learning rates of what it is compared to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from ...training.rates import two_digits, width_factor
+from .. import CliError
+
+COMPARABLE = ("lora", "full", "head")
+SCHEDULES = ("linear", "cosine", "constant")
+DTYPES = ("float32", "bfloat16")
+
+FIXED_BY_MASK = (
+    "density", "budget", "target_modules", "strategy", "strategy_option", "scope", "preserve_zeros", "layout", "sparta",
+)  # fmt: skip
+PEER_RATES = {"lora": 2e-3, "full": 3e-4, "head": 1e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of `sprand finetune`; the help of `sprand finetune --help` explains each."""
+
+    model: str
+    train: Path
+    out: Path
+    eval: Path | None = None
+    task: str = "auto"
+    text_column: str | None = None
+    text2_column: str | None = None
+    label_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    eval_share: float = 0.1
+    limit_train: int | None = None
+    limit_eval: int | None = None
+    density: float | None = None
+    budget: str | None = None
+    target_modules: tuple[str, ...] = ()
+    strategy: str = "random"
+    strategy_option: tuple[tuple[str, float], ...] = ()
+    scope: str = "local"
+    preserve_zeros: bool = False
+    disjoint: tuple[str, ...] = ()
+    mask: Path | None = None
+    calibration_examples: int = 1024
+    calibration_memory: str = "auto"
+    layout: str = "unstructured"
+    sparta: bool = False
+    pooling: str = "auto"
+    lr: float | None = None
+    schedule: str = "linear"
+    warmup: float = 0.06
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    grad_accumulation: int = 1
+    max_length: int = 128
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 2
+    overwrite: bool = False
+    resume: str | None = None
+    compare: tuple[str, ...] = ()
+    compare_lr: tuple[tuple[str, float], ...] = ()
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        positive = {
+            "--lr": self.lr,
+            "--epochs": self.epochs,
+            "--max-steps": self.max_steps,
+            "--batch-size": self.batch_size,
+            "--grad-accumulation": self.grad_accumulation,
+            "--max-length": self.max_length,
+            "--max-grad-norm": self.max_grad_norm,
+            "--eval-every": self.eval_every,
+            "--checkpoint-every": self.checkpoint_every,
+            "--keep": self.keep,
+            "--limit-train": self.limit_train,
+            "--limit-eval": self.limit_eval,
+            "--calibration-examples": self.calibration_examples,
+            **{f"--compare-lr {name}": rate for name, rate in self.compare_lr},
+        }
+        for option, value in positive.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise CliError(f"{option}: expected a positive number, got {value}.")
+        for option, value in {"--warmup": self.warmup, "--weight-decay": self.weight_decay}.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise CliError(f"{option}: expected a number of at least 0, got {value}.")
+        if not 0 < self.eval_share < 1:
+            raise CliError(f"--eval-share: expected a fraction between 0 and 1, got {self.eval_share}.")
+        if self.max_length < 2:
+            raise CliError("--max-length: expected at least 2 tokens, got 1.")
+        if not 0 <= self.seed < 2**63:
+            raise CliError(f"--seed: expected a whole number from 0 up, got {self.seed}.")
+        if self.calibration_memory != "auto" and not self.calibration_memory.isdigit():
+            raise CliError(f"--calibration-memory: expected auto or a number of bytes, got {self.calibration_memory!r}.")
+        if self.sparta and self.budget is not None:
+            raise CliError("--sparta: its count is --density of the whole model; leave out --budget.")
+        if self.mask is not None:
+            self._check_mask()
+        unknown = [name for name in (*self.compare, *(name for name, _ in self.compare_lr)) if name not in COMPARABLE]
+        if unknown:
+            raise CliError(f"--compare: expected some of {', '.join(COMPARABLE)}, got {unknown[0]!r}.")
+
+    def _check_mask(self) -> None:
+        own = {field.name: field.default for field in dataclasses.fields(self) if field.name in FIXED_BY_MASK}
+        given = [name for name, default in own.items() if getattr(self, name) != default]
+        if given:
+            raise CliError(f"--mask: the file fixes which entries train; leave out --{given[0].replace('_', '-')}.")
+        if not self.mask.is_file():
+            raise CliError(f"--mask: no file {self.mask}; sprand select writes one.")
+
+    def sparse_fields(self) -> dict[str, Any]:
+        """The fields of `SparseConfig` that the options ask for."""
+        fields: dict[str, Any] = {
+            "strategy": self.strategy,
+            "strategy_options": dict(self.strategy_option) or None,
+            "scope": self.scope,
+            "preserve_zeros": self.preserve_zeros,
+            "layout": self.layout,
+            "seed": self.seed,
+        }
+        if self.target_modules:
+            names = self.target_modules
+            fields["target_modules"] = names[0] if names == ("all-linear",) else names
+        if self.budget is not None:
+            fields["budget"] = _budget(self.budget)
+        elif self.density is not None:
+            fields["density"] = self.density
+        return fields
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON types."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise CliError(f"--budget: expected a count (5000) or a fraction of the model (0.01), got {text!r}.") from None
+
+
+def peer_rate(method: str, width: int) -> float:
+    """The learning rate of a compared method where none is given: `PEER_RATES`, scaled by `width_factor`."""
+    return two_digits(PEER_RATES[method] * width_factor(width))

@@ -1,0 +1,217 @@
+"""The two tasks: how rows become tokens and batches, what the loss is, and what is measured."""
+
+from __future__ import annotations
+
+import abc
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import CliError
+from .data import Dataset, Example, limited
+from .settings import Settings
+
+IGNORED = -100  # the label of a token that no loss is taken of
+Batch = dict[str, Tensor]
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """What a model, Hugging Face's or a plain one, makes of a batch, whose labels it does not see."""
+    output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    return output if isinstance(output, Tensor) else output.logits
+
+
+class Task(abc.ABC):
+    """What both tasks share.
+
+    Attributes:
+        train, eval: tokenised rows, dicts with `input_ids` and `labels`.
+        metric: name of what `evaluate` measures beside the loss.
+        higher_is_better: its direction.
+    """
+
+    metric = ""
+    higher_is_better = True
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.train: list[dict[str, Any]] = []
+        self.eval: list[dict[str, Any]] = []
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Pad rows to the longest: `input_ids`, `attention_mask` [rows, tokens], `labels`."""
+        width = max(len(row["input_ids"]) for row in rows)
+        pad = self.tokenizer.pad_token_id or 0
+        batch = {
+            "input_ids": torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]),
+        }
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = torch.tensor(
+                [row["token_type_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]
+            )
+        return batch | {"labels": self._labels(rows, width)}
+
+    def terms(self, batch: Batch) -> int:
+        """How many predictions the loss of a batch is taken of."""
+        return int((batch["labels"] != IGNORED).sum())
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int, int]:
+        """Of a batch: the summed loss, how many terms it sums, and how many predictions were right."""
+        logits, labels = self._predicted(model, batch)
+        total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+        return total, self.terms(batch), int((logits.argmax(-1) == labels).sum())
+
+    def evaluate(self, model: nn.Module, batch_size: int, device: torch.device) -> dict[str, float]:
+        """The mean loss and the metric over the evaluation rows, of the model in eval mode."""
+        return self.measured(*self.outcomes(model, batch_size, device))
+
+    def measured(self, losses: Tensor, terms: Tensor, right: Tensor) -> dict[str, float]:
+        """The mean loss and the metric of what `outcomes` returns."""
+        count = max(1.0, float(terms.sum()))
+        mean = float(losses.sum()) / count
+        return {"loss": mean, self.metric: self._metric(mean, float(right.sum()) / count)}
+
+    @torch.no_grad()
+    def outcomes(self, model: nn.Module, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each evaluation row, in order: the summed loss, how many terms it sums, how many predictions were right.
+
+        Returns:
+            Three tensors [rows], float64, on the CPU; the model is in eval mode meanwhile.
+        """
+        training = model.training
+        model.eval()
+        order = sorted(range(len(self.eval)), key=lambda i: len(self.eval[i]["input_ids"]))
+        parts = torch.zeros(3, len(order), dtype=torch.float64)
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = {k: v.to(device) for k, v in self.collate([self.eval[i] for i in places]).items()}
+            logits, labels = self._predicted(model, batch)
+            losses = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+            for part, values in zip(parts, (losses, labels != IGNORED, logits.argmax(-1) == labels), strict=True):
+                part[places] = values.view(len(places), -1).sum(1).to("cpu", torch.float64)
+        model.train(training)
+        return parts[0], parts[1], parts[2]
+
+    def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._aligned(logits_of(model, batch), batch["labels"])
+
+    @abc.abstractmethod
+    def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:
+        """The labels of a batch padded to a width."""
+
+    @abc.abstractmethod
+    def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [terms, classes] and the labels [terms] they predict."""
+
+    @abc.abstractmethod
+    def _metric(self, loss: float, right: float) -> float:
+        """The metric, of the mean loss and the share of right predictions."""
+
+
+class Classification(Task):
+    """One class per text or pair of texts; the metric is accuracy."""
+
+    metric = "accuracy"
+
+    def __init__(self, data: Dataset, tokenizer: Any, max_length: int) -> None:
+        super().__init__(tokenizer, max_length)
+        number = {name: i for i, name in enumerate(data.labels)}
+        self.train, self.eval = ([self._row(e, number) for e in part] for part in (data.train, data.eval))
+
+    def _row(self, example: Example, number: dict[str, int]) -> dict[str, Any]:
+        encoded = self.tokenizer(example.text, example.text2, truncation=True, max_length=self.max_length)
+        row = {"input_ids": encoded["input_ids"], "labels": number[str(example.label)]}
+        if example.text2 is not None and "token_type_ids" in encoded:
+            row["token_type_ids"] = encoded["token_type_ids"]
+        return row
+
+    def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:
+        return torch.tensor([row["labels"] for row in rows])
+
+    def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return logits, labels
+
+    def _metric(self, loss: float, right: float) -> float:
+        return right
+
+
+class CausalLM(Task):
+    """The next token: of whole texts cut in blocks, or of completions after their prompts; the metric is perplexity."""
+
+    metric = "perplexity"
+    higher_is_better = False
+
+    def __init__(self, data: Dataset, tokenizer: Any, max_length: int) -> None:
+        super().__init__(tokenizer, max_length)
+        self.train, self.eval = (self._rows(part) for part in (data.train, data.eval))
+        if not self.train or not self.eval:
+            raise CliError("The data hold no two tokens in a row to learn from; is this the right file and column?")
+
+    def _rows(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        rows = []
+        for example in examples:
+            tokens = self.tokenizer(example.text, verbose=False)["input_ids"]
+            labels = list(tokens)
+            if example.text2 is not None:
+                end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+                completion = self.tokenizer(example.text2, add_special_tokens=False)["input_ids"] + end
+                prompt = tokens[: max(1, self.max_length - len(completion))]
+                tokens, labels = prompt + completion, [IGNORED] * len(prompt) + completion
+                tokens, labels = tokens[: self.max_length], labels[: self.max_length]
+            for start in range(0, len(tokens), self.max_length):
+                block = slice(start, start + self.max_length)
+                if len(tokens[block]) > 1:
+                    rows.append({"input_ids": tokens[block], "labels": labels[block]})
+        return rows
+
+    def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:
+        return torch.tensor([row["labels"] + [IGNORED] * (width - len(row["labels"])) for row in rows])
+
+    def terms(self, batch: Batch) -> int:
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+
+    def _metric(self, loss: float, right: float) -> float:
+        return math.exp(min(loss, 700.0))
+
+
+def make(data: Dataset, tokenizer: Any, settings: Settings) -> Task:
+    """The task that a data set is for, with its rows tokenised, and no more of them than asked for."""
+    task = (Classification if data.task == "classification" else CausalLM)(data, tokenizer, settings.max_length)
+    source = random.Random(settings.seed)
+    task.train = limited(task.train, settings.limit_train, source)
+    task.eval = limited(task.eval, settings.limit_eval, source)
+    return task
+
+
+def batches(rows: Sequence[dict[str, Any]], batch_size: int, seed: int, start: int = 0) -> Iterator[list[dict[str, Any]]]:
+    """Batches for ever, in an order that the seed and the position alone decide.
+
+    Every epoch is shuffled anew; within 16 batches' worth of rows, those of similar length share a batch (less padding).
+
+    Args:
+        rows: what to batch; the last batch of an epoch may be smaller.
+        batch_size: rows in a batch.
+        seed: of the order.
+        start: how many batches to leave out, to go on where a run stopped.
+    """
+    per_epoch = math.ceil(len(rows) / batch_size)
+    epoch, position = divmod(start, per_epoch)
+    while True:
+        source = random.Random(f"{seed} {epoch}")
+        order = list(range(len(rows)))
+        source.shuffle(order)
+        pool = 16 * batch_size
+        chunks = [sorted(order[i : i + pool], key=lambda i: len(rows[i]["input_ids"])) for i in range(0, len(order), pool)]
+        groups = [chunk[i : i + batch_size] for chunk in chunks for i in range(0, len(chunk), batch_size)]
+        source.shuffle(groups)
+        for group in groups[position:]:
+            yield [rows[i] for i in group]
+        epoch, position = epoch + 1, 0

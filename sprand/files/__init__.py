@@ -1,0 +1,1 @@
+"""Files that are proven when they are read, and replaced in one step."""

@@ -1,0 +1,171 @@
+"""Files of sprand: safetensors whose header carries a description as JSON, checked when read, replaced in one step."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic import replacing
+from .forms import TEXT, Form, record
+
+CHECKSUM, HEADER_CHECKSUM, SEALED = "checksum", "header_checksum", "sealed"  # files of earlier versions have the first alone
+LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
+MOST_TENSORS = 1 << 18  # of one file; the largest models have a third of that in all
+
+
+def write(file: Path, key: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write tensors and their description, with checksums of both, in one atomic step.
+
+    Returns:
+        The description as it is in the file: with `checksum`, of the tensors, `header_checksum`, of itself and the dtypes,
+        and `sealed`, which says that there is such a one.
+
+    Raises:
+        OSError: the file cannot be written; one that was there is untouched.
+    """
+    sealed = {**description, CHECKSUM: checksum(tensors), SEALED: True}
+    sealed[HEADER_CHECKSUM] = _header_checksum(sealed, tensors)
+    save(file, tensors, {key: json.dumps(sealed)})
+    return sealed
+
+
+def save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file in one atomic step; its folder is made if it is not there.
+
+    Raises:
+        OSError: the file cannot be written; one that was there is untouched.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"{file} could not be written: {error}") from error
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON in one atomic step.
+
+    Raises:
+        OSError: the file cannot be written; one that was there is untouched.
+    """
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read(file: Path, key: str, what: str, form: Form | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and tensors of a file written by `write`, proven to be undamaged.
+
+    The tensors have memory of their own: what happens to the file afterwards does not reach them.
+
+    Args:
+        file: what to read.
+        key: under which the header holds the description.
+        what: what the file should be, for the messages.
+        form: what the description must look like.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or something else.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no {what} at {file}: expected a file there")
+    try:
+        header_of(file)
+        with safe_open(file, framework="pt") as content:
+            metadata, names = content.metadata() or {}, content.keys()
+            if key not in metadata:
+                raise LookupError
+            tensors = {name: content.get_tensor(name).clone() for name in names}
+    except LookupError:
+        raise ValueError(f"{file} is no {what} of sprand: its header has no description") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}); take another copy of the {what}") from error
+    try:
+        description = parse(metadata[key])
+        record({CHECKSUM: TEXT}, {HEADER_CHECKSUM: TEXT})("its description", description)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; take another copy of the {what}") from error
+    sealed = _header_checksum(description, tensors) if SEALED in description else None
+    if description.get(HEADER_CHECKSUM) != sealed:
+        raise ValueError(f"{file} is damaged: its header does not match its checksum; take another copy of the {what}")
+    if description[CHECKSUM] != checksum(tensors):
+        raise ValueError(f"{file} is damaged: its values do not match their checksum; take another copy of the {what}")
+    if form is not None:
+        try:
+            form("its description", description)
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}; take another copy of the {what}") from error
+    return description, tensors
+
+
+def label(path: Path) -> str:
+    """A short name for an adapter's place: its folder's, with the one above where that is what `sprand finetune` calls it."""
+    parts = path.resolve().parts
+    return "/".join(parts[-2:]) if parts[-1] == "adapter" else parts[-1]
+
+
+def header_of(file: Path) -> bytes:
+    """The header of a safetensors file, as JSON that no parser has seen; bounds what one will make of it.
+
+    Raises:
+        ValueError: there is none, or it names too many tensors.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+        text = content.read(length)
+    count = text.count(b"data_offsets")
+    if count > MOST_TENSORS:
+        raise ValueError(f"it holds {count:,} tensors, more than {MOST_TENSORS:,}")
+    return text
+
+
+def parse(text: str | bytes) -> Any:
+    """JSON from a file.
+
+    Raises:
+        ValueError: it is none, holds a number that is not finite, or is nested too deeply.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"expected JSON, got the number {constant}")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("expected JSON, got one that is nested too deeply") from None
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """One hash of names, shapes and values."""
+    return digest(part for name in sorted(tensors) for part in (f"{name} {list(tensors[name].shape)}", tensors[name]))
+
+
+def digest(parts: Iterable[str | Tensor]) -> str:
+    """One hash of texts and of the bytes of tensors."""
+    result = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, str):
+            result.update(part.encode("utf-8", "surrogatepass"))
+        elif part.numel():
+            part = part.detach().cpu().contiguous()
+            result.update((ctypes.c_char * part.nbytes).from_address(part.data_ptr()))
+    return result.hexdigest()
+
+
+def _header_checksum(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """One hash of all of a description but itself, and of the dtypes of the tensors."""
+    rest = {name: value for name, value in description.items() if name != HEADER_CHECKSUM}
+    dtypes = [f"{name} {tensors[name].dtype}" for name in sorted(tensors)]
+    return digest([json.dumps(rest, sort_keys=True), *dtypes])

@@ -1,0 +1,418 @@
+"""The operators: one schema, one fake, one checked wrapper each. The dispatcher picks C++, CUDA or `reference.py`.
+
+Sizes used below: `T` tokens, `out` and `in` features, `nnz` chosen entries. `indices` are flat positions in the
+row-major weight, sorted, unique, int32 (int64 where the weight has 2**31 entries or more). They are proven once, when
+a pattern is built or loaded; the operators check only what costs O(1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_draw, check_embedding_grad, check_entries, check_lists, check_run8, check_sddmm, check_weight
+from .reference import accumulation_dtype
+from .schedule import RUN8_DTYPES, Schedule
+
+SCHEMAS = {
+    "sddmm": "(Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> Tensor",
+    "sddmm_add_": (
+        "(Tensor(a!) sums, Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> ()"
+    ),
+    "embedding_grad": "(Tensor grad_output, Tensor tokens, Tensor indices, int? padding_idx=None) -> Tensor",
+    "sddmm_run8": "(Tensor grad_output, Tensor input, Tensor table, int[] launch, int nnz) -> Tensor",
+    "gather": "(Tensor weight, Tensor indices) -> Tensor",
+    "patch_": "(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? delta, float scale=1.0) -> ()",
+    "patch_all_": "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor[]? deltas, float[] scales) -> ()",
+    "scatter_add_": "(Tensor(a!) weight, Tensor indices, Tensor values, float scale=1.0) -> ()",
+    "scatter_add_all_": "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] values, float[] scales) -> ()",
+    "sparse_adamw_": (
+        "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor(b!)[] deltas, Tensor[] grads, "
+        "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor[] steps, float[] scales, float lr, float beta1, "
+        "float beta2, float eps, float weight_decay, bool maximize, Tensor? lr_tensor=None, Tensor? grad_coef=None, "
+        "Tensor? found_inf=None) -> ()"
+    ),
+    "stratified_indices_": "(Tensor(a!) indices, int rows, int cols, int key, int run_rows=1, int run_cols=1) -> ()",
+    "uniform_indices_": "(Tensor(a!) indices, int numel, int key) -> ()",
+}
+
+CUDA_ONLY = ("sddmm_run8",)  # has no C++ kernel: on the CPU `sddmm` serves its patterns
+
+_library = torch.library.Library("sprand", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sprand::sddmm")
+def _(grad_output, input, indices, table=None, launch=()):
+    return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
+
+
+@torch.library.register_fake("sprand::embedding_grad")
+def _(grad_output, tokens, indices, padding_idx=None):
+    return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
+
+
+@torch.library.register_fake("sprand::sddmm_run8")
+def _(grad_output, input, table, launch, nnz):
+    return grad_output.new_empty((nnz,), dtype=accumulation_dtype(grad_output.dtype))
+
+
+@torch.library.register_fake("sprand::gather")
+def _(weight, indices):
+    return weight.new_empty(indices.shape)
+
+
+for _name in (name for name in SCHEMAS if name.endswith("_")):
+    torch.library.register_fake(f"sprand::{_name}", lambda *args, **kwargs: None)
+
+
+def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedule | None = None) -> Tensor:
+    """Sampled dense-dense matmul: the chosen entries of `grad_output.T @ input`, and no others.
+
+    Args:
+        grad_output: `[T, out]`, float32, bfloat16, float16, or float64 on the CPU.
+        input: `[T, in]`, same dtype and device.
+        indices: `[nnz]`, flat positions `row * in + column`, sorted.
+        schedule: how a GPU walks this pattern (`sprand.kernels.schedule.make_schedule`); without one a slower kernel for any
+            pattern serves there. Where the schedule says so, `sddmm_dense` or `sddmm_run8` serves instead.
+
+    Returns:
+        `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    check_sddmm("sddmm", grad_output, input, indices)
+    if schedule is not None and schedule.dense_tokens[0] <= input.shape[0] < schedule.dense_tokens[1]:
+        return sddmm_dense(grad_output, input, indices, schedule)
+    if schedule is not None and schedule.runs is not None and input.dtype in RUN8_DTYPES:
+        return torch.ops.sprand.sddmm_run8(grad_output, input, *schedule.runs, indices.numel())
+    return torch.ops.sprand.sddmm(grad_output, input, indices, *_launch(schedule))
+
+
+def sddmm_add_(sums: Tensor, grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedule | None = None) -> None:
+    """`sums += sddmm(grad_output, input, indices, schedule)`, for gradients that arrive in parts.
+
+    Args:
+        sums: `[nnz]`, float32 (float64 for float64 input); changed in place.
+        grad_output, input, indices, schedule: as for `sddmm`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    check_sddmm("sddmm_add_", grad_output, input, indices)
+    check_entries("sddmm_add_", "sums", sums, indices, accumulation_dtype(input.dtype))
+    torch.ops.sprand.sddmm_add_(sums, grad_output, input, indices, *_launch(schedule))
+
+
+def sddmm_dense(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedule) -> Tensor:
+    """`sddmm` by dense products: row chunks of the gradient that stay in a GPU's L2, each gathered at once; never a whole one.
+
+    Args:
+        grad_output, input, indices: as for `sddmm`.
+        schedule: of this pattern; its chunks are used.
+
+    Returns:
+        `[nnz]`, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    check_sddmm("sddmm_dense", grad_output, input, indices)
+    parts = []
+    for first_row, last_row, first, last in schedule.chunks:
+        offset = first_row * input.shape[1]
+        chosen = indices[first:last] - offset if offset else indices[first:last]
+        parts.append(torch.ops.sprand.gather(dense_rows(grad_output[:, first_row:last_row], input), chosen))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def dense_rows(grad_output: Tensor, input: Tensor) -> Tensor:
+    """`grad_output.T @ input` in the accumulation dtype: some rows of a dense gradient, as many as `grad_output` has columns."""
+    dtype, left = accumulation_dtype(input.dtype), grad_output.t()
+    if input.is_cuda and input.dtype != dtype:
+        return torch.mm(left, input, out_dtype=dtype)
+    return left.to(dtype) @ input.to(dtype)
+
+
+def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding_idx: int | None = None) -> Tensor:
+    """The chosen entries of the gradient of an embedding: `grad_output` summed over the tokens of an entry's row.
+
+    Nothing as large as the vocabulary is made. A token outside of it meets no entry.
+
+    Args:
+        grad_output: `[T, features]`, float32, bfloat16, float16, or float64 on the CPU.
+        tokens: `[T]`, int32 or int64, in any order.
+        indices: `[nnz]`, flat positions `token * features + column`, sorted.
+        padding_idx: this token gives no gradient.
+
+    Returns:
+        `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    check_embedding_grad("embedding_grad", grad_output, tokens, indices, padding_idx)
+    return torch.ops.sprand.embedding_grad(grad_output, tokens, indices, padding_idx)
+
+
+def sddmm_run8(grad_output: Tensor, input: Tensor, table: Tensor, launch: Sequence[int], nnz: int) -> Tensor:
+    """`sddmm` for a pattern of runs of 8 adjacent columns, on tensor cores where the device has them.
+
+    Args:
+        grad_output: `[T, out]`, bfloat16 or float16 (elsewhere than on CUDA any dtype of `sddmm`).
+        input: `[T, in]`, same dtype and device, `in` a multiple of 8.
+        table, launch: what `schedule_run8.run8_schedule` made of the pattern, on the same device.
+        nnz: the number of entries.
+
+    Returns:
+        `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    check_run8("sddmm_run8", grad_output, input, table, launch, nnz)
+    return torch.ops.sprand.sddmm_run8(grad_output, input, table, launch, nnz)
+
+
+def gather(weight: Tensor, indices: Tensor) -> Tensor:
+    """`weight.flatten()[indices]`.
+
+    Args:
+        weight: contiguous, any shape.
+        indices: `[nnz]`, flat positions, sorted.
+
+    Returns:
+        `[nnz]` in the dtype of `weight`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    check_weight("gather", weight, indices)
+    return torch.ops.sprand.gather(weight, indices)
+
+
+def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, scale: float = 1.0) -> None:
+    """Set `weight.flatten()[indices] = cast(base + scale * delta)`, rounding once, from float32.
+
+    A zero change writes the bits of `base` (also those of -0.0). With `delta=None` all of `base` is put back.
+
+    Args:
+        weight: contiguous, any shape; changed in place.
+        indices: `[nnz]`, flat positions, sorted.
+        base: `[nnz]`, the original entries, dtype of `weight`.
+        delta: `[nnz]` float32 (float64 for a float64 weight), or None.
+        scale: factor on `delta`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    check_weight("patch_", weight, indices)
+    check_entries("patch_", "base", base, indices, weight.dtype)
+    if delta is not None:
+        check_entries("patch_", "delta", delta, indices, accumulation_dtype(weight.dtype))
+    torch.ops.sprand.patch_(weight, indices, base, delta, scale)
+
+
+def patch_all_(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor] | None,
+    scales: Sequence[float],
+) -> None:
+    """`patch_` of many weights, in one pass (on a GPU one launch for each pair of weight and index dtype).
+
+    Every list has one element per target; all are on one device, and no two weights share memory. Nothing is written
+    if one of them is refused.
+
+    Args:
+        weights: contiguous, any shape and dtype; changed in place.
+        indices: `[nnz]` each, flat positions, sorted.
+        bases: `[nnz]` each, the original entries, dtype of the weight.
+        deltas: `[nnz]` each, float32 (float64 for float64 weights), or None: all bases are put back.
+        scales: the factor on each delta.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or lists of different length.
+    """
+    check_lists("patch_all_", weights, indices, bases, bases if deltas is None else deltas, scales)
+    for weight, index, base in zip(weights, indices, bases, strict=True):
+        check_weight("patch_all_", weight, index)
+        check_entries("patch_all_", "base", base, index, weight.dtype)
+    for weight, index, delta in zip(weights, indices, deltas or (), strict=False):
+        check_entries("patch_all_", "delta", delta, index, accumulation_dtype(weight.dtype))
+    torch.ops.sprand.patch_all_(weights, indices, bases, deltas, scales)
+
+
+def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
+    """`weight.flatten()[indices] += scale * values`, in float32, rounded once to the dtype of `weight`.
+
+    Args:
+        weight: contiguous, any shape; changed in place.
+        indices: `[nnz]`, flat positions, sorted.
+        values: `[nnz]` float32 (float64 for a float64 weight).
+        scale: factor on `values`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    check_weight("scatter_add_", weight, indices)
+    check_entries("scatter_add_", "values", values, indices, accumulation_dtype(weight.dtype))
+    torch.ops.sprand.scatter_add_(weight, indices, values, scale)
+
+
+def scatter_add_all_(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float]
+) -> None:
+    """`scatter_add_` to many weights, in one pass (on a GPU one launch for each pair of weight and index dtype).
+
+    Every list has one element per target; all are on one device, and no two weights share memory. Nothing is written
+    if one of them is refused.
+
+    Args:
+        weights: contiguous, any shape and dtype; changed in place.
+        indices: `[nnz]` each, flat positions, sorted.
+        values: `[nnz]` each, float32 (float64 for float64 weights).
+        scales: the factor on each of the values.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or lists of different length.
+    """
+    check_lists("scatter_add_all_", weights, indices, values, scales)
+    for weight, index, value in zip(weights, indices, values, strict=True):
+        check_weight("scatter_add_all_", weight, index)
+        check_entries("scatter_add_all_", "values", value, index, accumulation_dtype(weight.dtype))
+    torch.ops.sprand.scatter_add_all_(weights, indices, values, scales)
+
+
+def sparse_adamw_(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdamW step of all deltas and the patch of their weights, in one pass over memory (arXiv 1711.05101).
+
+    Every list has one element per target. `steps[i]` (float32, one element) counts this step already. Weight decay
+    pulls a delta to zero, that is its weight to the pre-trained value.
+
+    Args:
+        weights: contiguous, any shape; patched in place.
+        indices: `[nnz]` each.
+        bases: `[nnz]` each, dtype of the weight.
+        deltas, grads, exp_avgs, exp_avg_sqs: `[nnz]` each, float32 (float64 for float64 weights).
+        steps: one element each, float32, on the device of the delta.
+        scales: the factor between delta and weight.
+        lr: a float, or a one-element float32 tensor on the device.
+        beta1, beta2, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
+        grad_coef: one float32 (float64 for float64 weights) on the device, multiplied into every gradient as it is read
+            (clipping, loss scale).
+        found_inf: one float32 on the device; when it is not zero nothing is changed.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or lists of different length.
+    """
+    check_lists("sparse_adamw_", weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, steps, scales)
+    for weight, index, base, *entries in zip(weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, strict=True):
+        check_weight("sparse_adamw_", weight, index)
+        check_entries("sparse_adamw_", "base", base, index, weight.dtype)
+        for name, value in zip(("delta", "grad", "exp_avg", "exp_avg_sq"), entries, strict=True):
+            check_entries("sparse_adamw_", name, value, index, accumulation_dtype(weight.dtype))
+    lr_tensor = lr if isinstance(lr, Tensor) else None
+    for name, value in (
+        *(("step", step) for step in steps),
+        ("lr", lr_tensor),
+        ("grad_coef", grad_coef),
+        ("found_inf", found_inf),
+    ):
+        if value is not None and (value.numel() != 1 or value.dtype not in (torch.float32, torch.float64)):
+            raise ValueError(f"sparse_adamw_: expected {name} as one float32, got {list(value.shape)} of {value.dtype}")
+        if value is not None and weights and value.device != weights[0].device:
+            raise ValueError(f"sparse_adamw_: expected {name} on {weights[0].device}, got {value.device}")
+    torch.ops.sprand.sparse_adamw_(
+        weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, steps, scales,
+        0.0 if lr_tensor is not None else lr, beta1, beta2, eps, weight_decay, maximize, lr_tensor, grad_coef, found_inf,
+    )  # fmt: skip
+
+
+def stratified_indices_(indices: Tensor, rows: int, cols: int, key: int, run_rows: int = 1, run_cols: int = 1) -> None:
+    """Fill `indices` with a stratified draw of positions in a `[rows, cols]` matrix, ascending.
+
+    With runs, what is drawn are runs of `run_rows` adjacent rows and `run_cols` adjacent columns, aligned to their size.
+
+    Args:
+        indices: `[nnz]`, int32 or int64, written.
+        rows, cols: below 2**32.
+        key: 64 bits (as a signed int) that name the draw.
+        run_rows, run_cols: size of a run; they divide `rows` and `cols`, and their product divides `nnz`.
+
+    Raises:
+        ValueError: more entries than the matrix has, an integer type too small for its positions, or runs that do not fit.
+    """
+    check_draw("stratified_indices_", indices, rows * cols)
+    if max(rows, cols) >= 2**32:
+        raise ValueError(f"stratified_indices_: expected rows and cols below 2**32, got {rows} and {cols}")
+    if min(run_rows, run_cols) < 1 or rows % run_rows or cols % run_cols or indices.numel() % (run_rows * run_cols):
+        raise ValueError(
+            f"stratified_indices_: expected runs that divide rows, cols and nnz, got runs of {run_rows} x {run_cols} in "
+            f"{rows} x {cols} for {indices.numel()} entries"
+        )
+    torch.ops.sprand.stratified_indices_(indices, rows, cols, key, run_rows, run_cols)
+
+
+def uniform_indices_(indices: Tensor, numel: int, key: int) -> None:
+    """Fill `indices` with distinct uniform positions below `numel`, in no order (a keyed permutation of `0..numel-1`).
+
+    Args:
+        indices: `[nnz]`, int32 or int64, written.
+        numel: below 2**62.
+        key: 64 bits (as a signed int) that name the draw.
+
+    Raises:
+        ValueError: more entries than `numel`, or an integer type too small for its positions.
+    """
+    check_draw("uniform_indices_", indices, numel)
+    torch.ops.sprand.uniform_indices_(indices, numel, key)
+
+
+def _launch(schedule: Schedule | None) -> tuple[Tensor | None, list[int]]:
+    return (None, []) if schedule is None else (schedule.table, schedule.launch)
+
+
+def patched(base: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
+    """What `patch_` writes into a weight, `cast(base + scale * delta)`, as a tensor of its own.
+
+    Args:
+        base: `[nnz]`.
+        delta: `[nnz]`, float32 (float64 for a float64 base).
+        scale: factor on `delta`.
+
+    Returns:
+        `[nnz]`, dtype of `base`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    result = base.clone()
+    patch_(result, torch.arange(base.numel(), dtype=torch.int32, device=base.device), base, delta, scale)
+    return result

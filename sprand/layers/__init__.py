@@ -1,0 +1,1 @@
+"""Modules whose chosen entries train, whole or sharded."""

@@ -1,0 +1,187 @@
+"""Sharded models (FSDP2, ZeRO-3, tensor parallel): how to tell them, and how entries reach a weight of which a rank holds a part.
+
+A weight of FSDP2 is whole while a layer computes, and is patched there as any other; between uses a rank holds rows of it.
+Deltas are sharded as any parameter, indices and base are whole on every rank. Nothing here is imported unless a model is
+sharded: a tensor of FSDP2 or of tensor parallelism is known by its device mesh, one of ZeRO-3 by what DeepSpeed adds to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import ops
+
+KINDS = {"fsdp2": "fully_shard (FSDP2)", "zero3": "DeepSpeed ZeRO-3", "dtensor": "tensor parallelism (DTensor)"}
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether this is a `torch.distributed.tensor.DTensor`."""
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "device_mesh")
+
+
+def is_partition(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 holds this parameter in parts now, so that `tensor` itself is empty."""
+    status = getattr(tensor, "ds_status", None)
+    return status is not None and status.name != "AVAILABLE"
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part only."""
+    return is_dtensor(tensor) or is_partition(tensor)
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on this module itself."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """Whether `fully_shard`, called on this module or on one around it, gathers its parameters anew for backward."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def is_of_zero3(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 gathers this parameter for each use, and anew for backward."""
+    return hasattr(parameter, "ds_id")
+
+
+def kind_of(model: nn.Module) -> str | None:
+    """A key of `KINDS` for a model whose parameters are sharded, also while some of them are gathered; None for others."""
+    parameters = list(model.parameters())
+    if any(map(is_fsdp, model.modules())):
+        return "fsdp2"
+    if any(map(is_of_zero3, parameters)):
+        return "zero3"
+    return "dtensor" if any(map(is_dtensor, parameters)) else None
+
+
+def refuse(model: nn.Module, what: str, instead: str) -> None:
+    """Raise if `model` is sharded.
+
+    Raises:
+        ValueError: it is; the message says what to do instead.
+    """
+    kind = kind_of(model)
+    if kind is not None:
+        raise ValueError(f"{what}: expected a model whose parameters are whole, got one sharded by {KINDS[kind]}; {instead}")
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Raise if positions cannot be drawn in a model, because its weights are not whole; the caller may gather those of ZeRO-3.
+
+    Raises:
+        ValueError: it is sharded.
+    """
+    if kind_of(model) != "zero3":
+        refuse(model, "apply", "apply first, then call fully_shard (tensor parallelism is not supported)")
+    elif any(map(is_partition, model.parameters())):
+        raise ValueError(
+            "apply: expected whole parameters, got some that ZeRO-3 holds in parts; call it inside of "
+            "`with deepspeed.zero.GatheredParameters(list(model.parameters()))`, or before the model is sharded"
+        )
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every parameter of an FSDP2 model be its shard, in its own dtype, also where a forward left it gathered."""
+    for module in model.modules():
+        if is_fsdp(module):
+            module.reshard()
+
+
+@contextlib.contextmanager
+def first_rank(model: nn.Module) -> Iterator[bool]:
+    """Whether this process is to write a file; of a sharded model only the first does, and the others wait for it.
+
+    Raises:
+        RuntimeError: on the ranks that wait, when the first one failed.
+    """
+    if kind_of(model) is None:
+        yield True
+        return
+    done = [False]
+    try:
+        yield torch.distributed.get_rank() == 0
+        done = [True]
+    finally:
+        torch.distributed.broadcast_object_list(done, src=0)
+    if not done[0]:
+        raise RuntimeError("the first rank could not write; its own error says why")
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter."""
+    return torch.Size(parameter.ds_shape) if is_partition(parameter) else parameter.shape
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The whole parameter, detached; for a sharded one every rank must call this.
+
+    Returns:
+        The tensor itself where it is whole, a new one elsewhere.
+    """
+    if is_partition(parameter):
+        parameter.all_gather()  # DeepSpeed's own methods, which it adds to each parameter
+        result = parameter.detach().clone()
+        parameter.partition()
+        return result
+    return parameter.detach().full_tensor() if is_dtensor(parameter) else parameter.detach()
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """The shard of a whole tensor that belongs to this rank, placed as `like`, a DTensor; nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(device=like.to_local().device, dtype=like.dtype)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def put(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Give a parameter other memory (a DTensor: other values), and return what it had.
+
+    Args:
+        parameter: any; not one that ZeRO-3 holds in parts.
+        value: of its shape, whole; or what `put` returned.
+    """
+    if is_dtensor(parameter):
+        before = parameter.data.clone()
+        parameter.data.copy_(value if is_dtensor(value) else part_of(value, parameter))
+        return before
+    before = parameter.data
+    parameter.data = value.data.to(device=parameter.device, dtype=parameter.dtype)
+    return before
+
+
+def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, scale: float = 1.0) -> None:
+    """`ops.patch_` of a weight that may be a DTensor: each rank writes the entries that it holds.
+
+    Args:
+        weight: contiguous, any shape; changed in place.
+        indices: `[nnz]`, flat positions in the whole weight, sorted.
+        base: `[nnz]`, dtype of `weight`.
+        delta: `[nnz]`, or None: base is put back.
+        scale: factor on `delta`.
+
+    Raises:
+        ValueError: a weight that is sharded along more than one dimension.
+    """
+    if not is_dtensor(weight):
+        return ops.patch_(weight.data, indices, base, delta, scale)
+    local, shape = weight.detach().to_local(), weight.shape
+    mesh, shards = weight.device_mesh, [(i, p) for i, p in enumerate(weight.placements) if not p.is_replicate()]
+    if len(shards) > 1 or not all(p.is_shard() for _, p in shards):
+        raise ValueError(f"expected a weight sharded along at most one dimension, got {weight.placements} for {list(shape)}")
+    if shards:
+        axis, placement = shards[0]
+        after, rows = math.prod(shape[placement.dim + 1 :]), local.shape[placement.dim]
+        first = mesh.get_local_rank(axis) * -(-shape[placement.dim] // mesh.size(axis))
+        row = indices // after % shape[placement.dim] - first
+        here = ((row >= 0) & (row < rows)).nonzero().flatten()
+        row, indices = row[here], indices[here]
+        indices = (indices // (after * shape[placement.dim]) * rows + row) * after + indices % after
+        base, delta = base[here], None if delta is None else delta[here]
+    ops.patch_(local, indices, base, delta, scale)

@@ -1,0 +1,223 @@
+"""`SparseConfig`: what to train, how much of it, and how it is chosen. Validated when made, to and from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .pattern import LAYOUTS, RANDOM_STRATEGIES
+from .strategies import STRATEGIES
+
+GIVEN = "given"  # how a strategy of explicit masks or indices is named in JSON
+AS_GIVEN = {  # the fields of a pattern that is known by its indices alone
+    "strategy": GIVEN, "strategy_options": None, "density": None, "budget": None, "layout": "unstructured", "scope": "local",
+    "min_density": 0.0, "max_density": 1.0, "preserve_zeros": False,
+}  # fmt: skip
+SPARTA_TARGETS = ("v_proj", "o_proj")
+SPEFT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig:
+    """Configuration of `sprand.apply`.
+
+    Attributes:
+        density: fraction of the entries of the targeted weights that train, in (0, 1].
+        budget: instead of density: an int is the exact number of trained entries (see `layout` for runs), a float the
+            fraction of all model parameters (those of `modules_to_save` not counted).
+        target_modules: modules whose `weight` is targeted: names or suffixes of names, one regular expression (a str,
+            matched in full), or `"all-linear"` (every linear layer but the output head). None with `target_parameters`.
+        exclude_modules: modules left out again: names or suffixes, or one regular expression.
+        modules_to_save: modules trained in full and saved with the adapter: names or suffixes; `"auto"` takes a
+            classification head named `score` or `classifier` if there is one.
+        target_parameters: further weights by parameter name or suffix: embeddings, biases, norms, 3-D experts.
+        strategy: `"random"` (stratified), `"uniform"`; by the largest scores (w weight, g gradient of the loss over
+            calibration data): `"magnitude"` |w|, `"gradient"` |g|, `"snip"` |wg|, `"force"` -wg, `"taylor_fo"` (wg)^2,
+            `"fisher"` mean over examples of g^2, `"grasp"` -(Hg)w, `"synflow"` and `"lift"` (no data); a callable
+            `score(name, weight, stats)` (see `sprand.selection.strategies.Stats`); or
+            `{parameter name: bool mask or flat indices}`.
+        strategy_options: options of the strategy: `{"temperature": 200.0}` for `"grasp"`, `{"rank": 128}` for `"lift"`.
+        layout: how randomly drawn positions may fall: `"unstructured"`; or in runs of entries, cheaper to train and drawn
+            whole: `"run2"`, `"run4"` (one column of 2 or 4 adjacent rows), `"run8"` (8 adjacent columns of one row). Each
+            target's count is then whole runs: together they are the asked number of entries, or less by less than one
+            run. A target whose rows or columns do not divide into runs, or of one dimension, is drawn unstructured.
+        scope: `"local"`: each target gets its share of the entries; `"global"`: the largest scores of all targets.
+        min_density: least fraction of the entries of each target, for `scope="global"`.
+        max_density: largest fraction of the entries of each target, for `scope="global"`.
+        preserve_zeros: choose among entries that are not zero, so that a pruned model keeps its zeros; densities are then
+            fractions of those.
+        seed: of the random draw.
+
+    Raises:
+        ValueError: a value outside of what is allowed, named with what was expected.
+    """
+
+    density: float | None = None
+    budget: int | float | None = None
+    target_modules: str | Sequence[str] | None = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
+    strategy: str | Mapping[str, Tensor] | Callable[..., Tensor] = "random"
+    strategy_options: Mapping[str, Any] | None = None
+    layout: str = "unstructured"
+    scope: str = "local"
+    min_density: float = 0.0
+    max_density: float = 1.0
+    preserve_zeros: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("layout", "scope"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{field}: expected a name, got {getattr(self, field)!r}")
+        if not isinstance(self.preserve_zeros, bool):
+            raise ValueError(f"preserve_zeros: expected True or False, got {self.preserve_zeros!r}")
+        if self.strategy_options is not None and not isinstance(self.strategy_options, Mapping):
+            raise ValueError(f"strategy_options: expected names and values, got {self.strategy_options!r}")
+        given = isinstance(self.strategy, Mapping) or self.strategy == GIVEN
+        random = isinstance(self.strategy, str) and self.strategy in RANDOM_STRATEGIES
+        names = (*RANDOM_STRATEGIES, *STRATEGIES)
+        if not given and not callable(self.strategy) and self.strategy not in names:
+            raise ValueError(
+                f"strategy: expected one of {', '.join(names)}, a callable, or a dict of masks or indices, got {self.strategy!r}"
+            )
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if given and self.layout != "unstructured":
+            raise ValueError(f"layout: a dict of masks or indices fixes the positions; leave out layout={self.layout!r}")
+        if self.layout != "unstructured" and (not random or self.preserve_zeros):
+            raise ValueError(f"layout: runs are drawn at random, of all entries; leave out layout={self.layout!r}")
+        if self.scope not in ("local", "global"):
+            raise ValueError(f"scope: expected 'local' or 'global', got {self.scope!r}")
+        if self.scope == "global" and (given or random):
+            raise ValueError("scope: expected 'local' (random draws have no scores to compare over layers), got 'global'")
+        self._check_bounds()
+        if self.strategy_options is not None:
+            object.__setattr__(self, "strategy_options", dict(self.strategy_options))
+            known = STRATEGIES[self.strategy].options if not given and not random and isinstance(self.strategy, str) else {}
+            unknown = sorted(set(self.strategy_options) - set(known)) if not callable(self.strategy) else []
+            if unknown:
+                raise ValueError(
+                    f"strategy_options: expected {', '.join(known) or 'none'} for this strategy, got {', '.join(unknown)}"
+                )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
+            raise ValueError(f"seed: expected an int, got {self.seed!r}")
+        if given:
+            if self.density is not None or self.budget is not None:
+                raise ValueError("strategy: a dict of masks or indices fixes the count; leave out density and budget")
+        elif self.budget is None:
+            object.__setattr__(self, "density", 0.01 if self.density is None else _fraction("density", self.density))
+        elif self.density is not None:
+            raise ValueError("give density or budget, not both")
+        elif isinstance(self.budget, numbers.Integral) and not isinstance(self.budget, bool):
+            if self.budget < 1:
+                raise ValueError(f"budget: expected at least 1 entry, got {self.budget}")
+            object.__setattr__(self, "budget", int(self.budget))
+        else:
+            object.__setattr__(self, "budget", _fraction("budget", self.budget))
+        for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+            value = getattr(self, field)
+            if value is None or isinstance(value, str):
+                continue
+            if not isinstance(value, Iterable) or not all(isinstance(name, str) and name for name in value):
+                raise ValueError(f"{field}: expected names, got {value!r}")
+            object.__setattr__(self, field, tuple(value))
+        if isinstance(self.target_parameters, str):
+            object.__setattr__(self, "target_parameters", (self.target_parameters,))
+
+    def _check_bounds(self) -> None:
+        low, high = self.min_density, self.max_density
+        if not all(isinstance(value, numbers.Real) and 0 <= value <= 1 for value in (low, high)) or low > high or high == 0:
+            raise ValueError(f"min_density and max_density: expected 0 <= min <= max <= 1 and max > 0, got {low!r} and {high!r}")
+        if (low, high) != (0, 1) and self.scope == "local":
+            raise ValueError("min_density and max_density: expected scope='global' (locally each target gets the same density)")
+
+    @classmethod
+    def sparta(cls, sparsity: float = 0.99, **fields: Any) -> SparseConfig:
+        """The recipe of SpaRTA (arXiv 2502.15975): random entries of the value and output projections.
+
+        The budget is the fraction `1 - sparsity` of the whole model; a classification head trains in full.
+
+        Args:
+            sparsity: fraction of the model's parameters that stay frozen, in [0, 1).
+            **fields: any field of `SparseConfig`, for example `target_modules` for a model with other names.
+
+        Raises:
+            ValueError: sparsity outside of [0, 1), or another field out of range.
+        """
+        if not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity: expected a fraction in [0, 1), got {sparsity!r}")
+        return cls(**{"budget": 1.0 - sparsity, "target_modules": SPARTA_TARGETS, "modules_to_save": "auto"} | fields)
+
+    @classmethod
+    def speft(cls, density: float = 0.01, **fields: Any) -> SparseConfig:
+        """The recipe of SPEFT (arXiv 2412.13488): the entries of the attention projections with the largest mean gradient.
+
+        They are chosen once, over all layers together; `apply` and `select` need data for it (the paper: 1,024 examples).
+
+        Args:
+            density: fraction of the entries of the targeted weights.
+            **fields: any field of `SparseConfig`, for example `budget`, or `target_modules` for a model with other names.
+
+        Raises:
+            ValueError: a field out of range.
+        """
+        amount = {} if "budget" in fields else {"density": density}
+        return cls(**amount | {"strategy": "gradient", "scope": "global", "target_modules": SPEFT_TARGETS} | fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types; masks and callables are named, not stored (the adapter holds their indices)."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields |= {} if isinstance(self.strategy, str) else AS_GIVEN
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SparseConfig:
+        """The inverse of `to_dict`.
+
+        Args:
+            fields: JSON types by field name.
+
+        Raises:
+            ValueError: an unknown field, or a value out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(
+                f"config: unknown field {', '.join(unknown)}; expected some of {', '.join(sorted(known))} (a newer sprand?)"
+            )
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> SparseConfig:
+        """The inverse of `to_json`.
+
+        Args:
+            text: a JSON object.
+
+        Raises:
+            ValueError: no JSON object, an unknown field, or a value out of range.
+        """
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"config: expected a JSON object, got {type(fields).__name__}")
+        return cls.from_dict(fields)
+
+
+def _fraction(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or not 0 < value <= 1:
+        hint = "; write 0.01 for 1 %" if isinstance(value, str) else ""
+        raise ValueError(f"{name}: expected a fraction in (0, 1], got {value!r}{hint}")
+    return float(value)

@@ -1,0 +1,225 @@
+"""Patterns: which entries of a weight train. Random draws from a seed, and indices or masks given by the user."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..kernels import host, ops
+
+RANDOM_STRATEGIES = ("random", "uniform")
+LAYOUTS = {"unstructured": (1, 1), "run2": (2, 1), "run4": (4, 1), "run8": (1, 8)}  # rows and columns of a run
+PATTERN_VERSION = 1  # changes with csrc/pattern_math.h: an adapter that stores a seed names the version it was drawn with
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """int32 for weights below 2**31 entries, int64 from there on."""
+    return torch.int32 if numel < 2**31 else torch.int64
+
+
+def draw(
+    strategy: str,
+    name: str,
+    shape: Sequence[int],
+    nnz: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    layout: str = "unstructured",
+) -> Tensor:
+    """Draw `nnz` positions of a weight at random: the same ones on every device, rank and version of torch.
+
+    `"random"` is stratified: every entry is drawn with the same probability, rows differ by at most one entry, and one
+    entry falls into each of a row's equal strata. `"uniform"` is a simple random sample without replacement. Of a run
+    layout the same holds for its runs.
+
+    Args:
+        strategy: `"random"` or `"uniform"`.
+        name: name of the parameter; other names give independent draws.
+        shape: shape of the weight.
+        nnz: number of entries, whole runs.
+        seed: any int.
+        device: where the indices are made.
+        layout: a name in `LAYOUTS`; a weight that it does not fit (see `run_of`) is drawn unstructured.
+
+    Returns:
+        `[nnz]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
+
+    Raises:
+        ValueError: an unknown strategy, more entries than the weight has, or a part of a run.
+    """
+    if strategy not in RANDOM_STRATEGIES:
+        raise ValueError(f"expected a random strategy, one of {', '.join(RANDOM_STRATEGIES)}, got {strategy!r}")
+    numel = math.prod(shape)
+    run_rows, run_cols = run_of(layout, shape)
+    run = run_rows * run_cols
+    if nnz % run:
+        raise ValueError(f"{name}: expected whole runs of {run} entries (layout {layout}), got {nnz} entries")
+    rows = shape[0] if len(shape) > 1 else 1
+    cols = numel // max(rows, 1)
+    key = draw_key(f"{strategy} {layout}" if run > 1 else strategy, name, shape, seed)
+    if strategy == "random":
+        indices = torch.empty(nnz, dtype=index_dtype(numel), device=device)
+        ops.stratified_indices_(indices, rows, cols, key, run_rows, run_cols)
+        return indices
+    runs = torch.empty(nnz // run, dtype=index_dtype(numel), device=device)
+    ops.uniform_indices_(runs, numel // run, key)
+    return _expanded(runs, run, cols if run_rows > 1 else 1)
+
+
+def draw_free(
+    strategy: str, name: str, shape: Sequence[int], nnz: int, seed: int, avoided: Tensor, layout: str = "unstructured"
+) -> Tensor:
+    """`draw`, of the positions (of a run layout: the runs) that hold none of some entries, as if the others were not there.
+
+    The free positions, in their order, are drawn from as a vector: every one with the same probability.
+
+    Args:
+        strategy, name, shape, nnz, seed, layout: as in `draw`.
+        avoided: `[n]`, flat, ascending, unique, on the device where the indices are made.
+
+    Returns:
+        `[nnz]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
+
+    Raises:
+        ValueError: as in `draw`, or fewer positions are free.
+    """
+    numel = math.prod(shape)
+    run_rows, run_cols = run_of(layout, shape)
+    run, step = run_rows * run_cols, numel // max(shape[0], 1) if run_rows > 1 else 1
+    if nnz % run:
+        raise ValueError(f"{name}: expected whole runs of {run} entries (layout {layout}), got {nnz} entries")
+    avoided = avoided.long()
+    if run > 1:
+        avoided = (avoided // (run * step) * step + avoided % step).unique()
+    free = numel // run - avoided.numel()
+    check_free(name, nnz, free * run)
+    ranks = draw(strategy, name, (free,), nnz // run, seed, avoided.device).long()
+    before = avoided - torch.arange(avoided.numel(), device=avoided.device)  # free positions before each avoided one
+    runs = ranks + torch.searchsorted(before, ranks, right=True)
+    return _expanded(runs.to(index_dtype(numel)), run, step)
+
+
+def check_free(name: str, nnz: int, free: int) -> None:
+    """Prove that entries fit among those that are not to be left out.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if nnz > free:
+        raise ValueError(
+            f"disjoint: {nnz:,} entries of {name} were asked for, but {free:,} are free; lower the density or budget, target "
+            "more modules, or leave out fewer"
+        )
+
+
+def _expanded(runs: Tensor, run: int, step: int) -> Tensor:
+    """The entries of runs, ascending; `step` is from one entry of a run to the next."""
+    if run > 1:
+        member = torch.arange(run, dtype=runs.dtype, device=runs.device)[:, None] * step
+        runs = (runs // step * (run * step) + runs % step + member).flatten()
+    return runs if runs.is_meta else runs.sort().values
+
+
+def run_of(layout: str, shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a run in a weight, seen as a matrix `[shape[0], everything else]`.
+
+    It is `(1, 1)`, unstructured, for a weight of fewer than two dimensions, or one whose rows (`"run2"`, `"run4"`) or
+    columns (`"run8"`) are no multiple of the run.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    run_rows, run_cols = LAYOUTS[layout]
+    fits = len(shape) > 1 and shape[0] % run_rows == 0 and math.prod(shape[1:]) % run_cols == 0
+    return (run_rows, run_cols) if fits else (1, 1)
+
+
+def draw_key(strategy: str, name: str, shape: Sequence[int], seed: int) -> int:
+    """The 64 bits, as a signed int, that name one draw."""
+    text = f"sprand {PATTERN_VERSION} {strategy} {seed} {name} {tuple(shape)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def from_user(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Indices from a boolean mask of the weight's shape, or from flat indices in any order.
+
+    Args:
+        name: name of the parameter, for the messages.
+        value: a mask, bool, `shape`; or distinct flat indices, an integer type, one dimension.
+        shape: shape of the weight.
+
+    Returns:
+        `[nnz]`, flat, sorted, int32 or int64.
+
+    Raises:
+        ValueError: a wrong shape or type, an index out of range, or one that appears twice.
+    """
+    numel = math.prod(shape)
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value)
+    if value.dtype == torch.bool:
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(f"{name}: expected a mask of shape {list(shape)}, got {list(value.shape)}")
+        indices = value.flatten().nonzero().flatten()
+    elif value.dim() == 1 and not value.is_floating_point() and not value.is_complex():
+        indices = value.long().sort().values
+    else:
+        raise ValueError(
+            f"{name}: expected a bool mask {list(shape)} or flat integer indices, got {list(value.shape)} of {value.dtype}"
+        )
+    check_indices(name, indices, numel)
+    return indices.to(index_dtype(numel))
+
+
+def check_indices(name: str, indices: Tensor, numel: int) -> None:
+    """Prove that `indices` are sorted, distinct and in range.
+
+    Raises:
+        ValueError: they are not; the message names the first entry that is wrong.
+    """
+    bad = host.first_bad_index(indices.cpu(), numel)
+    if bad >= 0:
+        value = int(indices[bad])
+        if not 0 <= value < numel:
+            raise ValueError(f"{name}: index {value} (entry {bad}) is out of range for a weight of {numel} entries")
+        relation = "appears twice" if value == int(indices[bad - 1]) else "is not above the one before it"
+        raise ValueError(f"{name}: index {value} (entry {bad}) {relation}; expected sorted, distinct indices")
+
+
+def shares(sizes: Sequence[int], total: int, runs: Sequence[int] | None = None) -> list[int]:
+    """Divide `total` entries over targets in proportion to their sizes (largest remainders, then order).
+
+    Args:
+        sizes: entries of each target.
+        total: how many to choose of them all.
+        runs: entries of one run of each target; they divide its size. By default 1.
+
+    Returns:
+        How many of each, whole runs. They add up to `total`, or, with runs, to less by less than the longest run.
+
+    Raises:
+        ValueError: `total` is more than all targets hold.
+    """
+    runs = runs or [1] * len(sizes)
+    everything = sum(sizes)
+    if total > everything:
+        raise ValueError(
+            f"budget: {total:,} entries were asked for, but the targets hold {everything:,}; lower it or target more modules"
+        )
+    if everything == 0:
+        return [0] * len(sizes)
+    counts = [total * size // (everything * run) * run for size, run in zip(sizes, runs, strict=True)]
+    remainders = [total * size - everything * count for size, count in zip(sizes, counts, strict=True)]
+    left = total - sum(counts)
+    for i in sorted(range(len(sizes)), key=lambda i: (-Fraction(remainders[i], runs[i]), i)):
+        if remainders[i] and runs[i] <= left:
+            counts[i] += runs[i]
+            left -= runs[i]
+    return counts

@@ -1,0 +1,242 @@
+"""`SparseAdamW`: AdamW whose step also writes the trained entries into their weights, in one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import ops
+from ..layers import sharding
+from ..layers.module import SparseModule, targets_by_delta
+
+
+class SparseAdamW(torch.optim.AdamW):
+    """AdamW (arXiv 1711.05101) over deltas, fused with the write of `base + scale * delta` into the weights.
+
+    It is a speed-up, never a requirement: any torch optimizer over `sprand.parameters(model)` is correct as well. State
+    and parameter groups are those of `torch.optim.AdamW`, so a `state_dict` loads into either. Dense parameters in the
+    same groups (a trained head, say) take torch's own fused AdamW.
+
+    Weight decay pulls a delta to zero, that is its weight back to the pre-trained value.
+
+    A step leaves every weight up to date, and the next forward does not write it again. Code that then changes a delta
+    behind autograd's back (through `delta.data`) must call `sprand.write(model)`.
+
+    Under DistributedDataParallel the step is fused. Under FSDP2 and ZeRO deltas are sharded, dense parameters to it: the step is
+    that of `torch.optim.AdamW(fused=True)`, and layers write their weights. DeepSpeed asks for `"zero_allow_untested_optimizer":
+    true` in its configuration; `torch.optim.AdamW` needs no flag there.
+
+    Args:
+        params: a model, or parameters as for any optimizer: an iterable of parameters, of groups (dicts), or of named
+            parameters. Of a model, everything that requires a gradient.
+        lr: learning rate; a float, or a one-element tensor with `capturable`.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, towards the pre-trained weight.
+        maximize: climb instead of descend.
+        capturable: as in `torch.optim.AdamW`; decides where a loaded `step` goes. A new one is on the device in any case.
+        max_grad_norm: clip the norm of all gradients to this value; the factor is applied as the gradients are read.
+        amsgrad: refused; torch's optimizer has it.
+        differentiable: refused; torch's optimizer has it.
+
+    Attributes:
+        grad_norm: norm of all gradients before clipping, from the last step, a tensor; None without `max_grad_norm`.
+
+    Raises:
+        ValueError: no delta among the parameters, or an option this optimizer does not have.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        if amsgrad or differentiable:
+            raise ValueError(
+                "SparseAdamW has no amsgrad and no differentiable; use torch.optim.AdamW(sprand.parameters(model), ...)"
+            )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm!r}")
+        if isinstance(params, nn.Module):
+            params = [item for item in params.named_parameters() if item[1].requires_grad]
+            if not params:
+                raise ValueError("SparseAdamW: this model trains nothing; call sprand.apply(model, ...) first")
+        self.max_grad_norm, self.grad_norm = max_grad_norm, None
+        self._step_supports_amp_scaling = True  # torch.amp.GradScaler hands over grad_scale and found_inf
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, capturable=capturable)
+        deltas = targets_by_delta()
+        if not any(id(p) in deltas for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "SparseAdamW: none of these parameters is a sprand delta; call sprand.apply(model, ...) first, or use "
+                "torch.optim.AdamW"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {
+            "max_grad_norm": self.max_grad_norm,
+            "grad_norm": None,
+            "_step_supports_amp_scaling": True,
+        }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step, and the write of the weights.
+
+        Args:
+            closure: evaluates the model anew and returns the loss.
+
+        Returns:
+            What closure returns, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        coefs, targets = self._gradient_factor(grad_scale), targets_by_delta()
+        for group in self.param_groups:
+            sparse, dense = [], []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        "SparseAdamW: expected dense gradients, got a torch.sparse one; use torch.optim.SparseAdam for it"
+                    )
+                self._init_state(p)
+                target = targets.get(id(p))
+                if target is not None and _fusable(p, *target):
+                    sparse.append((p, *target))
+                else:
+                    dense.append(p)
+            for device in {p.device for p in dense}:
+                self._dense_step([p for p in dense if p.device == device], group, coefs.get(device), _on(found_inf, device))
+            for device in {p.device for p, _, _ in sparse}:
+                self._sparse_step(
+                    [item for item in sparse if item[0].device == device], group, coefs.get(device), _on(found_inf, device)
+                )
+        return loss
+
+    def _gradient_factor(self, grad_scale: Tensor | None) -> dict[torch.device, Tensor]:
+        """What gradients are multiplied by as they are read: one over the loss scale, times the clipping factor."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not grads or (grad_scale is None and self.max_grad_norm is None):
+            return {}
+        factor = (
+            torch.ones((), dtype=torch.float64, device=grads[0].device)
+            if grad_scale is None
+            else grad_scale.to(device=grads[0].device, dtype=torch.float64).reciprocal()
+        )
+        if self.max_grad_norm is not None:
+            self.grad_norm = sharding.whole(torch.nn.utils.get_total_norm(grads)) * factor
+            factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        dtype = torch.float64 if all(g.dtype == torch.float64 for g in grads) else torch.float32
+        return {device: factor.to(device=device, dtype=dtype) for device in {g.device for g in grads}}
+
+    def _sparse_step(
+        self,
+        items: list[tuple[nn.Parameter, SparseModule, str]],
+        group: dict[str, Any],
+        coef: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        deltas = [p for p, _, _ in items]
+        states = [self.state[p] for p in deltas]
+        entries = [module.sparse_entries(name) for _, module, name in items]
+        weights = [module._parameters[name].data for _, module, name in items]
+        steps = [state["step"] for state in states]
+        _advance(steps, found_inf)
+        beta1, beta2 = group["betas"]
+        ops.sparse_adamw_(
+            weights,
+            [e.indices for e in entries],
+            [e.base for e in entries],
+            [p.data for p in deltas],
+            [p.grad for p in deltas],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            steps,
+            [e.scale for e in entries],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            grad_coef=coef,
+            found_inf=found_inf,
+        )
+        torch.autograd.graph.increment_version(deltas)
+        for p, entry in zip(deltas, entries, strict=True):
+            if entry.written is not None:
+                entry.written.declare(p) if found_inf is None else entry.written.forget()
+
+    def _dense_step(
+        self, params: list[nn.Parameter], group: dict[str, Any], coef: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        states = [self.state[p] for p in params]
+        steps = [state["step"] for state in states]
+        _advance(steps, found_inf)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            params,
+            [p.grad if coef is None else p.grad * coef.to(p.grad.dtype) for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=group["maximize"],
+            found_inf=found_inf,
+        )
+
+    def _init_state(self, p: nn.Parameter) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        elif state["step"].device != p.device:  # a state of torch.optim.AdamW keeps step on the CPU
+            state["step"] = state["step"].to(p.device)
+
+
+def _fusable(p: nn.Parameter, module: SparseModule, name: str) -> bool:
+    """Whether the fused step can take a delta; one that others cast, sharded or moved is a dense parameter to it."""
+    if not isinstance(module, SparseModule):  # the delta of a weight that is stored packed
+        return False
+    weight = module._parameters[name]
+    if type(p.data) is not Tensor or type(weight.data) is not Tensor or not weight.is_contiguous():
+        return False
+    entries, dtype = module.sparse_entries(name), ops.accumulation_dtype(weight.dtype)
+    alike = entries.base.dtype == weight.dtype and p.dtype == dtype and p.device == weight.device
+    return entries.delta is p and module._sprand_active and alike
+
+
+def _advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    torch._foreach_add_(steps, 1)
+    if found_inf is not None:
+        torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+
+def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)
