@@ -18,7 +18,8 @@ import itertools, sys
 sys.path[:0] = sys.argv[1:3]
 import torch
 from problems import DTYPES, INDEX_DTYPES, PROBLEMS, assert_within, make_sddmm, oracle_sddmm_dense, tolerance
-from sprand import native, ops
+from sprand import native
+from sprand.kernels import ops
 
 for problem, dtype, index_dtype in itertools.product(PROBLEMS, DTYPES, INDEX_DTYPES):
     grad_output, input, indices = make_sddmm(problem, dtype, index_dtype, "cpu")

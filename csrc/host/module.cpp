@@ -73,7 +73,7 @@ py::tuple order_rows_at(uintptr_t address, size_t count, int itemsize, int64_t o
 }
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Host-side work on sorted index lists; sprand.host is its door.";
+  m.doc() = "Host-side work on sorted index lists; sprand.kernels.host is its door.";
   m.def("first_bad_index", &first_bad_index_at, py::arg("address"), py::arg("count"), py::arg("itemsize"), py::arg("numel"));
   m.def("merge_indices", &merge_at, py::arg("lists"), py::arg("itemsize"), py::arg("out"), py::arg("places"));
   m.def("order_rows", &order_rows_at, py::arg("address"), py::arg("count"), py::arg("itemsize"), py::arg("out_features"),
