@@ -6,7 +6,7 @@ import copy
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft.config import PeftConfig
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..selection.config import GIVEN, SparseConfig
 from ..selection.mask import Mask
-from ..selection.pattern import RANDOM_STRATEGIES
+from ..selection.pattern import RANDOM_STRATEGIES, same_entries
 from ..selection.strategies import STRATEGIES
 from .registration import NAME
 
@@ -117,6 +117,14 @@ class SprandConfig(PeftConfig):
     def drawn(self) -> bool:
         """Whether the entries follow from the seed."""
         return self.indices is None and not self.indices_saved
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal, and the masks choose the same entries."""
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        if any(getattr(self, entry.name) != getattr(other, entry.name) for entry in fields(self)):
+            return False
+        return same_entries(self.indices or {}, other.indices or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SprandConfig:
         """A copy that shares the indices, which nobody changes."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from .pattern import LAYOUTS, RANDOM_STRATEGIES
-from .strategies import STRATEGIES
+from . import pattern, rules
+from .pattern import GIVEN
 
-GIVEN = "given"  # how a strategy of explicit masks or indices is named in JSON
 AS_GIVEN = {  # the fields of a pattern that is known by its indices alone
     "strategy": GIVEN, "strategy_options": None, "density": None, "budget": None, "layout": "unstructured", "scope": "local",
     "min_density": 0.0, "max_density": 1.0, "preserve_zeros": False,
@@ -23,7 +21,7 @@ SPARTA_TARGETS = ("v_proj", "o_proj")
 SPEFT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SparseConfig:
     """Configuration of `sprand.apply`.
 
@@ -74,70 +72,27 @@ class SparseConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("layout", "scope"):
-            if not isinstance(getattr(self, field), str):
-                raise ValueError(f"{field}: expected a name, got {getattr(self, field)!r}")
-        if not isinstance(self.preserve_zeros, bool):
-            raise ValueError(f"preserve_zeros: expected True or False, got {self.preserve_zeros!r}")
-        if self.strategy_options is not None and not isinstance(self.strategy_options, Mapping):
-            raise ValueError(f"strategy_options: expected names and values, got {self.strategy_options!r}")
-        given = isinstance(self.strategy, Mapping) or self.strategy == GIVEN
-        random = isinstance(self.strategy, str) and self.strategy in RANDOM_STRATEGIES
-        names = (*RANDOM_STRATEGIES, *STRATEGIES)
-        if not given and not callable(self.strategy) and self.strategy not in names:
-            raise ValueError(
-                f"strategy: expected one of {', '.join(names)}, a callable, or a dict of masks or indices, got {self.strategy!r}"
-            )
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
-        if given and self.layout != "unstructured":
-            raise ValueError(f"layout: a dict of masks or indices fixes the positions; leave out layout={self.layout!r}")
-        if self.layout != "unstructured" and (not random or self.preserve_zeros):
-            raise ValueError(f"layout: runs are drawn at random, of all entries; leave out layout={self.layout!r}")
-        if self.scope not in ("local", "global"):
-            raise ValueError(f"scope: expected 'local' or 'global', got {self.scope!r}")
-        if self.scope == "global" and (given or random):
-            raise ValueError("scope: expected 'local' (random draws have no scores to compare over layers), got 'global'")
-        self._check_bounds()
-        if self.strategy_options is not None:
-            object.__setattr__(self, "strategy_options", dict(self.strategy_options))
-            known = STRATEGIES[self.strategy].options if not given and not random and isinstance(self.strategy, str) else {}
-            unknown = sorted(set(self.strategy_options) - set(known)) if not callable(self.strategy) else []
-            if unknown:
-                raise ValueError(
-                    f"strategy_options: expected {', '.join(known) or 'none'} for this strategy, got {', '.join(unknown)}"
-                )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
-            raise ValueError(f"seed: expected an int, got {self.seed!r}")
-        if given:
-            if self.density is not None or self.budget is not None:
-                raise ValueError("strategy: a dict of masks or indices fixes the count; leave out density and budget")
-        elif self.budget is None:
-            object.__setattr__(self, "density", 0.01 if self.density is None else _fraction("density", self.density))
-        elif self.density is not None:
-            raise ValueError("give density or budget, not both")
-        elif isinstance(self.budget, numbers.Integral) and not isinstance(self.budget, bool):
-            if self.budget < 1:
-                raise ValueError(f"budget: expected at least 1 entry, got {self.budget}")
-            object.__setattr__(self, "budget", int(self.budget))
-        else:
-            object.__setattr__(self, "budget", _fraction("budget", self.budget))
-        for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-            value = getattr(self, field)
-            if value is None or isinstance(value, str):
-                continue
-            if not isinstance(value, Iterable) or not all(isinstance(name, str) and name for name in value):
-                raise ValueError(f"{field}: expected names, got {value!r}")
-            object.__setattr__(self, field, tuple(value))
-        if isinstance(self.target_parameters, str):
-            object.__setattr__(self, "target_parameters", (self.target_parameters,))
+        for name, value in rules.normalized(self).items():
+            object.__setattr__(self, name, value)
 
-    def _check_bounds(self) -> None:
-        low, high = self.min_density, self.max_density
-        if not all(isinstance(value, numbers.Real) and 0 <= value <= 1 for value in (low, high)) or low > high or high == 0:
-            raise ValueError(f"min_density and max_density: expected 0 <= min <= max <= 1 and max > 0, got {low!r} and {high!r}")
-        if (low, high) != (0, 1) and self.scope == "local":
-            raise ValueError("min_density and max_density: expected scope='global' (locally each target gets the same density)")
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal; masks and indices are, where they choose the same entries."""
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        if self._key() != other._key() or self.strategy_options != other.strategy_options:
+            return False
+        return not isinstance(self.strategy, Mapping) or pattern.same_entries(self.strategy, other.strategy)
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        """The fields, with names alone in place of masks and of options; a budget of 1 entry is not one of 1.0, all of them."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("strategy", "strategy_options"):
+            if isinstance(fields[name], Mapping):
+                fields[name] = frozenset(fields[name])
+        return type(self.budget), *fields.values()
 
     @classmethod
     def sparta(cls, sparsity: float = 0.99, **fields: Any) -> SparseConfig:
@@ -214,10 +169,3 @@ class SparseConfig:
         if not isinstance(fields, dict):
             raise ValueError(f"config: expected a JSON object, got {type(fields).__name__}")
         return cls.from_dict(fields)
-
-
-def _fraction(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or not 0 < value <= 1:
-        hint = "; write 0.01 for 1 %" if isinstance(value, str) else ""
-        raise ValueError(f"{name}: expected a fraction in (0, 1], got {value!r}{hint}")
-    return float(value)

@@ -59,6 +59,15 @@ class Mask(dict[str, Tensor]):
         self.shapes = {name: tuple(shapes[name]) for name in indices}
         self.selection = None if selection is None else dict(selection)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the other chooses the same entries of the same parameters, as a mask or as a dict."""
+        return pattern.same_entries(self, other) if isinstance(other, Mapping) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
     @property
     def nnz(self) -> int:
         """Chosen entries in all."""

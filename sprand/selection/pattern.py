@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels import host, ops
 
 RANDOM_STRATEGIES = ("random", "uniform")
+GIVEN = "given"  # how a strategy of explicit masks or indices is named in JSON
 LAYOUTS = {"unstructured": (1, 1), "run2": (2, 1), "run4": (4, 1), "run8": (1, 8)}  # rows and columns of a run
 PATTERN_VERSION = 1  # changes with csrc/pattern_math.h: an adapter that stores a seed names the version it was drawn with
 
@@ -108,7 +109,7 @@ def check_free(name: str, nnz: int, free: int) -> None:
     """Prove that entries fit among those that are not to be left out.
 
     Raises:
-        ValueError: they do not.
+        ValueError: More entries are asked for than are free.
     """
     if nnz > free:
         raise ValueError(
@@ -167,22 +168,42 @@ def from_user(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
     if value.dtype == torch.bool:
         if tuple(value.shape) != tuple(shape):
             raise ValueError(f"{name}: expected a mask of shape {list(shape)}, got {list(value.shape)}")
-        indices = value.flatten().nonzero().flatten()
-    elif value.dim() == 1 and not value.is_floating_point() and not value.is_complex():
-        indices = value.long().sort().values
-    else:
+    elif value.dim() != 1 or value.is_floating_point() or value.is_complex():
         raise ValueError(
             f"{name}: expected a bool mask {list(shape)} or flat integer indices, got {list(value.shape)} of {value.dtype}"
         )
+    indices = _positions(value)
     check_indices(name, indices, numel)
     return indices.to(index_dtype(numel))
+
+
+def same_entries(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether masks or indices by parameter name choose the same entries of the same parameters."""
+    return first.keys() == second.keys() and all(_same_positions(first[name], second[name]) for name in first)
+
+
+def _same_positions(first: Tensor, second: Tensor) -> bool:
+    if first is second:
+        return True
+    first, second = torch.as_tensor(first), torch.as_tensor(second)
+    if first.is_meta or second.is_meta:  # no values that could be equal
+        return False
+    masks = first.dtype == second.dtype == torch.bool
+    if masks and first.shape != second.shape:
+        return False
+    return torch.equal(_positions(first.cpu()), _positions(second.cpu()))
+
+
+def _positions(value: Tensor) -> Tensor:
+    """Flat positions, ascending, int64, of a mask or of indices in any order."""
+    return value.flatten().nonzero().flatten() if value.dtype == torch.bool else value.long().sort().values
 
 
 def check_indices(name: str, indices: Tensor, numel: int) -> None:
     """Prove that `indices` are sorted, distinct and in range.
 
     Raises:
-        ValueError: they are not; the message names the first entry that is wrong.
+        ValueError: An index is out of range, appears twice or is out of order; the message names the first one.
     """
     bad = host.first_bad_index(indices.cpu(), numel)
     if bad >= 0:

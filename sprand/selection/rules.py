@@ -1,0 +1,148 @@
+"""The rules of a `SparseConfig`: what each field may hold, which fields go together, and how they are stored."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .pattern import GIVEN, LAYOUTS, RANDOM_STRATEGIES
+from .strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    from .config import SparseConfig
+
+DEFAULT_DENSITY = 0.01
+NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # the fields that hold names
+
+
+def normalized(config: SparseConfig) -> dict[str, Any]:
+    """Prove that a configuration is sound.
+
+    Returns:
+        The fields that are stored in another form than the user may give them in.
+
+    Raises:
+        ValueError: A field is outside of what is allowed, or two fields exclude each other.
+    """
+    _check_types(config)
+    kind = _kind_of(config.strategy)
+    _check_layout(config, kind)
+    _check_scope(config.scope, kind)
+    _check_bounds(config)
+    stored = {"strategy_options": _options(config, kind), "seed": _seed(config.seed)}
+    stored |= _amount(config, kind)
+    stored |= {field: _names(field, getattr(config, field)) for field in NAMES}
+    if isinstance(config.target_parameters, str):
+        stored["target_parameters"] = (config.target_parameters,)
+    return stored
+
+
+def _check_types(config: SparseConfig) -> None:
+    for field in ("layout", "scope"):
+        value = getattr(config, field)
+        if not isinstance(value, str):
+            raise ValueError(f"{field}: expected a name, got {value!r}")
+    if not isinstance(config.preserve_zeros, bool):
+        raise ValueError(f"preserve_zeros: expected True or False, got {config.preserve_zeros!r}")
+    if config.strategy_options is not None and not isinstance(config.strategy_options, Mapping):
+        raise ValueError(f"strategy_options: expected names and values, got {config.strategy_options!r}")
+
+
+def _kind_of(strategy: Any) -> str:
+    """A strategy is given, random, scored, or a callable."""
+    if isinstance(strategy, Mapping) or strategy == GIVEN:
+        return "given"
+    if callable(strategy):
+        return "callable"
+    if strategy in RANDOM_STRATEGIES:
+        return "random"
+    names = (*RANDOM_STRATEGIES, *STRATEGIES)
+    if strategy not in names:
+        raise ValueError(
+            f"strategy: expected one of {', '.join(names)}, a callable, or a dict of masks or indices, got {strategy!r}"
+        )
+    return "scored"
+
+
+def _check_layout(config: SparseConfig, kind: str) -> None:
+    layout = config.layout
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if layout == "unstructured":
+        return
+    if kind == "given":
+        raise ValueError(f"layout: a dict of masks or indices fixes the positions; leave out layout={layout!r}")
+    if kind != "random" or config.preserve_zeros:
+        raise ValueError(f"layout: runs are drawn at random, of all entries; leave out layout={layout!r}")
+
+
+def _check_scope(scope: str, kind: str) -> None:
+    if scope not in ("local", "global"):
+        raise ValueError(f"scope: expected 'local' or 'global', got {scope!r}")
+    if scope == "global" and kind in ("given", "random"):
+        raise ValueError("scope: expected 'local' (random draws have no scores to compare over layers), got 'global'")
+
+
+def _check_bounds(config: SparseConfig) -> None:
+    low, high = config.min_density, config.max_density
+    fractions = all(isinstance(value, numbers.Real) and 0 <= value <= 1 for value in (low, high))
+    if not fractions or low > high or high == 0:
+        raise ValueError(f"min_density and max_density: expected 0 <= min <= max <= 1 and max > 0, got {low!r} and {high!r}")
+    if (low, high) != (0, 1) and config.scope == "local":
+        raise ValueError("min_density and max_density: expected scope='global' (locally each target gets the same density)")
+
+
+def _options(config: SparseConfig, kind: str) -> dict[str, Any] | None:
+    """The options as a dict of their own; those of a callable are its own business."""
+    if config.strategy_options is None:
+        return None
+    options = dict(config.strategy_options)
+    if kind == "callable":
+        return options
+    known = STRATEGIES[config.strategy].options if kind == "scored" else {}
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"strategy_options: expected {', '.join(known) or 'none'} for this strategy, got {', '.join(unknown)}")
+    return options
+
+
+def _seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed: expected an int, got {seed!r}")
+    return int(seed)
+
+
+def _amount(config: SparseConfig, kind: str) -> dict[str, int | float]:
+    """The density or the budget, whichever says how many entries train; given entries need neither."""
+    density, budget = config.density, config.budget
+    if kind == "given":
+        if density is not None or budget is not None:
+            raise ValueError("strategy: a dict of masks or indices fixes the count; leave out density and budget")
+        return {}
+    if budget is None:
+        return {"density": DEFAULT_DENSITY if density is None else _fraction("density", density)}
+    if density is not None:
+        raise ValueError("give density or budget, not both")
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Integral):
+        return {"budget": _fraction("budget", budget)}
+    if budget < 1:
+        raise ValueError(f"budget: expected at least 1 entry, got {budget}")
+    return {"budget": int(budget)}
+
+
+def _names(field: str, value: Any) -> str | tuple[str, ...] | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, Iterable) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError(f"{field}: expected names, got {value!r}")
+    return tuple(value)
+
+
+def _fraction(name: str, value: Any) -> float:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or math.isnan(value) or not 0 < value <= 1:
+        hint = "; write 0.01 for 1 %" if isinstance(value, str) else ""
+        raise ValueError(f"{name}: expected a fraction in (0, 1], got {value!r}{hint}")
+    return float(value)
