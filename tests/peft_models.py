@@ -15,11 +15,9 @@ def llama(seed: int = 0, **fields) -> nn.Module:
     """A Llama of two layers with random weights, the same for the same seed."""
     transformers = pytest.importorskip("transformers", reason="these models are made by transformers")
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
-        max_position_embeddings=32, **fields,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | heads | fields)).eval()
 
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 64

@@ -16,18 +16,25 @@ from sprand.peft.quantized import QuantizedLayer
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes quantizes the base")
 FORMATS = ["nf4", "int8"]
+WIDTH, INNER = 64, 128  # whole blocks of NF4 in every row, as bitsandbytes needs to pack them for a CPU
 
 
-def quantized(kind: str) -> nn.Module:
+def dense_llama() -> nn.Module:
+    return llama(hidden_size=WIDTH, intermediate_size=INNER).bfloat16()
+
+
+def quantized(kind: str, nested: bool = True) -> nn.Module:
     """The tiny Llama with its linear layers quantized, the output head left alone."""
-    model = llama().bfloat16()
+    model = dense_llama()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             if kind == "nf4":
                 new = bnb.nn.Linear4bit(
                     module.in_features, module.out_features, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16
                 )
-                new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", blocksize=64)
+                new.weight = bnb.nn.Params4bit(
+                    module.weight.data, requires_grad=False, quant_type="nf4", blocksize=64, compress_statistics=nested
+                )
             else:
                 new = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=False, has_fp16_weights=False)
                 new.weight = bnb.nn.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
@@ -54,9 +61,52 @@ def test_a_quantized_base_trains_and_its_packed_weights_stay(kind):
     assert before and all(torch.equal(after[name], p) for name, p in before.items())
 
 
+def plain_logits(model: nn.Module) -> torch.Tensor:
+    """What bitsandbytes computes from the weights as they are stored: in training it packs none for the CPU."""
+    result = logits(model.train())
+    model.eval()
+    return result
+
+
 def test_zero_deltas_give_the_output_of_bitsandbytes():
-    expected = logits(quantized("nf4"))
+    expected = plain_logits(quantized("nf4"))
     assert torch.equal(logits(peft.get_peft_model(quantized("nf4"), SprandConfig(density=0.1))), expected)
+
+
+def layers_in_4_bits(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+def with_rounded_scales(model: nn.Module) -> nn.Module:
+    """What packing for a CPU leaves of the values: the scales of all blocks in bfloat16."""
+    for layer in layers_in_4_bits(model):
+        state = layer.weight.quant_state
+        if state.nested:
+            state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.nested = False
+        state.absmax = state.absmax.bfloat16().float()
+    return model
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_base_that_was_evaluated_before_it_is_wrapped_gives_the_output_of_its_weights(nested):
+    base = quantized("nf4", nested)
+    evaluated = bnb.functional.has_avx512bf16()
+    before = logits(base) if evaluated else None
+    for layer in layers_in_4_bits(base):
+        if not evaluated:  # a CPU that packs nothing: as one does that packs
+            state = layer.weight.quant_state
+            layer.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, state)
+        assert layer.weight.quant_state.packing_format_for_cpu
+    model = peft.get_peft_model(base, SprandConfig(density=0.1)).eval()
+    expected = plain_logits(with_rounded_scales(quantized("nf4", nested)))
+    assert torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), expected)
+    if evaluated:
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=0.02 * before.abs().max().item())
+        assert torch.equal(logits(model.unload()), before)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -67,8 +117,8 @@ def test_the_gradient_is_that_of_the_dequantized_weight(kind):
     torch.manual_seed(0)
     delta, indices = target.deltas["default"], target.indices["default"]
     delta.data.normal_(0, 0.1)
-    x = torch.randn(2, 5, 48, dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn(2, 5, 32, dtype=torch.bfloat16)
+    x = torch.randn(2, 5, INNER, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(2, 5, WIDTH, dtype=torch.bfloat16)
     out = layer(x)
     out.backward(grad)
     dense = layer.quantization_backend.get_base_weight(layer.get_base_layer()).clone()
@@ -79,7 +129,7 @@ def test_the_gradient_is_that_of_the_dequantized_weight(kind):
     expected = nn.functional.linear(y, weight)
     expected.backward(grad)
     assert torch.equal(out, expected) and torch.equal(x.grad, y.grad)
-    exact = (grad.reshape(-1, 32).double().t() @ x.detach().reshape(-1, 48).double()).flatten()[indices.long()]
+    exact = (grad.reshape(-1, WIDTH).double().t() @ x.detach().reshape(-1, INNER).double()).flatten()[indices.long()]
     ours, torchs = (delta.grad.double() - exact).abs().max(), (weight.grad.flatten()[indices.long()].double() - exact).abs().max()
     assert ours <= 2 * torchs
 
@@ -87,10 +137,10 @@ def test_the_gradient_is_that_of_the_dequantized_weight(kind):
 def test_what_backward_keeps_is_no_dense_weight():
     model = peft.get_peft_model(quantized("nf4"), SprandConfig(density=0.1, target_modules=["down_proj"]))
     layer, shapes = model.base_model.model.model.layers[0].mlp.down_proj, []
-    x = torch.randn(3, 48, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(3, INNER, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
         layer(x)
-    assert (32, 48) not in shapes and (3, 48) in shapes
+    assert (WIDTH, INNER) not in shapes and (3, INNER) in shapes
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -104,7 +154,7 @@ def test_deltas_that_others_cast_to_bfloat16_still_train(kind):
 
 
 def test_adapters_are_switched_disabled_and_added():
-    base, model = logits(quantized("nf4")), peft.get_peft_model(quantized("nf4"), SprandConfig(density=0.1, seed=1))
+    base, model = plain_logits(quantized("nf4")), peft.get_peft_model(quantized("nf4"), SprandConfig(density=0.1, seed=1))
     train(model, torch.optim.AdamW(trainable(model), lr=1e-2), 2)
     first = logits(model.eval())
     model.add_adapter("second", SprandConfig(density=0.1, seed=2))
@@ -136,9 +186,9 @@ def test_merging_is_refused_and_done_into_the_16_bit_base_instead(kind, tmp_path
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(quantized(kind), tmp_path)
     assert torch.equal(logits(again), trained)
-    dense = peft.PeftModel.from_pretrained(llama().bfloat16(), tmp_path)
+    dense = peft.PeftModel.from_pretrained(dense_llama(), tmp_path)
     assert_same_bits(positions(dense), positions(model))
-    merged, base = dense.merge_and_unload(), llama().bfloat16()
+    merged, base = dense.merge_and_unload(), dense_llama()
     for name, indices in positions(model).items():
         expected = base.get_parameter(name).detach().flatten().clone()
         expected[indices.long()] = (expected[indices.long()].float() + deltas(model)[name]).bfloat16()
@@ -152,7 +202,7 @@ def test_unload_gives_the_quantized_base_back():
 
 
 def test_both_doors_choose_the_same_entries_of_a_quantized_base():
-    dense = sprand.apply(llama().bfloat16(), density=0.1, seed=3)
+    dense = sprand.apply(dense_llama(), density=0.1, seed=3)
     assert_same_bits(
         positions(peft.get_peft_model(quantized("nf4"), SprandConfig(density=0.1, seed=3))), dict(dense._sprand.current.indices)
     )

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels import ops
 from ..layers.functional import Entries
 from ..layers.module import track, untrack
+from .cpu_packing import keep_stored_layout, set_may_pack
 from .hosted import AdapterTarget, union_of
 from .layer import SprandLayer
 from .plan import Site
@@ -30,6 +31,7 @@ class QuantizedLayer(SprandLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.shape: tuple[int, ...] = ()
+        self.may_pack = False
         track(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -82,6 +84,7 @@ class QuantizedLayer(SprandLayer):
 
     def leave(self, keep: bool) -> None:
         untrack(self)
+        set_may_pack(self.get_base_layer(), self.may_pack)
         self.hosted.clear()
 
     def site(self, parameter: str) -> Site:
@@ -97,6 +100,7 @@ class QuantizedLayer(SprandLayer):
     def _host(self, site: Site) -> None:
         self.quantization_backend, self.shape = site.backend, site.shape
         self.get_base_layer().requires_grad_(False)
+        self.may_pack = keep_stored_layout(self.get_base_layer())
 
     def _read_base(self, site: Site, target: AdapterTarget, adapter_name: str) -> None:
         """Nothing: the dense copy brings the base with it."""
