@@ -76,6 +76,20 @@ def test_resume_equals_never_stopped(tmp_path, mode, stop):
     assert_same_bits(bits(sprand.load(built(MLP), tmp_path)), bits(whole))
 
 
+def test_a_state_of_a_mask_with_other_options_is_refused_and_changes_nothing():
+    model = sprand.apply(built(MLP), density=0.2)
+    optimizer = sprand.SparseAdamW(model, lr=LR)
+    mask = sprand.DynamicMask(model, optimizer, every=5, steps=4)
+    train(model, optimizer, mask, 4)
+    state = mask.state_dict()
+    assert state["candidates"]
+    for options in ({"every": 9, "steps": 2}, {"every": 5, "grow": "random"}, {"every": 5, "until": 4}):
+        other = sprand.DynamicMask(model, optimizer, **options)
+        with pytest.raises(ValueError, match="looks for entries to grow after step 4, this mask does not"):
+            other.load_state_dict(state)
+        assert (other.count, other.state_dict()["candidates"]) == (0, {})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_an_adapter_after_changes_reproduces_the_model(tmp_path, mode, dtype, device):

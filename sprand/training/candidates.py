@@ -68,9 +68,7 @@ class Candidates:
         """The `count` positions with the largest sums by magnitude, sorted; fewer where fewer are finite and not zero."""
         if self.sums is None:
             return self.active.new_empty(0)
-        scores = magnitudes(self.sums)
-        found = largest(order_keys(scores), min(count, scores.numel()))
-        return self.positions[found[scores[found] > 0]]
+        return self.positions[_best(magnitudes(self.sums), count)]
 
     def _add(self, chunks: Callable[[], Iterator[tuple[int, Tensor]]], sample: Callable[[Tensor], Tensor]) -> None:
         if self.positions is None:
@@ -80,44 +78,61 @@ class Candidates:
         self.fresh = values if self.fresh is None else self.fresh + values
 
     def _choose(self, chunks: Iterator[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The positions of the largest gradients among those that do not train, ascending, and these gradients."""
         positions, values = self.active.new_empty(0), self.active.new_empty(0, dtype=self.dtype)
         for first, chunk in chunks:
             chunk = chunk.to(self.dtype)
-            edges = torch.tensor([first, first + chunk.numel()], dtype=torch.int64, device=chunk.device)
-            low, high = torch.searchsorted(self.active, edges.to(self.active.dtype)).tolist()
             scores = magnitudes(chunk)
-            scores[self.active[low:high].long() - first] = 0
-            found = largest(order_keys(scores), min(self.count, scores.numel()))
-            found = found[scores[found] > 0]
-            positions = torch.cat([positions, (found + first).to(positions.dtype)])
-            values = torch.cat([values, chunk[found]])
-            best = largest(order_keys(magnitudes(values)), min(self.count, values.numel()))
-            positions, values = positions[best], values[best]
+            scores[self._active_in(first, chunk.numel())] = 0
+            best = _best(scores, self.count)
+            positions = torch.cat([positions, (best + first).to(positions.dtype)])
+            values = torch.cat([values, chunk[best]])
+            kept = _best(magnitudes(values), self.count)
+            positions, values = positions[kept], values[kept]
         return positions, values
+
+    def _active_in(self, first: int, size: int) -> Tensor:
+        """Where entries train already in a chunk of so many positions, the first of which is `first`; int64."""
+        edges = torch.tensor([first, first + size], dtype=torch.int64, device=self.active.device)
+        low, high = torch.searchsorted(self.active, edges.to(self.active.dtype)).tolist()
+        return self.active[low:high].long() - first
 
     def _settle_ranks(self) -> None:
         if self.sums is not None:
-            self.sums = sum(_gathered(torch.zeros_like(self.sums) if self.fresh is None else self.fresh), self.sums)
-            self.fresh = None
+            fresh = torch.zeros_like(self.sums) if self.fresh is None else self.fresh
+            self.sums, self.fresh = sum(_gathered(fresh), self.sums), None
             return
-        at, values = self.active.new_full((self.count,), -1), self.active.new_zeros((self.count,), dtype=self.dtype)
-        if self.positions is not None:
-            at[: self.positions.numel()], values[: self.positions.numel()] = self.positions, self.fresh
-        every = list(zip(_gathered(at), _gathered(values), strict=True))
-        union = torch.unique(torch.cat([positions[positions >= 0] for positions, _ in every]))
+        ranks = self._chosen_by_ranks()
+        union = torch.unique(torch.cat([positions for positions, _ in ranks]))
         if not union.numel():
             self.positions = self.fresh = None
             return
-        total = values.new_zeros(union.shape)
-        for positions, part in every:
-            total[torch.searchsorted(union, positions[positions >= 0])] += part[positions >= 0]
-        best = largest(order_keys(magnitudes(total)), min(self.count, total.numel()))
-        self.positions, self.sums, self.fresh = union[best], total[best], None
+        total = self.active.new_zeros(union.shape, dtype=self.dtype)
+        for positions, values in ranks:
+            total[torch.searchsorted(union, positions)] += values
+        kept = _best(magnitudes(total), self.count, zeros=True)
+        self.positions, self.sums, self.fresh = union[kept], total[kept], None
+
+    def _chosen_by_ranks(self) -> list[tuple[Tensor, Tensor]]:
+        """The positions that each rank has chosen, and their gradients there; a rank without a gradient has none."""
+        positions = self.active.new_full((self.count,), -1)
+        values = self.active.new_zeros((self.count,), dtype=self.dtype)
+        if self.positions is not None:
+            number = self.positions.numel()
+            positions[:number], values[:number] = self.positions, self.fresh
+        ranks = zip(_gathered(positions), _gathered(values), strict=True)
+        return [(places[places >= 0], part[places >= 0]) for places, part in ranks]
 
 
 def magnitudes(values: Tensor) -> Tensor:
     """Absolute values, zero where a value is not finite."""
     return values.abs().nan_to_num_(nan=0.0, posinf=0.0)
+
+
+def _best(scores: Tensor, count: int, zeros: bool = False) -> Tensor:
+    """The places of the `count` largest scores, ascending; those of zero are left out unless `zeros`."""
+    places = largest(order_keys(scores), min(count, scores.numel()))
+    return places if zeros else places[scores[places] > 0]
 
 
 def _gathered(value: Tensor) -> list[Tensor]:

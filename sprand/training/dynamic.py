@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,22 +13,15 @@ from ..adapters.frozen import Frozen, nothing_frozen
 from ..adapters.model import write
 from ..adapters.state import state_of
 from ..kernels import ops
-from ..kernels.topk import largest, order_keys
 from ..layers import sharding
-from ..layers.sites import Site, carried, sites_of
+from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from ..selection.config import AS_GIVEN
 from .candidates import Candidates
+from .exchange import redraw, regrow
+from .mask_options import Options, Strategy
 
-ALLOWED = {
-    "drop": ("delta_change", "delta"),
-    "grow": ("gradient", "random"),
-    "decay": (None, "linear", "cosine"),
-    "mode": ("regrow", "recompute"),
-}
 WATCHED = 4  # candidates per entry to grow: the first gradient chooses them, all gradients of `steps` decide among them
-
-Strategy = Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor]]
 
 
 class DynamicMask:
@@ -70,7 +61,8 @@ class DynamicMask:
         changes: changes of the mask so far.
 
     Raises:
-        ValueError: an option out of range, a model without trained entries, sharded ones, or an optimizer without them.
+        ValueError: An option is out of range, the model has no trained entries or is sharded, or the optimizer does not hold
+            them.
     """
 
     def __init__(
@@ -89,40 +81,23 @@ class DynamicMask:
         strategy: Strategy | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value in (("drop", drop), ("grow", grow), ("decay", decay), ("mode", mode)):
-            if value not in ALLOWED[name]:
-                raise ValueError(f"{name}: expected one of {', '.join(map(str, ALLOWED[name]))}, got {value!r}")
-        every, until = _positive("every", every), None if until is None else _positive("until", until)
-        steps = min(5, every) if steps is None else _positive("steps", steps)
-        if steps > every:
-            raise ValueError(f"steps: expected at most every={every}, got {steps}")
-        if decay is not None and until is None:
-            raise ValueError(f"decay={decay!r} lowers the fraction to zero at a step: give until")
-        if mode == "recompute" and not (callable(strategy) or isinstance(strategy, Mapping)):
-            raise ValueError(
-                "strategy: mode='recompute' needs {parameter name: mask or indices} or a function that makes it of the model, "
-                f"got {strategy!r}"
-            )
-        if mode == "recompute" and (fraction is not None or decay is not None):
-            raise ValueError("fraction, decay: mode='recompute' draws the whole mask anew; leave them out")
-        if mode == "regrow" and strategy is not None:
-            raise ValueError("strategy: only for mode='recompute'")
-        fraction = 0.2 if fraction is None else fraction
-        if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
-            raise ValueError(f"fraction: expected a number in (0, 1), got {fraction!r}")
-        self.model, self.optimizer, self.mode, self.strategy, self.seed = model, None, mode, strategy, seed
-        self.every, self.fraction, self.drop, self.grow, self.steps = every, float(fraction), drop, grow, steps
-        self.decay, self.until, self.count, self.changes = decay, until, 0, 0
+        self.options = Options(every, fraction, drop, grow, steps, decay, until, mode, strategy, seed)
+        self.model, self.optimizer = model, None
+        self.count = self.changes = 0
         self._adapter = state_of(model).current
         if self._adapter is None or not self._adapter.indices:
             raise ValueError("DynamicMask: this model has no sparse entries that are active now")
         sharding.refuse(model, "DynamicMask", "train with DistributedDataParallel, ZeRO-1 or ZeRO-2 instead")
-        sites = sites_of(model)
-        self._anchors = {site.name: site.entries.delta.detach().clone() for site in sites}
+        self._anchors = _deltas(sites_of(model))
         self._candidates: dict[str, Candidates] = {}
         if optimizer is not None:
             self.bind(optimizer)
         self._arm()
+
+    @property
+    def mode(self) -> str:
+        """How the mask changes: `"regrow"` or `"recompute"`."""
+        return self.options.mode
 
     def bind(self, optimizer: torch.optim.Optimizer) -> DynamicMask:
         """Give the optimizer whose moments move with the mask.
@@ -134,7 +109,7 @@ class DynamicMask:
             The same object.
 
         Raises:
-            ValueError: it does not hold every trained entry of the model.
+            ValueError: The optimizer does not hold every trained entry of the model.
         """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [site.name for site in sites_of(self.model) if id(site.entries.delta) not in held]
@@ -165,16 +140,9 @@ class DynamicMask:
         self.count += 1
         for candidates in self._candidates.values():
             candidates.settle()
-        changes = self._changes_at(self.count)
+        changes = self.options.changes_at(self.count)
         if changes:
-            sites = sites_of(self.model)
-            for site in sites:
-                list(site.moments(self.optimizer))
-            self._recompute(sites) if self.mode == "recompute" else self._regrow(sites)
-            self._anchors = {site.name: site.entries.delta.detach().clone() for site in sites}
-            self._adapter.indices = {site.name: site.entries.indices for site in sites}
-            self._adapter.config = dataclasses.replace(self._adapter.config, **AS_GIVEN)
-            self.changes += 1
+            self._change()
         self._arm()
         return changes
 
@@ -185,7 +153,9 @@ class DynamicMask:
             "changes": self.changes,
             "anchors": dict(self._anchors),
             "candidates": {
-                name: {"positions": c.positions, "sums": c.sums} for name, c in self._candidates.items() if c.sums is not None
+                name: {"positions": candidates.positions, "sums": candidates.sums}
+                for name, candidates in self._candidates.items()
+                if candidates.sums is not None
             },
             "frozen": {name: dataclasses.asdict(frozen) for name, frozen in self._adapter.frozen.items()},
         }
@@ -194,125 +164,145 @@ class DynamicMask:
         """Go on from a `state_dict`; the model holds the mask and the weights of that moment already.
 
         Raises:
-            ValueError: it was made for other weights.
+            ValueError: The state was made for other weights, or by a mask with other options.
         """
-        shapes = {name: list(anchor.shape) for name, anchor in state["anchors"].items()}
-        own = {name: list(anchor.shape) for name, anchor in self._anchors.items()}
-        if shapes != own:
-            raise ValueError(f"DynamicMask: expected a state for the entries {own}, got {shapes}")
         sites = {site.name: site for site in sites_of(self.model)}
-        for kind, where, values in (("frozen", "indices", "values"), ("candidates", "positions", "sums")):
-            for name, kept in state[kind].items():
-                if name not in sites or kept[where].shape != kept[values].shape:
-                    raise ValueError(f"DynamicMask: expected {kind} positions and values of {', '.join(sites)}, got {name}")
-                pattern.check_indices(f"DynamicMask: {name}", kept[where].sort().values, sites[name].weight.numel())
+        self._check_state(state, sites)
         self.count, self.changes = int(state["count"]), int(state["changes"])
         self._anchors = {name: state["anchors"][name].to(anchor, copy=True) for name, anchor in self._anchors.items()}
-        self._adapter.frozen = {
-            name: Frozen(*(frozen[part].to(sites[name].weight.device) for part in ("indices", "values", "base")))
-            for name, frozen in state["frozen"].items()
-        }
-        for name in self._adapter.frozen:
+        self._adapter.frozen = {}
+        for name, parts in state["frozen"].items():
+            device = sites[name].weight.device
+            self._adapter.frozen[name] = Frozen(*(parts[part].to(device) for part in ("indices", "values", "base")))
             sites[name].mark_folded()
         if self.changes:
             self._adapter.config = dataclasses.replace(self._adapter.config, **AS_GIVEN)
         self._disarm()
         self._arm()
-        for name, kept in state["candidates"].items():
+        for name, parts in state["candidates"].items():
             candidates = self._candidates[name]
-            candidates.positions, candidates.sums = kept["positions"].to(candidates.active), kept["sums"].to(self._anchors[name])
+            candidates.positions = parts["positions"].to(candidates.active)
+            candidates.sums = parts["sums"].to(self._anchors[name])
 
-    def _changes_at(self, count: int) -> bool:
-        return count % self.every == 0 and (self.until is None or count <= self.until)
+    def _check_state(self, state: Mapping[str, Any], sites: Mapping[str, Site]) -> None:
+        shapes = {name: list(anchor.shape) for name, anchor in state["anchors"].items()}
+        own = {name: list(anchor.shape) for name, anchor in self._anchors.items()}
+        if shapes != own:
+            raise ValueError(f"DynamicMask: expected a state for the entries {own}, got {shapes}")
+        for kind, where, values in (("frozen", "indices", "values"), ("candidates", "positions", "sums")):
+            for name, parts in state[kind].items():
+                if name not in sites or parts[where].shape != parts[values].shape:
+                    raise ValueError(f"DynamicMask: expected {kind} positions and values of {', '.join(sites)}, got {name}")
+                pattern.check_indices(f"DynamicMask: {name}", parts[where].sort().values, sites[name].weight.numel())
+        searched = self._growing(int(state["count"]))
+        if not state["candidates"].keys() <= searched.keys():
+            raise ValueError(
+                f"DynamicMask: the state looks for entries to grow after step {state['count']}, this mask does not; make it with "
+                "the same options"
+            )
+
+    def _growing(self, count: int) -> dict[str, int]:
+        """How many entries each weight grows at the next change, where gradients after the step `count` choose them."""
+        change = self.options.next_change(count)
+        if not self.options.searches_before(change, count):
+            return {}
+        numbers = {site.name: self._exchanged(site, change) for site in sites_of(self.model)}
+        return {name: number for name, number in numbers.items() if number}
 
     def _exchanged(self, site: Site, count: int) -> int:
         """How many entries of a weight are exchanged at a step."""
-        nnz, part = site.entries.indices.numel(), self.fraction
-        if self.decay is not None:
-            progress = count / self.until
-            part *= 1 - progress if self.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return min(round(part * nnz), site.weight.numel() - nnz)
+        nnz = site.entries.indices.numel()
+        asked = round(self.options.fraction_at(count) * nnz)
+        return min(asked, site.weight.numel() - nnz)
 
     def _arm(self) -> None:
         """Let the next backward passes look for candidates, if they are among the last before a change."""
-        change = -(-(self.count + 1) // self.every) * self.every
-        if self.mode == "recompute" or self.grow != "gradient" or self.count < change - self.steps or self._candidates:
+        if self._candidates:
             return
-        if not self._changes_at(change):
-            return
-        for site in sites_of(self.model):
-            grown, free = self._exchanged(site, change), site.weight.numel() - site.entries.indices.numel()
-            if grown:
-                dtype = ops.accumulation_dtype(site.weight.dtype)
-                candidates = Candidates(site.entries.indices, min(free, WATCHED * grown), dtype)
-                self._candidates[site.name] = candidates
-                site.watch(candidates)
+        growing = self._growing(self.count)
+        for site in sites_of(self.model) if growing else ():
+            if site.name not in growing:
+                continue
+            indices = site.entries.indices
+            free = site.weight.numel() - indices.numel()
+            dtype = ops.accumulation_dtype(site.weight.dtype)
+            candidates = Candidates(indices, min(free, WATCHED * growing[site.name]), dtype)
+            self._candidates[site.name] = candidates
+            site.watch(candidates)
 
     def _disarm(self) -> None:
         self._candidates = {}
         for site in sites_of(self.model):
             site.watch(None)
 
+    def _change(self) -> None:
+        sites = sites_of(self.model)
+        for site in sites:
+            list(site.moments(self.optimizer))  # raises before anything is changed
+        if self.mode == "recompute":
+            self._recompute(sites)
+        else:
+            self._regrow(sites)
+        self._anchors = _deltas(sites)
+        self._adapter.indices = {site.name: site.entries.indices for site in sites}
+        self._adapter.config = dataclasses.replace(self._adapter.config, **AS_GIVEN)
+        self.changes += 1
+
     def _regrow(self, sites: list[Site]) -> None:
-        if self._candidates and all(c.sums is None for c in self._candidates.values()):
+        if self._candidates and all(candidates.sums is None for candidates in self._candidates.values()):
             raise RuntimeError(
-                f"DynamicMask: no gradient was seen in the {self.steps} steps before this change; call step() once after each "
-                "optimizer.step(), and do not compile the model with torch.compile"
+                f"DynamicMask: no gradient was seen in the {self.options.steps} steps before this change; call step() once after "
+                "each optimizer.step(), and do not compile the model with torch.compile"
             )
         for site in sites:
-            entries, weight = site.entries, site.weight
             grown = self._grown(site, self._exchanged(site, self.count))
-            if not grown.numel():
-                continue
-            moved = entries.delta.detach() - (self._anchors[site.name] if self.drop == "delta_change" else 0)
-            nearness = moved.abs().neg().nan_to_num(nan=-math.inf)
-            dropped = largest(order_keys(nearness), grown.numel())
-            ops.patch_(weight.data, entries.indices[dropped], entries.base[dropped], None)
-            stays = torch.ones_like(entries.indices, dtype=torch.bool).index_fill_(0, dropped, False).nonzero().flatten()
-            indices, order = torch.cat([entries.indices[stays], grown]).sort()
-            source = torch.cat([stays, stays.new_full((grown.numel(),), -1)])[order]
-            base = torch.cat([entries.base[stays], ops.gather(weight.data, grown)])[order]
-            site.replace(indices, base, carried(entries.delta.detach(), source), source, self.optimizer)
+            if grown.numel():
+                moved = site.entries.delta.detach()
+                if self.options.drop == "delta_change":
+                    moved = moved - self._anchors[site.name]
+                regrow(site, grown, moved, self.optimizer)
         self._disarm()
 
     def _grown(self, site: Site, count: int) -> Tensor:
         """The positions to grow, sorted."""
         indices, weight = site.entries.indices, site.weight
-        if self.grow == "gradient":
+        if self.options.grow == "gradient":
             candidates = self._candidates.get(site.name)
             return indices.new_empty(0) if candidates is None else candidates.largest(count)
         drawn = indices.new_empty(indices.numel() + count)
-        key = pattern.draw_key(f"regrow {self.count}", site.name, weight.shape, self.seed)
+        key = pattern.draw_key(f"regrow {self.count}", site.name, weight.shape, self.options.seed)
         ops.uniform_indices_(drawn, weight.numel(), key)
-        return drawn[~torch.isin(drawn, indices)][:count].sort().values
+        free = drawn[~torch.isin(drawn, indices)]
+        return free[:count].sort().values
 
     def _recompute(self, sites: list[Site]) -> None:
         write(self.model)
-        with torch.enable_grad():
-            picked = self.strategy(self.model) if callable(self.strategy) else self.strategy
-        if not isinstance(picked, Mapping):
-            raise ValueError(f"strategy: expected {{parameter name: mask or indices}}, got {type(picked).__name__}")
-        drawn = {}
-        for site in sites:
-            if site.name not in picked:
-                raise ValueError(f"strategy: expected a mask or indices of {site.name}, got only {', '.join(picked) or 'none'}")
-            drawn[site.name] = pattern.from_user(site.name, picked[site.name], site.weight.shape).to(site.entries.indices)
-            nnz = site.entries.indices.numel()
-            if drawn[site.name].numel() != nnz:
-                raise ValueError(f"strategy: expected {nnz} entries of {site.name}, as before, got {drawn[site.name].numel()}")
+        masks = self._drawn(sites)
         write(self.model)
         for site in sites:
-            entries, weight, indices = site.entries, site.weight, drawn[site.name]
-            frozen = self._adapter.frozen.get(site.name) or nothing_frozen(entries.indices, entries.base)
-            values = ops.gather(weight.data, entries.indices)
-            self._adapter.frozen[site.name] = frozen.fold(entries.indices, values, entries.base)
-            site.mark_folded()
-            place = torch.searchsorted(entries.indices, indices).clamp_(max=indices.numel() - 1)
-            source = torch.where(entries.indices[place] == indices, place, -1)
-            site.replace(indices, ops.gather(weight.data, indices), torch.zeros_like(entries.delta), source, self.optimizer)
+            frozen = self._adapter.frozen.get(site.name) or nothing_frozen(site.entries.indices, site.entries.base)
+            self._adapter.frozen[site.name] = redraw(site, masks[site.name], frozen, self.optimizer)
+
+    def _drawn(self, sites: list[Site]) -> dict[str, Tensor]:
+        """What the strategy draws for each weight: as many positions as train already, sorted."""
+        masks = self.options.strategy
+        if callable(masks):
+            with torch.enable_grad():
+                masks = masks(self.model)
+        if not isinstance(masks, Mapping):
+            raise ValueError(f"strategy: expected {{parameter name: mask or indices}}, got {type(masks).__name__}")
+        drawn = {}
+        for site in sites:
+            name, before = site.name, site.entries.indices
+            if name not in masks:
+                raise ValueError(f"strategy: expected a mask or indices of {name}, got only {', '.join(masks) or 'none'}")
+            indices = pattern.from_user(name, masks[name], site.weight.shape).to(before)
+            if indices.numel() != before.numel():
+                raise ValueError(f"strategy: expected {before.numel()} entries of {name}, as before, got {indices.numel()}")
+            drawn[name] = indices
+        return drawn
 
 
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name}: expected a positive int, got {value!r}")
-    return int(value)
+def _deltas(sites: list[Site]) -> dict[str, Tensor]:
+    """Copies of the trained changes by parameter name."""
+    return {site.name: site.entries.delta.detach().clone() for site in sites}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.module import SparseModule, targets_by_delta
+
+Target = tuple[nn.Parameter, SparseModule, str]  # a delta, and the module and name of its weight
+Targets = Mapping[int, tuple[SparseModule, str]]  # the same by the identity of the delta
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -46,7 +49,7 @@ class SparseAdamW(torch.optim.AdamW):
         grad_norm: norm of all gradients before clipping, from the last step, a tensor; None without `max_grad_norm`.
 
     Raises:
-        ValueError: no delta among the parameters, or an option this optimizer does not have.
+        ValueError: No delta is among the parameters, or an option is one that this optimizer does not have.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class SparseAdamW(torch.optim.AdamW):
             What closure returns, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: A gradient is a `torch.sparse` tensor.
         """
         loss = None
         if closure is not None:
@@ -110,38 +113,41 @@ class SparseAdamW(torch.optim.AdamW):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         coefs, targets = self._gradient_factor(grad_scale), targets_by_delta()
         for group in self.param_groups:
-            sparse, dense = [], []
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(
-                        "SparseAdamW: expected dense gradients, got a torch.sparse one; use torch.optim.SparseAdam for it"
-                    )
-                self._init_state(p)
-                target = targets.get(id(p))
-                if target is not None and _fusable(p, *target):
-                    sparse.append((p, *target))
-                else:
-                    dense.append(p)
+            fused, dense = self._divided(group["params"], targets)
             for device in {p.device for p in dense}:
-                self._dense_step([p for p in dense if p.device == device], group, coefs.get(device), _on(found_inf, device))
-            for device in {p.device for p, _, _ in sparse}:
-                self._sparse_step(
-                    [item for item in sparse if item[0].device == device], group, coefs.get(device), _on(found_inf, device)
-                )
+                there = [p for p in dense if p.device == device]
+                self._dense_step(there, group, coefs.get(device), _on(found_inf, device))
+            for device in {p.device for p, _, _ in fused}:
+                there = [item for item in fused if item[0].device == device]
+                self._sparse_step(there, group, coefs.get(device), _on(found_inf, device))
         return loss
+
+    def _divided(self, params: list[nn.Parameter], targets: Targets) -> tuple[list[Target], list[nn.Parameter]]:
+        """The parameters with a gradient: deltas that the fused step takes, each with its weight, and all others."""
+        fused, dense = [], []
+        for p in params:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError(
+                    "SparseAdamW: expected dense gradients, got a torch.sparse one; use torch.optim.SparseAdam for it"
+                )
+            self._init_state(p)
+            target = targets.get(id(p))
+            if target is not None and _fusable(p, *target):
+                fused.append((p, *target))
+            else:
+                dense.append(p)
+        return fused, dense
 
     def _gradient_factor(self, grad_scale: Tensor | None) -> dict[torch.device, Tensor]:
         """What gradients are multiplied by as they are read: one over the loss scale, times the clipping factor."""
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads or (grad_scale is None and self.max_grad_norm is None):
             return {}
-        factor = (
-            torch.ones((), dtype=torch.float64, device=grads[0].device)
-            if grad_scale is None
-            else grad_scale.to(device=grads[0].device, dtype=torch.float64).reciprocal()
-        )
+        factor = torch.ones((), dtype=torch.float64, device=grads[0].device)
+        if grad_scale is not None:
+            factor = grad_scale.to(factor).reciprocal()
         if self.max_grad_norm is not None:
             self.grad_norm = sharding.whole(torch.nn.utils.get_total_norm(grads)) * factor
             factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
@@ -150,7 +156,7 @@ class SparseAdamW(torch.optim.AdamW):
 
     def _sparse_step(
         self,
-        items: list[tuple[nn.Parameter, SparseModule, str]],
+        items: list[Target],
         group: dict[str, Any],
         coef: Tensor | None,
         found_inf: Tensor | None,
