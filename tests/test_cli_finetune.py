@@ -98,6 +98,24 @@ def test_resume_in_a_new_process_is_exact(bert, rows, tmp_path, accumulation):
     assert all(torch.equal(adapters[0][name], value) for name, value in adapters[1].items())
 
 
+def test_resuming_on_another_number_of_threads_says_what_makes_it_exact(bert, rows, tmp_path, threads, capsys):
+    run = ("--model", bert, "--train", rows, "--max-steps", 4, "--checkpoint-every", 2, "--out", tmp_path)
+    half = tmp_path / "checkpoints" / "step-00000002.safetensors"
+    threads(1)
+    assert finetune(*run) == 0
+    warned = []
+    for count in (1, 2):
+        threads(count)
+        assert finetune(*run, "--resume", half) == 0
+        warned.append("used 1 thread(s) and goes on with 2" in (said := capsys.readouterr().out) and "OMP_NUM_THREADS=1" in said)
+    assert warned == [False, True]
+    state = states.read(half, checkpoint.KIND)
+    del state["threads"]  # as an older version wrote it
+    states.write(half, checkpoint.KIND, state)
+    assert finetune(*run, "--resume", half) == 0
+    assert "thread" not in capsys.readouterr().out
+
+
 def test_language_model_on_text_and_on_prompts(tmp_path):
     model = save_llama(tmp_path / "llama")
     text, prompts = tmp_path / "a.txt", tmp_path / "a.jsonl"

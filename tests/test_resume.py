@@ -58,7 +58,7 @@ class Run:
             return result
 
         training._step = counted
-        done, history = checkpoints.restore(newest, method) if newest else (0, [])
+        done, history, _ = checkpoints.restore(newest, method) if newest else (0, [], None)
         out.mkdir(exist_ok=True)
         log = Log(out / "metrics.jsonl", self.task.metric)
         log.console.quiet = True

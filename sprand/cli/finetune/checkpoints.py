@@ -59,6 +59,7 @@ class Checkpoints:
             "optimizer": method.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "threads": torch.get_num_threads(),
         }
         path = self.folder / f"step-{step:08d}.safetensors"
         try:
@@ -69,11 +70,11 @@ class Checkpoints:
             old.unlink()
         return path
 
-    def restore(self, path: Path, method: Method) -> tuple[int, list[dict[str, Any]]]:
+    def restore(self, path: Path, method: Method) -> tuple[int, list[dict[str, Any]], int | None]:
         """Put a checkpoint's state into a method made from the same options.
 
         Returns:
-            How many steps are done, and the metrics so far.
+            How many steps are done, the metrics so far, and on how many of torch's threads; None where an older version wrote it.
 
         Raises:
             CliError: no checkpoint, a damaged one, or one of another run (the first difference is named).
@@ -109,7 +110,7 @@ class Checkpoints:
         with torch.no_grad():
             for name, p in method.trained.items():
                 p.copy_(state["trained"][name])
-        return state["step"], state["history"]
+        return state["step"], state["history"], state.get("threads")
 
     def describe_last(self) -> str:
         """A sentence on the newest checkpoint."""

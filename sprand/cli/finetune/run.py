@@ -130,9 +130,21 @@ def resume(settings: Settings, checkpoints: Checkpoints, method: methods.Method,
     path = newest if settings.resume == "newest" else Path(settings.resume)
     if path is None:
         raise CliError(f"--resume: {checkpoints.folder} holds no checkpoint; leave out --resume to begin.")
-    done, history = checkpoints.restore(path, method)
+    done, history, threads = checkpoints.restore(path, method)
     log.say(f"resumed from {path}, {done} steps done")
+    warn_of_threads(threads, method, log)
     return done, history
+
+
+def warn_of_threads(before: int | None, method: methods.Method, log: Log) -> None:
+    """Say that PyTorch's sums on a CPU may round otherwise than before, where the number of its threads is another one."""
+    here = torch.get_num_threads()
+    on_cpu = all(p.device.type == "cpu" for p in method.trained.values())
+    if on_cpu and before not in (None, here):
+        log.say(
+            f"warning: the run used {before} thread(s) and goes on with {here}, so that PyTorch may round its sums otherwise; "
+            f"OMP_NUM_THREADS={before} before this command makes it exact"
+        )
 
 
 def refuse_to_overwrite(settings: Settings) -> None:
