@@ -109,7 +109,7 @@ def test_kernels_know_tensors_only():
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)
 def test_one_operator_is_one_name_in_five_places(op):
-    assert hasattr(ops, op)
+    assert hasattr(ops, op) or op in ops.CUDA_ONLY
     assert re.search(rf"^def {op}\(", (PACKAGE / "kernels" / "reference.py").read_text(), re.M)
     for folder in ("cuda",) if op in ops.CUDA_ONLY else ("cpu", "cuda"):
         text = "".join(path.read_text() for path in sorted((ROOT / "csrc" / folder).glob("*.cpp")))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+from .dtypes import LOW_PRECISION
 
 
 def check_lists(op: str, weights: Sequence[Tensor], *others: Sequence[Tensor] | Sequence[float]) -> None:
@@ -87,24 +87,3 @@ def check_embedding_grad(op: str, grad_output: Tensor, tokens: Tensor, indices: 
         raise ValueError(f"{op}: expected no indices for an embedding of 0 features, got {indices.numel()}")
     if padding_idx is not None and padding_idx < 0:
         raise ValueError(f"{op}: expected padding_idx to be a token or None, got {padding_idx}")
-
-
-def check_run8(op: str, grad_output: Tensor, input: Tensor, table: Tensor, launch: Sequence[int], nnz: int) -> None:
-    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0] or input.shape[1] % 8:
-        raise ValueError(
-            f"{op}: expected grad_output [T, out] and input [T, in] with in a multiple of 8, "
-            f"got {list(grad_output.shape)} and {list(input.shape)}"
-        )
-    check_values(op, "input", input, grad_output)
-    if input.is_cuda and input.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"{op}: expected input of bfloat16 or float16 on CUDA, got {input.dtype}")
-    if table.dim() != 1 or table.dtype != torch.int32 or table.device != input.device or not table.is_contiguous():
-        raise ValueError(
-            f"{op}: expected a contiguous int32 table on {input.device}, "
-            f"got {list(table.shape)} of {table.dtype} on {table.device}"
-        )
-    if len(launch) != 5 or nnz % 8 or not 0 <= nnz <= grad_output.shape[1] * input.shape[1]:
-        raise ValueError(
-            f"{op}: expected 5 launch numbers and nnz as a multiple of 8 of at most "
-            f"{grad_output.shape[1] * input.shape[1]}, got {list(launch)} and {nnz}"
-        )

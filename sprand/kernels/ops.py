@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_draw, check_embedding_grad, check_entries, check_lists, check_run8, check_sddmm, check_weight
-from .reference import accumulation_dtype
+from .checks import check_draw, check_embedding_grad, check_entries, check_lists, check_sddmm, check_weight
+from .dtypes import accumulation_dtype
 from .schedule import RUN8_DTYPES, Schedule
 
 SCHEMAS = {
@@ -39,7 +39,7 @@ SCHEMAS = {
     "uniform_indices_": "(Tensor(a!) indices, int numel, int key) -> ()",
 }
 
-CUDA_ONLY = ("sddmm_run8",)  # has no C++ kernel: on the CPU `sddmm` serves its patterns
+CUDA_ONLY = ("sddmm_run8",)  # called by `sddmm` where a schedule says so; on the CPU `sddmm` serves its patterns
 
 _library = torch.library.Library("sprand", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -159,25 +159,6 @@ def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding
     """
     check_embedding_grad("embedding_grad", grad_output, tokens, indices, padding_idx)
     return torch.ops.sprand.embedding_grad(grad_output, tokens, indices, padding_idx)
-
-
-def sddmm_run8(grad_output: Tensor, input: Tensor, table: Tensor, launch: Sequence[int], nnz: int) -> Tensor:
-    """`sddmm` for a pattern of runs of 8 adjacent columns, on tensor cores where the device has them.
-
-    Args:
-        grad_output: `[T, out]`, bfloat16 or float16 (elsewhere than on CUDA any dtype of `sddmm`).
-        input: `[T, in]`, same dtype and device, `in` a multiple of 8.
-        table, launch: what `schedule_run8.run8_schedule` made of the pattern, on the same device.
-        nnz: the number of entries.
-
-    Returns:
-        `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit.
-    """
-    check_run8("sddmm_run8", grad_output, input, table, launch, nnz)
-    return torch.ops.sprand.sddmm_run8(grad_output, input, table, launch, nnz)
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:

@@ -11,15 +11,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .dtypes import accumulation_dtype
 from .schedule_run8 import run8_indices
 
 PRODUCTS_AT_ONCE = 1 << 21  # sddmm and embedding_grad hold this many addends of their sums over tokens at a time
 DRAWS_AT_ONCE = 1 << 20
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over `dtype` are kept: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()

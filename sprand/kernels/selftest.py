@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native, ops, reference
-from .checks import LOW_PRECISION
+from .dtypes import LOW_PRECISION, dtype_name
 from .schedule_run8 import run8_schedule
 
 TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
@@ -40,7 +40,7 @@ def run(devices: Sequence[str]) -> list[dict[str, Any]]:
                 results.append({
                     "op": op,
                     "device": device,
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": dtype_name(dtype),
                     "kernel": native.kernel_of(op, device),
                     "ok": problem is None,
                     "problem": problem,

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..version import __version__
 from . import ops
+from .dtypes import dtype_name
 from .schedule import Schedule, make_schedule
 from .schedule_run8 import SHAPES
 
@@ -170,7 +171,7 @@ def costs(device: torch.device, dtype: torch.dtype) -> Costs:
 
 @functools.cache
 def _costs(card: str, device: torch.device, dtype: torch.dtype) -> Costs:
-    name = f"{re.sub(r'[^A-Za-z0-9]+', '-', card)}-{str(dtype)[6:]}-{__version__}-{torch.__version__}"
+    name = f"{re.sub(r'[^A-Za-z0-9]+', '-', card)}-{dtype_name(dtype)}-{__version__}-{torch.__version__}"
     path = cache_folder() / f"sddmm-costs-{name}.json"
     return read_or_measure(path, lambda: measure(device, dtype))
 
