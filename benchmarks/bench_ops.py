@@ -19,11 +19,11 @@ from report import markdown as table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPS = (
-    "sddmm", "sddmm_add_", "embedding_grad", "gather", "patch_", "patch_all_", "scatter_add_", "scatter_add_all_",
+    "sddmm", "embedding_grad", "gather", "patch_", "patch_all_", "scatter_add_all_",
     "sparse_adamw_", "stratified_indices_", "uniform_indices_",
 )  # fmt: skip
 LAYOUTS = ("unstructured", "run2", "run4", "run8")
-TOKEN_OPS = ("sddmm", "sddmm_add_", "embedding_grad")
+TOKEN_OPS = ("sddmm", "embedding_grad")
 FOR_ALL = ("patch_all_", "scatter_add_all_", "sparse_adamw_")  # operators on TARGETS equal weights in one call
 TARGETS = 8
 SHORTEST = 5e-4
@@ -82,12 +82,6 @@ def contestants(op: str, p: Problem) -> dict[str, Call]:
             **{_ours(layout): _sddmm(p, indices) for layout, indices in p.layouts.items()},
             "matmul + index_select": lambda: (p.grad_output.t() @ p.input).view(-1).index_select(0, wide).float(),
         }
-    if op == "sddmm_add_":
-        sums = torch.zeros_like(p.delta)
-        return {
-            "sprand": lambda: ops.sddmm_add_(sums, p.grad_output, p.input, p.indices),
-            "matmul + index_select": lambda: sums.add_((p.grad_output.t() @ p.input).view(-1).index_select(0, wide)),
-        }
     if op == "embedding_grad":
         rows = len(p.weight)
         tokens = torch.randint(rows, p.input.shape[:1], generator=torch.Generator().manual_seed(1))
@@ -108,12 +102,6 @@ def contestants(op: str, p: Problem) -> dict[str, Call]:
             "sprand": lambda: ops.patch_(p.weight, p.indices, p.base, p.delta, 1.0),
             "index_put_": lambda: flat.index_put_((wide,), (p.base + p.delta).to(dtype)),
             "index_copy_": lambda: flat.index_copy_(0, wide, (p.base + p.delta).to(dtype)),
-        }
-    if op == "scatter_add_":
-        return {
-            "sprand": lambda: ops.scatter_add_(p.weight, p.indices, p.delta, 1e-6),
-            "index_put_(accumulate)": lambda: flat.index_put_((wide,), (1e-6 * p.delta).to(dtype), accumulate=True),
-            "scatter_add_": lambda: flat.scatter_add_(0, wide, (1e-6 * p.delta).to(dtype)),
         }
     if op in ("patch_all_", "scatter_add_all_"):
         return all_contestants(op, p, wide)

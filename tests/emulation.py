@@ -1,18 +1,22 @@
-"""Builds the CUDA operators for the CPU (csrc/common/simt_host.h), as torch.ops.sprand_simt, once per state of their sources."""
+"""Builds the CUDA operators for the CPU (csrc/emulator), as torch.ops.sprand_simt, once per state of their sources."""
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from sprand.kernels import ops
 
@@ -39,7 +43,7 @@ def cuda_headers() -> Path | None:
 def build(headers: Path) -> Path:
     """Compile with g++ into build/simt; a library of the same sources, torch and compiler is used again."""
     sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("cuda/*ops.cpp"))]
-    files = [*sources, *CSRC.glob("*.h"), *CSRC.glob("common/*.h"), *CSRC.glob("cuda/*.h"), *CSRC.glob("cuda/*.cuh")]
+    files = [*sources, *CSRC.glob("*.h"), *CSRC.glob("emulator/*.h"), *CSRC.glob("cuda/*.h"), *CSRC.glob("cuda/*.cuh")]
     compiler = os.environ.get("CXX", "g++").split()
     torch_home = Path(torch.__file__).parent
     flags = [*FLAGS, f"-I{CSRC}", "-isystem", str(torch_home / "include"), "-isystem", str(headers)]
@@ -92,6 +96,25 @@ class Emulation:
     def launches(self) -> int:
         """How many kernels this process has launched."""
         return self._launches()
+
+
+@contextmanager
+def fenced_results() -> Iterator[list[Tensor]]:
+    """Gives what operators allocate within this block fences of NaN, which no kernel may touch.
+
+    Yields:
+        The memories, one for each result and each workspace, for `problems.guards_hold`.
+    """
+    memories: list[Tensor] = []
+
+    def new_empty(like: Tensor, size: list[int], *, dtype: torch.dtype | None = None, **_: object) -> Tensor:
+        memory = torch.full((math.prod(size) + 128,), math.nan, dtype=dtype or like.dtype)
+        memories.append(memory)
+        return memory[64:-64].view(size)
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("new_empty", new_empty, "CPU")
+        yield memories
 
 
 def load() -> Emulation:

@@ -222,7 +222,7 @@ def oracle_patch(entries: Entries, scale: float) -> Tensor:
 
 
 def oracle_scatter_add(entries: Entries, scale: float) -> Tensor:
-    """The weight after `scatter_add_` of `delta`, in float64."""
+    """The weight after `scatter_add_all_` of `delta`, in float64."""
     where = torch.unravel_index(entries.indices.long(), entries.weight.shape)
     return entries.weight.double().index_put(where, scale * entries.delta.double(), accumulate=True)
 

@@ -50,8 +50,6 @@ BAD = {
     "patch_ with a bfloat16 delta": lambda: ops.patch_(WEIGHT.bfloat16(), INDICES, ENTRIES.bfloat16(), ENTRIES.bfloat16()),
     "patch_ with a long delta": lambda: ops.patch_(WEIGHT, INDICES, ENTRIES, torch.zeros(4)),
     "patch_ with a delta elsewhere": lambda: ops.patch_(WEIGHT, INDICES, ENTRIES, ENTRIES.to("meta")),
-    "scatter_add_ with strided values": lambda: ops.scatter_add_(WEIGHT, INDICES, torch.zeros(6)[::2]),
-    "scatter_add_ to a transposed weight": lambda: ops.scatter_add_(WEIGHT.T, INDICES, ENTRIES),
     "patch_all_ with a list too short": lambda: ops.patch_all_([WEIGHT], [INDICES], [], None, [1.0]),
     "patch_all_ with a delta too many": lambda: ops.patch_all_([WEIGHT], [INDICES], [ENTRIES], [ENTRIES] * 2, [1.0]),
     "patch_all_ with a short delta": lambda: ops.patch_all_([WEIGHT], [INDICES], [ENTRIES], [ENTRIES[1:]], [1.0]),
@@ -100,7 +98,6 @@ CALLS = {
     "gather": lambda weight, bad: ops.gather(weight, bad),
     "patch_": lambda weight, bad: ops.patch_(weight, bad, ENTRIES, ENTRIES + 1),
     "patch_all_": lambda weight, bad: ops.patch_all_([weight], [bad], [ENTRIES], [ENTRIES + 1], [1.0]),
-    "scatter_add_": lambda weight, bad: ops.scatter_add_(weight, bad, ENTRIES + 1),
     "scatter_add_all_": lambda weight, bad: ops.scatter_add_all_([weight], [bad], [ENTRIES + 1], [1.0]),
     "sparse_adamw_": lambda weight, bad: adamw(weights=[weight], indices=[bad], grads=[ENTRIES + 1]),
 }

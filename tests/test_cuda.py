@@ -28,7 +28,10 @@ ops = torch.ops.sprand
 ORDINARY, LARGE = PROBLEMS[0], PROBLEMS[-1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-WRITES = {"patch_": lambda e: (e.base, e.delta, 0.3), "scatter_add_": lambda e: (e.delta, -1.7)}
+WRITES = {
+    "patch_": lambda weight, e: ops.patch_(weight, e.indices, e.base, e.delta, 0.3),
+    "scatter_add_all_": lambda weight, e: ops.scatter_add_all_([weight], [e.indices], [e.delta], [-1.7]),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +55,7 @@ def test_writes_are_those_of_the_cpu_bit_for_bit(op, problem, dtype):
     for device in ("cpu", "cuda"):
         entries = make_entries(problem, dtype, torch.int32, device)
         weight, memory = guarded(entries.weight)
-        getattr(ops, op)(weight, entries.indices, *WRITES[op](entries))
+        WRITES[op](weight, entries)
         assert guards_hold(memory)
         written[device] = bits(weight).cpu()
     assert torch.equal(written["cpu"], written["cuda"])
@@ -90,7 +93,7 @@ def test_positions_behind_two_to_the_31st():
     indices = torch.tensor([0, 2**31 - 1, 2**31, numel - 1], device="cuda")
     base = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.bfloat16, device="cuda")
     ops.patch_(weight, indices, base, None)
-    ops.scatter_add_(weight, indices, base.float(), 1.0)
+    ops.scatter_add_all_([weight], [indices], [base.float()], [1.0])
     assert ops.gather(weight, indices).tolist() == [2.0, 4.0, 6.0, 8.0]
     assert weight[indices].tolist() == [2.0, 4.0, 6.0, 8.0]
     assert weight.count_nonzero().item() == 4
@@ -134,7 +137,6 @@ def test_a_captured_step_replays_as_often_as_wanted():
         ops.stratified_indices_(drawn, LARGE.rows, LARGE.cols, 5)
         made.grads[0][1].copy_(ops.sddmm(grad_output, input, indices))
         ops.sparse_adamw_(*adamw_arguments(made, 0))
-        ops.scatter_add_(made.weights[1], made.indices[1], made.deltas[1], 0.5)
         ops.patch_(made.weights[0], made.indices[0], made.bases[0], None)
         ops.scatter_add_all_(made.weights, made.indices, made.deltas, [0.25, -0.5])
         ops.patch_all_(made.weights, made.indices, made.bases, made.deltas, made.scales)
@@ -228,7 +230,7 @@ def test_tensors_on_two_devices_are_refused():
     for call in (
         lambda: ops.gather(entries.weight, on_cpu),
         lambda: ops.patch_(entries.weight, entries.indices, entries.base.cpu(), None),
-        lambda: ops.scatter_add_(entries.weight.cpu(), entries.indices, entries.delta, 1.0),
+        lambda: ops.scatter_add_all_([entries.weight.cpu()], [entries.indices], [entries.delta], [1.0]),
     ):
         with pytest.raises(RuntimeError, match="one device"):
             call()

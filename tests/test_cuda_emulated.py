@@ -104,19 +104,24 @@ def test_gather_patch_and_scatter_add(problem, dtype, index_dtype, emulated):
     where = entries.indices.long()
     assert torch.equal(bits(emulated.gather(entries.weight, entries.indices)), bits(entries.weight.flatten()[where]))
 
-    for name, values, scale in (("patch_", (entries.base, entries.delta), 0.3), ("scatter_add_", (entries.delta,), -1.7)):
+    def patch(ops, weight, scale):
+        ops.patch_(weight, entries.indices, entries.base, entries.delta, scale)
+
+    def scatter_add(ops, weight, scale):
+        ops.scatter_add_all_([weight], [entries.indices], [entries.delta], [scale])
+
+    for write, scale, oracle_of, plain_of in (
+        (patch, 0.3, oracle_patch, plain_patch),
+        (scatter_add, -1.7, oracle_scatter_add, plain_scatter_add),
+    ):
         weight, memory = guarded(entries.weight)
-        getattr(emulated, name)(weight, entries.indices, *values, scale)
+        write(emulated, weight, scale)
         assert guards_hold(memory)
         expected = entries.weight.clone()
-        getattr(reference, name)(expected, entries.indices, *values, scale)
+        write(reference, expected, scale)
         assert torch.equal(bits(weight), bits(expected))
-        oracle, plain = (
-            (oracle_patch(entries, scale), plain_patch(entries, scale))
-            if name == "patch_"
-            else (oracle_scatter_add(entries, scale), plain_scatter_add(entries, scale))
-        )
-        assert_within(weight, oracle, tolerance(plain, oracle, dtype))
+        oracle = oracle_of(entries, scale)
+        assert_within(weight, oracle, tolerance(plain_of(entries, scale), oracle, dtype))
 
     weight = entries.weight.clone()
     emulated.patch_(weight, entries.indices, entries.base, None)
@@ -138,7 +143,7 @@ def test_indices_outside_of_the_weight_are_not_followed(dtype, index_dtype, emul
 
     weight, memory = guarded(entries.weight)
     emulated.patch_(weight, indices, base, values, 1.0)
-    emulated.scatter_add_(weight, indices, values, 1.0)
+    emulated.scatter_add_all_([weight], [indices], [values], [1.0])
     lists = [[values.clone()] for _ in range(4)]
     emulated.sparse_adamw_([weight], [indices], [base], *lists, [torch.ones(())], [1.0], 0.1, 0.9, 0.99, 1e-8, 0.0, False)
     assert guards_hold(memory)
@@ -239,7 +244,7 @@ def test_results_do_not_depend_on_the_order_of_threads(problem, simt, emulated):
         run_adamw(emulated, made)
         patched, added = entries.weight.clone(), entries.weight.clone()
         emulated.patch_(patched, entries.indices, entries.base, entries.delta)
-        emulated.scatter_add_(added, entries.indices, entries.delta)
+        emulated.scatter_add_all_([added], [entries.indices], [entries.delta], [1.0])
         drawn, shuffled = torch.empty_like(entries.indices), torch.empty_like(entries.indices)
         emulated.stratified_indices_(drawn, problem.rows, problem.cols, 3)
         emulated.uniform_indices_(shuffled, problem.rows * problem.cols, 3)
@@ -263,7 +268,7 @@ def test_wrong_arguments_are_refused(emulated):
         "contiguous weight": lambda: emulated.patch_(weight.T, indices, base, delta),
         "base": lambda: emulated.patch_(weight, indices, base.half(), delta),
         "delta": lambda: emulated.patch_(weight, indices, base, delta[1:]),
-        "values": lambda: emulated.scatter_add_(weight, indices, delta.double()),
+        "values": lambda: emulated.scatter_add_all_([weight], [indices], [delta.double()], [1.0]),
         "input \\[T, in\\]": lambda: emulated.sddmm(weight, weight[1:], indices),
         "one length": lambda: emulated.sparse_adamw_([weight], [], [], [], [], [], [], [], [], 0.1, 0.9, 0.99, 1e-8, 0.0, False),
         "more entries": lambda: emulated.stratified_indices_(indices, 2, 3, 0),

@@ -48,7 +48,7 @@ def test_every_target_gets_the_bits_of_the_operator_for_one(ops, op, threads, de
     expected = [t.weight.clone() for t in targets]
     for weight, index, base, delta, scale in zip(expected, *given.values(), strict=True):
         if op == "scatter_add_all_":
-            reference.scatter_add_(weight, index, delta, scale)
+            reference.scatter_add_all_([weight], [index], [delta], [scale])
         else:
             reference.patch_(weight, index, base, delta if op == "patch_all_" else None, scale)
     for count in (1, 2):

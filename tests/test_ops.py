@@ -42,12 +42,7 @@ from sprand.kernels import reference
 def test_sddmm_is_the_chosen_part_of_the_weight_gradient(ops, problem, dtype, index_dtype, device):
     skip_unsupported(device, dtype)
     grad_output, input, indices = make_sddmm(problem, dtype, index_dtype, device)
-    result = ops.sddmm(grad_output, input, indices)
-    check_sddmm(result, grad_output, input, indices)
-
-    sums = result.clone()
-    ops.sddmm_add_(sums, grad_output, input, indices)
-    assert torch.equal(sums, result + result)
+    check_sddmm(ops.sddmm(grad_output, input, indices), grad_output, input, indices)
 
 
 @dtypes
@@ -125,7 +120,7 @@ def test_scatter_add_is_accurate_and_equal_in_both(problem, dtype, index_dtype, 
     added = {}
     for name, ops in (("dispatched", torch.ops.sprand), ("reference", reference)):
         added[name], memory = guarded(entries.weight)
-        assert ops.scatter_add_(added[name], entries.indices, entries.delta, scale) is None
+        assert ops.scatter_add_all_([added[name]], [entries.indices], [entries.delta], [scale]) is None
         assert guards_hold(memory)
         oracle = oracle_scatter_add(entries, scale)
         assert_within(added[name], oracle, tolerance(plain_scatter_add(entries, scale), oracle, dtype))
@@ -142,7 +137,7 @@ def test_only_chosen_entries_are_written(ops, dtype, device):
     poisoned = torch.where(chosen.view_as(entries.weight), entries.weight, float("nan"))
     for write in (
         lambda weight: ops.patch_(weight, entries.indices, entries.base, entries.delta),
-        lambda weight: ops.scatter_add_(weight, entries.indices, entries.delta, 0.5),
+        lambda weight: ops.scatter_add_all_([weight], [entries.indices], [entries.delta], [0.5]),
     ):
         weight = poisoned.clone()
         write(weight)
@@ -200,7 +195,7 @@ def test_patch_rounds_the_product_before_the_sum(ops, device):
     assert weight.item() == 2**-11
 
 
-@pytest.mark.parametrize("op", ["patch_", "patch_all_", "scatter_add_", "scatter_add_all_", "sparse_adamw_"])
+@pytest.mark.parametrize("op", ["patch_", "patch_all_", "scatter_add_all_", "sparse_adamw_"])
 def test_writes_leave_the_autograd_version_alone(op, device):
     arguments = sample_calls(device)[op]
     targets, deltas = arguments[0], arguments[2 if op.startswith("scatter_add") else 3]
@@ -237,12 +232,10 @@ def sample_calls(device: str = "cpu") -> dict[str, tuple]:
     steps = [one.clone() for _ in made.steps]
     return {
         "sddmm": make_sddmm(ORDINARY, torch.bfloat16, torch.int32, device),
-        "sddmm_add_": (entries.delta, *make_sddmm(ORDINARY, torch.float32, torch.int32, device)),
         "embedding_grad": (*make_embedding(ORDINARY, torch.bfloat16, torch.int32, device), 3),
         "gather": (entries.weight, entries.indices),
         "patch_": (entries.weight, entries.indices, entries.base, entries.delta, 0.5),
         "patch_all_": (made.weights, made.indices, made.bases, made.deltas, made.scales),
-        "scatter_add_": (entries.weight, entries.indices, entries.delta, 0.5),
         "scatter_add_all_": (made.weights, made.indices, made.grads[0], made.scales),
         "sparse_adamw_": (*lists, steps, made.scales, 0.1, 0.9, 0.999, 1e-8, 0.01, False, None, one, zero),
         "stratified_indices_": (make_indices(ORDINARY, torch.int32, device), ORDINARY.rows, ORDINARY.cols, 7),
@@ -288,7 +281,6 @@ def test_ops_compile_without_graph_breaks(device):
     def step(weight):
         delta = torch.ops.sprand.sddmm(grad_output * 2, input, indices) + 1
         torch.ops.sprand.patch_(weight, indices, entries.base, delta, 0.5)
-        torch.ops.sprand.scatter_add_(weight, indices, delta, 0.25)
         torch.ops.sprand.scatter_add_all_([weight], [indices], [delta], [0.125])
         return torch.ops.sprand.gather(weight, indices) * 3
 

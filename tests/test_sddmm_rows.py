@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import PROBLEMS, assert_within, check_sddmm, guarded, guards_hold, make_sddmm, oracle_sddmm_dense, tolerance
+from emulation import fenced_results
+from order_oracle import order_rows_slowly
+from problems import PROBLEMS, check_sddmm, guarded, guards_hold, make_sddmm
 from sprand.kernels import host, ops, schedule
 from sprand.kernels.schedule import VARIANTS, Limits, Rows, Schedule, Variant, make_schedule
 from sprand.selection import pattern
@@ -14,6 +16,7 @@ from sprand.selection import pattern
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+needs_host = pytest.mark.skipif(not host.has_extension(), reason="sprand._host is not built")
 
 
 def sides(tokens: int, out: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -134,26 +137,10 @@ def test_a_table_and_indices_of_nonsense_touch_nothing_outside(dtype, ordered, e
     for low, high in ((-(2**31), 2**31), (-5, 905), (2**31 - 9, 2**31)):
         table = torch.randint(low, high, made.table.shape, generator=generator).int()
         wrong = torch.randint(low, high, indices.shape, generator=generator)
-        sums, memory = guarded(torch.zeros(900))
         for nonsense in (wrong.int(), wrong.long() << 20):
-            emulated.sddmm_add_(sums, grad_output, input, nonsense, table, made.launch)
-            assert guards_hold(memory)
-
-
-@dtypes
-def test_adds_to_earlier_sums(dtype, emulated):
-    out, cols = 64, 72
-    indices = stratified(out, cols, 300)
-    made = make_schedule(indices, out, cols, dtype, Limits(processors=4))
-    for tokens in (8, 300, 301):
-        grad_output, input = sides(tokens, out, cols, dtype)
-        before = torch.randn(300, generator=torch.Generator().manual_seed(2))
-        for table, launch in ((made.table, made.launch), (None, [])):
-            sums = before.clone()
-            emulated.sddmm_add_(sums, grad_output, input, indices, table, launch)
-            oracle = before.double() + oracle_sddmm_dense(grad_output, input).flatten()[indices.long()]
-            plain = before + (grad_output.float().T @ input.float()).flatten()[indices.long()]
-            assert_within(sums, oracle, tolerance(plain, oracle, torch.float32))
+            with fenced_results() as memories:
+                emulated.sddmm(grad_output, input, nonsense, table, made.launch)
+            assert memories and all(map(guards_hold, memories))
 
 
 def test_odd_shapes_and_views_go_through_the_kernel_for_any_shape(emulated):
@@ -195,6 +182,7 @@ def test_random_patterns_are_aligned_without_bank_conflicts_or_much_padding(out,
     assert slots < 1.35 * indices.numel() or rows.most <= 5
 
 
+@needs_host
 def test_ordering_lowers_the_bank_conflicts_of_a_uniform_mask():
     out, cols = 2048, 2048
     indices = uniform(out, cols, round(out * cols * 0.01))
@@ -213,6 +201,7 @@ def test_rows_that_share_columns_are_found(unit):
     assert Rows.of(stratified(out, cols, 4096), out, cols).shared == 1
 
 
+@needs_host
 @pytest.mark.parametrize("make", [stratified, uniform, lopsided])
 def test_ordering_deals_every_entry_to_one_lane_of_its_row(make):
     out, cols, slots, threads, rows_per_lane, columns = 300, 700, 8, 64, 2, 128
@@ -229,16 +218,22 @@ def test_ordering_deals_every_entry_to_one_lane_of_its_row(make):
     assert local.min() >= 0 and local.max() < columns
 
 
-def test_ordering_is_the_same_with_and_without_the_extension(monkeypatch):
-    if not host.has_extension():
-        pytest.skip("sprand._host is not built")
-    for make in (stratified, uniform, lopsided):
-        indices = make(90, 260, 1500)
-        compiled = host.order_rows(indices, 90, 260, 32, 2, 4, 128)
-        with monkeypatch.context() as patch:
-            patch.setattr(host, "_host", None)
-            plain = host.order_rows(indices, 90, 260, 32, 2, 4, 128)
-        assert torch.equal(compiled[0], plain[0]) and compiled[1:] == plain[1:]
+@needs_host
+@pytest.mark.parametrize("make", [stratified, uniform, lopsided])
+def test_ordering_is_that_of_the_oracle(make):
+    sizes = 90, 260, 32, 2, 4, 128
+    indices = make(90, 260, 1500)
+    table, tiles, conflicts = host.order_rows(indices, *sizes)
+    expected, expected_tiles, expected_conflicts = order_rows_slowly(indices, *sizes)
+    assert torch.equal(table, expected)
+    assert (tiles, conflicts) == (expected_tiles, expected_conflicts)
+
+
+def test_without_the_host_module_nothing_is_ordered(monkeypatch):
+    """A mask that an aligned schedule cannot serve goes to the kernel for any pattern."""
+    monkeypatch.setattr(host, "_host", None)
+    assert make_schedule(lopsided(34, 64, 0), 34, 64, torch.bfloat16) is None
+    assert not make_schedule(uniform(512, 512, 5000), 512, 512, torch.bfloat16).variant.ordered
 
 
 @dtypes

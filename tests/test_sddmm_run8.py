@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import check_sddmm, guarded
+from emulation import fenced_results
+from problems import check_sddmm, guarded, guards_hold
 from sprand.kernels import reference, schedule_run8
-from sprand.kernels.schedule_run8 import RUN, SHAPES, conflict_degree, run8_indices, run8_schedule
+from sprand.kernels.schedule_run8 import RUN, SHAPES, run8_indices, run8_schedule
 
 DTYPES = (torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -75,6 +76,14 @@ def make(problem: Problem, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, T
     generator = torch.Generator().manual_seed(seed + 1)
     left, right = (torch.randn(problem.tokens, n, generator=generator).to(dtype) for n in (problem.rows, problem.cols))
     return left, right, problem.indices(seed)
+
+
+def conflict_degree(table: Tensor, launch: list[int]) -> float:
+    """How often, on average, a bank of shared memory is asked for one of the 8 rows of half a tile; 1 is the least."""
+    _, _, units, tiles, _ = launch
+    first = 4 * (units + 1) + 16 * tiles
+    banks = table[first : first + 8 * tiles].view(torch.int16).view(-1, 8).long() % 8
+    return torch.nn.functional.one_hot(banks, 8).sum(1).amax(1).double().mean().item()
 
 
 def stratified(rows: int, cols: int, density: float) -> Tensor:
@@ -153,9 +162,11 @@ def test_a_table_of_another_weight_touches_nothing_outside(emulated):
     big, small = MANY_UNITS, ORDINARY
     table, launch = run8_schedule(big.indices(), big.rows, big.cols)
     grad_output, input, indices = make(small, torch.bfloat16)
-    emulated.sddmm_run8(grad_output, input, table, launch, len(indices))
     noise = torch.randint(-(2**31), 2**31 - 1, table.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    emulated.sddmm_run8(grad_output, input, noise, launch, len(indices))
+    for wrong in (table, noise):
+        with fenced_results() as memories:
+            emulated.sddmm_run8(grad_output, input, wrong, launch, len(indices))
+        assert memories and all(map(guards_hold, memories))
 
 
 @problem_table

@@ -148,7 +148,7 @@ class Bench:
         return rows
 
     def _entries_problems(self) -> Iterator[tuple]:
-        for op in ("gather", "patch_", "scatter_add_"):
+        for op in ("gather", "patch_"):
             for shape in self.options.shapes[:: max(len(self.options.shapes) // 3, 1)]:
                 for density in self.options.densities:
                     yield op, shape, density
@@ -156,7 +156,7 @@ class Bench:
     def _entries(self, op: str, shape: tuple[int, int], density: float) -> list[dict[str, object]]:
         problem = self._problem(shape, density)
         nnz, sectors = len(problem.indices), _sectors(problem.indices, problem.weight)
-        streams = {"gather": 4 + 2, "patch_": 4 + 2 + 4, "scatter_add_": 4 + 4}[op]
+        streams = {"gather": 4 + 2, "patch_": 4 + 2 + 4}[op]
         moved = nnz * streams + SECTOR * sectors * (1 if op == "gather" else 2)
         rows = []
         for name, taken in self.clock.alternate(contestants(op, problem)).items():

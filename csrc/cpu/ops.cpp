@@ -88,19 +88,6 @@ Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& in
   return result;
 }
 
-void sddmm_add_op(const Tensor& sums, const Tensor& grad_output, const Tensor& input, const Tensor& indices,
-                  const std::optional<Tensor>& table, const std::vector<int64_t>& launch) {
-  check_entries("sddmm_add_", "sums", sums, indices, sum_type(input));
-  const Tensor more = sddmm_op(grad_output, input, indices, table, launch);
-  const auto add = [&](auto* to, const auto* from) {
-    for (int64_t p = 0; p < indices.numel(); ++p) to[p] += from[p];
-  };
-  if (sum_type(input) == ScalarType::Double)
-    add(written<double>(sums), values<double>(more));
-  else
-    add(written<float>(sums), values<float>(more));
-}
-
 Tensor embedding_grad_op(const Tensor& grad_output, const Tensor& tokens, const Tensor& indices,
                          std::optional<int64_t> padding_idx) {
   check_embedding_grad(grad_output, tokens, indices);
@@ -217,13 +204,6 @@ void patch_all_op(std::vector<Tensor> weights, std::vector<Tensor> indices, std:
   });
 }
 
-void scatter_add_op(Tensor weight, const Tensor& indices, const Tensor& addends, double scale) {
-  check_scatter_add("scatter_add_", weight, indices, addends);
-  run_parallel(0, indices.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    scatter_add_range("scatter_add_", weight, indices, addends, scale, begin, end);
-  });
-}
-
 void scatter_add_all_op(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<Tensor> addends,
                         std::vector<double> scales) {
   constexpr const char* op = "scatter_add_all_";
@@ -322,12 +302,10 @@ STABLE_TORCH_LIBRARY_IMPL(sprand, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sprand, CPU, m) {
   m.impl("sddmm", TORCH_BOX(&sprand::cpu::sddmm_op));
-  m.impl("sddmm_add_", TORCH_BOX(&sprand::cpu::sddmm_add_op));
   m.impl("embedding_grad", TORCH_BOX(&sprand::cpu::embedding_grad_op));
   m.impl("gather", TORCH_BOX(&sprand::cpu::gather_op));
   m.impl("patch_", TORCH_BOX(&sprand::cpu::patch_op));
   m.impl("patch_all_", TORCH_BOX(&sprand::cpu::patch_all_op));
-  m.impl("scatter_add_", TORCH_BOX(&sprand::cpu::scatter_add_op));
   m.impl("scatter_add_all_", TORCH_BOX(&sprand::cpu::scatter_add_all_op));
   m.impl("sparse_adamw_", TORCH_BOX(&sprand::cpu::sparse_adamw_op));
   m.impl("stratified_indices_", TORCH_BOX(&sprand::cpu::stratified_indices_op));

@@ -1,4 +1,4 @@
-// Registers the CUDA operators that write chosen entries: patch_, scatter_add_, their forms for all targets, and sparse_adamw_.
+// Registers the CUDA operators that write chosen entries: patch_, patch_all_, scatter_add_all_ and sparse_adamw_.
 //
 // All targets of a call are checked before the first is changed, and lie on one device. Compiled with SPRAND_SIMT as ops.cpp is.
 #include <torch/csrc/stable/library.h>
@@ -69,13 +69,6 @@ void patch_all_op(const Tensors& weights, const Tensors& indices, const Tensors&
   launch.check(patch(targets, launch.stream()), op);
 }
 
-void scatter_add_op(const Tensor& weight, const Tensor& indices, const Tensor& values, double scale) {
-  constexpr const char* op = "scatter_add_";
-  const Target<ScatterAddSegment> target = scatter_add_target(op, weight, indices, values, scale);
-  Launch launch(weight);
-  launch.check(scatter_add({&target, 1}, launch.stream()), op);
-}
-
 void scatter_add_all_op(const Tensors& weights, const Tensors& indices, const Tensors& values,
                         const std::vector<double>& scales) {
   constexpr const char* op = "scatter_add_all_";
@@ -133,7 +126,6 @@ void sparse_adamw_op(const Tensors& weights, const Tensors& indices, const Tenso
 void register_entry_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("patch_", TORCH_BOX(&patch_op));
   m.impl("patch_all_", TORCH_BOX(&patch_all_op));
-  m.impl("scatter_add_", TORCH_BOX(&scatter_add_op));
   m.impl("scatter_add_all_", TORCH_BOX(&scatter_add_all_op));
   m.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_op));
 }

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../common/simt_host.h"
+#include "../emulator/simt_host.h"
 #include "launch.h"
 
 namespace sprand::cuda {

@@ -15,13 +15,14 @@ namespace sprand::cuda {
 
 // sddmm.cu. grad_output [tokens, out_features], input [tokens, in_features], both of `dtype`; out [nnz].
 // `partial` holds [sddmm_splits(tokens, nnz), nnz] floats, and is not touched where that is one split.
-// With `accumulate` the sums are added to what `out` holds. For any pattern without a plan; see sddmm_rows.h.
+// For any pattern without a plan; see sddmm_rows.h. With `accumulate` the sums of few tokens, one split, are added to what `out`
+// holds: so the row kernel serves its last tokens.
 int64_t sddmm_splits(int64_t tokens, int64_t nnz);
 cudaError_t sddmm(const void* grad_output, const void* input, DType dtype, Indices indices, float* out, float* partial,
                   bool accumulate, int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream);
 
 // sum_splits.cu. `partial` [splits, nnz].
-cudaError_t sum_splits(const float* partial, float* out, int64_t nnz, int64_t splits, bool accumulate, cudaStream_t stream);
+cudaError_t sum_splits(const float* partial, float* out, int64_t nnz, int64_t splits, cudaStream_t stream);
 
 // embedding_grad.cu. A stable sort of the tokens: `sorted` [count] and, in their old order, where they were. `padding` is the
 // token left out, -1 for none.

@@ -1,4 +1,4 @@
-// Registers the CUDA kernels of the operators of sprand/kernels/ops.py, which owns their schemas; here are the last checks, O(1) each.
+// Registers the CUDA kernels of the operators in sprand/kernels/ops.py, which owns their schemas; the last checks, O(1) each.
 //
 // Compiled with SPRAND_SIMT, together with the .cu files, by g++: the same kernels run on CPU tensors as torch.ops.sprand_simt.
 #include <torch/csrc/stable/library.h>
@@ -47,9 +47,11 @@ std::optional<RowsPlan> plan_of(const char* op, const std::optional<Tensor>& tab
   return plan;
 }
 
-void run_sddmm(const char* op, const Tensor& grad_output, const Tensor& input, const Tensor& indices,
-               const std::optional<Tensor>& table, const std::vector<int64_t>& launch_numbers, const Tensor& out,
-               bool accumulate) {
+Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& indices, const std::optional<Tensor>& table,
+                const std::vector<int64_t>& launch_numbers) {
+  constexpr const char* op = "sddmm";
+  check_sddmm(grad_output, input);
+  check_device(op, grad_output, input);
   const DType dtype = value_type(op, input);
   const Indices positions = positions_of(op, indices, input);
   std::optional<RowsPlan> plan = plan_of(op, table, launch_numbers, grad_output, input, indices);
@@ -59,30 +61,15 @@ void run_sddmm(const char* op, const Tensor& grad_output, const Tensor& input, c
   const int64_t tokens = input.size(0), rows = grad_output.size(1), columns = input.size(1);
   if (plan && !rows_fit(plan->variant, left.const_data_ptr(), right.const_data_ptr(), rows, columns)) plan.reset();
   const int64_t splits = plan ? rows_splits(*plan, tokens) : sddmm_splits(tokens, positions.nnz);
+  const Tensor out = torch::stable::new_empty(input, {positions.nnz}, ScalarType::Float);
   const Tensor partial = torch::stable::new_empty(input, {splits > 1 ? splits * positions.nnz : 0}, ScalarType::Float);
   float* const sums = static_cast<float*>(out.mutable_data_ptr());
   float* const parts = static_cast<float*>(partial.mutable_data_ptr());
   const void *g = left.const_data_ptr(), *x = right.const_data_ptr();
-  launch.check(plan ? sddmm_rows(g, x, dtype, positions, *plan, sums, parts, accumulate, tokens, rows, columns, launch.stream())
-                    : sddmm(g, x, dtype, positions, sums, parts, accumulate, tokens, rows, columns, launch.stream()),
+  launch.check(plan ? sddmm_rows(g, x, dtype, positions, *plan, sums, parts, tokens, rows, columns, launch.stream())
+                    : sddmm(g, x, dtype, positions, sums, parts, false, tokens, rows, columns, launch.stream()),
                op);
-}
-
-Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& indices, const std::optional<Tensor>& table,
-                const std::vector<int64_t>& launch) {
-  check_sddmm(grad_output, input);
-  check_device("sddmm", grad_output, input);
-  const Tensor out = torch::stable::new_empty(input, {indices.numel()}, ScalarType::Float);
-  run_sddmm("sddmm", grad_output, input, indices, table, launch, out, false);
   return out;
-}
-
-void sddmm_add_op(const Tensor& sums, const Tensor& grad_output, const Tensor& input, const Tensor& indices,
-                  const std::optional<Tensor>& table, const std::vector<int64_t>& launch) {
-  check_sddmm(grad_output, input);
-  check_device("sddmm_add_", grad_output, input);
-  floats_of("sddmm_add_", "sums", sums, indices);
-  run_sddmm("sddmm_add_", grad_output, input, indices, table, launch, sums, true);
 }
 
 Tensor embedding_grad_op(const Tensor& grad_output, const Tensor& tokens, const Tensor& indices,
@@ -145,7 +132,6 @@ void uniform_indices_op(const Tensor& indices, int64_t numel, int64_t key) {
 
 void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
-  m.impl("sddmm_add_", TORCH_BOX(&sddmm_add_op));
   m.impl("embedding_grad", TORCH_BOX(&embedding_grad_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("stratified_indices_", TORCH_BOX(&stratified_indices_op));
@@ -156,7 +142,7 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
 }  // namespace sprand::cuda
 
 #ifdef SPRAND_SIMT
-#include "../common/simt_host.h"
+#include "../emulator/simt_host.h"
 extern "C" __attribute__((visibility("default"))) void sprand_simt_set_order(int order) { simt::order = order; }
 extern "C" __attribute__((visibility("default"))) int64_t sprand_simt_launches() { return simt::launches; }
 STABLE_TORCH_LIBRARY_IMPL(sprand_simt, CPU, m) { sprand::cuda::register_operators(m); }

@@ -1,4 +1,4 @@
-// Registers the CUDA kernel of sddmm_run8, whose schema sprand/kernels/ops.py owns; the last checks are here, O(1) each. See ops.cpp.
+// Registers the CUDA kernel of sddmm_run8, as ops.cpp does those of the other operators, with all checks, O(1) each.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>

@@ -1,4 +1,4 @@
-// scatter_add_, scatter_add_all_: weight.flat[indices[p]] = cast(weight.flat[indices[p]] + scale * values[p]), rounded once.
+// scatter_add_all_: weight.flat[indices[p]] = cast(weight.flat[indices[p]] + scale * values[p]), rounded once.
 //
 // Contract: positions are unique and weights distinct, so every entry has one reader and one writer and no atomics are needed; an
 // entry to which nothing is added keeps its bits. Grid: one block per chunk of a target's entries, all targets in one launch

@@ -89,6 +89,7 @@ cudaError_t sddmm(const void* grad_output, const void* input, DType dtype, Indic
                   bool accumulate, int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream) {
   if (indices.nnz == 0) return cudaSuccess;
   const int64_t splits = sddmm_splits(tokens, indices.nnz);
+  if (accumulate && splits > 1) return cudaErrorInvalidValue;
   const int64_t split_tokens = ceil_div(ceil_div(tokens, splits), kTile) * kTile;
   const dim3 grid(static_cast<unsigned>(ceil_div(indices.nnz, kPerBlock)), static_cast<unsigned>(splits));
   const cudaError_t error = with_types(dtype, indices.type, [&](auto element, auto index) {
@@ -96,10 +97,10 @@ cudaError_t sddmm(const void* grad_output, const void* input, DType dtype, Indic
     using I = decltype(index);
     SPRAND_LAUNCH((sddmm_kernel<T, I>), grid, kThreads, 0, stream, static_cast<const T*>(grad_output),
                   static_cast<const T*>(input), static_cast<const I*>(indices.data), splits > 1 ? partial : out, tokens,
-                  out_features, in_features, indices.nnz, split_tokens, accumulate && splits == 1);
+                  out_features, in_features, indices.nnz, split_tokens, accumulate);
     return cudaGetLastError();
   });
-  return error != cudaSuccess || splits == 1 ? error : sum_splits(partial, out, indices.nnz, splits, accumulate, stream);
+  return error != cudaSuccess || splits == 1 ? error : sum_splits(partial, out, indices.nnz, splits, stream);
 }
 
 }  // namespace sprand::cuda

@@ -30,8 +30,7 @@ bool rows_fit(const RowsVariant& v, const void* grad_output, const void* input, 
 }
 
 cudaError_t sddmm_rows(const void* grad_output, const void* input, DType dtype, Indices indices, const RowsPlan& plan, float* out,
-                       float* partial, bool accumulate, int64_t tokens, int64_t out_features, int64_t in_features,
-                       cudaStream_t stream) {
+                       float* partial, int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream) {
   if (indices.nnz == 0) return cudaSuccess;
   const int64_t whole = tokens / kRowsGranule * kRowsGranule, splits = rows_splits(plan, whole);
   RowsArgs args;
@@ -49,10 +48,9 @@ cudaError_t sddmm_rows(const void* grad_output, const void* input, DType dtype, 
   args.ranks = static_cast<int>(plan.ranks);
   args.width = static_cast<int>(plan.width);
   args.long_indices = indices.type == IndexType::i64;
-  args.accumulate = accumulate && splits == 1;
   const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.windows), static_cast<unsigned>(splits));
   cudaError_t error = launch(dtype, plan.variant, &args, grid, stream);
-  if (error == cudaSuccess && splits > 1) error = sum_splits(partial, out, indices.nnz, splits, accumulate, stream);
+  if (error == cudaSuccess && splits > 1) error = sum_splits(partial, out, indices.nnz, splits, stream);
   if (error != cudaSuccess || whole == tokens) return error;
   const int64_t size = dtype == DType::f32 ? 4 : 2;  // the last few tokens, added by the kernel for any shape
   return sddmm(static_cast<const char*>(grad_output) + whole * out_features * size,

@@ -29,7 +29,7 @@ struct RowsArgs {
   float* sums;                                                   // [splits, nnz]
   int64_t tokens, out_features, in_features, nnz, split_tokens;  // tokens: whole granules
   int tiles, ranks, width;
-  bool long_indices, accumulate;
+  bool long_indices;
 };
 
 template <class E, int kThreads, int kRows, int kSlots, int kColumns, int kUnit, bool kOrdered>
@@ -268,21 +268,16 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
   }
 
   float* const sums = args.sums + blockIdx.z * args.nnz;
-  const auto add = [&](float before, float sum) { return args.accumulate ? before + sum : sum; };
   __syncthreads();  // the stages are read no more
   if constexpr (kOrdered) {
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
       int64_t entry[kSlots];
-      float before[kSlots] = {};
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) entry[slot] = listed_entry(m, slot);
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot)
-        if (args.accumulate && entry[slot] >= 0) before[slot] = sums[entry[slot]];
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot)
-        if (entry[slot] >= 0) sums[entry[slot]] = add(before[slot], acc[m * kSlots + slot]);
+        if (entry[slot] >= 0) sums[entry[slot]] = acc[m * kSlots + slot];
     }
   } else {  // row by row of each lane, turned so that neighbouring lanes write neighbouring entries
     constexpr int kStride = kSlots | 1;
@@ -297,18 +292,16 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_rows_kernel(RowsArgs args) 
       for (int slot = 0; slot < kSlots; ++slot) turned[lane * kStride + slot] = acc[m * kSlots + slot];
       __syncwarp();
       float* to[kSlots];
-      float before[kSlots] = {};
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
         const int owner = (k * 32 + lane) / kSlots, slot = (k * 32 + lane) % kSlots;
         const int first = __shfl_sync(0xFFFFFFFFu, span[m].first, owner), count = __shfl_sync(0xFFFFFFFFu, span[m].count, owner);
         to[k] = slot < count ? sums + first + slot : nullptr;
-        if (args.accumulate && to[k] != nullptr) before[k] = *to[k];
       }
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
         const int owner = (k * 32 + lane) / kSlots, slot = (k * 32 + lane) % kSlots;
-        if (to[k] != nullptr) *to[k] = add(before[k], turned[owner * kStride + slot]);
+        if (to[k] != nullptr) *to[k] = turned[owner * kStride + slot];
       }
       __syncwarp();
     }

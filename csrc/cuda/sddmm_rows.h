@@ -61,10 +61,9 @@ inline int64_t rows_split_tokens(int64_t tokens, int64_t splits) {
 // Whether there is a kernel for this variant and dtype.
 bool has_rows_variant(const RowsVariant& variant, DType dtype);
 
-// out[p] (+)= sum over t of grad_output[t, row p] * input[t, column p]; `partial` holds [rows_splits, nnz] floats, and is not
+// out[p] = sum over t of grad_output[t, row p] * input[t, column p]; `partial` holds [rows_splits, nnz] floats, and is not
 // touched where that is one split. Needs rows_fit. cudaErrorInvalidValue for a variant without a kernel.
 cudaError_t sddmm_rows(const void* grad_output, const void* input, DType dtype, Indices indices, const RowsPlan& plan, float* out,
-                       float* partial, bool accumulate, int64_t tokens, int64_t out_features, int64_t in_features,
-                       cudaStream_t stream);
+                       float* partial, int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream);
 
 }  // namespace sprand::cuda

@@ -17,7 +17,7 @@
 // Bound: L2. A unit reads (rows + columns) x 32 bytes per 16 tokens, which is why blocks are as large as shared memory allows.
 #include <type_traits>
 
-#include "../common/mma_host.h"
+#include "../emulator/mma_host.h"
 #include "kernel.cuh"
 #include "sddmm_run8.h"
 

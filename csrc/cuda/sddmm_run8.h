@@ -4,7 +4,8 @@
 
 namespace sprand::cuda {
 
-// What sprand/kernels/schedule_run8.py makes of a pattern, once. `table` lies in device memory, `table_size` int32 (256-byte aligned):
+// What sprand/kernels/schedule_run8.py makes of a pattern, once. `table` is `table_size` int32 in device memory, aligned to 256
+// bytes:
 //   units + 1 times {row_begin, column_begin, columns, first_tile}, where the last holds first_tile = tiles and else zeros;
 //   tiles times 16 runs: entries 8 run .. 8 run + 7 are row i of the tile, -1 where it has none;
 //   tiles times 16 places of rows as int16;

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../common/simt_host.h"
+#include "../emulator/simt_host.h"
 
 namespace emulator_tests {
 

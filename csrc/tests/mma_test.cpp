@@ -2,7 +2,7 @@
 #include <string>
 #include <vector>
 
-#include "../common/mma_host.h"
+#include "../emulator/mma_host.h"
 #include "expect.h"
 
 namespace {

@@ -119,8 +119,8 @@ def _advice() -> list[str]:
         )
     if native.has_extension() and not host.has_extension():
         said.append(
-            "The host module is missing (sprand._host), so kernel schedules and file merges are slower. Run in sprand's source "
-            f"folder: pip install pybind11 && {native.REINSTALL}"
+            "The host module is missing (sprand._host), so a mask of your own trains slower on a GPU, and files merge slower. "
+            f"Run in sprand's source folder: pip install pybind11 && {native.REINSTALL}"
         )
     return said
 

@@ -1,8 +1,8 @@
-"""Host-side work on sorted index lists: in C++ where `sprand._host` is built, else in PyTorch, with the same results."""
+"""Work on sorted index lists on the host: in C++ where `sprand._host` is built, else in PyTorch, with the same results."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ try:
     from .. import _host
 except ImportError:
     _host = None
-
-
-BANKS = 8  # of 16 bytes, which a GPU's shared memory serves at once
 
 
 def has_extension() -> bool:
@@ -99,6 +96,8 @@ def order_rows(
 ) -> tuple[Tensor, int, float]:
     """Deal the entries of an arbitrary mask to the lanes of the CUDA row kernel; csrc/host/order.h says how.
 
+    Only the compiled module can (`has_extension`).
+
     Args:
         indices: `[nnz]`, int32 or int64, sorted, any device.
         out_features, in_features: rows and columns of the weight; in_features is even.
@@ -113,72 +112,10 @@ def order_rows(
     _check("order_rows", indices)
     here = indices.cpu().contiguous()
     sizes = out_features, in_features, threads, rows_per_lane, slots, columns
-    if _host is not None:
-        *parts, phases, wavefronts = _host.order_rows(here.data_ptr(), here.numel(), here.element_size(), *sizes)
-        lists = [torch.frombuffer(bytearray(part), dtype=torch.int32) for part in parts]
-    else:
-        *parts, phases, wavefronts = _order_rows(here.tolist(), *sizes)
-        lists = [torch.tensor(part, dtype=torch.int32) for part in parts]
-    return torch.cat(lists).to(indices.device), len(lists[0]), wavefronts / max(phases, 1)
-
-
-def _order_rows(
-    indices: list[int], out_features: int, in_features: int, threads: int, rows_per_lane: int, slots: int, columns: int
-) -> tuple[list[int], list[int], list[int], int, int]:
-    """`order_rows` of csrc/host/order.h in Python."""
-    block, width = threads * rows_per_lane, min(columns, in_features)
-    windows: dict[int, dict[int, list[int]]] = {}  # window, row: entries
-    for entry, index in enumerate(indices):
-        row, column = divmod(index, in_features)
-        windows.setdefault(column // columns, {}).setdefault(row, []).append(entry)
-    begins: list[int] = []
-    rows: list[int] = []
-    entries: list[int] = []
-    phases = wavefronts = 0
-    for window in sorted(windows):
-        virtual: list[tuple[int, list[int]]] = []
-        for row, members in windows[window].items():
-            members = sorted(members, key=lambda entry: indices[entry] % in_features % BANKS)
-            parts = -(-len(members) // slots)
-            virtual += [(row, members[part::parts]) for part in range(parts)]
-        tiles, base = -(-len(virtual) // block), len(begins)
-        begins += [min(window * columns, in_features - width)] * tiles
-        rows += [-1] * (tiles * block)
-        entries += [-1] * (tiles * block * slots)
-        for eight in range(0, len(virtual), BANKS):
-            tile, place = base + eight // block, eight % block
-            line = tile * rows_per_lane + place // 32 % rows_per_lane
-            thread = place // (32 * rows_per_lane) * 32 + place % 32
-            stock = []
-            for lane, (row, members) in enumerate(virtual[eight : eight + BANKS]):
-                rows[line * threads + thread + lane] = row
-                stock.append([[e for e in members if indices[e] % in_features % BANKS == bank] for bank in range(BANKS)])
-            for slot, chosen in enumerate(_fill_slots(stock, slots)):
-                used = [bank for _, bank, _ in chosen]
-                wavefronts += max(map(used.count, used), default=0)
-                phases += bool(used)
-                for lane, _, entry in chosen:
-                    entries[(line * slots + slot) * threads + thread + lane] = entry
-    return begins, rows, entries, phases, wavefronts
-
-
-def _fill_slots(stock: list[list[list[int]]], slots: int) -> Iterator[list[tuple[int, int, int]]]:
-    """For each slot the `(lane, bank, entry)` that it serves; empties `stock`."""
-    for slot in range(slots):
-        left = [sum(map(len, banks)) for banks in stock]
-        slack = [slots - slot - count for count in left]
-        order = sorted((slack[lane], sum(map(bool, stock[lane])), lane) for lane in range(len(stock)) if left[lane])
-        chosen: list[tuple[int, int, int]] = []
-        used = [0] * BANKS
-        for _, _, lane in order:
-            held = [bank for bank in range(BANKS) if stock[lane][bank]]
-            free = [bank for bank in held if not used[bank]]
-            if not free and slack[lane] > 0:
-                continue
-            bank = max(free, key=lambda b: (len(stock[lane][b]), -b)) if free else min(held, key=lambda b: (used[b], b))
-            chosen.append((lane, bank, stock[lane][bank].pop()))
-            used[bank] += 1
-        yield chosen
+    *parts, phases, wavefronts = _host.order_rows(here.data_ptr(), here.numel(), here.element_size(), *sizes)
+    begins, rows, entries = (torch.frombuffer(bytearray(part), dtype=torch.int32) for part in parts)
+    table = torch.cat([begins, rows, entries]).to(indices.device)
+    return table, len(begins), wavefronts / max(phases, 1)
 
 
 def _check(name: str, indices: Tensor) -> None:

@@ -19,15 +19,11 @@ from .schedule import RUN8_DTYPES, Schedule
 
 SCHEMAS = {
     "sddmm": "(Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> Tensor",
-    "sddmm_add_": (
-        "(Tensor(a!) sums, Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> ()"
-    ),
     "embedding_grad": "(Tensor grad_output, Tensor tokens, Tensor indices, int? padding_idx=None) -> Tensor",
     "sddmm_run8": "(Tensor grad_output, Tensor input, Tensor table, int[] launch, int nnz) -> Tensor",
     "gather": "(Tensor weight, Tensor indices) -> Tensor",
     "patch_": "(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? delta, float scale=1.0) -> ()",
     "patch_all_": "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor[]? deltas, float[] scales) -> ()",
-    "scatter_add_": "(Tensor(a!) weight, Tensor indices, Tensor values, float scale=1.0) -> ()",
     "scatter_add_all_": "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] values, float[] scales) -> ()",
     "sparse_adamw_": (
         "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor(b!)[] deltas, Tensor[] grads, "
@@ -93,21 +89,6 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedul
     if schedule is not None and schedule.runs is not None and input.dtype in RUN8_DTYPES:
         return torch.ops.sprand.sddmm_run8(grad_output, input, *schedule.runs, indices.numel())
     return torch.ops.sprand.sddmm(grad_output, input, indices, *_launch(schedule))
-
-
-def sddmm_add_(sums: Tensor, grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedule | None = None) -> None:
-    """`sums += sddmm(grad_output, input, indices, schedule)`, for gradients that arrive in parts.
-
-    Args:
-        sums: `[nnz]`, float32 (float64 for float64 input); changed in place.
-        grad_output, input, indices, schedule: as for `sddmm`.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit.
-    """
-    check_sddmm("sddmm_add_", grad_output, input, indices)
-    check_entries("sddmm_add_", "sums", sums, indices, accumulation_dtype(input.dtype))
-    torch.ops.sprand.sddmm_add_(sums, grad_output, input, indices, *_launch(schedule))
 
 
 def sddmm_dense(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedule) -> Tensor:
@@ -231,27 +212,13 @@ def patch_all_(
     torch.ops.sprand.patch_all_(weights, indices, bases, deltas, scales)
 
 
-def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
-    """`weight.flatten()[indices] += scale * values`, in float32, rounded once to the dtype of `weight`.
-
-    Args:
-        weight: contiguous, any shape; changed in place.
-        indices: `[nnz]`, flat positions, sorted.
-        values: `[nnz]` float32 (float64 for a float64 weight).
-        scale: factor on `values`.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit.
-    """
-    check_weight("scatter_add_", weight, indices)
-    check_entries("scatter_add_", "values", values, indices, accumulation_dtype(weight.dtype))
-    torch.ops.sprand.scatter_add_(weight, indices, values, scale)
-
-
 def scatter_add_all_(
     weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float]
 ) -> None:
-    """`scatter_add_` to many weights, in one pass (on a GPU one launch for each pair of weight and index dtype).
+    """Add to entries of many weights, in one pass (on a GPU one launch for each pair of weight and index dtype).
+
+    `weight.flatten()[indices] += scale * values`, in float32, rounded once to the dtype of `weight`; where nothing is added the
+    bits stay.
 
     Every list has one element per target; all are on one device, and no two weights share memory. Nothing is written
     if one of them is refused.

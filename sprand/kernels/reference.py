@@ -32,19 +32,6 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, table: Tensor | N
 
 
 @torch.no_grad()
-def sddmm_add_(
-    sums: Tensor,
-    grad_output: Tensor,
-    input: Tensor,
-    indices: Tensor,
-    table: Tensor | None = None,
-    launch: Sequence[int] = (),
-) -> None:
-    """`sums += sddmm(grad_output, input, indices)`."""
-    sums += sddmm(grad_output, input, indices)
-
-
-@torch.no_grad()
 def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding_idx: int | None = None) -> Tensor:
     """The sums over the tokens of an entry's row, a bounded number of pairs (entry, token of its row) at a time."""
     features = grad_output.shape[1]
@@ -99,16 +86,10 @@ def patch_all_(
 
 
 @torch.no_grad()
-def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
-    """`weight.flatten()[indices] = cast(weight.flatten()[indices] + scale * values)`."""
-    _set(weight, indices, _patched(gather(weight, indices), values, scale))
-
-
-@torch.no_grad()
 def scatter_add_all_(
     weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float]
 ) -> None:
-    """`scatter_add_` to every weight."""
+    """`weight.flatten()[indices] = cast(weight.flatten()[indices] + scale * values)`, of every weight."""
     for weight, index, value, scale in zip(weights, indices, values, scales, strict=True):
         _set(weight, index, _patched(gather(weight, index), value, scale))
 

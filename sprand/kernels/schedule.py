@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import host
-from .host import BANKS
 from .schedule_run8 import Limits, are_runs, run8_schedule
 
+BANKS = 8  # of 16 bytes, which a GPU's shared memory serves at once
 RUN8_DTYPES = (torch.bfloat16, torch.float16)
 SAMPLED_ROWS, SAMPLED_RANKS = 2048, 64  # of a pattern, to judge its bank conflicts
 FEW_CONFLICTS = 1.3  # wavefronts per phase, up to which nothing is gained by ordering
@@ -135,7 +135,7 @@ def make_schedule(
     ]
     candidates = [schedule for schedule in aligned if schedule is not None]
     best = min(candidates, key=lambda schedule: schedule.cost, default=None)
-    if best is None or conflicts[best.variant.unit] > FEW_CONFLICTS:
+    if host.has_extension() and (best is None or conflicts[best.variant.unit] > FEW_CONFLICTS):
         candidates += [_ordered(rows, variant, limits.processors) for variant in fitting if variant.ordered]
         best = min(candidates, key=lambda schedule: schedule.cost, default=None)
     if best is not None and dtype in RUN8_DTYPES and are_runs(indices, in_features):

@@ -128,12 +128,6 @@ def run8_indices(table: Tensor, launch: list[int], in_features: int, nnz: int) -
     return (indices[:, None] + torch.arange(RUN, device=table.device)).flatten()
 
 
-def conflict_degree(table: Tensor, launch: list[int]) -> float:
-    """How often, on average, ldmatrix must go to a bank for 8 rows of a tile; 1 is the least."""
-    banks = _parts(table, launch)[2].view(-1, RUN) % RUN
-    return torch.nn.functional.one_hot(banks, RUN).sum(1).amax(1).double().mean().item()
-
-
 def shared_bytes(rows: int, columns: int) -> int:
     """The shared memory of a block: two stages of 16 tokens, input rows padded by 16 bytes."""
     return 2 * (rows * 32 + 16 * (2 * columns + 16))

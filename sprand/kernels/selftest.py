@@ -15,7 +15,7 @@ from .schedule_run8 import run8_schedule
 
 TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
 # Sums in another order, or other roundings on the way; the rest is exact to the bit.
-ROUNDED = ("sddmm", "sddmm_add_", "sddmm_run8", "embedding_grad", "sparse_adamw_")
+ROUNDED = ("sddmm", "sddmm_run8", "embedding_grad", "sparse_adamw_")
 
 
 def run(devices: Sequence[str]) -> list[dict[str, Any]]:
@@ -91,9 +91,8 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
     reference.stratified_indices_(indices, ROWS, COLS, 7)
     weight = normal(ROWS, COLS, kind=dtype)
     base = reference.gather(weight, indices)
-    if op in ("sddmm", "sddmm_add_"):
-        sides = {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype), "indices": indices}
-        return sides if op == "sddmm" else {"sums": normal(NNZ)} | sides
+    if op == "sddmm":
+        return {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype), "indices": indices}
     if op == "embedding_grad":
         tokens = torch.arange(TOKENS).square() % 12  # 0, 1, 4 and 9 by turns
         return {"grad_output": normal(TOKENS, COLS, kind=dtype), "tokens": tokens, "indices": indices, "padding_idx": 9}
@@ -107,8 +106,6 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
         return {"weight": weight, "indices": indices}
     if op == "patch_":
         return {"weight": weight, "indices": indices, "base": base, "delta": normal(NNZ), "scale": 0.5}
-    if op == "scatter_add_":
-        return {"weight": weight, "indices": indices, "values": normal(NNZ), "scale": 0.5}
     if op.endswith("_all_"):
         lists = {"weights": [weight, normal(ROWS, COLS)], "indices": [indices, indices.long()], "scales": [0.5, -2.0]}
         if op == "scatter_add_all_":
