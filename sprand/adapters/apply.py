@@ -169,8 +169,8 @@ def taken_by(model: nn.Module, disjoint: Disjoint) -> list[tuple[str, dict[str, 
     """The entries to leave out: of each adapter or mask its name, and ascending indices by parameter name.
 
     Raises:
-        FileNotFoundError: there is no adapter in a folder.
-        ValueError: one is damaged, or made for a model with other parameters.
+        FileNotFoundError: A folder holds no adapter.
+        ValueError: An adapter or mask is damaged, or was made for a model with other parameters.
     """
     if disjoint is None or disjoint is False:
         return []

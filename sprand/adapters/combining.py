@@ -256,7 +256,7 @@ def check_weights(what: str, state: State, weights: Mapping[str, float]) -> None
     """Prove that weights are those of loaded adapters.
 
     Raises:
-        ValueError: they are not.
+        ValueError: No weight is given, one is not finite, or one is that of an adapter that is not loaded.
     """
     if not weights:
         raise ValueError(f"{what}: expected a name, {{name: weight}} of at least one adapter, or None for the base, got {{}}")

@@ -41,7 +41,7 @@ def settle(path: Path) -> None:
     """Wait until a file's content, or which names a folder has, is on the disk.
 
     Raises:
-        OSError: it cannot be written there.
+        OSError: The file cannot be written there.
     """
     handle = os.open(path, os.O_RDONLY)
     try:

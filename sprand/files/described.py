@@ -73,7 +73,7 @@ def read(file: Path, key: str, what: str, form: Form | None = None) -> tuple[dic
         form: what the description must look like.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: No such file exists.
         ValueError: the file is damaged, or something else.
     """
     if not file.is_file():
@@ -117,7 +117,7 @@ def header_of(file: Path) -> bytes:
     """The header of a safetensors file, as JSON that no parser has seen; bounds what one will make of it.
 
     Raises:
-        ValueError: there is none, or it names too many tensors.
+        ValueError: The file has no header, or one that names too many tensors.
     """
     size = file.stat().st_size
     with open(file, "rb") as content:
@@ -135,7 +135,7 @@ def parse(text: str | bytes) -> Any:
     """JSON from a file.
 
     Raises:
-        ValueError: it is none, holds a number that is not finite, or is nested too deeply.
+        ValueError: The text is no JSON, holds a number that is not finite, or is nested too deeply.
     """
 
     def refuse(constant: str) -> None:

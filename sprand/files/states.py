@@ -25,7 +25,7 @@ def write(file: Path, kind: str, state: Mapping[str, Any]) -> None:
         state: dicts, lists, tuples, tensors, numbers, texts and None, nested.
 
     Raises:
-        OSError: it cannot be written; a file that was there is untouched.
+        OSError: The file cannot be written; one that was there is untouched.
         TypeError: the state holds something else.
     """
     tensors: dict[str, Tensor] = {}
@@ -36,8 +36,8 @@ def read(file: Path, kind: str) -> dict[str, Any]:
     """A state written by `write`: equal in every type and bit, its tensors on the CPU.
 
     Raises:
-        FileNotFoundError: there is no file.
-        ValueError: it is damaged, or of something else.
+        FileNotFoundError: No such file exists.
+        ValueError: The file is damaged, or holds the state of something else.
     """
     description, tensors = described.read(file, KEY, "state")
     if description.get("kind") != kind:

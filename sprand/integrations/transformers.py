@@ -69,7 +69,7 @@ class VisibleShareCallback(TrainerCallback):
         trainer: its log takes the number, so that every reporter gets it.
 
     Raises:
-        ValueError: its model has no trained entries.
+        ValueError: The trainer's model has no trained entries.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -114,7 +114,7 @@ class SparseCheckpointCallback(TrainerCallback):
 
         Raises:
             FileNotFoundError: the checkpoint has no entries.
-            ValueError: they are of another checkpoint, or of other weights than the model trains.
+            ValueError: The files are of another checkpoint, or of other weights than the model trains.
         """
         model = kwargs["model"]
         self.on_init_end(args, state, control, model=model)
@@ -126,7 +126,7 @@ class SparseCheckpointCallback(TrainerCallback):
         """Write the adapter, and what a resume needs, into the checkpoint that the trainer has just written.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
+            FileNotFoundError: The folder holds no such checkpoint.
         """
         if not state.is_world_process_zero:
             return

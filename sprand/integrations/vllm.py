@@ -84,7 +84,7 @@ def patches(
         revert: the same entries with the values of the checkpoint, which take the adapter out again.
 
     Raises:
-        FileNotFoundError: there is no adapter or no checkpoint.
+        FileNotFoundError: No adapter or no checkpoint is at a path.
         ValueError: the adapter is damaged, for another base (known after the last patch), or has tensors that the base has not.
     """
     (source,) = open_adapters([(adapter, 1.0)])
@@ -121,8 +121,8 @@ def switch(llm: Any, folder: str | os.PathLike[str] | None) -> None:
         folder: written by `sprand export --to vllm-patch`, at the same place for every worker.
 
     Raises:
-        FileNotFoundError: there are no patches in the folder.
-        ValueError: they are damaged, or of another format. The engine is as it was.
+        FileNotFoundError: The folder holds no patches.
+        ValueError: The patches are damaged, or of another format. The engine is as it was.
         RuntimeError: requests are running, or the workers hold different adapters. Also when vLLM's loader fails, which leaves
             a worker in between: restart the engine then, as vLLM asks for.
     """
@@ -159,8 +159,8 @@ def read_patches(folder: str | os.PathLike[str]) -> tuple[dict[str, TensorPatch]
     """The patches of a folder written by `sprand export --to vllm-patch`, by tensor, and their checksum.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: they are damaged, or of another format.
+        FileNotFoundError: The folder holds no patches.
+        ValueError: The patches are damaged, or of another format.
     """
     weights, text = Path(folder, "patches.safetensors"), Path(folder, "patches.json")
     for file in (weights, text):

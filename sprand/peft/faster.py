@@ -154,7 +154,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         The same object.
 
     Raises:
-        ValueError: there is no such layer, one is merged, or its weight cannot be written.
+        ValueError: The model has no such layer, a layer is merged, or its weight cannot be written.
     """
     layers = [module for module in model.modules() if type(module) in FAST and _can_change(module)]
     if not layers:

@@ -137,7 +137,7 @@ def _linear_weights(folder: Path) -> set[str]:
     """The weights of the linear layers of a checkpoint's model, by their names in it and in the model without its head.
 
     Raises:
-        ValueError: there is no configuration that says which model it is.
+        ValueError: No configuration says which model it is.
     """
     how = "expected a folder of transformers, whose config.json names the architecture; or call sprand.peft.export_adapter"
     try:

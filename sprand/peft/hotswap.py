@@ -28,8 +28,9 @@ def hotswap(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = 
         adapter_name: the live adapter. It may be merged.
 
     Raises:
-        FileNotFoundError: there is no adapter.
-        ValueError: it trains other entries, was trained on another base, or also holds whole modules. Nothing has changed then.
+        FileNotFoundError: No adapter is at that path.
+        ValueError: The adapter trains other entries, was trained on another base, or also holds whole modules. Nothing has
+            changed then.
     """
     folder = Path(path)
     file = folder / "adapter_model.safetensors"

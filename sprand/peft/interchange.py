@@ -41,7 +41,7 @@ def export_adapter(path_in: str | os.PathLike[str], path_out: str | os.PathLike[
         The folder.
 
     Raises:
-        FileNotFoundError: there is no adapter.
+        FileNotFoundError: No adapter is at that path.
         ValueError: another base, an unknown format, or weights that the other method cannot train.
     """
     if to not in CONFIGS:
@@ -75,8 +75,8 @@ def import_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name:
         The PEFT model, with the adapter active and its values trainable.
 
     Raises:
-        FileNotFoundError: there is no adapter of a known kind.
-        ValueError: it is for another model, or trains more than entries of weights.
+        FileNotFoundError: No adapter of a known kind is at that path.
+        ValueError: The adapter is for another model, or trains more than entries of weights.
     """
     folder = Path(path)
     wrapped = isinstance(model, peft.PeftModel)

@@ -140,7 +140,7 @@ class SprandModel(BaseTuner):
         """As in PEFT.
 
         Raises:
-            ValueError: there is none of that name, or the model is sharded.
+            ValueError: No adapter has that name, or the model is sharded.
         """
         sharding.refuse(self.model, "delete_adapter", "leave it there, and make another one active with set_adapter")
         super().delete_adapter(adapter_name)

@@ -16,7 +16,7 @@ def check_peft() -> None:
     """Prove that PEFT lets a method from outside save and load its adapters.
 
     Raises:
-        ImportError: it does not.
+        ImportError: The installed PEFT is too old, or cannot be extended.
     """
     missing = [name for name in NEEDED if not hasattr(BaseTuner, name)]
     if missing:

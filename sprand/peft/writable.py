@@ -19,7 +19,7 @@ def check_writable(name: str, weight: Tensor, read_only: list[tuple[int, int]]) 
         read_only: the result of `read_only_ranges`.
 
     Raises:
-        ValueError: it is an inference tensor, no floating point, not contiguous, or lies in read-only memory.
+        ValueError: The weight is an inference tensor, no floating point, not contiguous, or lies in read-only memory.
     """
     if weight.is_inference():
         raise ValueError(

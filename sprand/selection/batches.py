@@ -45,7 +45,7 @@ class Batches:
         self.done += 1
         seen = 0
         for batch in _shown(self.data, f"calibration {self.done}/{self.passes}"):
-            batch = _map(batch, lambda tensor: tensor.to(self.device))
+            batch = mapped(batch, lambda tensor: tensor.to(self.device))
             first = next(_tensors(batch), None)
             if first is None:
                 raise ValueError(f"data: expected batches with tensors, got {type(batch).__name__} without any")
@@ -64,7 +64,7 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Te
     """The loss of a batch: `loss_fn(model, batch)`, or what the model gives as its own.
 
     Raises:
-        ValueError: there is none.
+        ValueError: The model gives no loss, or what `loss_fn` gives is no number that depends on the weights.
     """
     if loss_fn is not None:
         loss = loss_fn(model, batch)
@@ -91,7 +91,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 def split(batch: Any, count: int) -> Iterator[Any]:
     """The examples of a batch, each as a batch of one."""
     for i in range(count):
-        yield _map(batch, lambda t, i=i: t[i : i + 1] if t.dim() and t.shape[0] == count else t)
+        yield mapped(batch, lambda t, i=i: t[i : i + 1] if t.dim() and t.shape[0] == count else t)
 
 
 @contextmanager
@@ -133,13 +133,14 @@ def _head_of(model: nn.Module) -> nn.Module | None:
     return next((module for name, module in model.named_modules() if name.rpartition(".")[2] in HEADS), None)
 
 
-def _map(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with every tensor changed."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        return {key: _map(value, change) for key, value in batch.items()}
+        return {key: mapped(value, change) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        parts = [_map(value, change) for value in batch]
+        parts = [mapped(value, change) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 

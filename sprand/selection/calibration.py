@@ -50,8 +50,8 @@ class Calibration:
     examples: int | None = 1024
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.memory, int) and not isinstance(self.memory, bool) and self.memory > 0
-        if self.memory != "auto" and not whole:
+        number = isinstance(self.memory, int) and not isinstance(self.memory, bool)
+        if self.memory != "auto" and not (number and self.memory > 0):
             raise ValueError(f"calibration_memory: expected 'auto' or a positive number of bytes, got {self.memory!r}")
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"calibration_dtype: expected torch.float32 or torch.bfloat16, got {self.dtype}")
@@ -83,25 +83,26 @@ class Sums:
     def add(self, name: str, grad: Tensor) -> None:
         """Add one gradient."""
         grad = grad.detach()
-        grad = (grad.to_dense() if grad.is_sparse else grad).contiguous().view(-1)
+        if grad.is_sparse:
+            grad = grad.to_dense()
+        grad = grad.contiguous().view(-1)
+        self._look(name, grad)
         total = self.values[name].view(-1)
-        if name not in self.bad:
-            self.bad[name] = torch.full((), -1, dtype=torch.int64, device=grad.device)
-        finite = torch.isfinite(grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)))
-        self.bad[name] = torch.where(finite | (self.bad[name] >= 0), self.bad[name], self.batch)
-        for part, into in zip(grad.split(CHUNK), total.split(CHUNK), strict=True):
-            part = part.to(into.device, torch.promote_types(into.dtype, torch.float32))
-            into.add_(part.square() if self.squared else part, alpha=self.weight)
+        dtype = torch.promote_types(total.dtype, torch.float32)
+        for chunk, place in zip(grad.split(CHUNK), total.split(CHUNK), strict=True):
+            chunk = chunk.to(place.device, dtype)
+            place.add_(chunk.square() if self.squared else chunk, alpha=self.weight)
 
     def finish(self, examples: int) -> None:
         """Divide by the number of examples, and prove that every gradient was finite.
 
         Raises:
-            ValueError: one was not; the message names the tensor and the batch.
+            ValueError: A gradient was not finite; the message names the tensor and the batch.
         """
-        bad = {place.name: int(self.bad[place.name]) for place in self.places if place.name in self.bad}
-        name, batch = min(((n, b) for n, b in bad.items() if b >= 0), key=lambda found: found[1], default=(None, -1))
-        if name is not None:
+        batches = {place.name: int(self.bad[place.name]) for place in self.places if place.name in self.bad}
+        bad = {name: batch for name, batch in batches.items() if batch >= 0}
+        if bad:
+            name, batch = min(bad.items(), key=lambda item: item[1])
             raise ValueError(
                 f"calibration: the gradient of {name} is not finite at batch {batch} (from 0); look at that batch, or load the "
                 "model in bfloat16 or float32"
@@ -113,6 +114,13 @@ class Sums:
         grad, p.grad = p.grad, None
         self.add(name, grad)
 
+    def _look(self, name: str, grad: Tensor) -> None:
+        """Note the batch if this is the target's first gradient that is not finite; nothing waits for the device."""
+        if name not in self.bad:
+            self.bad[name] = torch.full((), -1, dtype=torch.int64, device=grad.device)
+        finite = torch.isfinite(grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)))
+        self.bad[name] = torch.where(finite | (self.bad[name] >= 0), self.bad[name], self.batch)
+
 
 def calibrate(
     model: nn.Module, places: Sequence[Place], needs: str | None, run: Calibration, options: Mapping[str, Any]
@@ -120,8 +128,8 @@ def calibrate(
     """What a strategy needs to know of each target, in their order, one group of them in memory at a time.
 
     Raises:
-        ValueError: there is no data, or it cannot be read as often as needed; a gradient is not finite; memory for less
-            than one target.
+        ValueError: No data is given, or none that can be read as often as needed; a gradient is not finite; or the memory is
+            too small for one target.
     """
     if needs is None:
         yield from ((place, Stats()) for place in places)
@@ -137,15 +145,14 @@ def calibrate(
             "bytes, which do not fit; raise it, or give calibration_device='cpu' or calibration_dtype=torch.bfloat16"
         )
     passes = len(groups) * (2 if whole else 1)
-    batches = Batches(model, run.data, run.examples, passes) if needs != "flow" or run.data is not None else None
+    batches = None
+    if needs != "flow" or run.data is not None:
+        batches = Batches(model, run.data, run.examples, passes)
     started = time.perf_counter()
     for number, group in enumerate(groups):
         with untouched(model, checkpointing=needs in ("gradient", "fisher")):
             if needs == "flow":
-                sums, examples = _zeros(group, run), 1
-                with sums.listening():
-                    flow(model, next(iter(batches))[1] if batches else None)
-                sums.finish(1)
+                sums, examples = _flows(model, group, batches, run), 1
             elif whole:
                 with scaled_logits(model, options.get("temperature", 1.0), run.loss_fn is None):
                     gradient, examples = _gradients(model, group, batches, run, "gradient")
@@ -159,6 +166,16 @@ def calibrate(
         )  # fmt: skip
         for place in group:
             yield place, Stats(**{needs: sums.values.pop(place.name)}, examples=examples)
+
+
+def _flows(model: nn.Module, group: Sequence[Place], batches: Batches | None, run: Calibration) -> Sums:
+    """The gradients of SynFlow's pass, for an input of ones, or one shaped like the first batch."""
+    sums = _zeros(group, run)
+    batch = None if batches is None else next(iter(batches))[1]
+    with sums.listening():
+        flow(model, batch)
+    sums.finish(1)
+    return sums
 
 
 def _gradients(model: nn.Module, group: Sequence[Place], batches: Batches, run: Calibration, needs: str) -> tuple[Sums, int]:

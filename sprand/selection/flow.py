@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .batches import _map, call
+from .batches import call, mapped
 
 ACTIVATIONS = {
     getattr(owner, name)
@@ -23,6 +23,7 @@ ACTIVATIONS = {
     if hasattr(owner, name)
 }  # fmt: skip
 ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
+LABELS = ("labels", "label", "label_ids")
 NOT_POINTWISE = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmax2d)
 
 
@@ -50,34 +51,47 @@ def flow(model: nn.Module, batch: Any = None) -> None:
         batch: what shapes the input has, for a model that takes neither `inputs_embeds` nor the input of its first layer.
 
     Raises:
-        ValueError: no input of ones can be made for this model.
+        ValueError: No input of ones can be made for this model.
     """
     with ExitStack() as stack:
         stack.enter_context(_absolute(model))
         for module in model.modules():
             if type(module).__module__ in ACTIVATION_MODULES and not isinstance(module, NOT_POINTWISE):
-                stack.callback(module.register_forward_hook(lambda m, inputs, output: inputs[0]).remove)
+                stack.callback(module.register_forward_hook(_input_of).remove)
             if isinstance(module, nn.Embedding) and batch is not None:
-                stack.callback(module.register_forward_hook(lambda m, inputs, output: torch.ones_like(output)).remove)
+                stack.callback(module.register_forward_hook(_ones_of).remove)
         stack.enter_context(Linear())
-        output = _run(model, batch)
+        output = _ones_through(model) if batch is None else _ones_like_batch(model, batch)
         if not isinstance(output, Tensor):
-            output = getattr(output, "logits", None) if hasattr(output, "logits") else output[0]
+            output = output.logits if hasattr(output, "logits") else output[0]
         output.sum().backward()
 
 
-def _run(model: nn.Module, batch: Any) -> Any:
-    if batch is not None:
-        labels = {"labels", "label", "label_ids"}
-        batch = {key: value for key, value in batch.items() if key not in labels} if isinstance(batch, Mapping) else batch
-        return call(model, _map(batch, lambda t: torch.ones_like(t) if t.is_floating_point() else t))
-    dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
+def _input_of(module: nn.Module, inputs: Sequence[Any], output: Any) -> Any:
+    return inputs[0]
+
+
+def _ones_of(module: nn.Module, inputs: Sequence[Any], output: Tensor) -> Tensor:
+    return torch.ones_like(output)
+
+
+def _ones_like_batch(model: nn.Module, batch: Any) -> Any:
+    """The output for a batch without labels whose floating point tensors are ones."""
+    if isinstance(batch, Mapping):
+        batch = {key: value for key, value in batch.items() if key not in LABELS}
+    return call(model, mapped(batch, lambda value: torch.ones_like(value) if value.is_floating_point() else value))
+
+
+def _ones_through(model: nn.Module) -> Any:
+    """The output for one token, or one row, of ones."""
+    some = next(model.parameters())
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embedding is not None:
-        return model(inputs_embeds=torch.ones(1, 1, embedding.weight.shape[-1], dtype=dtype, device=device))
+        width = embedding.weight.shape[-1]
+        return model(inputs_embeds=torch.ones(1, 1, width, dtype=some.dtype, device=some.device))
     first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
     try:
-        return model(torch.ones(1, first.in_features, dtype=dtype, device=device))
+        return model(torch.ones(1, first.in_features, dtype=some.dtype, device=some.device))
     except Exception as error:
         raise ValueError(
             f"synflow: no input of ones can be made for this {type(model).__name__} ({error}); give data= with one batch of the "
@@ -114,7 +128,13 @@ def _unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 def _normed(
     input: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    square = input.float().square().mean(tuple(range(-len(shape), 0)), keepdim=True)
-    result = input * torch.rsqrt(square + (eps or torch.finfo(input.dtype).eps)).to(input.dtype).detach()
-    result = result if weight is None else result * weight
+    """The normalization of the last dimensions, of `shape`, by a scale through which no gradient flows."""
+    axes = tuple(range(-len(shape), 0))
+    mean_square = input.float().square().mean(axes, keepdim=True)
+    if not eps:
+        eps = torch.finfo(input.dtype).eps
+    scale = torch.rsqrt(mean_square + eps).to(input.dtype)
+    result = input * scale.detach()
+    if weight is not None:
+        result = result * weight
     return result if bias is None else result + bias

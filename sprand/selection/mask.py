@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from .config import GIVEN, SparseConfig
 FORMAT_VERSION = 1
 KEY = "sprand_mask"
 CHOOSING = (
-    "strategy", "strategy_options", "density", "budget", "scope", "min_density", "max_density", "preserve_zeros",
+    "density", "budget", "strategy", "strategy_options", "scope", "min_density", "max_density", "preserve_zeros",
 )  # fmt: skip
 _NAMED = {"name": TEXT, "checksum": TEXT}
 _SELECTION = record(
@@ -83,7 +82,7 @@ class Mask(dict[str, Tensor]):
             The file.
 
         Raises:
-            OSError: it cannot be written; a file that was there is untouched.
+            OSError: The file cannot be written; one that was there is untouched.
         """
         tensors = {name: indices.cpu().contiguous() for name, indices in self.items()}
         description = {
@@ -105,8 +104,8 @@ class Mask(dict[str, Tensor]):
             The mask.
 
         Raises:
-            FileNotFoundError: there is no file.
-            ValueError: it is damaged, no mask, or of a newer format.
+            FileNotFoundError: No such file exists.
+            ValueError: The file is damaged, no mask, or of a newer format.
         """
         file = Path(path)
         if not file.is_file():
@@ -127,21 +126,31 @@ def selection_of(config: SparseConfig) -> dict[str, Any] | None:
         return getattr(config.strategy, "selection", None)
     if config.strategy in (*pattern.RANDOM_STRATEGIES, GIVEN):
         return None
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in CHOOSING}
-    return fields | ({} if isinstance(config.strategy, str) else {"strategy": getattr(config.strategy, "__name__", "callable")})
+    fields = {field: getattr(config, field) for field in CHOOSING}
+    if not isinstance(config.strategy, str):
+        fields["strategy"] = getattr(config.strategy, "__name__", "callable")
+    return fields
 
 
 def chosen_by(selection: Mapping[str, Any]) -> str:
     """How entries were chosen, or came together, in words."""
     strategy, density = selection.get("strategy"), selection.get("density")
+    seed = f"seed {selection['seed']}" if "seed" in selection else ""
     if strategy == "combine":
-        parts = ", ".join(f"{source['weight']:g} x {source['name']}" for source in selection["sources"])
-        kept = f", density {density:g}" if density else ""
-        return f"{selection['method']} of {parts}{kept}" + (f", seed {selection['seed']}" if "seed" in selection else "")
-    if strategy == "diff":
-        return "difference of two checkpoints" + (f", the largest {density:g}" if density else "")
-    how = f"seed {selection['seed']}" if "seed" in selection else selection.get("scope", "local")
-    amount = f", density {density:g}" if density else f", budget {selection['budget']}" if selection.get("budget") else ""
-    apart = ", ".join(other["name"] for other in selection.get("disjoint", ()))
-    words = "given indices" if strategy == GIVEN else f"{strategy}, {how}{amount}"
-    return words + (f", disjoint from {apart}" if apart else "")
+        sources = ", ".join(f"{source['weight']:g} x {source['name']}" for source in selection["sources"])
+        words = [f"{selection['method']} of {sources}", f"density {density:g}" if density else "", seed]
+    elif strategy == "diff":
+        words = ["difference of two checkpoints", f"the largest {density:g}" if density else ""]
+    elif strategy == GIVEN:
+        words = ["given indices"]
+    else:
+        words = [strategy, seed or selection.get("scope", "local"), _amount(selection)]
+    if selection.get("disjoint"):
+        words.append("disjoint from " + ", ".join(other["name"] for other in selection["disjoint"]))
+    return ", ".join(filter(None, words))
+
+
+def _amount(selection: Mapping[str, Any]) -> str:
+    if selection.get("density"):
+        return f"density {selection['density']:g}"
+    return f"budget {selection['budget']}" if selection.get("budget") else ""
