@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import described
 from ..kernels import host, ops, topk
 from ..selection import pattern
-from .state import Adapter, State
+from ..selection.rules import fraction, seed_of
 
 METHODS = ("sum", "mean", "ties", "dare")
 THINNED = ("ties", "dare")  # the methods that keep a part of each adapter
@@ -35,7 +34,7 @@ class Rule:
         signs: for ties, what elects the sign: `"total"`, the sum of the changes, or `"frequency"`, their number.
 
     Raises:
-        ValueError: an unknown method, or options that do not fit it.
+        ValueError: The method is unknown, or an option does not fit it.
     """
 
     method: str = "sum"
@@ -52,11 +51,8 @@ class Rule:
                 f"{self.density!r} for {self.method}"
             )
         if self.density is not None:
-            real = isinstance(self.density, numbers.Real) and not isinstance(self.density, bool)
-            if not real or not 0 < self.density <= 1:
-                raise ValueError(f"density: expected a fraction in (0, 1], got {self.density!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
-            raise ValueError(f"seed: expected an int, got {self.seed!r}")
+            fraction("density", self.density)
+        seed_of(self.seed)
         if self.signs not in SIGNS:
             raise ValueError(f"signs: expected one of {', '.join(SIGNS)}, got {self.signs!r}")
 
@@ -67,10 +63,13 @@ class Rule:
             fields["density"] = float(self.density)
         if self.method == "dare":
             fields["seed"] = int(self.seed)
-        return fields | ({"signs": self.signs} if self.method == "ties" else {})
+        if self.method == "ties":
+            fields["signs"] = self.signs
+        return fields
 
 
 SUM = Rule()
+Term = tuple[Tensor, Tensor, Tensor, float]  # a sum, where to add in it, what, and times what
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,29 +116,35 @@ def combined(rule: Rule, count: int, targets: Mapping[str, Sequence[Part]]) -> d
         The combined change of each parameter.
 
     Raises:
-        ValueError: indices that are not ascending and unique.
+        ValueError: The indices of a part are not ascending and unique.
     """
-    result, rounds = {}, {}
+    wholes: dict[str, Whole] = {}
+    rounds: dict[tuple[int, torch.device, torch.dtype], list[Term]] = {}
     for name, parts in targets.items():
         device = parts[0].delta.device
         union, positions = host.merge_indices([part.indices.cpu() for part in parts])
         positions = [position.to(device) for position in positions]
         if rule.method == "ties":
-            result[name] = Whole(union.to(device), _vote(rule, union.numel(), parts, positions), positions)
-            continue
-        total = torch.zeros(union.shape, dtype=parts[0].delta.dtype, device=device)
-        for turn, (part, position) in enumerate(zip(parts, positions, strict=True)):
-            factor, delta = part.weight, part.delta
-            if rule.method == "mean":
-                factor = part.weight / count
-            elif rule.method == "dare":
-                kept = _drawn(rule, name, part)
-                factor, position, delta = part.weight / rule.density, position[kept], delta[kept]
-            rounds.setdefault((turn, device, total.dtype), []).append((total, position, delta.contiguous(), factor))
-        result[name] = Whole(union.to(device), total, positions)
-    for _, items in sorted(rounds.items(), key=lambda entry: entry[0][0]):
-        ops.scatter_add_all_(*zip(*items, strict=True))
-    return result
+            total = _vote(rule, union.numel(), parts, positions)
+        else:
+            total = parts[0].delta.new_zeros(union.shape)
+            for turn, (part, position) in enumerate(zip(parts, positions, strict=True)):
+                term = _term(rule, count, name, part, total, position)
+                rounds.setdefault((turn, device, total.dtype), []).append(term)
+        wholes[name] = Whole(union.to(device), total, positions)
+    for _, terms in sorted(rounds.items(), key=lambda entry: entry[0][0]):
+        ops.scatter_add_all_(*zip(*terms, strict=True))
+    return wholes
+
+
+def _term(rule: Rule, count: int, name: str, part: Part, total: Tensor, position: Tensor) -> Term:
+    """What one part adds to the change of a weight, and where."""
+    delta = part.delta
+    if rule.method == "dare":
+        kept = _drawn(rule, name, part)
+        return total, position[kept], delta[kept].contiguous(), part.weight / rule.density
+    factor = part.weight / count if rule.method == "mean" else part.weight
+    return total, position, delta.contiguous(), factor
 
 
 def _vote(rule: Rule, numel: int, parts: Sequence[Part], positions: Sequence[Tensor]) -> Tensor:
@@ -164,8 +169,9 @@ def _drawn(rule: Rule, name: str, part: Part) -> Tensor:
     """Which entries of a part DARE keeps, `[kept]`, ascending: a simple random sample, whose size is exact in the mean."""
     own, nnz = f"{name} dare {part.number}", part.delta.numel()
     share = rule.density * nnz
+    whole = math.floor(share)
     chance = pattern.draw_key("dare", own, (nnz,), rule.seed) % 2**32 / 2**32
-    kept = min(nnz, math.floor(share) + (chance < share - math.floor(share)))
+    kept = min(nnz, whole + (chance < share - whole))
     return pattern.draw("uniform", own, (nnz,), kept, rule.seed, part.delta.device).long()
 
 
@@ -217,51 +223,3 @@ def shared_counts(count: int, places: Iterable[tuple[Sequence[int], Sequence[Ten
         for number, position in zip(order, positions, strict=True):
             totals[number] += int((times[position] > 1).sum())
     return totals
-
-
-def mix(
-    state: State, weights: Mapping[str, float], rule: Rule = SUM, drop_heads: bool = False, recorded: bool = False
-) -> Adapter:
-    """Several adapters as one, whose config is that of the first: combined in float32, rounded once with the base."""
-    for name in weights:
-        if state.adapters[name].saved and not drop_heads:
-            raise ValueError(
-                f"switch: adapter {name!r} trained whole modules ({', '.join(state.adapters[name].saved)}), which cannot be "
-                "mixed; sprand.combine(model, weights, drop_heads=True) leaves them out"
-            )
-        if state.adapters[name].frozen:
-            raise ValueError(f"switch: adapter {name!r} has entries folded by a redrawn mask, which cannot be mixed")
-    chosen = [(state.adapters[name], float(weight)) for name, weight in weights.items()]
-    targets: dict[str, list[Part]] = {}
-    for number, (adapter, weight) in enumerate(chosen):
-        for target, indices in adapter.indices.items():
-            targets.setdefault(target, []).append(Part(number, weight, indices, adapter.deltas[target].detach()))
-    for parts in targets.values():
-        device = parts[0].delta.device
-        parts[:] = [replace(part, delta=part.delta.to(device)) for part in parts]
-    wholes = combined(rule, len(chosen), targets)
-    result = Adapter(chosen[0][0].config)
-    if recorded:
-        places = (([part.number for part in parts], wholes[target].positions) for target, parts in targets.items())
-        shared = shared_counts(len(chosen), places)
-        checksums = [content_checksum(adapter.indices, adapter.deltas) for adapter, _ in chosen]
-        origins = [Origin(*fields) for fields in zip(weights, weights.values(), checksums, shared, strict=True)]
-        result.selection = record(rule, origins)
-    for target, whole in wholes.items():
-        result.indices[target], result.deltas[target] = whole.indices, nn.Parameter(whole.delta, requires_grad=False)
-    return result
-
-
-def check_weights(what: str, state: State, weights: Mapping[str, float]) -> None:
-    """Prove that weights are those of loaded adapters.
-
-    Raises:
-        ValueError: No weight is given, one is not finite, or one is that of an adapter that is not loaded.
-    """
-    if not weights:
-        raise ValueError(f"{what}: expected a name, {{name: weight}} of at least one adapter, or None for the base, got {{}}")
-    unknown = sorted(set(weights) - set(state.adapters))
-    if unknown:
-        raise ValueError(f"{what}: no adapter {unknown[0]!r} is loaded; there are {', '.join(sorted(state.adapters))}")
-    if not all(math.isfinite(weight) for weight in weights.values()):
-        raise ValueError(f"{what}: expected finite weights, got {dict(weights)}")

@@ -16,7 +16,8 @@ from ..selection import pattern
 from ..selection.config import AS_GIVEN, SparseConfig
 from ..selection.targets import Place, places_of
 from . import optimizer_order
-from .combining import Rule, check_weights, mix
+from .combining import Rule
+from .mixing import check_weights, mix
 from .state import Adapter, State, state_of
 
 ELSEWHERE = (

@@ -31,7 +31,7 @@ def normalized(config: SparseConfig) -> dict[str, Any]:
     _check_layout(config, kind)
     _check_scope(config.scope, kind)
     _check_bounds(config)
-    stored = {"strategy_options": _options(config, kind), "seed": _seed(config.seed)}
+    stored = {"strategy_options": _options(config, kind), "seed": seed_of(config.seed)}
     stored |= _amount(config, kind)
     stored |= {field: _names(field, getattr(config, field)) for field in NAMES}
     if isinstance(config.target_parameters, str):
@@ -108,7 +108,12 @@ def _options(config: SparseConfig, kind: str) -> dict[str, Any] | None:
     return options
 
 
-def _seed(seed: Any) -> int:
+def seed_of(seed: Any) -> int:
+    """The seed of a draw.
+
+    Raises:
+        ValueError: The seed is not an int.
+    """
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise ValueError(f"seed: expected an int, got {seed!r}")
     return int(seed)
@@ -122,11 +127,11 @@ def _amount(config: SparseConfig, kind: str) -> dict[str, int | float]:
             raise ValueError("strategy: a dict of masks or indices fixes the count; leave out density and budget")
         return {}
     if budget is None:
-        return {"density": DEFAULT_DENSITY if density is None else _fraction("density", density)}
+        return {"density": DEFAULT_DENSITY if density is None else fraction("density", density)}
     if density is not None:
         raise ValueError("give density or budget, not both")
     if isinstance(budget, bool) or not isinstance(budget, numbers.Integral):
-        return {"budget": _fraction("budget", budget)}
+        return {"budget": fraction("budget", budget)}
     if budget < 1:
         raise ValueError(f"budget: expected at least 1 entry, got {budget}")
     return {"budget": int(budget)}
@@ -140,7 +145,12 @@ def _names(field: str, value: Any) -> str | tuple[str, ...] | None:
     return tuple(value)
 
 
-def _fraction(name: str, value: Any) -> float:
+def fraction(name: str, value: Any) -> float:
+    """The value of an option that says which part of something.
+
+    Raises:
+        ValueError: The value is no number in (0, 1].
+    """
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or math.isnan(value) or not 0 < value <= 1:
         hint = "; write 0.01 for 1 %" if isinstance(value, str) else ""
