@@ -288,3 +288,50 @@ def test_shares_of_runs_are_whole_and_miss_the_total_by_less_than_a_run(data):
         assert 0 <= count <= size
         assert abs(count - total * size / max(sum(sizes), 1)) < run
     assert total - max(runs) < sum(counts) <= total
+
+
+@pytest.mark.parametrize("numel", [8, 13, 49, 400])
+def test_a_vector_longer_than_a_row_is_drawn_exactly(numel, monkeypatch):
+    monkeypatch.setattr(pattern, "LONGEST_ROW", 7)
+    for nnz in {0, 1, numel // 3, numel // 7 * 7, numel - 1, numel}:
+        indices = pattern.draw("random", "w", (numel,), nnz, 0)
+        assert indices.shape == (nnz,)
+        pattern.check_indices("w", indices, numel)
+        assert pattern.draw("random", "w", (numel,), nnz, 0, device="meta").shape == (nnz,)
+    with pytest.raises(ValueError, match=f"expected at most {numel} entries, got {numel + 1}"):
+        pattern.draw("random", "w", (numel,), numel + 1, 0)
+
+
+@pytest.mark.parametrize("numel, nnz", [(61, 10), (64, 31), (61, 60)])
+def test_every_position_of_a_vector_longer_than_a_row_is_drawn_as_often(numel, nnz, monkeypatch):
+    monkeypatch.setattr(pattern, "LONGEST_ROW", 16)
+    draws = torch.stack([pattern.draw("random", "w", (numel,), nnz, seed).long() for seed in range(4000)])
+    assert_even(draws, numel)
+    assert_uniform(draws.gather(1, torch.randint(nnz, (len(draws), 1))).squeeze(1), numel)
+
+
+@pytest.mark.parametrize("layout", pattern.LAYOUTS)
+@pytest.mark.parametrize("shape", [(2**32,), (2**33 + 5,), (8, 2**33), (2**33, 8), (3, 5, 2**32)], ids=str)
+def test_weights_beyond_32_bits_are_drawn_evenly(shape, layout):
+    numel, nnz = math.prod(shape), 4096
+    indices = pattern.draw("random", "w", shape, nnz, 0, layout=layout)
+    assert indices.dtype == torch.int64 and indices.shape == (nnz,)
+    pattern.check_indices("w", indices, numel)
+    run_rows, run_cols = pattern.run_of(layout, shape)
+    cols = numel // shape[0] if len(shape) > 1 else numel
+    row, column = indices // cols, indices % cols
+    _, members = torch.stack([row // run_rows, column // run_cols]).unique(dim=1, return_counts=True)
+    assert (members == run_rows * run_cols).all()
+    per_part = torch.bincount(indices * 16 // numel, minlength=16)
+    assert (per_part - nnz / 16).abs().max() <= 4 * run_rows * run_cols
+
+
+def test_free_positions_beyond_32_bits_are_drawn():
+    shape, nnz = (2**17, 2**16), 5000
+    avoided = pattern.draw("random", "other", shape, nnz, 0)
+    for layout in pattern.LAYOUTS:
+        indices = pattern.draw_free("random", "w", shape, nnz, 0, avoided, layout)
+        pattern.check_indices("w", indices, 2**33)
+        assert indices.shape == (nnz,) and not torch.isin(indices, avoided).any()
+        per_part = torch.bincount(indices * 8 // 2**33, minlength=8)
+        assert (per_part - nnz / 8).abs().max() <= 32

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..kernels import host, ops
+from ..kernels.checks import check_draw
 
 RANDOM_STRATEGIES = ("random", "uniform")
 GIVEN = "given"  # how a strategy of explicit masks or indices is named in JSON
 LAYOUTS = {"unstructured": (1, 1), "run2": (2, 1), "run4": (4, 1), "run8": (1, 8)}  # rows and columns of a run
+LONGEST_ROW = 2**32 - 1  # of a matrix that a stratified draw is made in; it has no more rows either
 PATTERN_VERSION = 1  # changes with csrc/pattern_math.h: an adapter that stores a seed names the version it was drawn with
 
 
@@ -35,8 +37,8 @@ def draw(
     """Draw `nnz` positions of a weight at random: the same ones on every device, rank and version of torch.
 
     `"random"` is stratified: every entry is drawn with the same probability, rows differ by at most one entry, and one
-    entry falls into each of a row's equal strata. `"uniform"` is a simple random sample without replacement. Of a run
-    layout the same holds for its runs.
+    entry falls into each of a row's equal strata. A weight with 2**32 rows or columns, or more, is drawn as one vector, cut into
+    equal rows. `"uniform"` is a simple random sample without replacement. Of a run layout the same holds for its runs.
 
     Args:
         strategy: `"random"` or `"uniform"`.
@@ -63,13 +65,30 @@ def draw(
     rows = shape[0] if len(shape) > 1 else 1
     cols = numel // max(rows, 1)
     key = draw_key(f"{strategy} {layout}" if run > 1 else strategy, name, shape, seed)
-    if strategy == "random":
+    if strategy == "random" and max(rows, cols) <= LONGEST_ROW:
         indices = torch.empty(nnz, dtype=index_dtype(numel), device=device)
         ops.stratified_indices_(indices, rows, cols, key, run_rows, run_cols)
         return indices
     runs = torch.empty(nnz // run, dtype=index_dtype(numel), device=device)
-    ops.uniform_indices_(runs, numel // run, key)
+    fill = ops.uniform_indices_ if strategy == "uniform" else _stratified_vector_
+    fill(runs, numel // run, key)
     return _expanded(runs, run, cols if run_rows > 1 else 1)
+
+
+def _stratified_vector_(positions: Tensor, numel: int, key: int) -> None:
+    """Fill `positions` with a stratified draw, in no order, from a vector longer than `LONGEST_ROW`.
+
+    The vector is cut into the fewest equal rows. The few positions behind the last whole row are drawn only where all others
+    are; a turn of the vector by a random distance gives every position the same probability.
+    """
+    check_draw("draw", positions, numel)
+    rows = -(-numel // LONGEST_ROW)
+    cols = numel // rows
+    ops.stratified_indices_(positions[: rows * cols], rows, cols, key)
+    positions[rows * cols :] = torch.arange(rows * cols, max(positions.numel(), rows * cols), device=positions.device)
+    turn = torch.empty(1, dtype=torch.int64, device=positions.device)
+    ops.uniform_indices_(turn, numel, key)
+    positions.add_(turn).remainder_(numel)
 
 
 def draw_free(
