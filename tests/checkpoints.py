@@ -52,9 +52,8 @@ def redrawn(model):
     optimizer = torch.optim.SGD(sprand.parameters(model), lr=0.0)
 
     def other(model):
-        places = [(name, module, parameter) for name, module, parameter in sprand.layers.sites.attached(model)]
-        counts = {name: module.sparse_entries(parameter).indices.numel() for name, module, parameter in places}
-        return {name: torch.randperm(module._parameters[p].numel())[: counts[name]] for name, module, p in places}
+        sites = sprand.layers.sites.sites_of(model)
+        return {site.name: torch.randperm(site.numel)[: site.entries.indices.numel()] for site in sites}
 
     mask = sprand.DynamicMask(model, optimizer, every=1, steps=1, mode="recompute", strategy=other)
     assert mask.step()

@@ -31,7 +31,7 @@ def test_a_plan_is_what_training_then_needs(tmp_path, capsys, kind):
     need = {row["method"]: row for row in said["methods"]}["sprand 5 %"]
     make = transformers.AutoModelForCausalLM if kind == "llama" else transformers.AutoModel
     model = sprand.apply(make.from_pretrained(base, dtype="auto"), density=0.05)
-    entries = [module.sparse_entries(parameter) for _, module, parameter in sprand.layers.sites.attached(model)]
+    entries = [site.entries for site in sprand.layers.sites.sites_of(model)]
     assert need["trained"] == pytest.approx(sum(e.delta.numel() for e in entries), abs=len(entries))
     optimizer = sprand.SparseAdamW(model, lr=1e-3)
     for p in sprand.parameters(model):

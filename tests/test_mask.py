@@ -105,8 +105,9 @@ def test_a_damaged_file_is_refused(tmp_path):
 def test_a_mask_of_another_model_is_refused():
     with pytest.raises(ValueError, match="has no parameter 'first.weight'"):
         sprand.apply(nn.Sequential(nn.Linear(3, 3)), strategy=chosen())
-    with pytest.raises(ValueError, match="out of range"):
-        sprand.apply(built(MLP, width=8), strategy=chosen())
+    for width in (8, 48):  # indices that are out of range, and indices of other places
+        with pytest.raises(ValueError, match=rf"first.weight is \[24, 16\] there and \[{width}, 16\] in this model"):
+            sprand.apply(built(MLP, width=width), strategy=chosen())
 
 
 def png(path):

@@ -51,7 +51,7 @@ def test_the_copy_holds_the_trained_weights_after_every_message(dtype, form):
         assert receiver.receive(carried(message)) == version == receiver.version
         assert_same_bits(bits(copied), of_trainer(model))
         assert message.numel() == sync.values_bytes
-    entries = sum(module.sparse_entries(p).indices.numel() for _, module, p in sprand.layers.sites.attached(model))
+    entries = sum(site.entries.indices.numel() for site in sprand.layers.sites.sites_of(model))
     head = sum(p.numel() for p in model.head.parameters())
     assert sync.values_bytes == VALUES_HEADER.size + dtype.itemsize * (entries + head)
     assert index_message.numel() == sync.index_bytes > 4 * entries

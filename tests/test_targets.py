@@ -10,7 +10,7 @@ from torch import nn
 
 import sprand
 from models import MLP, assert_same_bits, bits, built
-from sprand.layers.sites import attached
+from sprand.layers.sites import sites_of
 
 
 @pytest.mark.parametrize("density", [0.0007, 0.01, 0.37, 1.0])
@@ -49,11 +49,11 @@ def test_a_weight_without_entries_costs_nothing():
 def test_targets():
     model = built(MLP)
     sprand.apply(model, target_modules=r"(first|third)", density=0.5)
-    assert [n for n, _, _ in attached(model)] == ["first.weight", "third.weight"]
+    assert [site.name for site in sites_of(model)] == ["first.weight", "third.weight"]
     model = sprand.apply(built(MLP), target_modules="all-linear", exclude_modules=["second"], density=0.5)
-    assert [n for n, _, _ in attached(model)] == ["first.weight", "third.weight"]
+    assert [site.name for site in sites_of(model)] == ["first.weight", "third.weight"]
     model = sprand.apply(built(MLP), target_modules=None, target_parameters=["bias"], density=0.5)
-    assert [n for n, _, _ in attached(model)] == ["first.bias", "third.bias"]
+    assert [site.name for site in sites_of(model)] == ["first.bias", "third.bias"]
 
 
 def test_given_masks_and_indices():
@@ -85,7 +85,7 @@ BAD = {
     "density above one": ({"density": 1.01}, "density: expected"),
     "density nan": ({"density": float("nan")}, "density: expected"),
     "density a word": ({"density": "1%"}, "density: expected"),
-    "density so small": ({"density": 1e-9}, "rounds to 0 entries"),
+    "density so small": ({"density": 1e-9}, "rounds to no entry; raise it"),
     "both": ({"density": 0.1, "budget": 5}, "density or budget, not both"),
     "budget too large": ({"budget": 10**6}, "1,000,000 entries were asked for, but the targets hold 1,056"),
     "budget zero": ({"budget": 0}, "at least 1"),
@@ -104,7 +104,7 @@ BAD = {
     ),
     "index twice": ({"strategy": {"second.weight": torch.tensor([3, 3])}}, "index 3 .* appears twice"),
     "index out of range": ({"strategy": {"second.weight": torch.tensor([576])}}, "index 576 .* out of range"),
-    "empty mask": ({"strategy": {"second.weight": torch.zeros(24, 24, dtype=torch.bool)}}, "choose no entry"),
+    "empty mask": ({"strategy": {"second.weight": torch.zeros(24, 24, dtype=torch.bool)}}, "chooses no entry at all"),
     "mask of nothing": ({"strategy": {"nope.weight": torch.tensor([3])}}, "no parameter 'nope.weight'"),
 }
 

@@ -147,9 +147,7 @@ def test_only_the_chosen_entries_change():
     model = built(EveryLayer)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     sprand.apply(model, density=0.2, **EVERY_TARGET)
-    chosen = {
-        name: module.sparse_entries(parameter).indices.long() for name, module, parameter in sprand.layers.sites.attached(model)
-    }
+    chosen = {site.name: site.entries.indices.long() for site in sprand.layers.sites.sites_of(model)}
     optimizer = sprand.SparseAdamW(model, lr=1e-2)
     x, y = tokens_and_labels()
     for _ in range(5):

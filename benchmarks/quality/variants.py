@@ -14,7 +14,7 @@ from sprand.adapters.state import state_of
 from sprand.cli.finetune import methods, tasks
 from sprand.cli.finetune.models import head_names
 from sprand.cli.finetune.settings import Settings
-from sprand.layers.sites import attached
+from sprand.layers.sites import sites_of
 
 LAYERS = {"random-vo": ("v", "o"), "random-qv": ("q", "v")}
 CHANGES = 8  # of a moving mask, over a run
@@ -65,7 +65,7 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
 
 def changed(model: nn.Module) -> int:
     """How many weights of a model differ from its base or may: those that train now, and those that a moving mask left behind."""
-    now = sum(module.sparse_entries(p).delta.numel() for _, module, p in attached(model))
+    now = sum(site.entries.delta.numel() for site in sites_of(model))
     return now + sum(frozen.indices.numel() for frozen in state_of(model).current.frozen.values())
 
 

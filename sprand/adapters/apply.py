@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from ..files import described
 from ..kernels import host, native
 from ..layers import sharding
+from ..layers.sites import Site
 from ..selection import pattern
 from ..selection.calibration import Calibration
 from ..selection.choose import choose
 from ..selection.config import AS_GIVEN, SparseConfig
 from ..selection.mask import Mask, selection_of
-from ..selection.targets import Place, find_targets, saved_parameters
+from ..selection.targets import Targets, View, find_targets, view_of
 from .file import entries, frozen_entries, read
 from .model import detached, install, switch
 from .state import Adapter, State
 
 Entries = Mapping[str, Tensor] | str | os.PathLike[str]  # a mask, or indices by parameter name; or the folder of an adapter
+Taken = Sequence[tuple[str, Mapping[str, Tensor]]]  # of each adapter or mask its name, and indices by parameter name
 Disjoint = bool | Entries | Sequence[Entries] | None
 
 
@@ -79,10 +81,10 @@ def apply(
     native.warn_if_slow()
     run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
     if state is None:
-        made, places = _made(model, config, disjoint, run)
+        made, sites = _made(model, config, disjoint, run)
         before = {key for key, p in model.named_parameters() if p.requires_grad}
         made.indices = _chosen(made)
-        install(model, State(trained_before=before), name, made, {place.name: place for place in places})
+        install(model, State(trained_before=before), name, made, {site.name: site for site in sites})
         return model
     with detached(model):
         made, _ = _made(model, config, disjoint, run)
@@ -145,13 +147,13 @@ def select(
                 "this model trains entries already; call sprand.merge(model) or sprand.unmerge(model) first, or give disjoint="
             )
         with detached(model):
-            made, places = _made(model, config, disjoint, run)
+            made, sites = _made(model, config, disjoint, run)
     else:
-        made, places = _made(model, config, disjoint, run)
-    return Mask(made.indices, {place.name: tuple(place.parameter.shape) for place in places}, made.selection)
+        made, sites = _made(model, config, disjoint, run)
+    return Mask(made.indices, {site.name: site.shape for site in sites}, made.selection)
 
 
-def selection_without(config: SparseConfig, taken: Sequence[tuple[str, Mapping[str, Tensor]]]) -> dict[str, Any] | None:
+def selection_without(config: SparseConfig, taken: Taken) -> dict[str, Any] | None:
     """How entries are chosen, as JSON types, with what they leave out."""
     chosen = selection_of(config)
     if not taken:
@@ -196,25 +198,26 @@ def _config_of(config: SparseConfig | None, fields: Mapping[str, Any]) -> Sparse
     return config or SparseConfig(**fields)
 
 
-def _made(model: nn.Module, config: SparseConfig, disjoint: Disjoint, run: Calibration) -> tuple[Adapter, list[Place]]:
-    """The adapter, with no deltas yet, and the places of its entries, in a model that has none attached."""
-    heads = saved_parameters(model, config)
-    places = [place for place in find_targets(model, config) if place.name not in heads]
+def _made(model: nn.Module, config: SparseConfig, disjoint: Disjoint, run: Calibration) -> tuple[Adapter, list[Site]]:
+    """The adapter, with no deltas yet, and the sites of its entries, in a model that has none attached."""
+    view = view_of(model)
+    targets = find_targets(view, config)
     taken = taken_by(model, disjoint)
-    aliases: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(p), []).append(name)
-    avoided = {}
-    for place in places if taken else ():
-        lists = [found[key] for _, found in taken for key in aliases[id(place.parameter)] if key in found]
-        if lists:
-            avoided[place.name] = host.merge_indices([indices.cpu() for indices in lists])[0].to(place.parameter.device)
-    indices = choose(model, config, places, heads, run, avoided)
+    indices = choose(config, targets, run, _avoided(view, targets, taken))
     selection = selection_without(config, taken)
     if taken and config.strategy in pattern.RANDOM_STRATEGIES:
         config = SparseConfig.from_dict(config.to_dict() | AS_GIVEN)
-    saved = {name: p.data for name, p in heads.items()}
-    return Adapter(config, indices, saved=saved, selection=selection), places
+    saved = {site.name: site.weight.data for site in targets.saved}
+    return Adapter(config, indices, saved=saved, selection=selection), targets.sites
+
+
+def _avoided(view: View, targets: Targets, taken: Taken) -> dict[str, Tensor]:
+    """The entries of each target that others train, ascending."""
+    lists: dict[str, list[Tensor]] = {}
+    for _, indices in taken:
+        for name, own in indices.items():
+            lists.setdefault(view.weights[name].name, []).append(own.cpu())
+    return {site.name: host.merge_indices(lists[site.name])[0].to(site.device) for site in targets.sites if site.name in lists}
 
 
 def _chosen(made: Adapter) -> dict[str, Tensor]:

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..layers import sharding
-from ..layers.module import attach, detach, set_active, write_now
-from ..layers.sites import sparse_modules
+from ..layers.module import attach, detach, set_active, sparse_modules, write_now
+from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from ..selection.config import AS_GIVEN, SparseConfig
-from ..selection.targets import Place, places_of
+from ..selection.targets import sites_named
 from . import optimizer_order
 from .combining import Rule
 from .mixing import check_weights, mix
-from .state import Adapter, State, state_of
+from .state import Adapter, State, state_of, tensor_names
 
 ELSEWHERE = (
     "write the adapter by sprand.save(model, path) on every rank, and load it into a model that is not sharded (the base model "
@@ -26,7 +26,7 @@ ELSEWHERE = (
 )
 
 
-def install(model: nn.Module, state: State, name: str, adapter: Adapter, places: Mapping[str, Place]) -> None:
+def install(model: nn.Module, state: State, name: str, adapter: Adapter, sites: Mapping[str, Site]) -> None:
     """Attach an adapter, as the active one, to a model that has none attached; everything else is frozen."""
     for p in model.parameters():
         p.requires_grad_(False)
@@ -39,25 +39,24 @@ def install(model: nn.Module, state: State, name: str, adapter: Adapter, places:
             state.fast_paths.append((module, module.activation_relu_or_gelu))
             module.activation_relu_or_gelu = 0
     model._sprand = state
-    _attach(model, adapter, places)
+    _attach(model, adapter, sites)
     optimizer_order.watch(model)
 
 
-def _attach(model: nn.Module, adapter: Adapter, places: Mapping[str, Place]) -> None:
+def _attach(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> None:
     _write_frozen(model, adapter, trained=True)
     for name, indices in adapter.indices.items():
-        place = places[name]
-        device, redraw, base, delta = place.parameter.device, None, None, adapter.deltas.get(name)
+        site = sites[name]
+        device, redraw, base, delta = site.device, None, None, adapter.deltas.get(name)
         if adapter.config.strategy in pattern.RANDOM_STRATEGIES and not adapter.config.preserve_zeros:
-            shape = tuple(place.parameter.shape)
             config, nnz = adapter.config, indices.numel()
-            redraw = functools.partial(pattern.draw, config.strategy, name, shape, nnz, config.seed, layout=config.layout)
+            redraw = functools.partial(pattern.draw, config.strategy, name, site.shape, nnz, config.seed, layout=config.layout)
         if delta is not None and delta.device != device:
             delta.data = delta.data.to(device)
         indices = adapter.indices[name] = indices.to(device)
-        for module, parameter in place.owners:
+        for module, parameter in site.owners:
             entries = attach(module, parameter, indices, delta, base, redraw=redraw)
-            module._sprand_targets[parameter].folded = name in adapter.frozen
+            module.sparse_target(parameter).folded = name in adapter.frozen
             delta, base = entries.delta, entries.base
         adapter.deltas[name] = delta
     _set_saved(model, adapter.saved)
@@ -71,14 +70,11 @@ def _attach(model: nn.Module, adapter: Adapter, places: Mapping[str, Place]) -> 
 def _detach(model: nn.Module, state: State, keep: bool) -> None:
     """Take the active adapter off the model and, unless kept, put the base back; its own tensors are up to date then."""
     adapter = state.current
-    modules = list(sparse_modules(model))
-    for prefix, module in modules:
-        for parameter in module._sprand_targets:
-            name = f"{prefix}.{parameter}" if prefix else parameter
-            if name in adapter.indices:
-                entries = module.sparse_entries(parameter)
-                adapter.indices[name], adapter.deltas[name] = entries.indices, entries.delta
-    detach([module for _, module in modules], keep)
+    for site in sites_of(model):
+        if site.name in adapter.indices:
+            entries = site.entries
+            adapter.indices[site.name], adapter.deltas[site.name] = entries.indices, entries.delta
+    detach([module for _, module in sparse_modules(model)], keep)
     if adapter is not None and not keep:
         _write_frozen(model, adapter, trained=False)
         adapter.saved = {name: value for name, value in _set_saved(model, state.base_saved).items() if name in adapter.saved}
@@ -214,7 +210,7 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
     _detach(model, state, keep=False)
     state.active, state.mixed = (name if isinstance(name, str) else None), mixed
     if state.current is not None:
-        _attach(model, state.current, {place.name: place for place in places_of(model, set(state.current.indices))})
+        _attach(model, state.current, sites_named(model, state.current.indices))
     return model
 
 
@@ -235,7 +231,7 @@ def detached(model: nn.Module) -> Iterator[State]:
     finally:
         state.active, state.mixed = active, mixed
         if state.current is not None:
-            _attach(model, state.current, {place.name: place for place in places_of(model, set(state.current.indices))})
+            _attach(model, state.current, sites_named(model, state.current.indices))
 
 
 def _leave(model: nn.Module, state: State) -> nn.Module:
@@ -277,21 +273,19 @@ def _write_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> N
     for name, frozen in adapter.frozen.items():
         frozen.write(parameters[name]) if trained else frozen.restore(parameters[name])
     changed = {id(parameters[name]) for name in adapter.frozen}
-    for _, module in sparse_modules(model):
-        for parameter in module._sprand_targets:
-            if id(module._parameters[parameter]) in changed:
-                entries = module.sparse_entries(parameter)
-                entries.base.copy_(ops.gather(module._parameters[parameter].data, entries.indices))
+    for site in sites_of(model):
+        if id(site.weight) not in changed:
+            continue
+        for module, parameter in site.owners:
+            entries = module.sparse_entries(parameter)
+            entries.base.copy_(ops.gather(site.weight.data, entries.indices))
 
 
 def _ignore_in_ddp(model: nn.Module) -> None:
     """Indices and base are alike on every rank: DistributedDataParallel need not broadcast them before every forward."""
     before = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if "sprand_" not in name]
     model._ddp_params_and_buffers_to_ignore = before + [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in sparse_modules(model)
-        for target in module._sprand_targets.values()
-        for name in (target.indices, target.base)
+        name for _, indices, base in tensor_names(model) for name in (indices, base)
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..layers.module import SparseModule
+from ..layers.sites import sites_of
 
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -31,12 +31,9 @@ def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     _seen.add(optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in _models:
-        frozen, trained = set(), set()
-        for module in model.modules():
-            if isinstance(module, SparseModule):
-                for parameter, target in module._sprand_targets.items():
-                    frozen.add(id(module._parameters[parameter]))
-                    trained.add(id(module._parameters[target.delta]))
+        sites = sites_of(model)
+        frozen = {id(site.weight) for site in sites}
+        trained = {id(site.entries.delta) for site in sites}
         if held & frozen and not held & trained:
             warnings.warn(
                 f"this {type(optimizer).__name__} holds weights that sprand.apply froze ({len(held & frozen)} of them) and none "

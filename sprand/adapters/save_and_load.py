@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..layers import sharding
-from ..layers.sites import attached
+from ..layers.sites import sites_of
 from ..selection import pattern
 from ..selection.config import AS_GIVEN, SparseConfig
-from ..selection.targets import places_of
+from ..selection.targets import sites_named
 from .file import (
     DTYPES,
     FORMAT_VERSION,
@@ -65,15 +65,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     sharding.reshard(model)
     tensors, targets, given = {}, {}, adapter.config.strategy not in pattern.RANDOM_STRATEGIES or state.mixed is not None
     shapes = {}
-    for name, module, parameter in attached(model):
-        entries, weight = module.sparse_entries(parameter), module._parameters[parameter]
-        delta, shape = sharding.whole(entries.delta).cpu(), list(sharding.shape_of(weight))
+    for site in sites_of(model):
+        name, shape, entries = site.name, list(site.shape), site.entries
+        delta = sharding.whole(entries.delta).cpu()
         if not finite(delta):
             raise ValueError(f"save: the trained values of {name} are not finite; load the last good checkpoint")
         tensors[f"delta.{name}"], shapes[name] = delta, shape
         targets[name] = {
             "shape": shape,
-            "dtype": dtype_name(weight.dtype),
+            "dtype": dtype_name(site.weight.dtype),
             "nnz": delta.numel(),
             "fingerprint": fingerprints(entries.base),
         }
@@ -86,7 +86,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             }
         given = given or not torch.equal(entries.indices.cpu(), draw(adapter.config, name, shape, delta.numel()))
     if given:
-        tensors |= {f"indices.{name}": module.sparse_entries(p).indices.cpu() for name, module, p in attached(model)}
+        tensors |= {f"indices.{site.name}": site.entries.indices.cpu() for site in sites_of(model)}
     heads = {name: sharding.whole(p).cpu() for name, p in model.named_parameters() if name in adapter.saved}
     if bad := [name for name, value in heads.items() if not finite(value)]:
         raise ValueError(f"save: the trained values of {bad[0]} are not finite; load the last good checkpoint")
@@ -123,10 +123,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     state = getattr(model, "_sprand", None)
     with contextlib.nullcontext() if state is None else disabled(model):
         adapter = prove(model, Path(path), description, tensors)
-        places = {place.name: place for place in places_of(model, set(adapter.indices))}
+        sites = sites_named(model, adapter.indices)
     if state is None:
         trained = {key for key, p in model.named_parameters() if p.requires_grad}
-        install(model, State(trained_before=trained), name, adapter, places)
+        install(model, State(trained_before=trained), name, adapter, sites)
         return model
     if name in state.adapters:
         return _replace_values(model, state, name, adapter)

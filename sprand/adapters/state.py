@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import sharding
-from ..layers.sites import attached
+from ..layers.module import sparse_modules
+from ..layers.sites import joined, sites_of
 from ..selection.config import SparseConfig
 from ..selection.mask import Mask
 from .frozen import Frozen
@@ -76,7 +77,14 @@ def mask_of(model: nn.Module) -> Mask:
     adapter = state_of(model).current
     if adapter is None:
         raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
-    places = [(name, module, parameter) for name, module, parameter in attached(model)]
-    indices = {name: module.sparse_entries(parameter).indices for name, module, parameter in places}
-    shapes = {name: sharding.shape_of(module._parameters[parameter]) for name, module, parameter in places}
+    sites = sites_of(model)
+    indices = {site.name: site.entries.indices for site in sites}
+    shapes = {site.name: site.shape for site in sites}
     return Mask(indices, shapes, adapter.selection)
+
+
+def tensor_names(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """The names, in the state of a model, of delta, indices and base of every targeted parameter of every module."""
+    for prefix, module in sparse_modules(model):
+        for target in module._sprand_targets.values():
+            yield joined(prefix, target.delta), joined(prefix, target.indices), joined(prefix, target.base)

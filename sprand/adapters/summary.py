@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..layers.sites import attached
+from ..layers.sites import sites_of
 from .state import state_of
 
 
@@ -35,10 +35,11 @@ def summary(model: nn.Module) -> str:
     """
     state = state_of(model)
     rows = [("target", "shape", "trained", "density", "rms delta")]
-    for name, module, parameter in attached(model):
-        weight, delta = module._parameters[parameter], module.sparse_entries(parameter).delta.detach()
+    for site in sites_of(model):
+        delta = site.entries.delta.detach()
         rms = "-" if delta.is_meta else f"{delta.square().mean().sqrt().item() if delta.numel() else 0.0:.3g}"
-        rows.append((name, "x".join(map(str, weight.shape)), f"{delta.numel():,}", f"{delta.numel() / weight.numel():.4%}", rms))
+        shape, density = "x".join(map(str, site.shape)), delta.numel() / site.numel
+        rows.append((site.name, shape, f"{delta.numel():,}", f"{density:.4%}", rms))
     for name, p in model.named_parameters():
         if state.current is not None and name in state.current.saved:
             rows.append((name, "x".join(map(str, p.shape)), f"{p.numel():,}", "in full", "-"))
@@ -69,7 +70,7 @@ def visible_share(model: nn.Module) -> float:
     Raises:
         ValueError: the model has no trained entries, or no adapter is active.
     """
-    entries = [module.sparse_entries(parameter) for _, module, parameter in attached(model)]
+    entries = [site.entries for site in sites_of(model)]
     if not entries:
         state_of(model)
         raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
@@ -80,6 +81,6 @@ def visible_share(model: nn.Module) -> float:
 def _counts(model: nn.Module) -> tuple[int, int]:
     """Trained scalars, and the parameters of the model itself (deltas are entries of it, not more of it)."""
     state_of(model)
-    deltas = {id(module.sparse_entries(parameter).delta) for _, module, parameter in attached(model)}
+    deltas = {id(site.entries.delta) for site in sites_of(model)}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trained, sum(p.numel() for p in model.parameters() if id(p) not in deltas)

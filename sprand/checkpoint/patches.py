@@ -20,7 +20,7 @@ class TensorPatch:
 
     Attributes:
         name, shape, dtype: of the tensor in the checkpoint.
-        indices: `[n]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
+        indices: `[n]`, flat, sorted, distinct, int32 (int64 from 2**31 entries); None where all of the tensor is given.
         values: `[n]`, what the tensor holds there with the adapter, in its dtype; no NaN.
         base: `[n]`, what it holds there in the checkpoint; no NaN.
     """
@@ -28,7 +28,7 @@ class TensorPatch:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    indices: Tensor
+    indices: Tensor | None
     values: Tensor
     base: Tensor
 

@@ -13,6 +13,7 @@ Models of `sprand.peft` need no callback for their checkpoints.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..adapters.file import read
 from ..adapters.model import write
 from ..adapters.save_and_load import save
-from ..adapters.state import state_of
+from ..adapters.state import state_of, tensor_names
 from ..adapters.summary import visible_share
 from ..files import described, states
 from ..kernels import ops
 from ..kernels.ops import patched
-from ..layers.sites import Site, attached, sites_of, sparse_modules
+from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from ..training.dynamic import DynamicMask
 from ..training.optim import SparseAdamW
@@ -107,7 +108,9 @@ class SparseCheckpointCallback(TrainerCallback):
             raise ValueError("SparseCheckpointCallback: FSDP and DeepSpeed write checkpoints of their own; use sprand.peft there")
         state_of(model)
         if hasattr(model, "_keys_to_ignore_on_save"):
-            model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | _own_keys(model)
+            model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | set(
+                chain.from_iterable(tensor_names(model))
+            )
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Where a training is resumed, give the model the entries of the checkpoint that the trainer has just loaded.
@@ -136,9 +139,9 @@ class SparseCheckpointCallback(TrainerCallback):
         model, folder = kwargs["model"], folder / ADAPTER_FOLDER
         save(model, folder)
         tensors = {}
-        for name, module, parameter in attached(model):
-            entries = module.sparse_entries(parameter)
-            tensors |= {f"indices.{name}": entries.indices.cpu(), f"base.{name}": entries.base.cpu()}
+        for site in sites_of(model):
+            entries = site.entries
+            tensors |= {f"indices.{site.name}": entries.indices.cpu(), f"base.{site.name}": entries.base.cpu()}
         described.write(folder / ENTRIES_FILE, KEY, {}, tensors)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -207,16 +210,6 @@ def _of_resumed(args: TrainingArguments, state: TrainerState, name: str, callbac
     return found
 
 
-def _own_keys(model: nn.Module) -> set[str]:
-    """The names of all tensors of sprand in the model's state dict."""
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in sparse_modules(model)
-        for target in module._sprand_targets.values()
-        for name in (target.delta, target.indices, target.base)
-    }
-
-
 def _restore(model: nn.Module, folders: list[Path]) -> None:
     """Give the model the entries of the folder whose trained values its weights hold."""
     for folder in folders:
@@ -227,7 +220,7 @@ def _restore(model: nn.Module, folders: list[Path]) -> None:
         if all(_holds(site, *entries) for site, entries in zip(sites, values, strict=True)):
             for site, entries in zip(sites, values, strict=True):
                 for module, parameter in site.owners:
-                    target = module._sprand_targets[parameter]
+                    target = module.sparse_target(parameter)
                     names = target.delta, target.indices, target.base
                     module.load_state_dict(dict(zip(names, entries, strict=True)), strict=False)
             write(model)
@@ -248,7 +241,7 @@ def _values_of(site: Site, tensors: dict[str, Tensor], folder: Path) -> list[Ten
             f"{[None if value is None else (list(value.shape), value.dtype) for value in values]}; make the model by the same "
             "sprand.apply"
         )
-    pattern.check_indices(f"{folder}: {site.name}", values[1], site.weight.numel())
+    pattern.check_indices(f"{folder}: {site.name}", values[1], site.numel)
     return [value.to(site.weight.device) for value in values]
 
 

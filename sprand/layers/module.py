@@ -23,6 +23,7 @@ from ..kernels.schedule import Schedule
 from ..kernels.tuning import schedule_for
 from . import functional, sharding
 from .functional import Candidates, Entries, Written
+from .sites import Site, joined, site_of
 
 DELTA, INDICES, BASE = "sprand_delta", "sprand_indices", "sprand_base"
 
@@ -72,6 +73,14 @@ class SparseModule(nn.Module):
             self._parameters[target.delta], buffers[target.indices], buffers[target.base], target.scale, target.written,
             target.schedule, target.candidates,
         )  # fmt: skip
+
+    def sparse_target(self, parameter: str) -> Target:
+        """What is kept of one targeted parameter beside its tensors."""
+        return self._sprand_targets[parameter]
+
+    def sparse_sites(self, prefix: str) -> Iterator[Site]:
+        """The weights with trained entries, by their names in a model that calls this module `prefix`."""
+        return (site_of(joined(prefix, parameter), self, parameter) for parameter in self._sprand_targets)
 
     def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
         """Every delta that trains, with the name of the targeted parameter."""
@@ -372,6 +381,11 @@ def _write(items: Sequence[tuple[SparseModule, str, bool]]) -> None:
 def targets_by_delta() -> dict[int, tuple[SparseModule, str]]:
     """Every live delta parameter by its `id`, with the module and parameter it belongs to."""
     return {id(delta): (module, name) for module in _live for delta, name in module.sparse_deltas()}
+
+
+def sparse_modules(model: nn.Module) -> Iterator[tuple[str, SparseModule]]:
+    """The modules that hold trained entries, with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseModule))
 
 
 def track(module: nn.Module) -> None:

@@ -1,119 +1,106 @@
-"""Exchanging entries: a weight's pattern, deltas and moments change in place, so that everything that holds them goes on."""
+"""Sites: the weights of a model by name, each once, with every module that holds it and the entries that train there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .functional import Candidates, Entries
-from .module import SparseModule
+from . import sharding
+from .functional import Entries
+
+Owner = tuple[nn.Module, str]
 
 
 @dataclass
 class Site:
-    """A weight whose pattern may change.
+    """A weight of a model.
 
     Attributes:
-        name: of the parameter in the model.
-        owners: every module that holds it, with its name there (several where weights are tied).
+        name: the weight's name in the model; the first one where several modules share it.
+        owners: every module that holds it, with its name there.
+        shape: the shape of the whole weight, also where it is sharded or stored packed.
+        device: where its entries are kept.
+        backend: how a weight that is stored packed is read; None for an ordinary one.
     """
 
     name: str
-    owners: list[tuple[SparseModule, str]]
+    owners: list[Owner]
+    shape: tuple[int, ...]
+    device: torch.device
+    backend: Any = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The first module that holds the weight."""
+        return self.owners[0][0]
+
+    @property
+    def parameter(self) -> str:
+        """The weight's name in that module."""
+        return self.owners[0][1]
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The weight itself; a packed one may have no parameter of that name."""
+        return self.module._parameters.get(self.parameter)
+
+    @property
+    def numel(self) -> int:
+        """How many entries the whole weight has."""
+        return math.prod(self.shape)
 
     @property
     def entries(self) -> Entries:
-        """Its trained entries."""
-        module, parameter = self.owners[0]
-        return module.sparse_entries(parameter)
+        """The trained entries of the weight."""
+        return self.module.sparse_entries(self.parameter)
 
-    @property
-    def weight(self) -> nn.Parameter:
-        """The weight itself."""
-        module, parameter = self.owners[0]
-        return module._parameters[parameter]
+    def share(self, other: Site) -> None:
+        """Let the owners of another site of the same weight be owners of this one."""
+        known = {(id(module), parameter) for module, parameter in self.owners}
+        self.owners += [owner for owner in other.owners if (id(owner[0]), owner[1]) not in known]
 
-    def watch(self, candidates: Candidates | None) -> None:
-        """Show the gradient of the whole weight to `candidates` from the next forward pass on, or to nobody."""
-        for module, parameter in self.owners:
-            module._sprand_targets[parameter].candidates = candidates
 
-    def mark_folded(self) -> None:
-        """Remember that trained values of an earlier mask lie in the weight."""
-        for module, parameter in self.owners:
-            module._sprand_targets[parameter].folded = True
-
-    def moments(self, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-        """The optimizer's tensors for this weight's entries.
-
-        Raises:
-            RuntimeError: one of them has no element for each entry (quantized blocks, say), and cannot be moved.
-        """
-        p = self.entries.delta
-        for value in optimizer.state.get(p, {}).values():
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                continue
-            if value.shape != p.shape or not value.is_floating_point():
-                raise RuntimeError(
-                    f"DynamicMask: {type(optimizer).__name__} keeps a state of {list(value.shape)} {value.dtype} for "
-                    f"{self.name}, expected {list(p.shape)} in floating point; use SparseAdamW or torch.optim.AdamW"
-                )
-            yield value
-
-    def replace(self, indices: Tensor, base: Tensor, delta: Tensor, source: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Give the weight another pattern of as many entries; moments and gradient of an entry that stays go with it.
-
-        The weight must hold `base + scale * delta`, or be written at its next use.
-
-        Args:
-            indices: `[nnz]`, flat positions, sorted.
-            base: `[nnz]`, what the deltas are added to, in the weight's dtype.
-            delta: `[nnz]`.
-            source: `[nnz]`, where an entry stood before, or -1 for a new one.
-            optimizer: holds the moments.
-        """
-        p = self.entries.delta
-        for values in (*self.moments(optimizer), *([] if p.grad is None else [p.grad])):
-            values.copy_(carried(values, source))
-        p.data.copy_(delta)
-        for module, parameter in self.owners:
-            entries, target = module.sparse_entries(parameter), module._sprand_targets[parameter]
-            entries.indices.copy_(indices)
-            entries.base.copy_(base)
-            target.redraw = None
-            target.written.forget()
-            module.make_schedule(parameter)
+def site_of(name: str, module: nn.Module, parameter: str) -> Site:
+    """The site of an ordinary parameter."""
+    weight = module._parameters[parameter]
+    return Site(name, [(module, parameter)], tuple(sharding.shape_of(weight)), weight.device)
 
 
 def sites_of(model: nn.Module) -> list[Site]:
-    """Every weight with trained entries, in the order of the model, tied ones once."""
+    """Every weight with trained entries, in the order of the model, tied ones once; also of a PEFT model."""
     sites: dict[int, Site] = {}
-    for prefix, module in sparse_modules(model):
-        for parameter in module._sprand_targets:
-            name = f"{prefix}.{parameter}" if prefix else parameter
-            sites.setdefault(id(module.sparse_entries(parameter).delta), Site(name, [])).owners.append((module, parameter))
+    for prefix, module in model.named_modules():
+        if not hasattr(type(module), "sparse_sites"):
+            continue
+        for site in module.sparse_sites(prefix):
+            key = id(module if site.weight is None else site.weight)
+            sites.setdefault(key, site).share(site)
     return list(sites.values())
 
 
-def carried(values: Tensor, source: Tensor) -> Tensor:
-    """`values[source]`, zero where `source` is -1."""
-    return torch.where(source < 0, torch.zeros_like(values), values[source.clamp(min=0)])
+def weights_of(model: nn.Module) -> dict[str, Site]:
+    """Every parameter of a model, by each name that it has there; a tied one is one site, under its first name."""
+    return collected(model.named_modules(remove_duplicate=False))
 
 
-def sparse_modules(model: nn.Module) -> Iterator[tuple[str, SparseModule]]:
-    """The modules that hold trained entries, with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseModule))
+def collected(modules: Iterator[tuple[str, nn.Module]]) -> dict[str, Site]:
+    """The parameters of named modules, by each name; one that several modules share is one site, under its first name."""
+    sites: dict[str, Site] = {}
+    first: dict[int, Site] = {}
+    for prefix, module in modules:
+        for parameter, weight in module._parameters.items():
+            if weight is not None:
+                site = site_of(joined(prefix, parameter), module, parameter)
+                sites[site.name] = first.setdefault(id(weight), site)
+                sites[site.name].share(site)
+    return sites
 
 
-def attached(model: nn.Module) -> Iterable[tuple[str, SparseModule, str]]:
-    """Every targeted parameter once: its full name, its module, and its name there."""
-    seen: set[int] = set()
-    for prefix, module in sparse_modules(model):
-        for parameter in module._sprand_targets:
-            key = id(module._parameters[parameter])
-            if key not in seen:
-                seen.add(key)
-                yield (f"{prefix}.{parameter}" if prefix else parameter), module, parameter
+def joined(prefix: str, name: str) -> str:
+    """A name inside of a module, as the model calls it."""
+    return f"{prefix}.{name}" if prefix else name

@@ -22,6 +22,7 @@ from ..kernels.tuning import schedule_for
 from ..layers import sharding
 from ..layers.functional import Entries, Written
 from ..layers.module import SparseModule, kind_of, track, untrack
+from ..layers.sites import Site, site_of
 
 
 class Delta(nn.Module):
@@ -148,8 +149,8 @@ class AdapterTarget:
         self.forget()
 
     def entries(self, weight: Tensor, names: Sequence[str] | None = None) -> Entries:
-        """The entries of the given adapters, by default the active ones."""
-        names = self.active if names is None else tuple(names)
+        """The entries of the given adapters, by default those in effect."""
+        names = self.in_effect if names is None else tuple(names)
         for name in names:
             self._settle(weight, name)
         if len(names) == 1 and self.in_order(names[0]):
@@ -165,6 +166,11 @@ class AdapterTarget:
             delta = delta.index_add(0, position, self.deltas[name].to(delta) * float(self.scales.get(name, 1.0)))
         return Entries(delta, union, base, schedule=self._schedule(weight, names, union))
 
+    @property
+    def in_effect(self) -> tuple[str, ...]:
+        """The merged adapters, or else the active ones."""
+        return self.merged or self.active
+
     def in_order(self, name: str) -> bool:
         """Whether an adapter's indices ascend, so that its delta can be used as it is."""
         if name not in self._ordered:
@@ -174,7 +180,7 @@ class AdapterTarget:
 
     def write(self, weight: Tensor) -> None:
         """Make the weight hold the merged adapters, or the active ones."""
-        names = self.merged or self.active
+        names = self.in_effect
         if names and all(map(_whole, (weight, *(self.deltas[name] for name in names)))):
             with torch.no_grad():
                 self.entries(weight, names).write(weight)
@@ -182,7 +188,7 @@ class AdapterTarget:
     def restore(self, weight: Tensor) -> None:
         """Put the base back, bit for bit."""
         self.written.forget()
-        names = [name for name in self.merged or self.active if name in self.bases and name not in self.indices.replaced]
+        names = [name for name in self.in_effect if name in self.bases and name not in self.indices.replaced]
         if names and _whole(weight) and not self.bases[names[0]].is_meta:
             self._restore(weight, names)
 
@@ -227,7 +233,7 @@ class AdapterTarget:
             self.indices.replaced.discard(name)
             self.bases._buffers.pop(name, None)
             self._ordered.pop(name, None)
-            others = [other for other in self.merged or self.active if other != name and other in self.bases]
+            others = [other for other in self.in_effect if other != name and other in self.bases]
             if others and _whole(weight):
                 self._restore(weight, others)
             self.bases[name] = _gather(sharding.whole(weight), indices)
@@ -276,9 +282,15 @@ class HostedModule(SparseModule):
     def sparse_entries(self, parameter: str = "weight") -> Entries:
         return self._sprand_hosted[parameter].entries(self._parameters[parameter])
 
+    def sparse_sites(self, prefix: str) -> Iterator[Site]:
+        """The weights with adapters in effect, by their names in the base model."""
+        for parameter, target in self._sprand_hosted.items():
+            if target.in_effect:
+                yield site_of(target.name, self, parameter)
+
     def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
-        """The active deltas; one of several, or one whose indices do not ascend, is no delta of `sparse_entries` itself."""
-        return ((target.deltas[key], name) for name, target in self._sprand_targets.items() for key in target.active)
+        """The deltas in effect; one of several, or one whose indices do not ascend, is no delta of `sparse_entries` itself."""
+        return ((target.deltas[key], name) for name, target in self._sprand_hosted.items() for key in target.in_effect)
 
     def make_schedule(self, parameter: str) -> None:
         """Nothing: a target makes its schedules when it is used."""

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.sites import Site
 from .batches import Batches, loss_of, scaled_logits, split
 from .flow import flow
 from .strategies import Stats
-from .targets import Place
 from .untouched import untouched
 
 try:
@@ -63,7 +63,7 @@ class Calibration:
 class Sums:
     """Accumulators of a group of targets while a pass over the data fills them."""
 
-    places: Sequence[Place]
+    sites: Sequence[Site]
     values: dict[str, Tensor]
     squared: bool = False
     weight: float = 1.0  # of the batch that is worked on
@@ -74,9 +74,9 @@ class Sums:
     def listening(self) -> Iterator[None]:
         """Inside, a backward pass adds the gradient of every target of the group here and frees it at once."""
         with ExitStack() as stack:
-            for place in self.places:
-                place.parameter.requires_grad_(True)
-                handle = place.parameter.register_post_accumulate_grad_hook(lambda p, name=place.name: self._take(name, p))
+            for site in self.sites:
+                site.weight.requires_grad_(True)
+                handle = site.weight.register_post_accumulate_grad_hook(lambda p, name=site.name: self._take(name, p))
                 stack.callback(handle.remove)
             yield
 
@@ -99,7 +99,7 @@ class Sums:
         Raises:
             ValueError: A gradient was not finite; the message names the tensor and the batch.
         """
-        batches = {place.name: int(self.bad[place.name]) for place in self.places if place.name in self.bad}
+        batches = {site.name: int(self.bad[site.name]) for site in self.sites if site.name in self.bad}
         bad = {name: batch for name, batch in batches.items() if batch >= 0}
         if bad:
             name, batch = min(bad.items(), key=lambda item: item[1])
@@ -123,8 +123,8 @@ class Sums:
 
 
 def calibrate(
-    model: nn.Module, places: Sequence[Place], needs: str | None, run: Calibration, options: Mapping[str, Any]
-) -> Iterator[tuple[Place, Stats]]:
+    model: nn.Module, sites: Sequence[Site], needs: str | None, run: Calibration, options: Mapping[str, Any]
+) -> Iterator[tuple[Site, Stats]]:
     """What a strategy needs to know of each target, in their order, one group of them in memory at a time.
 
     Raises:
@@ -132,16 +132,16 @@ def calibrate(
             too small for one target.
     """
     if needs is None:
-        yield from ((place, Stats()) for place in places)
+        yield from ((site, Stats()) for site in sites)
         return
-    for place in places:
-        if not place.parameter.is_floating_point():
-            raise ValueError(f"calibration: expected a floating point weight, got {place.parameter.dtype} for {place.name}")
+    for site in sites:
+        if not site.weight.is_floating_point():
+            raise ValueError(f"calibration: expected a floating point weight, got {site.weight.dtype} for {site.name}")
     whole = needs == "hessian_gradient"  # the product runs over all targets, so their gradients are held together
-    groups = _groups(places, run, 2 if whole else 1)
+    groups = _groups(sites, run, 2 if whole else 1)
     if whole and len(groups) > 1:
         raise ValueError(
-            f"calibration_memory: this strategy holds the gradients of all targets at once, {2 * _bytes_of(places, run):,} "
+            f"calibration_memory: this strategy holds the gradients of all targets at once, {2 * _bytes_of(sites, run):,} "
             "bytes, which do not fit; raise it, or give calibration_device='cpu' or calibration_dtype=torch.bfloat16"
         )
     passes = len(groups) * (2 if whole else 1)
@@ -162,13 +162,13 @@ def calibrate(
         logger.info(
             "calibration: group %d of %d, %d targets, %d examples, %.1f s so far, accumulators of %.0f MB, peak %s",
             number + 1, len(groups), len(group), examples, time.perf_counter() - started, _bytes_of(group, run) / 1e6,
-            _peak(group[0].parameter.device),
+            _peak(group[0].device),
         )  # fmt: skip
-        for place in group:
-            yield place, Stats(**{needs: sums.values.pop(place.name)}, examples=examples)
+        for site in group:
+            yield site, Stats(**{needs: sums.values.pop(site.name)}, examples=examples)
 
 
-def _flows(model: nn.Module, group: Sequence[Place], batches: Batches | None, run: Calibration) -> Sums:
+def _flows(model: nn.Module, group: Sequence[Site], batches: Batches | None, run: Calibration) -> Sums:
     """The gradients of SynFlow's pass, for an input of ones, or one shaped like the first batch."""
     sums = _zeros(group, run)
     batch = None if batches is None else next(iter(batches))[1]
@@ -178,7 +178,7 @@ def _flows(model: nn.Module, group: Sequence[Place], batches: Batches | None, ru
     return sums
 
 
-def _gradients(model: nn.Module, group: Sequence[Place], batches: Batches, run: Calibration, needs: str) -> tuple[Sums, int]:
+def _gradients(model: nn.Module, group: Sequence[Site], batches: Batches, run: Calibration, needs: str) -> tuple[Sums, int]:
     """The mean gradient over the examples, or the mean of the squares of each example's own."""
     sums, examples = _zeros(group, run), 0
     sums.squared = needs == "fisher"
@@ -194,27 +194,27 @@ def _gradients(model: nn.Module, group: Sequence[Place], batches: Batches, run: 
 
 
 def _hessian_products(
-    model: nn.Module, group: Sequence[Place], batches: Batches, run: Calibration, vectors: Mapping[str, Tensor]
+    model: nn.Module, group: Sequence[Site], batches: Batches, run: Calibration, vectors: Mapping[str, Tensor]
 ) -> Sums:
     """Hessian of the mean loss times vectors, over all of a group of targets together."""
     sums, examples = _zeros(group, run), 0
-    for place in group:
-        place.parameter.requires_grad_(True)
-    weights = [place.parameter for place in group]
+    for site in group:
+        site.weight.requires_grad_(True)
+    weights = [site.weight for site in group]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only one with second derivatives
         for sums.batch, (count, batch) in enumerate(batches):
             loss = loss_of(model, batch, run.loss_fn, sums.batch)
             grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
             products = [
-                (grad * vectors[place.name].to(grad.device, grad.dtype)).sum()
-                for grad, place in zip(grads, group, strict=True)
+                (grad * vectors[site.name].to(grad.device, grad.dtype)).sum()
+                for grad, site in zip(grads, group, strict=True)
                 if grad is not None and grad.requires_grad
             ]
             seconds = torch.autograd.grad(_sum(products), weights, allow_unused=True) if products else ()
             sums.weight, examples = float(count), examples + count
-            for place, second in zip(group, seconds, strict=False):
+            for site, second in zip(group, seconds, strict=False):
                 if second is not None:
-                    sums.add(place.name, second)
+                    sums.add(site.name, second)
     sums.finish(examples)
     return sums
 
@@ -226,11 +226,11 @@ def _sum(products: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _zeros(group: Sequence[Place], run: Calibration) -> Sums:
+def _zeros(group: Sequence[Site], run: Calibration) -> Sums:
     values = {}
-    for place in group:
-        weight = place.parameter
-        values[place.name] = torch.zeros(weight.shape, dtype=_dtype(weight, run), device=run.device or weight.device)
+    for site in group:
+        weight = site.weight
+        values[site.name] = torch.zeros(weight.shape, dtype=_dtype(weight, run), device=run.device or weight.device)
     return Sums(group, values)
 
 
@@ -238,24 +238,24 @@ def _dtype(weight: Tensor, run: Calibration) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else run.dtype
 
 
-def _bytes_of(group: Sequence[Place], run: Calibration) -> int:
-    return sum(place.parameter.numel() * _dtype(place.parameter, run).itemsize for place in group)
+def _bytes_of(group: Sequence[Site], run: Calibration) -> int:
+    return sum(site.numel * _dtype(site.weight, run).itemsize for site in group)
 
 
-def _groups(places: Sequence[Place], run: Calibration, copies: int) -> list[list[Place]]:
+def _groups(sites: Sequence[Site], run: Calibration, copies: int) -> list[list[Site]]:
     """Neighbouring targets whose accumulators fit into memory together."""
-    limit = run.memory if run.memory != "auto" else _free(run.device or places[0].parameter.device) // 2
-    groups: list[list[Place]] = [[]]
-    for place in places:
-        need = copies * _bytes_of([place], run)
+    limit = run.memory if run.memory != "auto" else _free(run.device or sites[0].device) // 2
+    groups: list[list[Site]] = [[]]
+    for site in sites:
+        need = copies * _bytes_of([site], run)
         if need > limit and run.memory != "auto":
             raise ValueError(
-                f"calibration_memory: the accumulator of {place.name} alone takes {need:,} bytes, got {limit:,}; raise it, or "
+                f"calibration_memory: the accumulator of {site.name} alone takes {need:,} bytes, got {limit:,}; raise it, or "
                 "give calibration_device='cpu' or calibration_dtype=torch.bfloat16"
             )
-        if groups[-1] and copies * _bytes_of([*groups[-1], place], run) > limit:
+        if groups[-1] and copies * _bytes_of([*groups[-1], site], run) > limit:
             groups.append([])
-        groups[-1].append(place)
+        groups[-1].append(site)
     return groups
 
 

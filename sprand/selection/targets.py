@@ -1,15 +1,16 @@
-"""Targets: which parameters of a model a configuration means."""
+"""Targets: which weights of a model a configuration means, those of which entries train and those that train in full."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.sites import Site, collected, joined, weights_of
 from .config import SparseConfig
 
 HEADS = ("score", "classifier")  # how Hugging Face names classification heads
@@ -19,139 +20,236 @@ OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection", *HEADS)
 READ_NOT_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
-@dataclass
-class Place:
-    """A targeted parameter of the model: every module that holds it (several where weights are tied)."""
+@dataclass(frozen=True)
+class View:
+    """A model as configurations see it.
 
-    name: str
-    parameter: nn.Parameter
-    owners: list[tuple[nn.Module, str]]
+    Attributes:
+        model: the model itself.
+        modules: its modules by name.
+        weights: its weights by each name they have; a tied one is one site.
+        output: the module that makes logits of hidden states; None if there is none, or the model does not say.
+    """
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    weights: Mapping[str, Site]
+    output: nn.Module | None
+
+    def sites(self) -> list[Site]:
+        """Every weight once, in the order of the model."""
+        return [site for name, site in self.weights.items() if site.name == name]
 
 
-def find_targets(model: nn.Module, config: SparseConfig) -> list[Place]:
-    """The parameters that a configuration targets, in the order of the model, tied ones once.
+@dataclass(frozen=True)
+class Targets:
+    """What a configuration trains of a model.
+
+    Attributes:
+        model: the model itself.
+        sites: the weights of which entries train, in the order of the model.
+        saved: the weights that train in full.
+        numel: entries of all weights but those that train in full.
+        masks: given masks or indices by the name of their site; None where entries are drawn or scored.
+    """
+
+    model: nn.Module
+    sites: list[Site]
+    saved: list[Site]
+    numel: int
+    masks: dict[str, Tensor] | None
+
+
+def view_of(model: nn.Module) -> View:
+    """A model as it is."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return View(model, modules, collected(modules.items()), output_of(model))
+
+
+def output_of(model: nn.Module) -> nn.Module | None:
+    """The module that a Hugging Face model names as its output embeddings."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def find_targets(view: View, config: SparseConfig, in_full: Collection[str] | None = None) -> Targets:
+    """The weights that a configuration targets.
+
+    Args:
+        view: the model.
+        config: what to train.
+        in_full: names of the modules that train in full; by default those that `config.modules_to_save` names.
 
     Raises:
-        ValueError: nothing matches, or a name in the configuration matches nothing.
+        ValueError: A name in the configuration matches nothing, or nothing is left to choose entries of.
     """
-    if isinstance(config.strategy, Mapping):
-        wanted = set(config.strategy)
-        unknown = sorted(wanted - {name for name, _ in model.named_parameters(remove_duplicate=False)})
-        if unknown:
-            raise ValueError(
-                f"strategy: the model has no parameter {unknown[0]!r}; {closest(unknown[0], _parameter_names(model))}"
-            )
-        return places_of(model, wanted)
-    wanted = {f"{name}.weight" if name else "weight" for name in _matching_modules(model, config)}
-    if config.target_parameters:
-        wanted |= _match_all("target_parameters", config.target_parameters, _parameter_names(model))
-    if not wanted:
+    masks = _masks(view, config) if isinstance(config.strategy, Mapping) else None
+    names = _matching(view, config) if masks is None else set(masks)
+    whole = _inside(view, _modules_in_full(view, config) if in_full is None else in_full)
+    saved = [site for site in view.sites() if any(id(module) in whole for module, _ in site.owners)]
+    apart = {site.name for site in saved}
+    sites = [site for site in view.sites() if site.name in names - apart]
+    if names and not sites:
+        raise ValueError(f"modules_to_save: it trains all targets in full, {', '.join(sorted(names)[:5])}; target more")
+    for site in sites:
+        check_called(site)
+    numel = sum(site.numel for site in view.sites() if site.name not in apart)
+    return Targets(view.model, sites, saved, numel, masks)
+
+
+def sites_named(model: nn.Module, names: Iterable[str]) -> dict[str, Site]:
+    """The weights of these names, by name.
+
+    Raises:
+        ValueError: One of them is read without calling its layer.
+    """
+    weights = weights_of(model)
+    sites = {name: weights[name] for name in names}
+    for site in sites.values():
+        check_called(site)
+    return sites
+
+
+def check_called(site: Site) -> None:
+    """Prove that every module which holds a weight is called when the weight is used.
+
+    Raises:
+        ValueError: One is not.
+    """
+    if any(isinstance(module, READ_NOT_CALLED) for module, _ in site.owners):
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches no module of this model; "
-            f"{_module_hint(model, config.target_modules)}"
+            f"{site.name}: torch.nn.MultiheadAttention reads this weight without calling its layer, so it cannot be trained "
+            "sparsely; target the attention's in_proj_weight by target_parameters instead"
         )
-    return places_of(model, wanted)
 
 
-def saved_parameters(model: nn.Module, config: SparseConfig) -> dict[str, nn.Parameter]:
-    """The parameters of the modules that train in full, by name."""
-    if config.modules_to_save is None:
-        return {}
-    names = [name for name, _ in model.named_modules() if name]
-    if config.modules_to_save == "auto":
-        chosen = {name for name in names if name.rpartition(".")[2] in HEADS}
+def _masks(view: View, config: SparseConfig) -> dict[str, Tensor]:
+    """The given masks or indices by the name of their site."""
+    shapes = getattr(config.strategy, "shapes", {})
+    masks = {}
+    for name, mask in config.strategy.items():
+        if name not in view.weights:
+            raise ValueError(f"mask: the model has no parameter {name!r}; {closest(name, list(view.weights))}")
+        site = view.weights[name]
+        there = tuple(shapes.get(name, site.shape))
+        if there != site.shape:
+            raise ValueError(f"mask: {name} is {list(there)} there and {list(site.shape)} in this model")
+        if site.name in masks:
+            raise ValueError(f"mask: {name} is another name of {site.name} in this model; give one mask for both")
+        masks[site.name] = mask
+    return masks
+
+
+def _matching(view: View, config: SparseConfig) -> set[str]:
+    """The names of the sites that the configuration's words match."""
+    names = [joined(module, "weight") for module in _matching_modules(view, config)]
+    if config.target_parameters:
+        names += _match_all("target_parameters", config.target_parameters, list(view.weights))
+    if not names:
+        hint = _module_hint(view, config.target_modules)
+        raise ValueError(f"target_modules={config.target_modules!r} matches no module of this model; {hint}")
+    return {view.weights[name].name for name in names}
+
+
+def _matching_modules(view: View, config: SparseConfig) -> list[str]:
+    wanted, weighted = config.target_modules, _with_weight(view)
+    if wanted is None:
+        names = []
+    elif wanted == "all-linear":
+        names = [name for name in weighted if _is_linear(view, name) and not _is_output_head(view, name)]
+    elif isinstance(wanted, str):
+        names = [name for name in weighted if re.fullmatch(wanted, name)]
     else:
-        wanted = (config.modules_to_save,) if isinstance(config.modules_to_save, str) else config.modules_to_save
-        chosen = _match_all("modules_to_save", wanted, names)
-    return {name: p for name, p in model.named_parameters() if any(name.startswith(f"{module}.") for module in chosen)}
+        for suffix in wanted:
+            if not any(_is_suffix(suffix, name) for name in weighted):
+                _refuse(view, suffix)
+        names = [name for name in weighted if _any_suffix(wanted, name)]
+    return [name for name in names if not _is_excluded(config, name)]
 
 
-def _matching_modules(model: nn.Module, config: SparseConfig) -> list[str]:
-    if config.target_modules is None:
-        return []
-    linear = _linear_names(model)
-    if config.target_modules == "all-linear":
-        names = [name for name in linear if not _is_output_head(model, name)]
-    else:
-        weighted = [name for name, module in model.named_modules() if isinstance(module._parameters.get("weight"), Tensor)]
-        if isinstance(config.target_modules, str):
-            names = [name for name in weighted if re.fullmatch(config.target_modules, name)]
-        else:
-            for wanted in config.target_modules:
-                if not any(_is_suffix(wanted, name) for name in weighted):
-                    raise ValueError(f"target_modules: {wanted!r} matches no module with a weight; {_module_hint(model, wanted)}")
-            names = [name for name in weighted if any(_is_suffix(wanted, name) for wanted in config.target_modules)]
-    if config.exclude_modules is None:
-        return names
-    if isinstance(config.exclude_modules, str):
-        return [name for name in names if not re.fullmatch(config.exclude_modules, name)]
-    return [name for name in names if not any(_is_suffix(wanted, name) for wanted in config.exclude_modules)]
+def _is_excluded(config: SparseConfig, name: str) -> bool:
+    unwanted = config.exclude_modules
+    if unwanted is None:
+        return False
+    return bool(re.fullmatch(unwanted, name)) if isinstance(unwanted, str) else _any_suffix(unwanted, name)
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    """Linear layers that are called; MultiheadAttention reads the weight of its `out_proj` without calling it."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and not isinstance(module, READ_NOT_CALLED)
-    ]
+def _modules_in_full(view: View, config: SparseConfig) -> set[str]:
+    wanted, names = config.modules_to_save, [name for name in view.modules if name]
+    if wanted is None:
+        return set()
+    if wanted == "auto":
+        return {name for name in names if name.rpartition(".")[2] in HEADS}
+    return _match_all("modules_to_save", (wanted,) if isinstance(wanted, str) else wanted, names)
 
 
-def _is_output_head(model: nn.Module, name: str) -> bool:
-    module = model.get_submodule(name)
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return module is output or (bool(name) and name.rpartition(".")[2] in OUTPUT_HEADS)
+def _inside(view: View, names: Iterable[str]) -> set[int]:
+    """The identities of these modules and of all modules in them."""
+    return {id(module) for name in names if name in view.modules for module in view.modules[name].modules()}
 
 
-def places_of(model: nn.Module, names: set[str]) -> list[Place]:
-    """The parameters of these names, with every module that holds them, in the order of the model."""
-    places: dict[int, Place] = {}
-    chosen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for parameter, value in module._parameters.items():
-            if value is None:
-                continue
-            name = f"{prefix}.{parameter}" if prefix else parameter
-            place = places.setdefault(id(value), Place(name, value, []))
-            place.owners.append((module, parameter))
-            if name in names:
-                chosen.add(id(value))
-                if isinstance(module, READ_NOT_CALLED):
-                    raise ValueError(
-                        f"{name}: torch.nn.MultiheadAttention reads this weight without calling its layer, so it cannot be "
-                        "trained sparsely; target the attention's in_proj_weight by target_parameters instead"
-                    )
-    return [place for key, place in places.items() if key in chosen]
+def _with_weight(view: View) -> list[str]:
+    return [name for name in view.modules if joined(name, "weight") in view.weights]
 
 
-def _parameter_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
+def _is_linear(view: View, name: str) -> bool:
+    """Whether a module is a linear layer that is called; MultiheadAttention reads the weight of its `out_proj` instead."""
+    module = view.modules[name]
+    of_transformers = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    packed = view.weights[joined(name, "weight")].backend is not None
+    return (isinstance(module, nn.Linear) or of_transformers or packed) and not isinstance(module, READ_NOT_CALLED)
+
+
+def _is_output_head(view: View, name: str) -> bool:
+    return view.modules[name] is view.output or name.rpartition(".")[2] in OUTPUT_HEADS
+
+
+def _refuse(view: View, suffix: str) -> None:
+    """Say why a name in `target_modules` stands for no weight."""
+    named = [name for name in view.modules if name and _is_suffix(suffix, name)]
+    if not named:
+        raise ValueError(f"target_modules: {suffix!r} matches no module of this model; {_module_hint(view, suffix)}")
+    name, module = named[0], view.modules[named[0]]
+    own = [parameter for parameter, value in module._parameters.items() if value is not None]
+    if not own:
+        raise ValueError(
+            f"target_modules: {name} ({type(module).__name__}) has no weight of its own; name the layers inside of it instead"
+        )
+    listed = ", ".join(f"'{name.rpartition('.')[2]}.{parameter}'" for parameter in own)
+    raise ValueError(
+        f"target_modules: {name} ({type(module).__name__}) has no `weight`, it holds {', '.join(own)}; "
+        f"name them as target_parameters=[{listed}] instead"
+    )
 
 
 def _match_all(field_name: str, wanted: Sequence[str], names: Sequence[str]) -> set[str]:
     chosen: set[str] = set()
-    for pattern_ in wanted:
-        found = {name for name in names if _is_suffix(pattern_, name)}
-        if not found:
-            raise ValueError(f"{field_name}: {pattern_!r} matches nothing in this model; {closest(pattern_, names)}")
-        chosen |= found
+    for suffix in wanted:
+        matching = {name for name in names if _is_suffix(suffix, name)}
+        if not matching:
+            raise ValueError(f"{field_name}: {suffix!r} matches nothing in this model; {closest(suffix, names)}")
+        chosen |= matching
     return chosen
+
+
+def _any_suffix(suffixes: Iterable[str], name: str) -> bool:
+    return any(_is_suffix(suffix, name) for suffix in suffixes)
 
 
 def _is_suffix(wanted: str, name: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}")
 
 
-def _module_hint(model: nn.Module, wanted: Any) -> str:
-    linear = _linear_names(model)
+def _module_hint(view: View, wanted: Any) -> str:
+    weighted = [name for name in _with_weight(view) if name]
+    linear = [name for name in _with_weight(view) if _is_linear(view, name)]
     if linear and wanted != "all-linear":
         return f'{closest(str(wanted), linear)}, or "all-linear"'
-    weighted = [name for name, module in model.named_modules() if name and isinstance(module._parameters.get("weight"), Tensor)]
     names = f"modules with a weight ({', '.join(weighted[:5])}) in target_modules, or " if weighted else ""
     return f"it has no linear layer{' but its output head' if linear else ''}; name {names}parameters in target_parameters"
 
 
 def closest(wanted: str, names: Sequence[str]) -> str:
+    """The names that come nearest to one that matches nothing, in words."""
     last = (name.rpartition(".")[2] for name in names)
     known = dict.fromkeys([*(part for part in last if not part.isdigit()), *names])
     near = difflib.get_close_matches(wanted, known, n=5, cutoff=0.0)

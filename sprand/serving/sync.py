@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,10 @@ from ..checkpoint.patches import TensorPatch
 from ..checkpoint.shards import open_checkpoint
 from ..kernels import ops
 from ..layers import sharding
-from ..layers.functional import Entries
-from ..layers.sites import attached
+from ..layers.module import targets_by_delta
+from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from .messages import Layout, Piece
-
-
-@dataclass
-class _Target:
-    """One tensor of the model: `indices`, `values` and `base` are `[n]`; without indices, all of it."""
-
-    name: str
-    shape: tuple[int, ...]
-    indices: Tensor | None
-    values: Tensor
-    base: Tensor
 
 
 class DeltaSync:
@@ -169,7 +158,7 @@ class DeltaSync:
         found = ((targets[name], low, high) for name, low, high in self._cuts)
         return [(target.values.flatten()[low:high], target.base.flatten()[low:high]) for target, low, high in found]
 
-    def _names(self, targets: list[_Target]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    def _names(self, targets: list[TensorPatch]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         """The tensors that hold each parameter, with their shapes."""
         if self._checkpoint is None:
             return {target.name: [(target.name, target.shape)] for target in targets}
@@ -177,51 +166,54 @@ class DeltaSync:
         places, _ = resolve(self._checkpoint, shapes)
         return {name: [(part, self._checkpoint.tensors[part].shape) for part in parts] for name, parts in places.items()}
 
-    def _read(self) -> list[_Target]:
+    def _read(self) -> list[TensorPatch]:
+        """What the model trains now, tensor by tensor."""
         with torch.no_grad():
             sharding.reshard(self.model)
-            if hasattr(self.model, "peft_config"):
-                return [_target(name, weight, entries) for name, weight, entries in _of_peft(self.model)]
-            state = state_of(self.model)
-            if state.current is None:
-                raise ValueError("DeltaSync: no adapter is active; call sprand.switch(model, name) first")
-            found = []
-            for name, module, parameter in attached(self.model):
-                target = _target(name, module._parameters[parameter], module.sparse_entries(parameter))
-                if name in state.current.frozen:
-                    folded = state.current.frozen[name].fold(target.indices, target.values, target.base)
-                    target.indices, target.values, target.base = folded.indices, folded.values, folded.base
-                found.append(target)
-            parameters = dict(self.model.named_parameters(remove_duplicate=False))
-            for name in state.current.saved:
-                whole = sharding.whole(parameters[name])
-                found.append(_Target(name, tuple(whole.shape), None, whole, state.base_saved[name]))
-            return found
+            return _of_peft(self.model) if hasattr(self.model, "peft_config") else _of_applied(self.model)
 
 
-def _target(name: str, weight: Tensor, entries: Entries) -> _Target:
-    delta = sharding.whole(entries.delta.detach()).to(ops.accumulation_dtype(entries.base.dtype))
-    values = ops.patched(entries.base, delta, entries.scale)
-    return _Target(name, tuple(sharding.shape_of(weight)), entries.indices, values, entries.base)
+def _of_applied(model: nn.Module) -> list[TensorPatch]:
+    """The trained and folded entries of the active adapter, and the tensors that it trains in full."""
+    state = state_of(model)
+    if state.current is None:
+        raise ValueError("DeltaSync: no adapter is active; call sprand.switch(model, name) first")
+    patches = []
+    for patch in map(_patch, sites_of(model)):
+        if patch.name in state.current.frozen:
+            folded = state.current.frozen[patch.name].fold(patch.indices, patch.values, patch.base)
+            patch = replace(patch, indices=folded.indices, values=folded.values, base=folded.base)
+        patches.append(patch)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in state.current.saved:
+        whole = sharding.whole(parameters[name])
+        patches.append(TensorPatch(name, tuple(whole.shape), whole.dtype, None, whole, state.base_saved[name]))
+    return patches
 
 
-def _of_peft(model: nn.Module) -> list[tuple[str, Tensor, Entries]]:
-    """Names in the base model, weights and entries of the active adapter of a PEFT model."""
-    from ..peft.hosted import HostedModule
-
-    found, own = [], set()
-    for module in model.modules():
-        for parameter, target in getattr(module, "_sprand_hosted", {}).items() if isinstance(module, HostedModule) else ():
-            if target.active or target.merged:
-                weight = module._parameters[parameter]
-                found.append((target.name, weight, target.entries(weight, target.merged or target.active)))
-            own |= {id(delta) for delta in target.deltas.values()}
-    if not found:
+def _of_peft(model: nn.Module) -> list[TensorPatch]:
+    """The trained entries of the active adapter of a PEFT model, by the names of its base model."""
+    sites = sites_of(model)
+    if not sites:
         raise ValueError("DeltaSync: expected a PEFT model with an active SprandConfig adapter, found none")
-    whole = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    packed = [site for site in sites if site.backend is not None]
+    if packed:
+        raise ValueError(
+            f"DeltaSync: {packed[0].name} is stored quantized, and the values that it stands for are in no tensor of the copy; "
+            "train a base in 16 or 32 bits"
+        )
+    deltas = targets_by_delta()
+    whole = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in deltas]
     if whole:
         raise ValueError(
             f"DeltaSync: this PEFT model trains whole modules as well ({whole[0]}), which no positions describe; train it with "
             "sprand.apply(model, modules_to_save=[...])"
         )
-    return found
+    return [_patch(site) for site in sites]
+
+
+def _patch(site: Site) -> TensorPatch:
+    entries = site.entries
+    delta = sharding.whole(entries.delta.detach()).to(ops.accumulation_dtype(entries.base.dtype))
+    values = ops.patched(entries.base, delta, entries.scale)
+    return TensorPatch(site.name, site.shape, values.dtype, entries.indices, values, entries.base)

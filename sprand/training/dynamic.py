@@ -18,7 +18,7 @@ from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from ..selection.config import AS_GIVEN
 from .candidates import Candidates
-from .exchange import redraw, regrow
+from .exchange import mark_folded, moments, redraw, regrow, watch
 from .mask_options import Options, Strategy
 
 WATCHED = 4  # candidates per entry to grow: the first gradient chooses them, all gradients of `steps` decide among them
@@ -172,9 +172,9 @@ class DynamicMask:
         self._anchors = {name: state["anchors"][name].to(anchor, copy=True) for name, anchor in self._anchors.items()}
         self._adapter.frozen = {}
         for name, parts in state["frozen"].items():
-            device = sites[name].weight.device
+            device = sites[name].device
             self._adapter.frozen[name] = Frozen(*(parts[part].to(device) for part in ("indices", "values", "base")))
-            sites[name].mark_folded()
+            mark_folded(sites[name])
         if self.changes:
             self._adapter.config = dataclasses.replace(self._adapter.config, **AS_GIVEN)
         self._disarm()
@@ -193,7 +193,7 @@ class DynamicMask:
             for name, parts in state[kind].items():
                 if name not in sites or parts[where].shape != parts[values].shape:
                     raise ValueError(f"DynamicMask: expected {kind} positions and values of {', '.join(sites)}, got {name}")
-                pattern.check_indices(f"DynamicMask: {name}", parts[where].sort().values, sites[name].weight.numel())
+                pattern.check_indices(f"DynamicMask: {name}", parts[where].sort().values, sites[name].numel)
         searched = self._growing(int(state["count"]))
         if not state["candidates"].keys() <= searched.keys():
             raise ValueError(
@@ -213,7 +213,7 @@ class DynamicMask:
         """How many entries of a weight are exchanged at a step."""
         nnz = site.entries.indices.numel()
         asked = round(self.options.fraction_at(count) * nnz)
-        return min(asked, site.weight.numel() - nnz)
+        return min(asked, site.numel - nnz)
 
     def _arm(self) -> None:
         """Let the next backward passes look for candidates, if they are among the last before a change."""
@@ -224,21 +224,21 @@ class DynamicMask:
             if site.name not in growing:
                 continue
             indices = site.entries.indices
-            free = site.weight.numel() - indices.numel()
+            free = site.numel - indices.numel()
             dtype = ops.accumulation_dtype(site.weight.dtype)
             candidates = Candidates(indices, min(free, WATCHED * growing[site.name]), dtype)
             self._candidates[site.name] = candidates
-            site.watch(candidates)
+            watch(site, candidates)
 
     def _disarm(self) -> None:
         self._candidates = {}
         for site in sites_of(self.model):
-            site.watch(None)
+            watch(site, None)
 
     def _change(self) -> None:
         sites = sites_of(self.model)
         for site in sites:
-            list(site.moments(self.optimizer))  # raises before anything is changed
+            list(moments(site, self.optimizer))  # raises before anything is changed
         if self.mode == "recompute":
             self._recompute(sites)
         else:

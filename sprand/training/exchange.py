@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from ..adapters.frozen import Frozen
 from ..kernels import ops
 from ..kernels.topk import largest, order_keys
-from ..layers.sites import Site, carried
+from ..layers.functional import Candidates
+from ..layers.sites import Site
 
 NEW = -1  # where an entry stood before that did not train
 
@@ -33,7 +35,7 @@ def regrow(site: Site, grown: Tensor, moved: Tensor, optimizer: torch.optim.Opti
     source = torch.cat([kept, kept.new_full(grown.shape, NEW)])[order]
     base = torch.cat([entries.base[kept], ops.gather(weight, grown)])[order]
     delta = carried(entries.delta.detach(), source)
-    site.replace(indices, base, delta, source, optimizer)
+    replace(site, indices, base, delta, source, optimizer)
 
 
 def redraw(site: Site, indices: Tensor, frozen: Frozen, optimizer: torch.optim.Optimizer) -> Frozen:
@@ -50,12 +52,74 @@ def redraw(site: Site, indices: Tensor, frozen: Frozen, optimizer: torch.optim.O
     """
     entries, weight = site.entries, site.weight.data
     folded = frozen.fold(entries.indices, ops.gather(weight, entries.indices), entries.base)
-    site.mark_folded()
+    mark_folded(site)
     nearest = torch.searchsorted(entries.indices, indices).clamp_(max=indices.numel() - 1)
     source = torch.where(entries.indices[nearest] == indices, nearest, NEW)
     base = ops.gather(weight, indices)
-    site.replace(indices, base, torch.zeros_like(entries.delta), source, optimizer)
+    replace(site, indices, base, torch.zeros_like(entries.delta), source, optimizer)
     return folded
+
+
+def watch(site: Site, candidates: Candidates | None) -> None:
+    """Show the gradient of the whole weight to `candidates` from the next forward pass on, or to nobody."""
+    for module, parameter in site.owners:
+        module.sparse_target(parameter).candidates = candidates
+
+
+def mark_folded(site: Site) -> None:
+    """Remember that trained values of an earlier mask lie in the weight."""
+    for module, parameter in site.owners:
+        module.sparse_target(parameter).folded = True
+
+
+def moments(site: Site, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """The optimizer's tensors for the entries of a weight.
+
+    Raises:
+        RuntimeError: One of them has no element for each entry (quantized blocks, say), and cannot be moved.
+    """
+    delta = site.entries.delta
+    for value in optimizer.state.get(delta, {}).values():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        if value.shape != delta.shape or not value.is_floating_point():
+            raise RuntimeError(
+                f"DynamicMask: {type(optimizer).__name__} keeps a state of {list(value.shape)} {value.dtype} for "
+                f"{site.name}, expected {list(delta.shape)} in floating point; use SparseAdamW or torch.optim.AdamW"
+            )
+        yield value
+
+
+def replace(site: Site, indices: Tensor, base: Tensor, delta: Tensor, source: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Give a weight another pattern of as many entries; moments and gradient of an entry that stays go with it.
+
+    The weight must hold `base + scale * delta`, or be written at its next use.
+
+    Args:
+        site: the weight.
+        indices: `[nnz]`, flat positions, sorted.
+        base: `[nnz]`, what the deltas are added to, in the weight's dtype.
+        delta: `[nnz]`.
+        source: `[nnz]`, where an entry stood before, or `NEW`.
+        optimizer: holds the moments.
+    """
+    trained = site.entries.delta
+    gradient = [] if trained.grad is None else [trained.grad]
+    for values in (*moments(site, optimizer), *gradient):
+        values.copy_(carried(values, source))
+    trained.data.copy_(delta)
+    for module, parameter in site.owners:
+        entries, target = module.sparse_entries(parameter), module.sparse_target(parameter)
+        entries.indices.copy_(indices)
+        entries.base.copy_(base)
+        target.redraw = None
+        target.written.forget()
+        module.make_schedule(parameter)
+
+
+def carried(values: Tensor, source: Tensor) -> Tensor:
+    """`values[source]`, zero where `source` is `NEW`."""
+    return torch.where(source == NEW, torch.zeros_like(values), values[source.clamp(min=0)])
 
 
 def _least(moved: Tensor, count: int) -> Tensor:

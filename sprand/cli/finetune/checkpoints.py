@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...files import states
 from ...files.atomic import remove_stale
+from ...layers.sites import sites_of
 from .. import CliError, TrainingFailed
-from .methods import Method, target_names
+from .methods import Method
 from .settings import Settings
 
 KIND = "sprand finetune checkpoint 2"  # 1 was a file of torch.save
@@ -159,11 +160,9 @@ def diverged(what: str, step: int, method: Method, checkpoints: Checkpoints | No
 
 def _fingerprint(method: Method) -> str:
     digest = hashlib.sha256()
-    for name in target_names(method.model):
-        module = method.model.get_submodule(name)
-        for parameter in module._sprand_targets:
-            entries = module.sparse_entries(parameter)
-            digest.update(f"{name}.{parameter}".encode())
-            for tensor in (entries.indices, entries.base):
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for site in sites_of(method.model):
+        entries = site.entries
+        digest.update(site.name.encode())
+        for tensor in (entries.indices, entries.base):
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

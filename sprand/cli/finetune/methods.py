@@ -17,8 +17,9 @@ import sprand
 
 from ...adapters.apply import selection_without, taken_by
 from ...adapters.state import mask_of
+from ...layers.module import sparse_modules
 from ...selection.pattern import RANDOM_STRATEGIES
-from ...selection.targets import find_targets
+from ...selection.targets import find_targets, view_of
 from ...training.rates import suggest_lr, width_of
 from .. import CliError, require
 from .data import limited
@@ -97,7 +98,7 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
     try:
         if mask is None:
             config = sparse_config(settings, heads)
-            size = sum(place.parameter.numel() for place in find_targets(model, config))
+            size = sum(site.numel for site in find_targets(view_of(model), config).sites)
         else:
             config = sprand.SparseConfig(strategy=mask, modules_to_save=heads, seed=settings.seed)
             size = sum(math.prod(shape) for shape in mask.shapes.values())
@@ -151,7 +152,7 @@ def calibration(settings: Settings, task: Task) -> dict[str, Any]:
 
 def target_names(model: nn.Module) -> list[str]:
     """The modules that sprand trains entries of: what LoRA is compared on."""
-    return [name for name, _ in _sparse_modules(model)]
+    return [name for name, _ in sparse_modules(model)]
 
 
 def peer(name: str, model: nn.Module, settings: Settings, targets: list[str], count: int) -> Method:
@@ -220,7 +221,3 @@ def _output_embeddings(model: nn.Module) -> nn.Module:
     if head is None:
         raise CliError("--compare head: this model has no head by the names that Hugging Face gives.")
     return head
-
-
-def _sparse_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, sprand.SparseModule)]
