@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 from sprand import cli
 from sprand.adapters.file import WEIGHTS_FILE
 from sprand.cli import main
-from sprand.cli.finetune import checkpoints as checkpoint
+from sprand.cli.finetune import training_checkpoints
 from sprand.files import described, states
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +126,7 @@ def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(bert, rows, tmp_p
     assert code == 1
     assert "the loss became nan at step 8" in said and "Try a lower --lr" in said
     assert "The last good checkpoint is kept" in said and "step-00000006.safetensors" in said
-    state = states.read(tmp_path / "checkpoints" / "step-00000006.safetensors", checkpoint.KIND)
+    state = states.read(tmp_path / "checkpoints" / "step-00000006.safetensors", training_checkpoints.KIND)
     assert all(torch.isfinite(value).all() for value in state["trained"].values())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines) == 7
@@ -151,7 +151,7 @@ def test_disk_full_leaves_the_older_checkpoint(bert, rows, tmp_path, says, monke
     code, said = says("--model", bert, "--train", rows, "--out", tmp_path, "--checkpoint-every", 2, "--max-steps", 6)
     assert code == 1 and "No space left on device" in said and "step-00000002.safetensors" in said
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
-    assert states.read(tmp_path / "checkpoints" / "step-00000002.safetensors", checkpoint.KIND)["step"] == 2
+    assert states.read(tmp_path / "checkpoints" / "step-00000002.safetensors", training_checkpoints.KIND)["step"] == 2
 
 
 def test_resume_from_the_wrong_thing(bert, rows, tmp_path, says):
@@ -220,3 +220,28 @@ def test_resume_without_a_run_leaves_no_folder(bert, rows, tmp_path, says):
     code, said = says("--model", bert, "--train", rows, "--out", tmp_path / "none", "--resume")
     assert code == 2 and "holds no checkpoint; leave out --resume to begin" in said
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("path", [".", ""])
+def test_a_folder_given_as_data_is_refused_and_stands_for_nothing_else(path, bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = (
+        ("finetune", "--model", bert, "--train", path, "--out", "out"),
+        ("select", bert, "--strategy", "magnitude", "--data", path, "--out", "masks/mask.safetensors"),
+    )
+    for command in commands:
+        assert main.run([*map(str, command)]) == 2
+        assert ".: cannot be read: Is a directory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_may_have_any_name(bert, rows, tmp_path, says, monkeypatch):
+    run = ("--model", bert, "--train", rows, "--max-steps", 2, "--checkpoint-every", 1)
+    assert says(*run, "--out", tmp_path / "first")[0] == 0
+    step = tmp_path / "first" / "checkpoints" / "step-00000001.safetensors"
+    monkeypatch.chdir(tmp_path)
+    Path("newest").write_bytes(step.read_bytes())
+    assert says(*run, "--out", tmp_path / "second", "--resume", "newest")[0] == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == 2
+    assert json.loads((tmp_path / "second" / "results.json").read_text())["settings"]["resume"] == "newest"

@@ -20,8 +20,7 @@ pytest.importorskip("matplotlib")
 
 import sprand
 from sprand.cli import main
-from sprand.cli.finetune import checkpoints as checkpoint
-from sprand.cli.finetune import models, tasks
+from sprand.cli.finetune import models, tasks, training_checkpoints
 from sprand.files import states
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +86,7 @@ def test_resume_in_a_new_process_is_exact(bert, rows, tmp_path, accumulation):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "7 steps done" in done.stdout
-    a, b = (states.read(out / "checkpoints" / "step-00000014.safetensors", checkpoint.KIND) for out in (whole, resumed))
+    a, b = (states.read(out / "checkpoints" / "step-00000014.safetensors", training_checkpoints.KIND) for out in (whole, resumed))
     assert a["trained"].keys() == b["trained"].keys()
     assert all(torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"])
     for key, state in a["optimizer"]["state"].items():

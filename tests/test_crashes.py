@@ -73,13 +73,13 @@ class State:
     """The same of the checkpoints of a run, of which two are kept."""
 
     def __init__(self, folder: Path) -> None:
-        from sprand.cli.finetune.checkpoints import KIND, Checkpoints
         from sprand.cli.finetune.methods import Method
+        from sprand.cli.finetune.training_checkpoints import KIND, TrainingCheckpoints
 
         self.folder, self.kind = folder / "checkpoints", KIND
         p = torch.nn.Parameter(torch.zeros(ENTRIES))
         self.method = Method("sprand", torch.nn.Identity(), {"p": p}, torch.optim.AdamW([p]), 1.0)
-        self.checkpoints = Checkpoints(self.folder, {})
+        self.checkpoints = TrainingCheckpoints(self.folder, {})
 
     def save(self, number: int) -> None:
         self.method.trained["p"].data.fill_(number)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sprand import native
-from sprand.cli import doctor
+from sprand.cli import main
 from sprand.kernels import ops, reference, selftest
 
 
@@ -25,7 +25,7 @@ def test_every_operator_is_right_on_the_gpu():
 
 
 def test_report(capsys):
-    assert doctor.run() == 0
+    assert main.run(["doctor"]) == 0
     table, pasted, end = capsys.readouterr().out.split("```")
     for op in ops.SCHEMAS:
         row = next(line.split() for line in table.splitlines() if line.split()[:1] == [op])
@@ -43,7 +43,7 @@ def test_report(capsys):
 
 
 def test_json(capsys):
-    assert doctor.run(as_json=True) == 0
+    assert main.run(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is True
     assert report["kernels"]["sddmm"]["cpu"] == native.kernel_of("sddmm", "cpu")
@@ -53,7 +53,7 @@ def test_json(capsys):
 def test_a_wrong_kernel_fails_the_self_test(capsys, monkeypatch):
     right = reference.gather
     monkeypatch.setattr(reference, "gather", lambda weight, indices: right(weight, indices) + 1)
-    assert doctor.run() == 1
+    assert main.run(["doctor"]) == 1
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if line.split()[:1] == ["gather"])
     assert "cpu FAILED" in row
@@ -73,7 +73,7 @@ def test_a_kernel_that_raises_is_a_failed_test_and_no_crash(monkeypatch):
 
 def test_missing_kernels_come_with_advice(capsys, monkeypatch):
     monkeypatch.setitem(native.problems, "_C", "not built")
-    assert doctor.run() == 0
+    assert main.run(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "The CPU kernels are missing (sprand._C: not built)" in printed
     assert "pip install --no-build-isolation" in printed
@@ -105,5 +105,5 @@ def test_kernel_of_an_unknown_operator():
 def test_a_terminal_gets_a_drawn_table(capsys, monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    doctor.run()
+    main.run(["doctor"])
     assert "─" in capsys.readouterr().out

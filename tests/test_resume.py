@@ -19,9 +19,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
 from sprand.cli.finetune import data, methods, models, tasks, training
-from sprand.cli.finetune.checkpoints import Checkpoints, identity
 from sprand.cli.finetune.progress import Log
 from sprand.cli.finetune.settings import Settings
+from sprand.cli.finetune.training_checkpoints import TrainingCheckpoints, identity
 
 KILLS, STEPS = 50, 3  # times, and the most steps that a copy does
 
@@ -48,7 +48,7 @@ class Run:
         """Go on from the newest checkpoint, if there is one, to the end."""
         method = methods.sparse(self.model, self.settings, None)
         named = identity(method, self.settings, self.settings.max_steps, self.task.train)
-        checkpoints = Checkpoints(out / "checkpoints", named, keep=3)
+        checkpoints = TrainingCheckpoints(out / "checkpoints", named, keep=3)
         torch.manual_seed(self.settings.seed)
         newest, step = checkpoints.newest(), training._step
 
@@ -83,7 +83,7 @@ def told(said: int) -> Callable[[], None]:
 
 
 def newest(out: Path) -> int:
-    found = Checkpoints(out / "checkpoints", {}).newest()
+    found = TrainingCheckpoints(out / "checkpoints", {}).newest()
     return 0 if found is None else int(found.stem.removeprefix("step-"))
 
 
@@ -117,7 +117,7 @@ def test_killed_fifty_times_in_a_row_and_resumed_to_the_bit(bert, rows, tmp_path
     assert status_of(started(lambda: run(tmp_path / "killed"))) == 0
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) > KILLS
-    assert len(Checkpoints(tmp_path / "killed" / "checkpoints", {}).all()) == 3
+    assert len(TrainingCheckpoints(tmp_path / "killed" / "checkpoints", {}).all()) == 3
 
 
 def test_other_checkpoints_give_other_adapters(bert, rows, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import re
@@ -21,6 +22,32 @@ from .table import print_table
 PACKAGES = ("safetensors", "transformers", "peft", "numpy")
 
 
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what is installed, which kernel serves what, and a self test",
+        description="Show versions, the machine, and which kernel serves which operator, and test each of them; to be pasted "
+        "into a bug report.",
+        examples="""
+            sprand doctor
+            sprand doctor --json
+        """,
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report, and return 1 where a self test failed."""
+    report = examine()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_report(report)
+    return 0 if report["ok"] else 1
+
+
 def examine() -> dict[str, Any]:
     """Everything that `sprand doctor` reports.
 
@@ -38,23 +65,6 @@ def examine() -> dict[str, Any]:
         "self_test": results,
         "advice": _advice(),
     }
-
-
-def run(as_json: bool = False) -> int:
-    """Print the report.
-
-    Args:
-        as_json: print the dict of `examine` instead of tables.
-
-    Returns:
-        The exit code: 0, or 1 where a self test failed.
-    """
-    report = examine()
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        _print_report(report)
-    return 0 if report["ok"] else 1
 
 
 def _versions() -> dict[str, str]:

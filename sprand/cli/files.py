@@ -1,4 +1,4 @@
-"""What the commands on files share: places by path or Hub name, adapters with weights, a progress bar, errors, JSON."""
+"""What commands share: places by path or Hub name, folders to write to, adapters with weights, a progress bar, errors, JSON."""
 
 from __future__ import annotations
 
@@ -83,6 +83,21 @@ def adapter_and_weight(text: str) -> tuple[Path, float]:
         except ValueError:
             pass
     return folder_of(text), 1.0
+
+
+def prepare_folder(out: Path) -> None:
+    """Make an output folder and prove that files can be written there.
+
+    Raises:
+        CliError: They cannot be written.
+    """
+    probe = out / ".sprand-probe"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise CliError(f"--out {out}: cannot be written: {error.strerror}.") from None
 
 
 @contextmanager

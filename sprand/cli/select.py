@@ -2,68 +2,119 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 import sprand
 
+from ..adapters.plots import densities
 from ..selection.pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from . import CliError, require
+from .files import prepare_folder
 from .finetune import data, methods, models, tasks
-from .finetune.run import prepare_folder
+from .finetune import options as shared
 from .finetune.settings import Settings
 from .finetune.training import pick_device
 
 
-def run(settings: Settings, out: Path, plot: Path | None, compare: Path | None, as_json: bool) -> sprand.Mask:
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "select",
+        help="choose which entries of a model to train, into a file",
+        description="Choose which entries of a Hugging Face model train: drawn at random, or the largest scores of a strategy.",
+        epilog="The file is for sprand finetune --mask FILE, and sprand.apply(model, strategy=sprand.Mask.load(FILE)).",
+        examples="""
+            sprand select gpt2 --strategy magnitude --density 0.01 --out mask.safetensors
+            sprand select gpt2 --strategy snip --data notes.txt --out mask.safetensors --plot mask.png
+        """,
+        brief=(
+            "--data", "--plot", "--compare", "--json", "--density", "--budget", "--strategy", "--scope", "--task", "--batch-size",
+        ),
+    )  # fmt: skip
+    parser.set_defaults(command=run)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a directory in the Hugging Face layout, or a name on the Hub")
+    add("--out", type=Path, required=True, metavar="FILE", help="the mask, a safetensors file")
+    add("--data", type=Path, metavar="FILE", help="rows to compute scores on: TSV (unquoted), CSV, JSONL, or plain text")
+    add("--plot", type=Path, metavar="PNG", help="draw the density of each layer and kind of module")
+    add("--compare", type=Path, metavar="MASK", help="draw the overlap with another mask as well (needs --plot)")
+    add("--json", action="store_true", help="print the counts as JSON")
+    shared.add_amount(parser.add_argument_group("how much"))
+    shared.add_choice(parser.add_argument_group("which"))
+    start = parser.add_argument_group("model and data")
+    shared.add_rows(start, auto_task="by the data, or by what the model was made for")
+    start.add_argument("--batch-size", type=int, metavar="N", help=f"default {Settings.batch_size}")
+    shared.add_start(start, seeded="a random draw, a new head, and the rows taken")
+
+
+def run(options: argparse.Namespace) -> int:
     """Choose, write the mask, and say what was chosen.
 
-    Args:
-        settings: model, data and what to choose; its `train` is the empty path where no data are given.
-        out: the mask's file.
-        plot: a PNG to draw, or None.
-        compare: another mask's file, whose overlap the PNG shows, or None.
-        as_json: print the counts as JSON.
+    Raises:
+        CliError: Options or data are wrong, or a file cannot be written.
+    """
+    given = shared.given(options) | {"train": options.data, "eval": options.data, "compare": ()}
+    settings = Settings(**given)
+    require("transformers")
+    _check(settings, options)
+    other = _read(options.compare) if options.compare is not None else None
+    for folder in {path.parent for path in (options.out, options.plot) if path is not None}:
+        prepare_folder(folder)
+    model, task = _loaded(settings)
+    started = time.perf_counter()
+    mask = _chosen(model, settings, task)
+    seconds = time.perf_counter() - started
+    mask.save(options.out)
+    if options.plot is not None:
+        sprand.plot_selection(mask, options.plot, other=other)
+    if options.json:
+        _print_json(mask, options.out, seconds)
+    else:
+        _print(mask, seconds)
+        print(f"written: {options.out}" + (f", {options.plot}" if options.plot else ""))
+    return 0
+
+
+def _check(settings: Settings, options: argparse.Namespace) -> None:
+    """Refuse an overlap that nobody would see, and scores of rows that are not given.
 
     Raises:
-        CliError: wrong options or data, or a file that cannot be written.
+        CliError: The options do not go together.
     """
-    require("transformers")
-    if compare is not None and plot is None:
+    if options.compare is not None and options.plot is None:
         raise CliError("--compare draws the overlap of two masks: give --plot FILE.png as well.")
-    if settings.strategy in STRATEGIES and STRATEGIES[settings.strategy].wants_data and settings.train == Path():
-        free = (*RANDOM_STRATEGIES, *(name for name, strategy in STRATEGIES.items() if not strategy.wants_data))
-        raise CliError(
-            f"--strategy {settings.strategy} needs rows to compute scores on: give --data FILE ({', '.join(free)} do not)."
-        )
-    other = _read(compare) if compare is not None else None
-    for folder in {path.parent for path in (out, plot) if path is not None}:
-        prepare_folder(folder)
+    of_data = settings.strategy in STRATEGIES and STRATEGIES[settings.strategy].wants_data
+    if of_data and settings.train is None:
+        of_weights = (name for name, strategy in STRATEGIES.items() if not strategy.wants_data)
+        free = ", ".join((*RANDOM_STRATEGIES, *of_weights))
+        raise CliError(f"--strategy {settings.strategy} needs rows to compute scores on: give --data FILE ({free} do not).")
+
+
+def _loaded(settings: Settings) -> tuple[nn.Module, tasks.Task | None]:
+    """The model on its device, and the task that its rows are for, where some are given."""
     device = pick_device(settings.device)
-    dataset = data.load(settings) if settings.train != Path() else None
-    kind = dataset.task if dataset else settings.task if settings.task != "auto" else models.task_of(settings.model)
-    classes = len(dataset.labels) if dataset else 2
+    dataset = data.load(settings) if settings.train is not None else None
+    if dataset is not None:
+        kind, classes = dataset.task, len(dataset.labels)
+    else:
+        kind, classes = settings.task if settings.task != "auto" else models.task_of(settings.model), 2
     model, tokenizer = models.load(settings.model, kind, classes, settings.dtype, settings.pooling, settings.seed)
-    started = time.perf_counter()
-    mask = _chosen(model.to(device), settings, tasks.make(dataset, tokenizer, settings) if dataset else None)
-    seconds = time.perf_counter() - started
-    mask.save(out)
-    if plot is not None:
-        sprand.plot_selection(mask, plot, other=other)
-    _say(mask, out, plot, seconds, as_json)
-    return mask
+    return model.to(device), tasks.make(dataset, tokenizer, settings) if dataset is not None else None
 
 
-def _chosen(model: Any, settings: Settings, task: tasks.Task | None) -> sprand.Mask:
+def _chosen(model: nn.Module, settings: Settings, task: tasks.Task | None) -> sprand.Mask:
     try:
         config = methods.sparse_config(settings, models.head_names(model) or None)
-        scored = settings.strategy in STRATEGIES
-        fields = methods.calibration(settings, task) if scored and task else {}
-        return sprand.select(model, config, disjoint=settings.disjoint or None, **fields)
+        scored = settings.strategy in STRATEGIES and task is not None
+        rows = methods.calibration(settings, task) if scored else {}
+        return sprand.select(model, config, disjoint=settings.disjoint or None, **rows)
     except (ValueError, FileNotFoundError) as error:
         raise CliError(f"{error}.") from None
 
@@ -75,15 +126,21 @@ def _read(path: Path) -> sprand.Mask:
         raise CliError(f"--compare: {error}.") from None
 
 
-def _say(mask: sprand.Mask, out: Path, plot: Path | None, seconds: float, as_json: bool) -> None:
+def _print_json(mask: sprand.Mask, out: Path, seconds: float) -> None:
     counts = {name: {"nnz": indices.numel(), "shape": list(mask.shapes[name])} for name, indices in mask.items()}
-    if as_json:
-        chosen = {"out": str(out), "selection": mask.selection, "nnz": mask.nnz, "seconds": round(seconds, 3), "targets": counts}
-        print(json.dumps(chosen, indent=2))
-        return
-    sizes = {name: max(1, math.prod(shape)) for name, shape in mask.shapes.items()}
-    densities = {name: indices.numel() / sizes[name] for name, indices in mask.items()}
-    least, most = min(densities, key=densities.get), max(densities, key=densities.get)
-    print(f"chose {mask.nnz:,} of {sum(sizes.values()):,} entries of {len(mask)} weights in {seconds:.1f} s")
-    print(f"density {densities[least]:.4%} ({least}) to {densities[most]:.4%} ({most})")
-    print(f"written: {out}" + (f", {plot}" if plot else ""))
+    content = {
+        "out": str(out),
+        "selection": mask.selection,
+        "nnz": mask.nnz,
+        "seconds": round(seconds, 3),
+        "targets": counts,
+    }
+    print(json.dumps(content, indent=2))
+
+
+def _print(mask: sprand.Mask, seconds: float) -> None:
+    density = densities(mask)
+    least, most = min(density, key=density.get), max(density, key=density.get)
+    total = sum(math.prod(shape) for shape in mask.shapes.values())
+    print(f"chose {mask.nnz:,} of {total:,} entries of {len(mask)} weights in {seconds:.1f} s")
+    print(f"density {density[least]:.4%} ({least}) to {density[most]:.4%} ({most})")

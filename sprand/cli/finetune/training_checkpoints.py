@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file each, written atomically, from which training goes on exactly as if it had never stopped."""
+"""The checkpoints of a training run: one file each, from which training goes on exactly as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KIND = "sprand finetune checkpoint 2"  # 1 was a file of torch.save
 PARTS = {"identity": dict, "step": int, "history": list, "trained": dict, "optimizer": dict, "rng": Tensor, "cuda_rng": list}
 
 
-class Checkpoints:
+class TrainingCheckpoints:
     """The checkpoints in one folder, and what they are checkpoints of.
 
     Args:
@@ -149,7 +149,7 @@ def identity(method: Method, settings: Settings, steps: int, rows: list[dict[str
     }
 
 
-def diverged(what: str, step: int, method: Method, checkpoints: Checkpoints | None) -> TrainingFailed:
+def diverged(what: str, step: int, method: Method, checkpoints: TrainingCheckpoints | None) -> TrainingFailed:
     """The error for a run whose numbers are no longer finite."""
     kept = f" {checkpoints.describe_last()}" if checkpoints else ""
     option = "--lr" if method.name == "sprand" else f"--compare-lr {method.name}="

@@ -1,0 +1,134 @@
+"""The command `sprand finetune`: its options, and the run or the demo that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ...training.rates import MEASURED_WIDTH
+from .. import CliError
+from ..files import prepare_folder
+from . import options as shared
+from .settings import COMPARABLE, PEER_RATES, SCHEDULES, Resume, Settings
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "finetune",
+        help="fine-tune a Hugging Face model on a file",
+        description="Fine-tune a Hugging Face model by training a share of its weights, drawn at random or by score. Without "
+        "--model and --train it runs a demo: a sentence model learns to tell docstrings apart.",
+        epilog="The learning rate, where not given, is that of sprand.suggest_lr, by density, width and strategy. Ctrl-C writes "
+        "a checkpoint and says how to go on.",
+        examples="""
+            sprand finetune --out runs/demo --compare lora,full
+            sprand finetune --model gpt2 --train notes.txt --out runs/notes
+            sprand finetune --model gpt2 --train notes.txt --out runs/notes --resume
+        """,
+        brief=(
+            "--model", "--train", "--eval", "--density", "--strategy", "--lr", "--epochs", "--batch-size", "--resume",
+            "--overwrite", "--compare", "--verify", "--json",
+        ),
+    )  # fmt: skip
+    parser.set_defaults(command=run)
+    _add_data(parser.add_argument_group("model and data"))
+    sparse = parser.add_argument_group("what trains")
+    shared.add_amount(sparse)
+    shared.add_choice(sparse)
+    sparse.add_argument("--mask", type=Path, metavar="FILE", help="instead of all these: the entries that sprand select chose")
+    _add_training(parser.add_argument_group("training"))
+    _add_output(parser.add_argument_group("output and comparison"))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Fine-tune on the files that are given; without any, run the demo.
+
+    Raises:
+        CliError: wrong options or data; see `pipeline.finetune` for what else may go wrong.
+    """
+    from . import demo, pipeline
+
+    given = shared.given(options)
+    if "train" not in given:
+        settings = demo.settings(given)
+        prepare_folder(settings.out)
+        demo.write(settings.train.parent, settings.seed)
+    elif "model" not in given:
+        raise CliError("--train needs --model: a directory in the Hugging Face layout, or a name on the Hub.")
+    else:
+        settings = Settings(**given)
+    pipeline.finetune(settings, options.json)
+    return 0
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", metavar="MODEL", help="a Hugging Face model: a folder, or a name on the Hub")
+    add("--train", type=Path, metavar="FILE", help="TSV (unquoted), CSV, JSONL, or plain text")
+    add("--eval", type=Path, metavar="FILE", help="held-out data; without it, a share of the training file")
+    add("--eval-share", type=float, metavar="X", help=f"that share (default {Settings.eval_share})")
+    add("--limit-train", type=int, metavar="N", help="use N random training rows")
+    add("--limit-eval", type=int, metavar="N", help="use N random held-out rows")
+    shared.add_rows(group, auto_task="a label column means classification")
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--lr", type=_rate, metavar="X", help="highest learning rate, or auto (the default)")
+    add("--schedule", choices=SCHEDULES, help=f"after warm-up (default {Settings.schedule}, to 0)")
+    add("--warmup", type=float, metavar="X", help=f"steps, or below 1 the share of all (default {Settings.warmup})")
+    add("--epochs", type=float, metavar="X", help=f"default {Settings.epochs:g}")
+    add("--max-steps", type=int, metavar="N", help="instead of epochs")
+    add("--batch-size", type=int, metavar="N", help=f"default {Settings.batch_size}")
+    add("--grad-accumulation", type=int, metavar="N", help=f"batches per step (default {Settings.grad_accumulation})")
+    add(
+        "--weight-decay",
+        type=float,
+        metavar="X",
+        help=f"pulls weights to their pre-trained values (default {Settings.weight_decay:g})",
+    )
+    add("--max-grad-norm", type=float, metavar="X", help=f"default {Settings.max_grad_norm:g}")
+    shared.add_start(group, seeded="positions, data order, new head and dropout")
+    add("--eval-every", type=int, metavar="N", help="steps (default: three times in all)")
+    add("--checkpoint-every", type=int, metavar="N", help="steps (default: every epoch)")
+    add("--keep", type=int, metavar="N", help=f"checkpoints that are kept, the newest (default {Settings.keep})")
+    add(
+        "--resume",
+        type=Path,
+        nargs="?",
+        const=Resume.NEWEST,
+        metavar="FILE",
+        help="go on from a checkpoint, by default the newest in OUT",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    peers = ", ".join(COMPARABLE)
+    rates = ", ".join(f"{name} {PEER_RATES[name]:g}" for name in COMPARABLE)
+    add("--out", type=Path, required=True, metavar="DIR", help="adapter, checkpoints, metrics, curve and results go here")
+    add("--overwrite", action="store_true", default=None, help="drop the run that is there")
+    add("--compare", type=shared.names, metavar="A,B", help=f"run these beside it on the same data: {peers}")
+    add(
+        "--compare-lr",
+        type=_peer_rate,
+        action="append",
+        metavar="NAME=X",
+        help=f"their learning rates (default {rates}, for {MEASURED_WIDTH} wide)",
+    )
+    add("--json", action="store_true", help="print the content of results.json, and all else on standard error")
+    add("--verify", action="store_true", default=None, help="reload, unmerge and merge at the end, and check that all is exact")
+
+
+def _rate(text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
+
+
+def _peer_rate(text: str) -> tuple[str, float]:
+    return shared.named_number(text, "lora=1e-3")

@@ -1,0 +1,226 @@
+"""A run of `sprand finetune` from files to an adapter, beside the methods that it is compared to."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+import sprand
+
+from ...files import described
+from .. import CliError, Stopped, require
+from ..files import prepare_folder
+from . import data, methods, models, report, tasks, verify
+from .progress import Log
+from .settings import Resume, Settings
+from .training import Outcome, pick_device, total_steps, train
+from .training_checkpoints import TrainingCheckpoints, identity
+
+PACKAGES = ("rich", "matplotlib", "transformers")
+
+
+def finetune(settings: Settings, as_json: bool = False) -> list[report.Result]:
+    """Fine-tune, compare, and write everything into `settings.out`.
+
+    Args:
+        settings: the options.
+        as_json: print the content of results.json on standard output, and what is for the reader on standard error.
+
+    Returns:
+        The rows of the final table, sprand's first.
+
+    Raises:
+        CliError: wrong options or data.
+        TrainingFailed: the training went wrong.
+        Stopped: by a signal; the error says how to go on.
+    """
+    for package in (*PACKAGES, "peft") if "lora" in settings.compare else PACKAGES:
+        require(package)
+    run = Run(settings, to_stderr=as_json)
+    with going_on_from(run.checkpoints):
+        run.train_entries()
+        for name in settings.compare:
+            run.train_peer(name)
+    content = run.write_results()
+    if as_json:
+        print(json.dumps(content, indent=2))
+    return run.results
+
+
+class Run:
+    """One run: its data and log, the model while its entries train, and the results so far.
+
+    Args:
+        settings: the options.
+        to_stderr: what is for the reader goes to standard error.
+
+    Raises:
+        CliError: Options or data are wrong, or the output folder cannot be used.
+    """
+
+    def __init__(self, settings: Settings, to_stderr: bool) -> None:
+        self.settings, self.out = settings, settings.out
+        self.device = pick_device(settings.device)
+        self.dataset = data.load(settings)
+        refuse_to_overwrite(settings)
+        prepare_folder(self.out)
+        model, tokenizer = self.load_model()
+        self.task = tasks.make(self.dataset, tokenizer, settings)
+        self.log = Log(self.out / "metrics.jsonl", self.task.metric, to_stderr)
+        self.method: methods.Method | None = methods.sparse(model, settings, self._mask(model))
+        self.targets, self.count = methods.target_names(model), self.method.count
+        self.steps = total_steps(settings, len(self.task.train))
+        self._announce()
+        course = identity(self.method, settings, self.steps, self.task.train)
+        self.checkpoints = TrainingCheckpoints(self.out / "checkpoints", course, settings.keep)
+        self.results: list[report.Result] = []
+        self.histories: list[list[dict[str, Any]]] = []
+        self.checks: list[str] = []
+
+    def load_model(self) -> tuple[nn.Module, Any]:
+        """The model that every method starts from, and its tokenizer."""
+        settings, dataset = self.settings, self.dataset
+        model, tokenizer = models.load(
+            settings.model, dataset.task, len(dataset.labels), settings.dtype, settings.pooling, settings.seed
+        )
+        return model.to(self.device), tokenizer
+
+    def train_entries(self) -> None:
+        """Train the model's chosen entries, from a checkpoint if one is asked for, and save and prove the adapter."""
+        settings, method, adapter = self.settings, self.method, self.out / "adapter"
+        torch.manual_seed(settings.seed)
+        done, history = self._resumed()
+        outcome = train(
+            method, self.task, settings, self.device, self.log, checkpoints=self.checkpoints, done=done, history=history
+        )
+        sprand.save(method.model, adapter)
+        self._keep(method, outcome)
+        if settings.verify:
+            self.checks = verify.check(method.model, self.load_model()[0], adapter, self.task, self.device)
+        described.write_json(self.out / "task.json", self._description())
+        self.method = None
+
+    def train_peer(self, name: str) -> None:
+        """Train a method to compare with, on a fresh copy of the model."""
+        gc.collect()
+        method = methods.peer(name, self.load_model()[0], self.settings, self.targets, self.count)
+        torch.manual_seed(self.settings.seed)
+        outcome = train(method, self.task, self.settings, self.device, self.log, before=self.results[0].before)
+        self._keep(method, outcome)
+
+    def write_results(self) -> dict[str, Any]:
+        """Write the curve and results.json, show the table, and return the content of results.json."""
+        versions = {
+            "sprand": sprand.__version__,
+            "torch": torch.__version__,
+            "transformers": require("transformers").__version__,
+        }
+        report.plot(self.out / "training_curve.png", self.histories, self.task)
+        content = report.content(self.settings, self.task, self.results, versions, self.checks)
+        described.write_json(self.out / "results.json", content)
+        report.print_table(self.log, self.task, self.results, self.device.type)
+        for sentence in self.checks:
+            self.log.say(f"checked: {sentence}")
+        self.log.say(f"written to {self.out}: adapter/ training_curve.png results.json metrics.jsonl")
+        return content
+
+    def _mask(self, model: nn.Module) -> sprand.Mask | None:
+        """The entries to train where they are not drawn anew; what this run chooses is kept beside its checkpoints."""
+        file = self.out / "mask.safetensors"
+        mask = methods.chosen(model, self.settings, self.task, file if self.settings.resume and file.exists() else None)
+        if mask is not None and self.settings.mask is None:
+            mask.save(file)
+        return mask
+
+    def _announce(self) -> None:
+        settings, task, method = self.settings, self.task, self.method
+        weights = [p.numel() for name, p in method.model.named_parameters() if not name.endswith("sprand_delta")]
+        share = self.count / sum(weights)
+        rows = f"{len(task.train)} training rows, {len(task.eval)} held out"
+        self.log.say(f"{settings.model}: {self.dataset.task}, {rows}, on {self.device}")
+        self.log.say(f"training {self.count:,} of {sum(weights):,} weights ({share:.2%}), {self.steps} steps, lr {method.lr:g}")
+
+    def _resumed(self) -> tuple[int, list[dict[str, Any]]]:
+        """Go on from the checkpoint that the options name, or begin anew.
+
+        Returns:
+            Steps done, and the metrics so far.
+
+        Raises:
+            CliError: There is no such checkpoint, or it is of another run.
+        """
+        if self.settings.resume is None:
+            self.checkpoints.clear()
+            (self.out / "results.json").unlink(missing_ok=True)
+            return 0, []
+        newest = self.settings.resume is Resume.NEWEST
+        path = self.checkpoints.newest() if newest else self.settings.resume
+        done, history, threads = self.checkpoints.restore(path, self.method)
+        self.log.say(f"resumed from {path}, {done} steps done")
+        self._warn_of_threads(threads)
+        return done, history
+
+    def _warn_of_threads(self, before: int | None) -> None:
+        """Say that PyTorch's sums on a CPU may round otherwise than before, where the number of its threads is another one."""
+        here = torch.get_num_threads()
+        if self.device.type == "cpu" and before not in (None, here):
+            self.log.say(
+                f"warning: the run used {before} thread(s) and goes on with {here}, so that PyTorch may round its sums "
+                f"otherwise; OMP_NUM_THREADS={before} before this command makes it exact"
+            )
+
+    def _keep(self, method: methods.Method, outcome: Outcome) -> None:
+        size = methods.adapter_bytes(method, self.out / "adapter")
+        self.results.append(report.Result.of(method, outcome, size))
+        self.histories.append(outcome.history)
+
+    def _description(self) -> dict[str, Any]:
+        """What `models.load` needs to build the model that the adapter fits, and `sprand predict` to use it."""
+        settings = self.settings
+        return {
+            "model": settings.model,
+            "task": self.dataset.task,
+            "labels": list(self.dataset.labels),
+            "dtype": settings.dtype,
+            "pooling": settings.pooling,
+            "seed": settings.seed,
+            "max_length": settings.max_length,
+        }
+
+
+@contextmanager
+def going_on_from(checkpoints: TrainingCheckpoints) -> Iterator[None]:
+    """Say, where a signal stops what is done inside, from which checkpoint the same command goes on.
+
+    Raises:
+        Stopped: in place of KeyboardInterrupt, and of the training's own.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as error:
+        said, code = (str(error), error.exit_code) if isinstance(error, Stopped) else ("Stopped.", 130)
+        raise Stopped(f"{said} {checkpoints.describe_last()}", code, ("--resume",) if checkpoints.newest() else None) from None
+
+
+def refuse_to_overwrite(settings: Settings) -> None:
+    """A run that is in the output folder is not overwritten unasked.
+
+    Raises:
+        CliError: there is one and no word on what to do, or none to resume.
+    """
+    out, checkpoints = settings.out, TrainingCheckpoints(settings.out / "checkpoints", {})
+    if settings.resume is None and not settings.overwrite:
+        if (out / "results.json").exists():
+            raise CliError(f"{out} holds a run that has ended. Give another --out, or drop that run with --overwrite.")
+        if checkpoints.newest():
+            raise CliError(
+                f"{out} has checkpoints of a run that did not end. Go on with --resume, or begin anew with --overwrite."
+            )
+    if settings.resume is Resume.NEWEST and not checkpoints.newest():
+        raise CliError(f"--resume: {checkpoints.folder} holds no checkpoint; leave out --resume to begin.")
