@@ -115,6 +115,25 @@ def rubbish(kept) -> list[str]:
     return sorted({path.name for path in kept.folder.iterdir()} - kept.allowed())
 
 
+def test_runs_stopped_before_the_oldest_goes_leave_no_pile(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("rich")
+    state = State(tmp_path)
+    for number in (1, 2):
+        state.save(number)
+
+    def stopped(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    for number in range(3, 8):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", stopped)
+            state.save(number)
+        assert state.read() == 3
+    state.save(8)
+    assert state.read() == 8 and len(state.checkpoints.all()) == 2
+
+
 def test_killed_at_random_old_or_new_is_there(kept):
     source, last, found = random.Random(0), 1, set()
     start = time.perf_counter()

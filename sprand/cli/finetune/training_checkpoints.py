@@ -63,13 +63,17 @@ class TrainingCheckpoints:
             "threads": torch.get_num_threads(),
         }
         path = self.folder / f"step-{step:08d}.safetensors"
+        self._drop_oldest()  # a process that was killed may have left too many
         try:
             states.write(path, KIND, state)
         except OSError as error:
             raise TrainingFailed(f"The checkpoint of step {step} could not be written: {error}. {self.describe_last()}") from None
-        for old in self.all()[: -self.keep]:
-            old.unlink()
+        self._drop_oldest()
         return path
+
+    def _drop_oldest(self) -> None:
+        for path in self.all()[: -self.keep]:
+            path.unlink()
 
     def restore(self, path: Path, method: Method) -> tuple[int, list[dict[str, Any]], int | None]:
         """Put a checkpoint's state into a method made from the same options.
