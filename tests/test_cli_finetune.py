@@ -108,9 +108,9 @@ def test_resuming_on_another_number_of_threads_says_what_makes_it_exact(bert, ro
         assert finetune(*run, "--resume", half) == 0
         warned.append("used 1 thread(s) and goes on with 2" in (said := capsys.readouterr().out) and "OMP_NUM_THREADS=1" in said)
     assert warned == [False, True]
-    state = states.read(half, checkpoint.KIND)
+    state = states.read(half, training_checkpoints.KIND)
     del state["threads"]  # as an older version wrote it
-    states.write(half, checkpoint.KIND, state)
+    states.write(half, training_checkpoints.KIND, state)
     assert finetune(*run, "--resume", half) == 0
     assert "thread" not in capsys.readouterr().out
 
