@@ -16,6 +16,16 @@ of the chosen entries alone, and what is trained is bit for bit what is merged; 
 - `native` says which kernels run here; `write` is for code that reads weights without a forward.
 
 With Hugging Face: `sprand.peft`, `sprand.integrations.transformers`. To serve: `sprand.serving`. In a shell: `sprand --help`.
+
+The folders are rooms, and a room imports only rooms above it in this list:
+
+    kernels, files                operators on tensors; files proven when read, replaced in one step
+    layers                        modules whose chosen entries train
+    selection                     which entries train
+    adapters                      sets of trained entries: on a model, combined, on disk
+    training, checkpoint          optimizer, moving masks, learning rates; the same on checkpoint files, with no model
+    peft, serving                 doors for PEFT, and for models that serve
+    integrations, cli             doors for other libraries, and the command `sprand`
 """
 
 from .adapters.apply import apply, select

@@ -66,6 +66,14 @@ def called(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def test_newcomers_read_the_same_rule():
+    assert f"    {ORDER}\n" in (ROOT / "CONTRIBUTING.md").read_text()
+    listed = re.findall(r"^    ((?:\w+, )*\w+)   +\S", sprand.__doc__, re.M)
+    assert [line.split(", ") for line in listed] == FLOORS
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert folders == {room for floor in FLOORS for room in floor}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=called)
 def test_a_room_imports_only_rooms_left_of_it(path):
     own = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))

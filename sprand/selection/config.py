@@ -72,7 +72,7 @@ class SparseConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in rules.normalized(self).items():
+        for name, value in rules.normalized(vars(self)).items():
             object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:

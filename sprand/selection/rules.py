@@ -5,50 +5,50 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .pattern import GIVEN, LAYOUTS, RANDOM_STRATEGIES
 from .strategies import STRATEGIES
-
-if TYPE_CHECKING:
-    from .config import SparseConfig
 
 DEFAULT_DENSITY = 0.01
 SCOPES = ("local", "global")
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # the fields that hold names
 
 
-def normalized(config: SparseConfig) -> dict[str, Any]:
-    """Prove that a configuration is sound.
+def normalized(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Prove that the fields of a configuration are sound.
 
     Returns:
-        The fields that are stored in another form than the user may give them in.
+        Those that are stored in another form than the user may give them in.
 
     Raises:
         ValueError: A field is outside of what is allowed, or two fields exclude each other.
     """
-    _check_types(config)
-    kind = _kind_of(config.strategy)
-    _check_layout(config, kind)
-    _check_scope(config.scope, kind)
-    _check_bounds(config)
-    stored = {"strategy_options": _options(config, kind), "seed": seed_of(config.seed)}
-    stored |= _amount(config, kind)
-    stored |= {field: _names(field, getattr(config, field)) for field in NAMES}
-    if isinstance(config.target_parameters, str):
-        stored["target_parameters"] = (config.target_parameters,)
+    _check_types(fields)
+    kind = _kind_of(fields["strategy"])
+    _check_layout(fields["layout"], kind, fields["preserve_zeros"])
+    _check_scope(fields["scope"], kind)
+    _check_bounds(fields["min_density"], fields["max_density"], fields["scope"])
+    stored = {
+        "strategy_options": _options(fields["strategy"], fields["strategy_options"], kind),
+        "seed": seed_of(fields["seed"]),
+        **_amount(fields["density"], fields["budget"], kind),
+        **{field: _names(field, fields[field]) for field in NAMES},
+    }
+    if isinstance(fields["target_parameters"], str):
+        stored["target_parameters"] = (fields["target_parameters"],)
     return stored
 
 
-def _check_types(config: SparseConfig) -> None:
+def _check_types(fields: Mapping[str, Any]) -> None:
     for field in ("layout", "scope"):
-        value = getattr(config, field)
-        if not isinstance(value, str):
-            raise ValueError(f"{field}: expected a name, got {value!r}")
-    if not isinstance(config.preserve_zeros, bool):
-        raise ValueError(f"preserve_zeros: expected True or False, got {config.preserve_zeros!r}")
-    if config.strategy_options is not None and not isinstance(config.strategy_options, Mapping):
-        raise ValueError(f"strategy_options: expected names and values, got {config.strategy_options!r}")
+        if not isinstance(fields[field], str):
+            raise ValueError(f"{field}: expected a name, got {fields[field]!r}")
+    zeros, options = fields["preserve_zeros"], fields["strategy_options"]
+    if not isinstance(zeros, bool):
+        raise ValueError(f"preserve_zeros: expected True or False, got {zeros!r}")
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"strategy_options: expected names and values, got {options!r}")
 
 
 def _kind_of(strategy: Any) -> str:
@@ -67,15 +67,14 @@ def _kind_of(strategy: Any) -> str:
     return "scored"
 
 
-def _check_layout(config: SparseConfig, kind: str) -> None:
-    layout = config.layout
+def _check_layout(layout: str, kind: str, preserve_zeros: bool) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if layout == "unstructured":
         return
     if kind == "given":
         raise ValueError(f"layout: a dict of masks or indices fixes the positions; leave out layout={layout!r}")
-    if kind != "random" or config.preserve_zeros:
+    if kind != "random" or preserve_zeros:
         raise ValueError(f"layout: runs are drawn at random, of all entries; leave out layout={layout!r}")
 
 
@@ -86,23 +85,22 @@ def _check_scope(scope: str, kind: str) -> None:
         raise ValueError("scope: expected 'local' (random draws have no scores to compare over layers), got 'global'")
 
 
-def _check_bounds(config: SparseConfig) -> None:
-    low, high = config.min_density, config.max_density
+def _check_bounds(low: Any, high: Any, scope: str) -> None:
     fractions = all(isinstance(value, numbers.Real) and 0 <= value <= 1 for value in (low, high))
     if not fractions or low > high or high == 0:
         raise ValueError(f"min_density and max_density: expected 0 <= min <= max <= 1 and max > 0, got {low!r} and {high!r}")
-    if (low, high) != (0, 1) and config.scope == "local":
+    if (low, high) != (0, 1) and scope == "local":
         raise ValueError("min_density and max_density: expected scope='global' (locally each target gets the same density)")
 
 
-def _options(config: SparseConfig, kind: str) -> dict[str, Any] | None:
+def _options(strategy: Any, given: Mapping[str, Any] | None, kind: str) -> dict[str, Any] | None:
     """The options as a dict of their own; those of a callable are its own business."""
-    if config.strategy_options is None:
+    if given is None:
         return None
-    options = dict(config.strategy_options)
+    options = dict(given)
     if kind == "callable":
         return options
-    known = STRATEGIES[config.strategy].options if kind == "scored" else {}
+    known = STRATEGIES[strategy].options if kind == "scored" else {}
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"strategy_options: expected {', '.join(known) or 'none'} for this strategy, got {', '.join(unknown)}")
@@ -120,9 +118,8 @@ def seed_of(seed: Any) -> int:
     return int(seed)
 
 
-def _amount(config: SparseConfig, kind: str) -> dict[str, int | float]:
+def _amount(density: Any, budget: Any, kind: str) -> dict[str, int | float]:
     """The density or the budget, whichever says how many entries train; given entries need neither."""
-    density, budget = config.density, config.budget
     if kind == "given":
         if density is not None or budget is not None:
             raise ValueError("strategy: a dict of masks or indices fixes the count; leave out density and budget")
