@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import sprand
 from report import RESULTS, command_line, markdown, progress, quantiles, write_csv, write_markdown
+from sprand.adapters.file import AdapterFile
 from sprand.checkpoint.merge import merge, verify
 from sprand.checkpoint.revert import revert
 
@@ -95,11 +96,10 @@ def contestants(folder: Path) -> dict[str, Callable[[Path], object]]:
 
     def loaded(out: Path) -> None:
         """Every tensor in memory, one index_put_ each, everything written anew."""
-        description, tensors = sprand.adapters.file.read(folder / "adapter")
+        adapter = AdapterFile.read(folder / "adapter")
         weights = load_file(base / "model.safetensors")
-        config = sprand.SparseConfig.from_dict(description["config"])
-        for name, target in description["targets"].items():
-            indices, deltas = sprand.adapters.file.entries(folder, config, name, target, tensors)
+        for name in adapter.targets:
+            indices, deltas = adapter.entries(name)
             flat = weights[name].view(-1)
             flat[indices.long()] = (flat[indices.long()].float() + deltas).to(flat.dtype)
         out.mkdir()

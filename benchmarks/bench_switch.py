@@ -24,7 +24,7 @@ import timing
 from methods import DTYPES, PEER_DENSITY, VOCABULARY, Unavailable, build, fresh, linears, matching_rank, targets
 from report import RESULTS, Row, command_line, end_as_by_ctrl_c, progress, quantiles, write_csv, write_markdown
 from report import markdown as table
-from sprand.adapters.file import read
+from sprand.adapters.file import AdapterFile
 from sprand.serving import AdapterPool
 
 COLUMNS = (
@@ -166,11 +166,10 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def pooled(model: nn.Module, saved: dict[str, Path], other: str = "b", resident: bool = True) -> Contestant:
     """The pool: adapters with other positions, or with the same; on a GPU resident there, or copied from the host each time."""
-    description, _ = read(saved["a"])
     pool = AdapterPool(model, None if resident else 0)
     pool.add("a", saved["a"])
     pool.add("b", saved[other])
-    count = sum(target["nnz"] for target in description["targets"].values())
+    count = sum(target["nnz"] for target in AdapterFile.read(saved["a"]).targets.values())
     what = "" if resident else ", from host memory"
     what += ", same positions" if other == "c" else ""
     return Contestant("pool" + what.replace(",", ""), f"sprand pool{what}", model, count, pool.switch, partial(weights_of, model))

@@ -10,7 +10,7 @@ import torch
 
 import sprand
 from checkpoints import assert_same, plain, tensors_of
-from sprand.adapters.file import read
+from sprand.adapters.file import AdapterFile
 from sprand.checkpoint.combine import combine, remove
 from sprand.checkpoint.merge import merge
 
@@ -59,9 +59,9 @@ def test_a_part_is_taken_out_of_disjoint_adapters(case, tied):
         combine([(folder / "0", 1.0), (folder / "1", 1.0)], base, folder / "both")
         for i in (0, 1):
             remove(folder / "both", folder / str(1 - i), base, folder / f"without{i}")
-            (said, left), (expected, own) = read(folder / f"without{i}"), read(folder / str(i))
-            assert_same(left, own)
-            assert said["targets"] == expected["targets"]
+            left, own = AdapterFile.read(folder / f"without{i}"), AdapterFile.read(folder / str(i))
+            assert_same(left.tensors, own.tensors)
+            assert left.targets == own.targets
             fresh = sprand.load(Weights(tensors, tied), folder / f"without{i}")
             assert_same(dict(sprand.merge(fresh).state_dict()), alone[i])
         model = Weights(tensors, tied)
@@ -89,11 +89,11 @@ def test_files_and_models_combine_alike(case, options, weights):
         combine(pairs, base, folder / "file", **options)
         sprand.combine(model, {str(i): weight for i, weight in enumerate(weights)}, **options)
         sprand.save(model, folder / "model")
-        (one, listed), (two, expected) = read(folder / "file"), read(folder / "model")
-        assert_same(listed, expected)
-        assert one["targets"] == two["targets"] and one["selection"] == two["selection"]
+        one, two = AdapterFile.read(folder / "file"), AdapterFile.read(folder / "model")
+        assert_same(one.tensors, two.tensors)
+        assert one.targets == two.targets and one.selection == two.selection
         union = {n: torch.cat([chosen[n], again.get(n, chosen[n][:0])]).unique() for n in chosen}
-        assert all(torch.equal(listed[f"indices.{n}"].long(), indices) for n, indices in union.items())
+        assert all(torch.equal(one.entries(n)[0].long(), indices) for n, indices in union.items())
         merged = dict(sprand.merge(model).state_dict())
         merge(base, [(folder / "file", 1.0)], folder / "out")
         assert_same(tensors_of(folder / "out"), merged)
@@ -110,4 +110,4 @@ def test_one_adapter_stays_itself(case, tied):
         folder = Path(name)
         saved(generator, tensors, chosen, folder / "a", tied)
         combine([(folder / "a", 1.0)], plain(folder / "base", tensors), folder / "same")
-        assert_same(read(folder / "same")[1], read(folder / "a")[1])
+        assert_same(AdapterFile.read(folder / "same").tensors, AdapterFile.read(folder / "a").tensors)

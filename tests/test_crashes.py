@@ -18,7 +18,7 @@ import sprand
 from checkpoints import plain
 from forks import killed_after, killed_at, on_small_disk, one_thread, started, status_of
 from models import MLP, built
-from sprand.adapters import file as adapter_file
+from sprand.adapters.file import AdapterFile
 from sprand.checkpoint.merge import merge, verify
 from sprand.files import atomic, described, states
 
@@ -45,7 +45,7 @@ class Adapter:
         sprand.save(self.model, self.folder)
 
     def read(self) -> int:
-        return _one(adapter_file.read(self.folder)[1]["delta.0.weight"])
+        return _one(AdapterFile.read(self.folder).entries("0.weight")[1])
 
     def allowed(self) -> set[str]:
         return {"adapter_model.safetensors", "adapter_config.json"}

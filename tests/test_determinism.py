@@ -88,7 +88,8 @@ def test_threads_change_nothing(tmp_path, threads, dtype, strategy):
         threads(count)
         found.append(adapter_of(tmp_path / str(count), dtype, strategy, heads=()))
     assert found[0] == found[1] == found[2]
-    assert any(value.any() for name, value in sprand.adapters.file.read(tmp_path / "1")[1].items() if name.startswith("delta."))
+    adapter = sprand.adapters.file.AdapterFile.read(tmp_path / "1")
+    assert any(adapter.entries(name)[1].any() for name in adapter.targets)
 
 
 def test_a_new_process_writes_the_same_files(tmp_path):

@@ -226,7 +226,7 @@ def test_the_commands_leave_out_the_entries_of_adapters(tmp_path, capsys):
     out = ["--base", model, "-o", str(tmp_path / "both"), "--drop-heads"]
     assert run(["combine", str(a), str(b), *out]) == 0
     assert "1 x b/adapter: no entry in common with others" in capsys.readouterr().out
-    together = sprand.adapters.file.read(tmp_path / "both")[1]
-    assert apart({name: together[f"indices.{name}"] for name in mask}, mask)
+    together = sprand.adapters.file.AdapterFile.read(tmp_path / "both")
+    assert apart({name: together.entries(name)[0] for name in mask}, mask)
     assert run(["finetune", *options, "--out", str(tmp_path / "d"), "--disjoint", str(tmp_path / "none")]) == 2
     assert "no adapter at" in capsys.readouterr().err

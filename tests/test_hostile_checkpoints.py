@@ -13,8 +13,7 @@ import pytest
 import sprand
 from hostile import REFUSED, header_of, outcome, tensor, written
 from models import MLP, built
-from sprand.adapters import file as adapter_file
-from sprand.adapters.file import WEIGHTS_FILE
+from sprand.adapters.file import WEIGHTS_FILE, AdapterFile
 from sprand.checkpoint.diff import diff
 from sprand.checkpoint.merge import merge
 from sprand.checkpoint.revert import revert
@@ -62,7 +61,7 @@ def test_headers_that_lie_are_refused_at_once(folder, tmp_path, content):
         lambda: merge(tmp_path, [(folder / "given", 1.0)], tmp_path / "out"),
         lambda: diff(folder / "base", tmp_path, tmp_path / "out"),
         lambda: revert(tmp_path, [(folder / "given", 1.0)], tmp_path / "out"),
-        lambda: adapter_file.read(tmp_path / "model.safetensors"),
+        lambda: AdapterFile.read(tmp_path / "model.safetensors"),
         lambda: sprand.Mask.load(tmp_path / "model.safetensors"),
         lambda: states.read(tmp_path / "model.safetensors", "test"),
     )
@@ -118,7 +117,7 @@ def test_links_into_a_cache_are_read_and_links_in_the_output_are_not_written_thr
     hidden.symlink_to(tmp_path / "elsewhere")
     merge(snapshot, [(folder / "given", 1.0)], tmp_path / "out2")
     assert precious.read_text() == "precious" and not list((tmp_path / "elsewhere").iterdir())
-    adapter_file.read(adapter)
+    AdapterFile.read(adapter)
     sprand.Mask.load(mask)
 
 
@@ -126,7 +125,7 @@ def test_what_is_no_file_is_refused_without_waiting(folder, tmp_path):
     os.mkfifo(tmp_path / WEIGHTS_FILE)
     os.mkfifo(tmp_path / "model.safetensors")
     for path in (tmp_path, tmp_path / WEIGHTS_FILE, "/dev/zero", tmp_path / "none"):
-        for read in (adapter_file.read, lambda path: states.read(Path(path), "test"), sprand.Mask.load, open_checkpoint):
+        for read in (AdapterFile.read, lambda path: states.read(Path(path), "test"), sprand.Mask.load, open_checkpoint):
             with pytest.raises(REFUSED):
                 read(path)
 
@@ -159,7 +158,7 @@ def million(tmp_path_factory):
 @pytest.mark.parametrize("reader", ["adapter", "checkpoint"])
 def test_a_million_tensors_take_bounded_time_and_memory(million, reader):
     """A header of a million names is read once, and refused before anything is made of it."""
-    read = (lambda: adapter_file.read(million)) if reader == "adapter" else lambda: open_checkpoint(million)
+    read = (lambda: AdapterFile.read(million)) if reader == "adapter" else lambda: open_checkpoint(million)
     with pytest.raises(ValueError, match=r"1,000,000 tensors, more than"):
         read()
     size, seconds = growth(read)

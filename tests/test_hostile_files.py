@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 import sprand
 from hostile import assert_untouched, outcome, same, state_of, written
 from models import MLP, assert_same_bits, built
-from sprand.adapters import file as adapter_file
-from sprand.adapters.file import KEY, WEIGHTS_FILE
+from sprand.adapters.file import KEY, WEIGHTS_FILE, AdapterFile
 from sprand.checkpoint.export import export
 from sprand.checkpoint.inspect import inspect
 from sprand.checkpoint.merge import merge
@@ -39,10 +38,16 @@ def hasty(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
+def contents(path):
+    """What an adapter file says and holds."""
+    adapter = AdapterFile.read(path)
+    return adapter.description, adapter.tensors
+
+
 READERS = {
-    "drawn": (f"drawn/{WEIGHTS_FILE}", lambda root: adapter_file.read(root / "drawn")),
-    "given": (f"given/{WEIGHTS_FILE}", lambda root: adapter_file.read(root / "given")),
-    "folded": (f"folded/{WEIGHTS_FILE}", lambda root: adapter_file.read(root / "folded")),
+    "drawn": (f"drawn/{WEIGHTS_FILE}", lambda root: contents(root / "drawn")),
+    "given": (f"given/{WEIGHTS_FILE}", lambda root: contents(root / "given")),
+    "folded": (f"folded/{WEIGHTS_FILE}", lambda root: contents(root / "folded")),
     "mask": ("mask.safetensors", lambda root: dict(sprand.Mask.load(root / "mask.safetensors"))),
     "state": ("state.safetensors", lambda root: states.read(root / "state.safetensors", "test")),
 }
@@ -93,7 +98,7 @@ def test_changed_bytes_are_refused_or_change_nothing(folder, name):
 def test_any_bytes_at_all_are_refused(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "anything.safetensors"
     file.write_bytes(content)
-    for read in (adapter_file.read, sprand.Mask.load, lambda path: states.read(path, "test")):
+    for read in (AdapterFile.read, sprand.Mask.load, lambda path: states.read(path, "test")):
         with pytest.raises(ValueError):
             read(file)
     outcome(lambda: read_header(file))  # an empty file of safetensors is one
@@ -138,7 +143,7 @@ def resealed(folder: Path, out: Path, change) -> Path:
 @pytest.mark.parametrize("kind", ["drawn", "given", "folded"])
 def test_fields_of_other_types_are_refused_in_a_sentence(folder, tmp_path, kind):
     """Whoever makes such a file makes its checksum, too: types and ranges are checked all the same."""
-    model, description = built(MLP), adapter_file.read(folder / kind)[0]
+    model, description = built(MLP), AdapterFile.read(folder / kind).description
     before, commands, source = state_of(model), 0, random.Random(0)
     for path in places(description):
         if path[0] in ("checksum", "header_checksum", "sealed"):
@@ -235,7 +240,7 @@ def test_tied_parameters_are_trained_once(folder, tmp_path):
 
 def test_what_was_loaded_does_not_change_with_the_file(folder, tmp_path):
     """The library maps files into memory: another program that writes over one would change a model that was proven."""
-    _, tensors = adapter_file.read(folder / "given")
+    adapter = AdapterFile.read(folder / "given")
     copied = tmp_path / WEIGHTS_FILE
     copied.write_bytes((folder / "given" / WEIGHTS_FILE).read_bytes())
     model = sprand.load(built(MLP), copied)
@@ -244,12 +249,12 @@ def test_what_was_loaded_does_not_change_with_the_file(folder, tmp_path):
         begin = 8 + int.from_bytes(file.read(8), "little")
         file.seek(begin)
         file.write(b"\x41" * (copied.stat().st_size - begin))
-    assert torch.equal(model.second.sprand_delta, delta) and torch.equal(delta, tensors["delta.second.weight"])
+    assert torch.equal(model.second.sprand_delta, delta) and torch.equal(delta, adapter.entries("second.weight")[1])
 
 
 def test_files_of_earlier_versions_load(folder, tmp_path):
     """They have a checksum of their tensors alone."""
-    description, tensors = adapter_file.read(folder / "given")
+    description, tensors = contents(folder / "given")
     del description["header_checksum"], description["sealed"]
     save_file(tensors, tmp_path / WEIGHTS_FILE, metadata={KEY: json.dumps(description)})
     assert_same_bits(sprand.load(built(MLP), tmp_path).state_dict(), sprand.load(built(MLP), folder / "given").state_dict())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import sprand
 from quality.training import Run, TaskPlan, attached, load, settings_of
-from sprand.adapters.file import read
+from sprand.adapters.file import AdapterFile
 from sprand.cli.finetune import data, methods, tasks, training
 from sprand.cli.finetune.progress import Log
 from sprand.cli.finetune.settings import Settings
@@ -113,7 +113,7 @@ class _Sparse:
         self.model, self.names, self.seed, self.made = model, names, seed, ""
         for name, folder in zip(names, folders, strict=True):
             sprand.load(model, folder, name=name)
-        described = [read(folder)[0]["targets"].values() for folder in folders]
+        described = [AdapterFile.read(folder).targets.values() for folder in folders]
         self.trained = sum(target["nnz"] for target in described[0])
         sprand.combine(model, dict.fromkeys(names, 1.0), name="sum", drop_heads=True)
         sources = model._sprand.adapters["sum"].selection["sources"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..selection.choose import choose
 from ..selection.config import AS_GIVEN, SparseConfig
 from ..selection.mask import Mask, selection_of
 from ..selection.targets import Targets, View, find_targets, view_of
-from .file import entries, frozen_entries, read
+from .file import AdapterFile
 from .model import detached, install, switch
 from .state import Adapter, State
 
@@ -232,15 +231,14 @@ def _taken(item: Entries, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, d
         return "mask", {name: pattern.from_user(f"disjoint: {name}", value, shapes[name]) for name, value in item.items()}
     if not isinstance(item, (str, os.PathLike)):
         raise ValueError(f"disjoint: expected True, folders of adapters, masks or indices by name, got {type(item).__name__}")
-    path = Path(item)
-    description, tensors = read(path)
-    config, own, folded = SparseConfig.from_dict(description["config"]), {}, {}
-    for name, target in description["targets"].items():
-        _check_shape(str(path), name, tuple(target["shape"]), shapes)
-        own[name] = entries(path, config, name, target, tensors)[0]
-        if "frozen" in target:
-            folded[name] = frozen_entries(path, name, target, tensors)[0]
-    return described.label(path), _joined(own, folded)
+    file = AdapterFile.read(item)
+    own, folded = {}, {}
+    for name, target in file.targets.items():
+        _check_shape(str(file.path), name, tuple(target["shape"]), shapes)
+        own[name], frozen = file.entries(name)[0], file.frozen(name)
+        if frozen is not None:
+            folded[name] = frozen[0]
+    return described.label(file.path), _joined(own, folded)
 
 
 def _check_shape(what: str, name: str, shape: tuple[int, ...] | None, shapes: Mapping[str, tuple[int, ...]]) -> None:

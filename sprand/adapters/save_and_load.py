@@ -8,34 +8,23 @@ atomic step, so that a crash or a full disk leaves the old adapter. Loading prov
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
+from ..kernels.dtypes import dtype_name
 from ..layers import sharding
-from ..layers.sites import sites_of
+from ..layers.sites import Site, sites_of
 from ..selection import pattern
-from ..selection.config import AS_GIVEN, SparseConfig
+from ..selection.config import SparseConfig
 from ..selection.targets import sites_named
-from .file import (
-    DTYPES,
-    FORMAT_VERSION,
-    WITHOUT_FROZEN,
-    check_base,
-    draw,
-    dtype_name,
-    entries,
-    fingerprints,
-    finite,
-    frozen_entries,
-    read,
-    store,
-)
+from .file import AdapterFile, Trained, draw, finite
+from .fingerprint import DTYPES
 from .frozen import Frozen
 from .model import disabled, install, switch, write
 from .state import Adapter, State, state_of
@@ -63,42 +52,32 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if adapter is None:
         raise ValueError("save: no adapter is active; call sprand.switch(model, name) first")
     sharding.reshard(model)
-    tensors, targets, given = {}, {}, adapter.config.strategy not in pattern.RANDOM_STRATEGIES or state.mixed is not None
-    shapes = {}
-    for site in sites_of(model):
-        name, shape, entries = site.name, list(site.shape), site.entries
-        delta = sharding.whole(entries.delta).cpu()
-        if not finite(delta):
-            raise ValueError(f"save: the trained values of {name} are not finite; load the last good checkpoint")
-        tensors[f"delta.{name}"], shapes[name] = delta, shape
-        targets[name] = {
-            "shape": shape,
-            "dtype": dtype_name(site.weight.dtype),
-            "nnz": delta.numel(),
-            "fingerprint": fingerprints(entries.base),
-        }
-        if name in adapter.frozen:
-            frozen = adapter.frozen[name]
-            tensors |= {f"frozen_indices.{name}": frozen.indices.cpu(), f"frozen_values.{name}": frozen.values.cpu()}
-            targets[name] |= {
-                "fingerprint": fingerprints(frozen.pristine(entries.indices, entries.base)),
-                "frozen": {"nnz": frozen.indices.numel(), "fingerprint": fingerprints(frozen.base)},
-            }
-        given = given or not torch.equal(entries.indices.cpu(), draw(adapter.config, name, shape, delta.numel()))
-    if given:
-        tensors |= {f"indices.{site.name}": site.entries.indices.cpu() for site in sites_of(model)}
+    trained = {site.name: _trained(adapter, site) for site in sites_of(model)}
+    if state.mixed is None and all(_is_drawn(adapter.config, name, part) for name, part in trained.items()):
+        trained = {name: dataclasses.replace(part, indices=None) for name, part in trained.items()}
     heads = {name: sharding.whole(p).cpu() for name, p in model.named_parameters() if name in adapter.saved}
-    if bad := [name for name, value in heads.items() if not finite(value)]:
-        raise ValueError(f"save: the trained values of {bad[0]} are not finite; load the last good checkpoint")
-    description = {
-        "format_version": FORMAT_VERSION if adapter.frozen else WITHOUT_FROZEN,
-        "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
-        "config": adapter.config.to_dict() | (AS_GIVEN if given else {}),
-        **({} if adapter.selection is None else {"selection": adapter.selection}),
-        "targets": targets,
-    }
+    for name, values in ({name: part.delta for name, part in trained.items()} | heads).items():
+        if not finite(values):
+            raise ValueError(f"save: the trained values of {name} are not finite; load the last good checkpoint")
+    base_model = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     with sharding.first_rank(model) as writes:
-        return store(path, description, tensors, heads) if writes else Path(path)
+        if not writes:
+            return Path(path)
+        return AdapterFile.made(path, adapter.config, trained, heads, base_model, adapter.selection).store()
+
+
+def _trained(adapter: Adapter, site: Site) -> Trained:
+    """The entries of one weight as they go to a file."""
+    entries, frozen = site.entries, adapter.frozen.get(site.name)
+    base = entries.base if frozen is None else frozen.pristine(entries.indices, entries.base)
+    return Trained(site.shape, sharding.whole(entries.delta).cpu(), base.cpu(), entries.indices.cpu(), frozen)
+
+
+def _is_drawn(config: SparseConfig, name: str, part: Trained) -> bool:
+    """Whether the entries of one weight are those that a seed draws."""
+    if config.strategy not in pattern.RANDOM_STRATEGIES:
+        return False
+    return torch.equal(part.indices, draw(config, name, list(part.shape), part.delta.numel()))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:
@@ -119,10 +98,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
             was then.
     """
     sharding.refuse(model, "load", "load the adapter first, then shard the model")
-    description, tensors = read(path)
+    file = AdapterFile.read(path)
     state = getattr(model, "_sprand", None)
     with contextlib.nullcontext() if state is None else disabled(model):
-        adapter = prove(model, Path(path), description, tensors)
+        adapter = prove(model, file)
         sites = sites_named(model, adapter.indices)
     if state is None:
         trained = {key for key, p in model.named_parameters() if p.requires_grad}
@@ -137,19 +116,12 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     return switch(model, name)
 
 
-def prove(
-    model: nn.Module,
-    path: Path,
-    description: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    base_of: Callable[[str, Tensor, Tensor], Tensor] | None = None,
-) -> Adapter:
+def prove(model: nn.Module, file: AdapterFile, base_of: Callable[[str, Tensor, Tensor], Tensor] | None = None) -> Adapter:
     """An adapter that was read, after every check against the model that it is for.
 
     Args:
         model: its weights are read, not changed.
-        path: named in the messages.
-        description, tensors: from `read`.
+        file: the adapter.
         base_of: the entries `[nnz]` that a parameter holds in the base, from its name, its weight and their indices `[nnz]`; by
             default what the weight holds now.
 
@@ -157,33 +129,37 @@ def prove(
         Its entries, on the devices of their weights.
 
     Raises:
-        ValueError: it is damaged, or for another model or base.
+        ValueError: The adapter is damaged, or for another model or base.
     """
     base_of = base_of or (lambda name, weight, indices: ops.gather(weight.contiguous(), indices))
-    config = SparseConfig.from_dict(description["config"])
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    adapter = Adapter(config, selection=description.get("selection"))
-    for name, target in description["targets"].items():
-        weight = _matching(path, parameters, name, target["shape"])
-        indices, delta = entries(path, config, name, target, tensors)
+    adapter = Adapter(file.config, selection=file.selection)
+    for name, target in file.targets.items():
+        weight = _matching(file.path, parameters, name, target["shape"])
+        indices, delta = file.entries(name)
         indices = indices.to(weight.device)
-        check_base(path, name, base_of(name, weight.data, indices), target["fingerprint"])
-        if "frozen" in target:
-            own, values = (part.to(weight.device) for part in frozen_entries(path, name, target, tensors))
+        file.check_base(name, base_of(name, weight.data, indices))
+        frozen = file.frozen(name)
+        if frozen is not None:
+            own, values = (part.to(weight.device) for part in frozen)
             base = base_of(name, weight.data, own)
-            check_base(path, name, base, target["frozen"]["fingerprint"])
+            file.check_frozen_base(name, base)
             adapter.frozen[name] = Frozen(own, values.to(base), base)
         adapter.indices[name] = indices
         adapter.deltas[name] = nn.Parameter(delta.to(device=weight.device, dtype=ops.accumulation_dtype(weight.dtype)))
-    for name, entry in description["saved"].items():
-        p = _matching(path, parameters, name, entry["shape"])
-        adapter.saved[name] = tensors[f"saved.{name}"].to(device=p.device, dtype=p.dtype)
-    names: dict[int, str] = {}
-    for name in (*adapter.indices, *adapter.saved):
-        first = names.setdefault(id(parameters[name]), name)
+    for name, values in file.heads.items():
+        p = _matching(file.path, parameters, name, list(values.shape))
+        adapter.saved[name] = values.to(device=p.device, dtype=p.dtype)
+    _refuse_aliases(file.path, parameters, (*adapter.indices, *adapter.saved))
+    return adapter
+
+
+def _refuse_aliases(path: Path, parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> None:
+    firsts: dict[int, str] = {}
+    for name in names:
+        first = firsts.setdefault(id(parameters[name]), name)
         if first != name:
             raise ValueError(f"{path} was made for another model: {first} and {name} are one parameter here")
-    return adapter
 
 
 def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]) -> nn.Parameter:

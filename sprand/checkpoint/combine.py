@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.combining import Origin, Part, Rule, combined, content_checksum, record, shared_counts
-from ..adapters.file import WITHOUT_FROZEN, Source, entries, fingerprints, open_adapters, read, refuse_unmixable, store
+from ..adapters.file import AdapterFile, Trained, finite
 from ..files import described
 from ..selection import pattern
-from ..selection.config import AS_GIVEN, SparseConfig
+from ..selection.config import GIVEN, SparseConfig
 from .edits import edits_of, read_bases
 from .merge import Adapters
 from .shards import Checkpoint, open_checkpoint
@@ -71,12 +71,13 @@ def combine(
     """
     rule, pairs = Rule(method, density, seed, signs), list(adapters)
     _refuse_overwriting(out, [path for path, _ in pairs])
-    sources = [_opened(path, weight, drop_heads) for path, weight in pairs]
-    left_out = tuple(dict.fromkeys(name for path, _ in pairs for name in read(path)[0]["saved"])) if drop_heads else ()
-    if not sources:
+    opened = [AdapterFile.read(path, weight) for path, weight in pairs]
+    if not opened:
         raise ValueError("expected at least one adapter, got none")
+    left_out = tuple(dict.fromkeys(name for adapter in opened for name in adapter.heads)) if drop_heads else ()
+    opened = [_combinable(adapter, drop_heads) for adapter in opened]
     checkpoint = open_checkpoint(base)
-    edits = edits_of(checkpoint, sources, rule)
+    edits = edits_of(checkpoint, opened, rule)
     bases = read_bases(checkpoint, edits, progress)
     listed, places = {}, {}
     for target in edits.targets:
@@ -89,13 +90,13 @@ def combine(
         union = torch.cat(indices)
         listed[target.name] = union, torch.cat([edit.deltas for edit in target.edits])
         positions = [torch.arange(union.numel()) if position is None else position for _, position in target.claims]
-        places[target.name] = [sources.index(source) for source, _ in target.claims], positions
-    shared = shared_counts(len(sources), places.values())
+        places[target.name] = [opened.index(adapter) for adapter, _ in target.claims], positions
+    shared = shared_counts(len(opened), places.values())
     origins = [
-        Origin(described.label(source.path), source.weight, _checksum(_entries_of(source)), count)
-        for source, count in zip(sources, shared, strict=True)
+        Origin(described.label(adapter.path), adapter.weight, _checksum(_entries_of(adapter)), count)
+        for adapter, count in zip(opened, shared, strict=True)
     ]
-    return _write(out, checkpoint, sources, listed, bases, record(rule, origins), left_out)
+    return _write(out, checkpoint, opened, _trained(opened, listed, bases), record(rule, origins), left_out)
 
 
 def remove(
@@ -124,14 +125,14 @@ def remove(
         OSError: the adapter cannot be written.
     """
     _refuse_overwriting(out, [whole, adapter])
-    source, taken = _opened(whole, 1.0, False), _opened(adapter, 1.0, True)
-    selection = source.description.get("selection") or {}
+    combination, taken = _combinable(AdapterFile.read(whole), False), _combinable(AdapterFile.read(adapter), True)
+    selection = combination.selection or {}
     if selection.get("strategy") != "combine" or selection["method"] != "sum":
         how = f"by {selection['method']}" if selection.get("method") else "alone"
         raise ValueError(
             f"{whole} was made {how}; only an adapter that sprand combine --method sum wrote can lose one of its parts"
         )
-    own, found = _entries_of(source), _entries_of(taken)
+    own, found = _entries_of(combination), _entries_of(taken)
     checksum, again = _checksum(found), "combine the others anew instead"
     here = [origin for origin in selection["sources"] if origin["checksum"] == checksum]
     if not here:
@@ -152,30 +153,27 @@ def remove(
             raise ValueError(f"{whole} was trained further since {adapter} was combined into it; {again}")
         kept[name][places] = False
     checkpoint = open_checkpoint(base)
-    bases = read_bases(checkpoint, edits_of(checkpoint, [source]), progress)
+    bases = read_bases(checkpoint, edits_of(checkpoint, [combination]), progress)
     listed = {name: (own[name][0][keep], own[name][1][keep]) for name, keep in kept.items() if keep.any()}
     bases = {name: bases[name][kept[name]] for name in listed}
     selection = selection | {"sources": [origin for origin in selection["sources"] if origin is not here[0]]}
-    return _write(out, checkpoint, [source], listed, bases, selection, ())
+    return _write(out, checkpoint, [combination], _trained([combination], listed, bases), selection, ())
 
 
-def _opened(path: str | os.PathLike[str], weight: float, drop_heads: bool) -> Source:
+def _combinable(adapter: AdapterFile, drop_heads: bool) -> AdapterFile:
     """An adapter of which every change is a delta, whole modules left out if asked."""
-    (source,) = open_adapters([(path, 1.0)])
-    if not math.isfinite(weight):
-        raise ValueError(f"weights: expected finite numbers, got {weight}")
-    source = replace(source, weight=float(weight))
+    if not math.isfinite(adapter.weight):
+        raise ValueError(f"weights: expected finite numbers, got {adapter.weight}")
     if drop_heads:
-        source = replace(source, description=source.description | {"saved": {}})
-    refuse_unmixable(source, "leave them out, since each task keeps its own head (--drop-heads)")
-    if not source.description["targets"]:
-        raise ValueError(f"{source.path} changes no entry by a delta; there is nothing to combine")
-    return source
+        adapter = adapter.without_heads()
+    adapter.refuse_unmixable("leave them out, since each task keeps its own head (--drop-heads)")
+    if not adapter.targets:
+        raise ValueError(f"{adapter.path} changes no entry by a delta; there is nothing to combine")
+    return adapter
 
 
-def _entries_of(source: Source) -> Listed:
-    targets = source.description["targets"].items()
-    return {name: entries(source.path, source.config, name, target, source.tensors) for name, target in targets}
+def _entries_of(adapter: AdapterFile) -> Listed:
+    return {name: adapter.entries(name) for name in adapter.targets}
 
 
 def _checksum(listed: Listed) -> str:
@@ -188,31 +186,27 @@ def _refuse_overwriting(out: str | os.PathLike[str], adapters: Sequence[str | os
             raise ValueError(f"{out} is one of the adapters that are read; give another folder for the result")
 
 
+def _trained(adapters: Sequence[AdapterFile], listed: Listed, bases: Mapping[str, Tensor]) -> dict[str, Trained]:
+    """Given entries, as they go to a file."""
+    trained = {}
+    for name, (indices, delta) in listed.items():
+        if not finite(delta):
+            raise ValueError(f"the combined values of {name} are not finite; give smaller weights")
+        shape = next(adapter.targets[name]["shape"] for adapter in adapters if name in adapter.targets)
+        trained[name] = Trained(tuple(shape), delta, bases[name], indices.to(pattern.index_dtype(math.prod(shape))))
+    return trained
+
+
 def _write(
     out: str | os.PathLike[str],
     checkpoint: Checkpoint,
-    sources: Sequence[Source],
-    listed: Listed,
-    bases: Mapping[str, Tensor],
+    adapters: Sequence[AdapterFile],
+    trained: Mapping[str, Trained],
     selection: dict[str, Any],
     left_out: tuple[str, ...],
 ) -> Combined:
-    """Write an adapter of given entries."""
-    tensors, targets = {}, {}
-    for name, (indices, delta) in listed.items():
-        shape = next(s.description["targets"][name]["shape"] for s in sources if name in s.description["targets"])
-        tensors[f"delta.{name}"], tensors[f"indices.{name}"] = delta, indices.to(pattern.index_dtype(math.prod(shape)))
-        dtype = str(bases[name].dtype).removeprefix("torch.")
-        targets[name] = {"shape": shape, "dtype": dtype, "nnz": delta.numel(), "fingerprint": fingerprints(bases[name])}
-        if not torch.isfinite(delta).all():
-            raise ValueError(f"the combined values of {name} are not finite; give smaller weights")
-    description = {
-        "format_version": WITHOUT_FROZEN,
-        "base_model": next((s.description["base_model"] for s in sources if s.description["base_model"]), None)
-        or checkpoint.folder.name,
-        "config": SparseConfig(target_modules=None, target_parameters=tuple(targets)).to_dict() | AS_GIVEN,
-        "selection": selection,
-        "targets": targets,
-    }
-    count = sum(delta.numel() for _, delta in listed.values())
-    return Combined(store(out, description, tensors, {}), count, selection["sources"], left_out)
+    config = SparseConfig(strategy=GIVEN, target_modules=None, target_parameters=tuple(trained))
+    base_model = next((adapter.base_model for adapter in adapters if adapter.base_model), checkpoint.folder.name)
+    folder = AdapterFile.made(out, config, trained, base_model=base_model, selection=selection).store()
+    count = sum(part.delta.numel() for part in trained.values())
+    return Combined(folder, count, selection["sources"], left_out)

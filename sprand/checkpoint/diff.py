@@ -6,16 +6,16 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.file import FORMAT_VERSION, WITHOUT_FROZEN, fingerprints, store
+from ..adapters.file import AdapterFile, Trained
+from ..adapters.frozen import Frozen
 from ..kernels import ops, topk
 from ..kernels.ops import patched
 from ..selection import pattern
-from ..selection.config import AS_GIVEN, SparseConfig
+from ..selection.config import GIVEN, SparseConfig
 from .names import resolve
 from .shards import TRAINABLE, Checkpoint, Stored, open_checkpoint
 from .stream import Progress
@@ -78,36 +78,28 @@ def diff(
         raise ValueError(f"density: expected a fraction in (0, 1], got {density}")
     one, two = open_checkpoint(base), open_checkpoint(tuned)
     names = _names(one, two)
-    tensors: dict[str, Tensor] = {}
-    targets: dict[str, dict[str, Any]] = {}
-    changed = values = 0
+    trained: dict[str, Trained] = {}
+    changed = values = kept = 0
     for name, other in names.items():
         entries = _Entries(one, two, name, other, progress)
         changed += entries.indices.numel()
         entries.keep_largest(density)
         if not entries.indices.numel():
             continue
-        targets[other] = entries.describe(tensors)
+        trained[other] = entries.trained()
+        kept += entries.indices.numel()
         values += int((~entries.exact).sum())
     added = {name: two.read(name).view(two.tensors[name].shape) for name in two.tensors if name not in names.values()}
     missing = tuple(name for name in one.tensors if name not in names and name not in added)
-    if not targets and not added:
+    if not trained and not added:
         raise ValueError(f"{tuned} holds the same values as {base}; there is no difference to keep")
     for name, value in added.items():
         if value.dtype not in TRAINABLE:
             raise ValueError(f"{name} is only in {tuned}, as {two.tensors[name].code}; expected F64, F32, F16 or BF16")
-    config = SparseConfig(target_modules=None, target_parameters=tuple(targets) or None).to_dict() | AS_GIVEN
-    description = {
-        "format_version": FORMAT_VERSION if values else WITHOUT_FROZEN,
-        "base_model": one.config.get("_name_or_path") or one.folder.name,
-        "config": config,
-        "selection": {"strategy": "diff", "density": density},
-        "targets": targets,
-    }
-    kept = sum(target["nnz"] + target.get("frozen", {"nnz": 0})["nnz"] for target in targets.values())
-    return Difference(
-        store(path, description, tensors, added), changed, kept, values, len(targets), len(names), tuple(added), missing
-    )
+    config = SparseConfig(strategy=GIVEN, target_modules=None, target_parameters=tuple(trained) or None)
+    base_model, selection = one.config.get("_name_or_path") or one.folder.name, {"strategy": "diff", "density": density}
+    folder = AdapterFile.made(path, config, trained, added, base_model, selection).store()
+    return Difference(folder, changed, kept, values, len(trained), len(names), tuple(added), missing)
 
 
 def exact_deltas(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,20 +157,11 @@ class _Entries:
         for name in ("indices", "base", "tuned", "deltas", "exact"):
             setattr(self, name, getattr(self, name)[places])
 
-    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Put the entries among an adapter's tensors, and say what they are."""
+    def trained(self) -> Trained:
+        """The entries as an adapter holds them: deltas, and values where no delta is exact."""
         exact, indices = self.exact, self.indices.to(pattern.index_dtype(self.stored.numel))
-        tensors[f"delta.{self.name}"], tensors[f"indices.{self.name}"] = self.deltas[exact], indices[exact]
-        target = {
-            "shape": list(self.stored.shape),
-            "dtype": str(self.stored.dtype).removeprefix("torch."),
-            "nnz": int(exact.sum()),
-            "fingerprint": fingerprints(self.base[exact]),
-        }
-        if not exact.all():
-            tensors |= {f"frozen_indices.{self.name}": indices[~exact], f"frozen_values.{self.name}": self.tuned[~exact]}
-            target["frozen"] = {"nnz": int((~exact).sum()), "fingerprint": fingerprints(self.base[~exact])}
-        return target
+        frozen = None if exact.all() else Frozen(indices[~exact], self.tuned[~exact], self.base[~exact])
+        return Trained(self.stored.shape, self.deltas[exact], self.base[exact], indices[exact], frozen)
 
 
 def _names(one: Checkpoint, two: Checkpoint) -> dict[str, str]:

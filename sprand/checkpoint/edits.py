@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.combining import SUM, Rule
-from ..adapters.file import Source, check_base
+from ..adapters.file import AdapterFile
 from ..kernels import ops
 from ..selection import pattern
 from .entries import Changes, Cut, Pending, bounds
@@ -183,7 +183,7 @@ class Target:
     pending: Pending
 
     @property
-    def claims(self) -> list[tuple[Source, Tensor | None]]:
+    def claims(self) -> list[tuple[AdapterFile, Tensor | None]]:
         """The adapters that change it, and where the entries of each stand among all; None for all of them in order."""
         return list(zip(self.pending.chosen, self.pending.changes().positions, strict=True))
 
@@ -194,11 +194,10 @@ class Target:
             ValueError: an adapter was trained on another base.
         """
         base, set_base = (torch.cat([getattr(edit, name) for edit in self.edits]) for name in ("base", "set_base"))
-        for source, positions in self.claims:
-            target = source.description["targets"][self.name]
-            check_base(source.path, self.name, base if positions is None else base[positions], target["fingerprint"])
-            if "frozen" in target:
-                check_base(source.path, self.name, set_base, target["frozen"]["fingerprint"])
+        for adapter, positions in self.claims:
+            adapter.check_base(self.name, base if positions is None else base[positions])
+            if "frozen" in adapter.targets[self.name]:
+                adapter.check_frozen_base(self.name, set_base)
 
 
 @dataclass
@@ -216,7 +215,7 @@ class Edits:
     added: dict[str, Tensor]
 
 
-def edits_of(checkpoint: Checkpoint, sources: Sequence[Source], rule: Rule = SUM) -> Edits:
+def edits_of(checkpoint: Checkpoint, adapters: Sequence[AdapterFile], rule: Rule = SUM) -> Edits:
     """What adapters change in a checkpoint.
 
     Several adapters, or one with a factor, are combined as `sprand.switch(model, {name: weight})` and `sprand.combine` do it: in
@@ -225,20 +224,18 @@ def edits_of(checkpoint: Checkpoint, sources: Sequence[Source], rule: Rule = SUM
     Raises:
         ValueError: a parameter is not in the checkpoint, in a dtype that is not trained, or an adapter is damaged.
     """
-    shapes = {name: target["shape"] for source in sources for name, target in source.description["targets"].items()}
-    saved = {name: source.tensors.get(f"saved.{name}") for source in sources for name in source.description["saved"]}
+    shapes = {name: target["shape"] for adapter in adapters for name, target in adapter.targets.items()}
+    saved = {name: values for adapter in adapters for name, values in adapter.heads.items()}
     places, names = resolve(checkpoint, shapes, saved)
     result = Edits({}, [], {})
     for name, tensors in places.items():
-        whole = _combined(checkpoint, name, tensors, sources, rule)
+        whole = _combined(checkpoint, name, tensors, adapters, rule)
         for target in (whole, *_twins(checkpoint, whole)):
             result.targets.append(target)
             for edit in target.edits:
                 _take(result, name, edit)
     for name, values in saved.items():
         stored = checkpoint.tensors.get(names[name])
-        if values is None:
-            raise ValueError(f"{sources[0].path} is damaged: it has no values for {name}")
         if stored is None:
             result.added[names[name]] = values
             continue
@@ -255,19 +252,18 @@ def edits_of(checkpoint: Checkpoint, sources: Sequence[Source], rule: Rule = SUM
     return result
 
 
-def _combined(checkpoint: Checkpoint, name: str, tensors: Sequence[str], sources: Sequence[Source], rule: Rule) -> Target:
+def _combined(checkpoint: Checkpoint, name: str, tensors: Sequence[str], adapters: Sequence[AdapterFile], rule: Rule) -> Target:
     """One parameter of all adapters that train it, as edits of the tensors that hold it."""
     pieces = [checkpoint.tensors[tensor] for tensor in tensors]
     for stored in pieces:
         _trainable(stored)
-    chosen = [source for source in sources if name in source.description["targets"]]
-    shape = chosen[0].description["targets"][name]["shape"]
-    for source in chosen:
-        if source.description["targets"][name]["shape"] != shape:
-            raise ValueError(
-                f"{name} is {source.description['targets'][name]['shape']} in {source.path} and {shape} in {chosen[0].path}"
-            )
-    pending = Pending(name, chosen, sources, rule, pieces[0].dtype)
+    chosen = [adapter for adapter in adapters if name in adapter.targets]
+    shape = chosen[0].targets[name]["shape"]
+    for adapter in chosen:
+        other = adapter.targets[name]["shape"]
+        if other != shape:
+            raise ValueError(f"{name} is {other} in {adapter.path} and {shape} in {chosen[0].path}")
+    pending = Pending(name, chosen, adapters, rule, pieces[0].dtype)
     edits, begin = [], 0
     for stored in pieces:
         edits.append(Edit(stored, pending, begin))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.combining import SUM, Part, Rule, combined
-from ..adapters.file import Source, entries, frozen_entries
+from ..adapters.file import AdapterFile
 from ..kernels import ops
 
 
@@ -38,13 +38,15 @@ class Pending:
     Args:
         name: of the parameter.
         chosen: the adapters that change it.
-        sources: all of them, in their order.
+        adapters: all of them, in their order.
         rule: how they are combined.
         dtype: of the parameter in the checkpoint.
     """
 
-    def __init__(self, name: str, chosen: Sequence[Source], sources: Sequence[Source], rule: Rule, dtype: torch.dtype) -> None:
-        self.name, self.chosen, self.sources, self.rule, self.dtype = name, chosen, sources, rule, dtype
+    def __init__(
+        self, name: str, chosen: Sequence[AdapterFile], adapters: Sequence[AdapterFile], rule: Rule, dtype: torch.dtype
+    ) -> None:
+        self.name, self.chosen, self.adapters, self.rule, self.dtype = name, chosen, adapters, rule, dtype
         self._lock, self._changes = threading.Lock(), None
 
     def changes(self) -> Changes:
@@ -59,25 +61,18 @@ class Pending:
             return self._changes
 
     def _combine(self) -> Changes:
-        targets = [source.description["targets"][self.name] for source in self.chosen]
-        found = [
-            entries(source.path, source.config, self.name, target, source.tensors)
-            for source, target in zip(self.chosen, targets, strict=True)
-        ]
-        (union, total), *_ = found
+        each = [adapter.entries(self.name) for adapter in self.chosen]
+        first, (union, total) = self.chosen[0], each[0]
         total, positions = total.to(ops.accumulation_dtype(self.dtype)), [None]
-        if self.rule != SUM or len(self.chosen) > 1 or self.chosen[0].weight != 1:
+        if self.rule != SUM or len(self.chosen) > 1 or first.weight != 1:
             parts = [
-                Part(self.sources.index(source), source.weight, indices, deltas.to(total.dtype))
-                for source, (indices, deltas) in zip(self.chosen, found, strict=True)
+                Part(self.adapters.index(adapter), adapter.weight, indices, deltas.to(total.dtype))
+                for adapter, (indices, deltas) in zip(self.chosen, each, strict=True)
             ]
-            whole = combined(self.rule, len(self.sources), {self.name: parts})[self.name]
+            whole = combined(self.rule, len(self.adapters), {self.name: parts})[self.name]
             union, total, positions = whole.indices, whole.delta, whole.positions
-        set_indices, set_values = union[:0], torch.empty(0, dtype=self.dtype)
-        if "frozen" in targets[0]:
-            set_indices, values = frozen_entries(self.chosen[0].path, self.name, targets[0], self.chosen[0].tensors)
-            set_values = values.to(self.dtype)
-        return Changes(union, total, set_indices, set_values, positions)
+        set_indices, set_values = first.frozen(self.name) or (union[:0], torch.empty(0))
+        return Changes(union, total, set_indices, set_values.to(self.dtype), positions)
 
 
 class Cut:

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.file import Source, entries, open_adapters
+from ..adapters.file import AdapterFile, open_adapters
 from ..files import described
 from .edits import Edits, Overwrite, edits_of
 from .patches import patches_of
 from .shards import Checkpoint, open_checkpoint
 
-Writer = Callable[[Source, "tuple[Checkpoint, Edits] | None", Path], list[Path]]
+Writer = Callable[[AdapterFile, "tuple[Checkpoint, Edits] | None", Path], list[Path]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Form:
 
 FORMS: dict[str, Form] = {}
 PATCH_FORMAT = "sprand vllm-patch 2"  # 2 adds base.NAME and the checksum
+DENSE_FORMAT = "sprand dense-delta 1"
 
 
 def form(name: str, help: str, needs_base: bool) -> Callable[[Writer], Writer]:
@@ -72,16 +73,16 @@ def export(
         raise ValueError(f"to: expected one of {', '.join(FORMS)}, got {to!r}")
     if FORMS[to].needs_base and base is None:
         raise ValueError(f"{to} holds values in the names of the checkpoint, not changes: give the base checkpoint (--base)")
-    (source,) = open_adapters([(path, 1.0)])
+    (adapter,) = open_adapters([(path, 1.0)])
     applied = None
     if base is not None:
         checkpoint = open_checkpoint(base)
-        applied = checkpoint, edits_of(checkpoint, [source])
+        applied = checkpoint, edits_of(checkpoint, [adapter])
     folder = Path(out)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return FORMS[to].write(source, applied, folder)
+        return FORMS[to].write(adapter, applied, folder)
     except BaseException:
         if made and not any(folder.iterdir()):
             folder.rmdir()
@@ -89,18 +90,18 @@ def export(
 
 
 @form("vllm-patch", "values and flat indices in the names of the checkpoint, the fields of vLLM's CheckpointWeightPatch", True)
-def vllm_patch(source: Source, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
+def vllm_patch(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
     """`patches.safetensors` with `indices.NAME`, `values.NAME` and, for the way back, `base.NAME`; and `patches.json`."""
     tensors: dict[str, Tensor] = {}
     patches = []
-    for patch in patches_of(source, *applied):
+    for patch in patches_of(adapter, *applied):
         name = patch.name
         tensors |= {f"indices.{name}": patch.indices, f"values.{name}": patch.values, f"base.{name}": patch.base}
         dtype = str(patch.dtype).removeprefix("torch.")
         patches.append({"name": name, "shape": list(patch.shape), "dtype": dtype, "nnz": patch.values.numel()})
     about = {
         "format": PATCH_FORMAT,
-        "adapter_checksum": source.description["checksum"],
+        "adapter_checksum": adapter.checksum,
         "checksum": described.checksum(tensors),
         "patches": patches,
     }
@@ -108,22 +109,14 @@ def vllm_patch(source: Source, applied: tuple[Checkpoint, Edits] | None, folder:
 
 
 @form("dense-delta", "one dense float32 tensor of changes per parameter; with --base in the names of the checkpoint", False)
-def dense_delta(source: Source, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
+def dense_delta(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
     """`delta.safetensors`, zero where nothing was trained, and `delta.json`; of set values, the difference to the base."""
-    whole = [*source.description["saved"], *(name for name, t in source.description["targets"].items() if "frozen" in t)]
+    whole = [*adapter.heads, *(name for name, target in adapter.targets.items() if "frozen" in target)]
     if applied is None and whole:
-        raise ValueError(f"{source.path} holds {whole[0]} as values, whose change is known with the base only; give --base")
-    tensors: dict[str, Tensor] = {}
+        raise ValueError(f"{adapter.path} holds {whole[0]} as values, whose change is known with the base only; give --base")
     if applied is None:
-        needed = 4 * sum(math.prod(target["shape"]) for target in source.description["targets"].values())
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise ValueError(f"{source.path}: its dense deltas take {needed:,} bytes, and {folder} has {free:,} free")
-        for name, target in source.description["targets"].items():
-            indices, deltas = entries(source.path, source.config, name, target, source.tensors)
-            tensors[name] = torch.zeros(target["shape"])
-            tensors[name].view(-1)[indices.long()] = deltas.float()
-        return _write(folder, "delta", tensors, {"format": "sprand dense-delta 1", "names": "of the model's parameters"})
+        return _write(folder, "delta", _dense(adapter, folder), {"format": DENSE_FORMAT, "names": "of the model's parameters"})
+    tensors: dict[str, Tensor] = {}
     checkpoint, edits = applied
     for name, edit in edits.by_tensor.items():
         dense = torch.zeros(edit.stored.numel)
@@ -138,7 +131,20 @@ def dense_delta(source: Source, applied: tuple[Checkpoint, Edits] | None, folder
     for target in edits.targets:
         target.prove()
     tensors |= {name: values.float() for name, values in edits.added.items()}
-    return _write(folder, "delta", tensors, {"format": "sprand dense-delta 1", "names": "of the checkpoint's tensors"})
+    return _write(folder, "delta", tensors, {"format": DENSE_FORMAT, "names": "of the checkpoint's tensors"})
+
+
+def _dense(adapter: AdapterFile, folder: Path) -> dict[str, Tensor]:
+    needed = 4 * sum(math.prod(target["shape"]) for target in adapter.targets.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{adapter.path}: its dense deltas take {needed:,} bytes, and {folder} has {free:,} free")
+    tensors = {}
+    for name, target in adapter.targets.items():
+        indices, deltas = adapter.entries(name)
+        tensors[name] = torch.zeros(target["shape"])
+        tensors[name].view(-1)[indices.long()] = deltas.float()
+    return tensors
 
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], about: dict) -> list[Path]:

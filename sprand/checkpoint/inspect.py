@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.file import Source, entries, frozen_entries, open_adapters
+from ..adapters.file import AdapterFile, open_adapters
 from ..kernels.ops import patched
 from ..selection.mask import chosen_by
 from ..selection.pattern import RANDOM_STRATEGIES
@@ -118,31 +118,42 @@ def inspect(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = 
         FileNotFoundError: there is no adapter or no checkpoint.
         ValueError: the adapter is damaged, or of another base.
     """
-    (source,) = open_adapters([(path, 1.0)])
+    (adapter,) = open_adapters([(path, 1.0)])
     bases = {}
     if base is not None:
         checkpoint = open_checkpoint(base)
-        bases = read_bases(checkpoint, edits_of(checkpoint, [source]))
+        bases = read_bases(checkpoint, edits_of(checkpoint, [adapter]))
     lines, changes = [], []
-    for name, target in source.description["targets"].items():
-        indices, deltas = entries(source.path, source.config, name, target, source.tensors)
-        values = frozen_entries(source.path, name, target, source.tensors)[0].numel() if "frozen" in target else 0
-        shape = tuple(target["shape"])
-        count, total = deltas.numel(), max(1, math.prod(shape))
-        size = deltas.double().abs()
-        lines.append(
-            Line(
-                name, shape, count, values, (count + values) / total, float(size.square().mean().sqrt()) if count else 0.0,
-                float(size.max()) if count else 0.0, float((deltas == 0).double().mean()) if count else 0.0,
-                _visible(bases[name], deltas) if base is not None else None,
-            )
-        )  # fmt: skip
-        for place in size.topk(min(top, count)).indices.tolist():
-            position = tuple(int(x) for x in torch.unravel_index(indices[place].long(), shape)) if shape else ()
-            changes.append(Change(name, position, float(deltas[place])))
+    for name in adapter.targets:
+        lines.append(_line(adapter, name, bases.get(name)))
+        changes += _largest(adapter, name, top)
     changes.sort(key=lambda change: -abs(change.delta))
-    saved = {name: entry["shape"] for name, entry in source.description["saved"].items()}
-    return Report(source.path, _chosen(source), lines, changes[:top], source.description, saved)
+    heads = {name: list(values.shape) for name, values in adapter.heads.items()}
+    return Report(adapter.path, _chosen(adapter), lines, changes[:top], adapter.description, heads)
+
+
+def _line(adapter: AdapterFile, name: str, base: Tensor | None) -> Line:
+    _, deltas = adapter.entries(name)
+    frozen = adapter.frozen(name)
+    shape = tuple(adapter.targets[name]["shape"])
+    count, values = deltas.numel(), 0 if frozen is None else frozen[0].numel()
+    density = (count + values) / max(1, math.prod(shape))
+    visible = None if base is None else _visible(base, deltas)
+    if not count:
+        return Line(name, shape, count, values, density, 0.0, 0.0, 0.0, visible)
+    size = deltas.double().abs()
+    rms, zero = float(size.square().mean().sqrt()), float((deltas == 0).double().mean())
+    return Line(name, shape, count, values, density, rms, float(size.max()), zero, visible)
+
+
+def _largest(adapter: AdapterFile, name: str, top: int) -> list[Change]:
+    """The largest changes of one parameter."""
+    indices, deltas = adapter.entries(name)
+    shape, changes = tuple(adapter.targets[name]["shape"]), []
+    for place in deltas.double().abs().topk(min(top, deltas.numel())).indices.tolist():
+        position = tuple(int(x) for x in torch.unravel_index(indices[place].long(), shape)) if shape else ()
+        changes.append(Change(name, position, float(deltas[place])))
+    return changes
 
 
 def plot(report: Report, path: str | os.PathLike[str]) -> Path:
@@ -170,10 +181,10 @@ def _visible(base: Tensor, deltas: Tensor) -> float:
     return float((patched(rounded, deltas.float()) != rounded).double().mean())
 
 
-def _chosen(source: Source) -> str:
-    config, fields = source.config, source.description.get("selection")
-    if fields:
-        return chosen_by(fields)
+def _chosen(adapter: AdapterFile) -> str:
+    config = adapter.config
+    if adapter.selection:
+        return chosen_by(adapter.selection)
     if config.strategy in RANDOM_STRATEGIES:
         amount = f"density {config.density:g}" if config.density else f"budget {config.budget}"
         layout = "" if config.layout == "unstructured" else f", {config.layout}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.file import Source, open_adapters
+from ..adapters.file import AdapterFile, open_adapters
 from ..files import described
 from .edits import Edit, Edits, Overwrite, Target, base_values, edits_of, worked_out_ahead
 from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
@@ -69,9 +69,9 @@ def merge(
         ValueError: an adapter is of another base or damaged. `out` is not there then.
         OSError: it cannot be written. `out` is not there then.
     """
-    checkpoint, sources = open_checkpoint(base), open_adapters(adapters)
-    made = NewFolder(out, identity_of(checkpoint, adapters=adapters_of(sources)))
-    edits = edits_of(checkpoint, sources)
+    checkpoint, opened = open_checkpoint(base), open_adapters(adapters)
+    made = NewFolder(out, identity_of(checkpoint, adapters=adapters_of(opened)))
+    edits = edits_of(checkpoint, opened)
     job = _Job(checkpoint, edits)
     job.prove_samples()
     unfinished = made.begin()
@@ -90,7 +90,7 @@ def merge(
     left_out = carry_over(Path(base), unfinished, checkpoint)
     job.write_index(unfinished)
     if revertible:
-        described.write(unfinished / REVERT_FILE, REVERT_KEY, job.revert_description(sources), base_values(edits.by_tensor))
+        described.write(unfinished / REVERT_FILE, REVERT_KEY, job.revert_description(opened), base_values(edits.by_tensor))
     return Merged(made.finish(), count_of(edits), len(edits.by_tensor) + len(edits.added), tuple(edits.added), left_out)
 
 
@@ -173,7 +173,7 @@ class _Job:
         elif self.checkpoint.index is not None:
             shutil.copyfile(self.checkpoint.folder / INDEX, folder / INDEX)
 
-    def revert_description(self, sources: Iterable[Source]) -> dict[str, Any]:
+    def revert_description(self, opened: Iterable[AdapterFile]) -> dict[str, Any]:
         """What `revert` needs beside the base values: which adapters, and what the last file's header and the index were."""
         header = index = None
         if self.edits.added:
@@ -183,7 +183,7 @@ class _Job:
             index = (self.checkpoint.folder / INDEX).read_text(encoding="utf-8") if self.checkpoint.index is not None else None
         return {
             "format_version": 1,
-            "adapters": adapters_of(sources),
+            "adapters": adapters_of(opened),
             "added": list(self.edits.added),
             "header": header,
             "index": index,
@@ -207,9 +207,9 @@ class _Applied:
             self.target.prove()
 
 
-def adapters_of(sources: Iterable[Source]) -> list[dict[str, Any]]:
+def adapters_of(opened: Iterable[AdapterFile]) -> list[dict[str, Any]]:
     """Which adapters, with which weights."""
-    return [{"checksum": source.description["checksum"], "weight": source.weight} for source in sources]
+    return [{"checksum": adapter.checksum, "weight": adapter.weight} for adapter in opened]
 
 
 def count_of(edits: Edits) -> int:

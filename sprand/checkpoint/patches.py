@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters.file import Source
+from ..adapters.file import AdapterFile
 from ..selection import pattern
 from .edits import Edit, Edits, Overwrite
 from .shards import Checkpoint
@@ -33,7 +33,7 @@ class TensorPatch:
     base: Tensor
 
 
-def patches_of(source: Source, checkpoint: Checkpoint, edits: Edits) -> Iterator[TensorPatch]:
+def patches_of(adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits) -> Iterator[TensorPatch]:
     """What an adapter changes in a checkpoint, tensor by tensor; once all were given, its base is proven to be the adapter's.
 
     Raises:
@@ -41,7 +41,7 @@ def patches_of(source: Source, checkpoint: Checkpoint, edits: Edits) -> Iterator
     """
     if edits.added:
         raise ValueError(
-            f"{source.path} trained {', '.join(edits.added)}, which the base checkpoint does not have, and a patch can only "
+            f"{adapter.path} trained {', '.join(edits.added)}, which the base checkpoint does not have, and a patch can only "
             "change tensors that are there; use sprand merge"
         )
     for name, edit in edits.by_tensor.items():

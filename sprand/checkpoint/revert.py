@@ -50,7 +50,7 @@ def revert(
         ValueError: other adapters were merged, or the checkpoint was changed since. `out` is not there then.
         OSError: it cannot be written. `out` is not there then.
     """
-    sources = open_adapters(adapters)
+    opened = open_adapters(adapters)
     folder = Path(merged)
     if not (folder / REVERT_FILE).is_file():
         raise FileNotFoundError(
@@ -60,15 +60,15 @@ def revert(
     description, values = described.read(folder / REVERT_FILE, REVERT_KEY, "merge's base values", FORM)
     if description["format_version"] != 1:
         raise ValueError(f"{folder / REVERT_FILE} has format {description['format_version']}; install a newer sprand")
-    if description["adapters"] != adapters_of(sources):
+    if description["adapters"] != adapters_of(opened):
         weights = ", ".join(str(entry["weight"]) for entry in description["adapters"])
         raise ValueError(
             f"{merged} was merged from other adapters, or with other weights: expected {len(description['adapters'])}, with "
             f"weights {weights}, in the order of the merge"
         )
     checkpoint = _without(open_checkpoint(merged), description["added"])
-    made = NewFolder(out, identity_of(checkpoint, revert=adapters_of(sources)))
-    edits = edits_of(checkpoint, sources)
+    made = NewFolder(out, identity_of(checkpoint, revert=adapters_of(opened)))
+    edits = edits_of(checkpoint, opened)
     _give_base(edits.by_tensor, values, folder / REVERT_FILE)
     for target in edits.targets:
         target.prove()

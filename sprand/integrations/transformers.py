@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters.file import read
+from ..adapters.file import AdapterFile
 from ..adapters.model import write
 from ..adapters.save_and_load import save
 from ..adapters.state import state_of, tensor_names
@@ -213,10 +213,9 @@ def _of_resumed(args: TrainingArguments, state: TrainerState, name: str, callbac
 def _restore(model: nn.Module, folders: list[Path]) -> None:
     """Give the model the entries of the folder whose trained values its weights hold."""
     for folder in folders:
-        _, tensors = read(folder)
-        tensors |= described.read(folder / ENTRIES_FILE, KEY, "checkpoint")[1]
+        adapter, tensors = AdapterFile.read(folder), described.read(folder / ENTRIES_FILE, KEY, "checkpoint")[1]
         sites = sites_of(model)
-        values = [_values_of(site, tensors, folder) for site in sites]
+        values = [_values_of(site, adapter, tensors) for site in sites]
         if all(_holds(site, *entries) for site, entries in zip(sites, values, strict=True)):
             for site, entries in zip(sites, values, strict=True):
                 for module, parameter in site.owners:
@@ -231,9 +230,10 @@ def _restore(model: nn.Module, folders: list[Path]) -> None:
     )
 
 
-def _values_of(site: Site, tensors: dict[str, Tensor], folder: Path) -> list[Tensor]:
+def _values_of(site: Site, adapter: AdapterFile, tensors: dict[str, Tensor]) -> list[Tensor]:
     """Delta, indices and base `[nnz]` of a weight."""
-    values, own = [tensors.get(f"{kind}.{site.name}") for kind in ("delta", "indices", "base")], site.entries
+    folder, own = adapter.path, site.entries
+    values = [adapter.delta(site.name), *(tensors.get(f"{kind}.{site.name}") for kind in ("indices", "base"))]
     nnz, dtypes = own.delta.numel(), [own.delta.dtype, own.indices.dtype, own.base.dtype]
     if any(value is None or list(value.shape) != [nnz] for value in values) or [value.dtype for value in values] != dtypes:
         raise ValueError(

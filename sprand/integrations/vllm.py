@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..adapters.file import open_adapters
+from ..adapters.file import AdapterFile
 from ..checkpoint.edits import edits_of
 from ..checkpoint.export import PATCH_FORMAT
 from ..checkpoint.patches import TensorPatch, patches_of
@@ -87,9 +87,8 @@ def patches(
         FileNotFoundError: No adapter or no checkpoint is at a path.
         ValueError: the adapter is damaged, for another base (known after the last patch), or has tensors that the base has not.
     """
-    (source,) = open_adapters([(adapter, 1.0)])
-    checkpoint = open_checkpoint(base)
-    for patch in patches_of(source, checkpoint, edits_of(checkpoint, [source])):
+    file, checkpoint = AdapterFile.read(adapter), open_checkpoint(base)
+    for patch in patches_of(file, checkpoint, edits_of(checkpoint, [file])):
         yield _checkpoint_patch(patch, patch.base if revert else patch.values)
 
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters.file import Source
+from ..adapters.file import AdapterFile
 from ..checkpoint.diff import exact_deltas
 from ..checkpoint.edits import Edits
 from ..checkpoint.export import form
@@ -89,18 +89,18 @@ def write(folder: Path, to: str, changes: Sequence[Change], heads: Mapping[str, 
 
 
 @form("shira", "PEFT's SHiRA, which PEFT alone loads: 12 bytes per entry, and padding to the layer with the most", True)
-def shira(source: Source, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
+def shira(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
     """A folder for `PeftModel.from_pretrained`."""
-    return _of_files("shira", source, *applied, folder)
+    return _of_files("shira", adapter, *applied, folder)
 
 
 @form("supertuning", "PEFT's Super-Tuning: 8 bytes per entry, and padding to the layer with the largest density", True)
-def supertuning(source: Source, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
+def supertuning(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
     """A folder for `PeftModel.from_pretrained`."""
-    return _of_files("supertuning", source, *applied, folder)
+    return _of_files("supertuning", adapter, *applied, folder)
 
 
-def _of_files(to: str, source: Source, checkpoint: Checkpoint, edits: Edits, folder: Path) -> list[Path]:
+def _of_files(to: str, adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits, folder: Path) -> list[Path]:
     linear, changes = _linear_weights(checkpoint.folder), []
     for target in edits.targets:
         called = next((edit.stored.name for edit in target.edits if edit.stored.name in linear), None)
@@ -118,7 +118,7 @@ def _of_files(to: str, source: Source, checkpoint: Checkpoint, edits: Edits, fol
         set_deltas, exact = exact_deltas(edit.set_base, edit.set_values)
         if not exact.all():
             raise ValueError(
-                f"{source.path} holds entries of {target.name} as values that no change of the base gives exactly, and {to} "
+                f"{adapter.path} holds entries of {target.name} as values that no change of the base gives exactly, and {to} "
                 "stores changes; merge the adapter into its base instead (sprand merge)"
             )
         indices, order = torch.cat([edit.indices, edit.set_indices]).sort()
@@ -126,11 +126,9 @@ def _of_files(to: str, source: Source, checkpoint: Checkpoint, edits: Edits, fol
         changes.append(
             Change(target.name, edit.stored.shape, indices, values.float(), base if edit.stored.dtype in NARROW else None)
         )
-    saved = sorted({name.rpartition(".")[0] for name in source.description["saved"]})
-    heads = {f"{PREFIX}{name}": source.tensors[f"saved.{name}"] for name in source.description["saved"]}
-    return write(
-        folder, to, changes, heads, modules_to_save=saved or None, base_model_name_or_path=source.description["base_model"]
-    )
+    saved = sorted({name.rpartition(".")[0] for name in adapter.heads})
+    heads = {f"{PREFIX}{name}": values for name, values in adapter.heads.items()}
+    return write(folder, to, changes, heads, modules_to_save=saved or None, base_model_name_or_path=adapter.base_model)
 
 
 def _linear_weights(folder: Path) -> set[str]:

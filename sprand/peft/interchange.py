@@ -14,13 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapters.file import KEY, entries
-from ..adapters.file import read as read_native
+from ..adapters.file import KEY, AdapterFile
 from ..files.described import parse
 from ..files.forms import OBJECT
 from ..kernels import ops
 from ..selection import pattern
-from ..selection.config import SparseConfig
 from .config import SprandConfig
 from .formats import CONFIGS, NARROW, NOT_LINEAR, PREFIX, WEIGHTS, Change, write
 from .layer import SprandLayer
@@ -177,15 +175,14 @@ def _peft_sparta(folder: Path, sites: Mapping[str, Site]) -> list[Change]:
 
 
 def _native(folder: Path, sites: Mapping[str, Site]) -> list[Change]:
-    description, tensors = read_native(folder)
-    if description["saved"] or any("frozen" in entry for entry in description["targets"].values()):
+    file, changes = AdapterFile.read(folder), []
+    if file.heads or file.has_frozen:
         raise ValueError(f"{folder}: it holds whole modules or folded entries; use sprand.load(model, path) for it")
-    config, changes = SparseConfig.from_dict(description["config"]), []
-    for name, entry in description["targets"].items():
+    for name, entry in file.targets.items():
         site = _site(folder, sites, name)
         if list(site.shape) != entry["shape"]:
             raise ValueError(f"{folder} was made for another model: {name} is {list(site.shape)} here and {entry['shape']} there")
-        indices, delta = entries(folder, config, name, entry, tensors)
+        indices, delta = file.entries(name)
         check_same_base(str(folder), site, indices.to(site.device), entry)
         changes.append(_collected(site, indices.long(), delta))
     return changes

@@ -14,7 +14,7 @@ from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..adapters.file import check_base, fingerprints
+from ..adapters.fingerprint import check_base, fingerprints
 from ..kernels import ops
 from ..selection import pattern
 from ..selection.targets import OUTPUT_HEADS, READ_NOT_CALLED, closest

@@ -7,12 +7,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.file import read
+from ..adapters.file import AdapterFile
 from ..adapters.frozen import Frozen
 from ..adapters.save_and_load import prove
 from ..kernels import ops
@@ -112,9 +111,9 @@ class AdapterPool:
             raise ValueError("add: this pool is closed; make another one")
         if not isinstance(name, str) or name in self._adapters:
             raise ValueError(f"add: expected a name (a str) that is not taken, got {name!r}; remove(name) makes room for another")
-        description, tensors = read(path)
+        file = AdapterFile.read(path)
         with self._gate.hold(ANY), torch.no_grad():
-            adapter = prove(self.model, Path(path), description, tensors, self._base)
+            adapter = prove(self.model, file, self._base)
             base = {key: self._base(key, self._parameters[key].data, own) for key, own in adapter.indices.items()}
             resident = self._library.resident(adapter, base)
         with self._mutex:

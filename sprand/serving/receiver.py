@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.file import check_base
+from ..adapters.fingerprint import check_base
 from ..adapters.frozen import Frozen
 from ..kernels import ops
 from ..layers import sharding

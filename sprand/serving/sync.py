@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..adapters.file import fingerprints
+from ..adapters.fingerprint import fingerprints
 from ..adapters.state import state_of
 from ..checkpoint.names import resolve
 from ..checkpoint.patches import TensorPatch
