@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.module import sparse_modules
-from ..layers.sites import joined, sites_of
+from ..layers.sites import Site, joined, sites_of
 from ..selection.config import SparseConfig
 from ..selection.mask import Mask
 from .frozen import Frozen
@@ -68,19 +68,30 @@ def state_of(model: nn.Module) -> State:
     return state
 
 
-def mask_of(model: nn.Module) -> Mask:
-    """The entries that a model trains, as a mask.
+def active_sites(model: nn.Module) -> list[Site]:
+    """The weights whose entries train now, of a model of `sprand.apply` or of PEFT.
 
     Raises:
-        ValueError: the model has no trained entries, or no adapter is active.
+        ValueError: The model has no trained entries, or no adapter is active.
     """
-    adapter = state_of(model).current
-    if adapter is None:
-        raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
     sites = sites_of(model)
+    if not sites and hasattr(model, "peft_config"):
+        raise ValueError("no adapter of this PEFT model is active; call model.set_adapter(name) first")
+    if not sites and state_of(model).current is None:
+        raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
+    return sites
+
+
+def mask_of(model: nn.Module) -> Mask:
+    """The entries that a model of `sprand.apply` trains, as a mask.
+
+    Raises:
+        ValueError: The model has no trained entries, or no adapter is active.
+    """
+    state, sites = state_of(model), active_sites(model)
     indices = {site.name: site.entries.indices for site in sites}
     shapes = {site.name: site.shape for site in sites}
-    return Mask(indices, shapes, adapter.selection)
+    return Mask(indices, shapes, state.current.selection)
 
 
 def tensor_names(model: nn.Module) -> Iterator[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..layers.sites import sites_of
-from .state import state_of
+from .state import active_sites, state_of
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -70,12 +70,12 @@ def visible_share(model: nn.Module) -> float:
     Raises:
         ValueError: the model has no trained entries, or no adapter is active.
     """
-    entries = [site.entries for site in sites_of(model)]
-    if not entries:
-        state_of(model)
-        raise ValueError("no adapter is active, so nothing trains; call sprand.switch(model, name) first")
-    changed = [(e.values() != e.base).sum() for e in entries]
-    return int(sum(count.cpu() for count in changed)) / sum(e.delta.numel() for e in entries)
+    trained, changed = 0, []
+    for site in active_sites(model):
+        entries = site.entries
+        trained += entries.delta.numel()
+        changed.append((entries.values() != entries.base).sum())
+    return int(sum(count.cpu() for count in changed)) / trained
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels import ops
+from ..layers import sites
 from ..layers.functional import Entries
 from ..layers.module import track, untrack
 from .cpu_packing import keep_stored_layout, set_may_pack
@@ -37,6 +38,21 @@ class QuantizedLayer(SprandLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         track(self)
+
+    def sparse_sites(self, prefix: str) -> Iterator[sites.Site]:
+        """The weight, while adapters are active; its module is this layer, which knows its entries."""
+        for parameter, target in self.hosted.items():
+            if target.active:
+                device = target.deltas[target.active[0]].device
+                yield sites.Site(target.name, [(self, parameter)], self.shape, device, self.quantization_backend)
+
+    def sparse_entries(self, parameter: str = "weight") -> Entries:
+        """The entries of the active adapters, on what the packed weight stands for; on zeros where nothing can read it."""
+        indices, delta = self._change(self.hosted[parameter])
+        if not self.quantization_backend.supports_merge:
+            return Entries(delta, indices, torch.zeros_like(delta))
+        weight = self.quantization_backend.get_base_weight(self.get_base_layer()).contiguous()
+        return Entries(delta.to(ops.accumulation_dtype(weight.dtype)), indices, ops.gather(weight, indices))
 
     def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
         """The deltas of the active adapters, for `SparseAdamW`, which updates them without writing a weight."""

@@ -6,8 +6,7 @@ import math
 
 from torch import nn
 
-from ..adapters.state import mask_of
-from ..layers import sharding
+from ..adapters.state import active_sites, mask_of
 
 # log10(lr) = A + B log10(density) + C log10(density)^2 + shift at MEASURED_WIDTH; fitted by benchmarks/quality/fit_lr.py
 A, B, C = -3.70, -0.94, -0.125
@@ -60,21 +59,23 @@ def suggest_lr(
 
 def _known_of(model: nn.Module) -> tuple[float, str | None]:
     """Density and strategy of the entries that a model trains now."""
-    hosted = [
-        (target, module._parameters[name])
-        for module in model.modules()
-        for name, target in getattr(module, "_sprand_hosted", {}).items()  # how modules of a PEFT model hold their entries
-    ]
-    if not hosted:
-        mask = mask_of(model)
-        return mask.nnz / sum(math.prod(shape) for shape in mask.shapes.values()), (mask.selection or {}).get("strategy")
-    trained = sum(target.indices[adapter].numel() for target, _ in hosted for adapter in target.active)
-    if not trained:
-        raise ValueError("suggest_lr: no adapter of this PEFT model is active; call model.set_adapter(name) first")
-    adapters = {adapter for target, _ in hosted for adapter in target.active}
-    strategies = {model.peft_config[adapter].strategy for adapter in adapters} if hasattr(model, "peft_config") else {None}
-    density = trained / sum(math.prod(sharding.shape_of(weight)) for target, weight in hosted if target.active)
-    return density, strategies.pop() if len(strategies) == 1 else None
+    sites = active_sites(model)
+    deltas = {
+        id(delta): delta.numel()
+        for site in sites
+        for delta, parameter in site.module.sparse_deltas()
+        if parameter == site.parameter
+    }
+    return sum(deltas.values()) / sum(site.numel for site in sites), _strategy_of(model)
+
+
+def _strategy_of(model: nn.Module) -> str | None:
+    """How the active entries were chosen; None where nothing says so, or active adapters differ in it."""
+    if not hasattr(model, "peft_config"):
+        return (mask_of(model).selection or {}).get("strategy")
+    active = getattr(model, "active_adapters", model.peft_config)  # a method of models of transformers; plain modules have none
+    strategies = {getattr(model.peft_config[name], "strategy", None) for name in (active() if callable(active) else active)}
+    return strategies.pop() if len(strategies) == 1 else None
 
 
 def width_of(model: nn.Module) -> int:
