@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,11 @@ class Site:
         return self.owners[0][1]
 
     @property
+    def module_name(self) -> str:
+        """The name of the module in the model."""
+        return self.name.rpartition(".")[0]
+
+    @property
     def weight(self) -> Tensor | None:
         """The weight itself; a packed one may have no parameter of that name."""
         return self.module._parameters.get(self.parameter)
@@ -73,32 +78,37 @@ def site_of(name: str, module: nn.Module, parameter: str) -> Site:
 
 def sites_of(model: nn.Module) -> list[Site]:
     """Every weight with trained entries, in the order of the model, tied ones once; also of a PEFT model."""
-    sites: dict[int, Site] = {}
-    for prefix, module in model.named_modules():
-        if not hasattr(type(module), "sparse_sites"):
-            continue
-        for site in module.sparse_sites(prefix):
-            key = id(module if site.weight is None else site.weight)
-            sites.setdefault(key, site).share(site)
-    return list(sites.values())
+    sparse = ((prefix, module) for prefix, module in model.named_modules() if hasattr(type(module), "sparse_sites"))
+    return distinct(collected(site for prefix, module in sparse for site in module.sparse_sites(prefix)))
 
 
 def weights_of(model: nn.Module) -> dict[str, Site]:
     """Every parameter of a model, by each name that it has there; a tied one is one site, under its first name."""
-    return collected(model.named_modules(remove_duplicate=False))
+    named = model.named_modules(remove_duplicate=False)
+    return collected(site for prefix, module in named for site in own_sites(prefix, module))
 
 
-def collected(modules: Iterator[tuple[str, nn.Module]]) -> dict[str, Site]:
-    """The parameters of named modules, by each name; one that several modules share is one site, under its first name."""
-    sites: dict[str, Site] = {}
+def own_sites(prefix: str, module: nn.Module) -> Iterator[Site]:
+    """The parameters of a module itself, by their names in a model that calls it `prefix`."""
+    for parameter, weight in module._parameters.items():
+        if weight is not None:
+            yield site_of(joined(prefix, parameter), module, parameter)
+
+
+def collected(sites: Iterable[Site]) -> dict[str, Site]:
+    """Sites by each name; those of one weight become one, under the first name."""
+    named: dict[str, Site] = {}
     first: dict[int, Site] = {}
-    for prefix, module in modules:
-        for parameter, weight in module._parameters.items():
-            if weight is not None:
-                site = site_of(joined(prefix, parameter), module, parameter)
-                sites[site.name] = first.setdefault(id(weight), site)
-                sites[site.name].share(site)
-    return sites
+    for site in sites:
+        key = id(site.module if site.weight is None else site.weight)
+        named[site.name] = first.setdefault(key, site)
+        named[site.name].share(site)
+    return named
+
+
+def distinct(named: Mapping[str, Site]) -> list[Site]:
+    """Each site once, in the order of the model."""
+    return [site for name, site in named.items() if site.name == name]
 
 
 def joined(prefix: str, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,11 +17,12 @@ from ..adapters.file import KEY, AdapterFile
 from ..files.described import parse
 from ..files.forms import OBJECT
 from ..kernels import ops
+from ..layers.sites import Site
 from ..selection import pattern
 from .config import SprandConfig
 from .formats import CONFIGS, NARROW, NOT_LINEAR, PREFIX, WEIGHTS, Change, write
 from .layer import SprandLayer
-from .plan import Site, check_same_base, pristine, sites_of
+from .plan import base_weights, check_same_base, pristine
 
 
 def export_adapter(path_in: str | os.PathLike[str], path_out: str | os.PathLike[str], base_model: nn.Module, to: str) -> Path:
@@ -44,7 +44,7 @@ def export_adapter(path_in: str | os.PathLike[str], path_out: str | os.PathLike[
     """
     if to not in CONFIGS:
         raise ValueError(f"export_adapter: to: expected one of {', '.join(CONFIGS)}, got {to!r}")
-    folder, sites, heads, fields = Path(path_in), sites_of(base_model, {}), {}, {}
+    folder, sites, heads, fields = Path(path_in), base_weights(base_model, {}), {}, {}
     if not _is_native(folder):
         config, tensors = _read(folder)
         changes = _of_peft(folder, config, tensors, sites)
@@ -79,7 +79,7 @@ def import_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name:
     folder = Path(path)
     wrapped = isinstance(model, peft.PeftModel)
     base = model.get_base_model() if wrapped else model
-    changes, kept, rest = _foreign(folder, sites_of(base, {}))
+    changes, kept, rest = _foreign(folder, base_weights(base, {}))
     fields = {"modules_to_save": kept, "task_type": _settings(folder).get("task_type")} if kept else {}
     config = SprandConfig(mask={change.name: change.indices for change in changes}, **fields)
     if wrapped:
@@ -121,7 +121,7 @@ def _of_peft(folder: Path, config: SprandConfig, tensors: Mapping[str, Tensor], 
             indices = pattern.draw(config.strategy, name, site.shape, entry["nnz"], config.seed, layout=config.layout)
         if delta is None or indices is None or indices.shape != delta.shape:
             raise ValueError(f"{folder} is damaged: expected {entry['nnz']:,} values for {name}")
-        pattern.check_indices(f"{folder}: {name}", indices.sort().values, math.prod(site.shape))
+        pattern.check_indices(f"{folder}: {name}", indices.sort().values, site.numel)
         check_same_base(str(folder), site, indices.to(site.device), entry)
         changes.append(_collected(site, indices.long(), delta))
     return changes
@@ -196,7 +196,7 @@ def _site(folder: Path, sites: Mapping[str, Site], name: str) -> Site:
 
 def _collected(site: Site, flat: Tensor, values: Tensor) -> Change:
     """Ascending indices, each once, with the sum of what was stored for it, and what a 16-bit weight holds there."""
-    size = math.prod(site.shape)
+    size = site.numel
     if flat.numel() != values.numel() or (flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < size):
         raise ValueError(f"{site.name}: expected as many values as indices, below {size:,}; the adapter is for another model")
     if not torch.isfinite(values).all():

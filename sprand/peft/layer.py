@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.module import BASE, DELTA, INDICES
+from ..layers.sites import Owner, Site, site_of
+from .config import SprandConfig
 from .hosted import AdapterTarget, Delta, Deltas, Positions, host, unhost
-from .plan import Part, Site
 
 
 class SprandLayer(nn.Module, BaseTunerLayer):
@@ -33,26 +35,25 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.hosted: dict[str, AdapterTarget] = {}
-        self.followers: dict[str, list[tuple[nn.Module, str]]] = {}
+        self.owners: dict[str, list[Owner]] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self._containers("weight")
         self.register_load_state_dict_post_hook(_read_bases)
 
-    def add(self, part: Part, adapter_name: str, drawn: bool, low_cpu_mem_usage: bool, inference_mode: bool) -> None:
-        """Give an adapter its entries of one parameter, with a delta of zero."""
-        site = part.site
-        modules, indices, bases = self._containers(site.parameter)
+    def add(self, site: Site, indices: Tensor, adapter_name: str, config: SprandConfig, low_cpu_mem_usage: bool) -> None:
+        """Give an adapter its entries `[nnz]` of one parameter, with a delta of zero."""
+        modules, positions, bases = self._containers(site.parameter)
         if site.parameter not in self.hosted:
-            self.hosted[site.parameter] = AdapterTarget(site.name, Deltas(modules), indices, bases)
+            self.hosted[site.parameter] = AdapterTarget(site.name, Deltas(modules), positions, bases)
             self._host(site)
         target = self.hosted[site.parameter]
-        device = site.device if not low_cpu_mem_usage else torch.device("meta")
-        modules[adapter_name] = Delta(torch.zeros(part.indices.shape, dtype=self._delta_dtype(site), device=device))
-        indices.put(adapter_name, part.indices, persistent=not drawn)
+        delta = self._zeros(site, indices.numel())
+        modules[adapter_name] = Delta(delta.to("meta") if low_cpu_mem_usage else delta)
+        positions.put(adapter_name, indices, persistent=not config.drawn)
         self._read_base(site, target, adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer makes of its input, with the active adapters in its weights."""
@@ -133,9 +134,8 @@ class SprandLayer(nn.Module, BaseTunerLayer):
 
     def site(self, parameter: str) -> Site:
         """Where a parameter is in the base model."""
-        target, module = self.hosted[parameter], self.get_base_layer()
-        shape = tuple(sharding.shape_of(module._parameters[parameter]))
-        return Site(target.name, target.name.rpartition(".")[0], module, parameter, shape)
+        site = site_of(self.hosted[parameter].name, self.get_base_layer(), parameter)
+        return replace(site, owners=self.owners[parameter])
 
     def base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
         """The original entries `[nnz]` of an adapter; None where the base is quantized."""
@@ -164,19 +164,20 @@ class SprandLayer(nn.Module, BaseTunerLayer):
 
     def _host(self, site: Site) -> None:
         target = self.hosted[site.parameter]
-        self.followers[site.parameter] = site.followers
-        for module, parameter in ((site.module, site.parameter), *site.followers):
+        self.owners[site.parameter] = site.owners
+        for module, parameter in site.owners:
             host(module, parameter, target)
 
     def _modules_with_entries(self) -> list[nn.Module]:
-        return [self.get_base_layer(), *(module for shared in self.followers.values() for module, _ in shared)]
+        return [module for owners in self.owners.values() for module, _ in owners]
 
     def _read_base(self, site: Site, target: AdapterTarget, adapter_name: str) -> None:
         if not site.weight.is_meta:
             target.entries(site.weight, (adapter_name,))
 
-    def _delta_dtype(self, site: Site) -> torch.dtype:
-        return ops.accumulation_dtype(site.weight.dtype)
+    def _zeros(self, site: Site, count: int) -> Tensor:
+        """A delta `[count]` beside the weight."""
+        return torch.zeros(count, dtype=ops.accumulation_dtype(site.weight.dtype), device=site.weight.device)
 
     def _check_finite(self, target: AdapterTarget, weight: Tensor, names: Sequence[str]) -> None:
         if not names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from ..kernels import native
 from ..layers import sharding
 from ..layers.module import DELTA, INDICES
+from ..layers.sites import Site
 from ..selection import pattern
 from .combine import combined
 from .config import SprandConfig
 from .hosted import AdapterTarget
 from .layer import SprandLayer
-from .plan import Part, Site, check_same_base, describe, make_plan
+from .plan import Plan, check_same_base, describe, make_plan
 from .quantized import QuantizedLayer
 
 ELSEWHERE = (
@@ -57,10 +57,9 @@ class SprandModel(BaseTuner):
             sharding.refuse(model, "get_peft_model", "add and load all adapters first, then shard the model")
         _check_name(adapter_name)
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        parts = make_plan(model, config, adapter_name, get_quantization_kwargs(model))
-        plan: dict[int, list[Part]] = {}
-        for part in parts:
-            plan.setdefault(id(part.site.module), []).append(part)
+        plan: dict[int, Plan] = {}  # by the identity of the module that holds the weights
+        for site, indices in make_plan(model, config, adapter_name, get_quantization_kwargs(model)):
+            plan.setdefault(id(site.module), []).append((site, indices))
         self.__dict__["_plan"], self.__dict__["_low_cpu_mem_usage"] = plan, low_cpu_mem_usage
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, None)
@@ -169,25 +168,25 @@ class SprandModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        parts = self._plan.pop(id(base), None)
-        if parts is None:
+        own = self._plan.pop(id(base), None)
+        if own is None:
             return
         layer = target
         if not isinstance(target, SprandLayer):
-            layer = (SprandLayer if parts[0].site.backend is None else QuantizedLayer)(target)
+            layer = (SprandLayer if own[0][0].backend is None else QuantizedLayer)(target)
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
         layer.set_adapter(self.active_adapters)
-        for part in parts:
-            layer.add(part, adapter_name, config.drawn, self._low_cpu_mem_usage, config.inference_mode)
+        for site, indices in own:
+            layer.add(site, indices, adapter_name, config, self._low_cpu_mem_usage)
 
     def _inject_parameters(
         self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """The parts that no targeted module stood for."""
+        """The weights that no targeted module stood for."""
         places = {id(module): name for name, module in model.named_modules()}
         for key in list(self._plan):
-            site = self._plan[key][0].site
+            site = self._plan[key][0][0]
             name = places[id(site.module)]
             outer = name.removesuffix(".base_layer") if not name.endswith(site.module_name) else name
             parent, _, last = outer.rpartition(".")
@@ -289,7 +288,7 @@ def _check_loaded(
             f"{'none' if delta is None else list(delta.shape)}; its files do not belong together, or are damaged"
         )
     if indices is not None:
-        pattern.check_indices(f"adapter {adapter_name!r}: {site.name}", indices, math.prod(site.shape))
+        pattern.check_indices(f"adapter {adapter_name!r}: {site.name}", indices, site.numel)
         if config.targets and site.name in config.targets:
             check_same_base(adapter_name, site, indices.to(site.device), config.targets[site.name])
 

@@ -1,11 +1,11 @@
-"""Plans: which parameters of a base model an adapter trains, how many entries of each, and at which positions."""
+"""Plans: what an adapter trains of a base model that PEFT may have wrapped, decided as `sprand.apply` decides it."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,54 +16,19 @@ from torch import Tensor, nn
 
 from ..adapters.fingerprint import check_base, fingerprints
 from ..kernels import ops
+from ..layers.sites import Site, collected, distinct, own_sites
 from ..selection import pattern
-from ..selection.targets import OUTPUT_HEADS, READ_NOT_CALLED, closest
+from ..selection.choose import choose
+from ..selection.config import SparseConfig
+from ..selection.mask import Mask
+from ..selection.targets import HEADS, View, check_called, closest, find_targets, output_of
 from .config import SprandConfig
 from .writable import check_writable, read_only_ranges
 
+CPU = torch.device("cpu")
+ADDED_BY_PEFT = (*HEADS, "qa_outputs")  # to modules_to_save by a task's type, whether the model has them or not
 
-@dataclass
-class Site:
-    """A parameter of the base model.
-
-    Attributes:
-        name: its name in the base model, without anything that PEFT put in between.
-        module_name, module, parameter: where it is.
-        shape: what it stands for, also where it is stored packed.
-        backend: how PEFT reads it if it is quantized.
-        followers: further modules that share it, with its name there.
-    """
-
-    name: str
-    module_name: str
-    module: nn.Module
-    parameter: str
-    shape: tuple[int, ...]
-    backend: Any = None
-    followers: list[tuple[nn.Module, str]] = field(default_factory=list)
-
-    @property
-    def weight(self) -> Tensor | None:
-        """The parameter itself; of a quantized one there may be none of that name."""
-        return self.module._parameters.get(self.parameter)
-
-    def values(self) -> Tensor:
-        """The weight's values: itself, or a dense copy made from a quantized one."""
-        return self.weight.data if self.backend is None else self.backend.get_base_weight(self.module)
-
-    @property
-    def device(self) -> torch.device:
-        """Where its entries are kept."""
-        tensors = [self.weight] if self.weight is not None else [*self.module.parameters(), *self.module.buffers()]
-        return next((t.device for t in tensors), torch.device("cpu"))
-
-
-@dataclass
-class Part:
-    """What an adapter trains of one site: `indices [nnz]`, flat."""
-
-    site: Site
-    indices: Tensor
+Plan = list[tuple[Site, Tensor]]  # the indices `[nnz]` of each weight, flat
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -71,7 +36,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     clean: dict[str, str] = {}
     met: dict[str, nn.Module] = {}
     hidden: set[str] = set()
-    for key, module in model.named_modules():
+    for key, module in model.named_modules(remove_duplicate=False):
         parent, _, last = key.rpartition(".")
         met[key], owner = module, met.get(parent) if key else None
         if parent in hidden:
@@ -88,29 +53,35 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield clean[key], module
 
 
-def sites_of(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Site]:
-    """Every parameter of the base model by name, in its order; a tied one once, under its first name."""
-    sites: dict[str, Site] = {}
-    met: dict[int, Site] = {}
-    for name, module in base_modules(model):
-        backend = resolve_quantization_backend(module, **kwargs)
-        if backend is not None:
-            key = f"{name}.weight"
-            sites[key] = Site(key, name, module, "weight", (module.out_features, module.in_features), backend)
-            continue
-        for parameter, value in module._parameters.items():
-            if value is None:
-                continue
-            if id(value) in met:
-                met[id(value)].followers.append((module, parameter))
-                continue
-            key = f"{name}.{parameter}" if name else parameter
-            sites[key] = met[id(value)] = Site(key, name, module, parameter, tuple(getattr(value, "ds_shape", value.shape)))
-    return sites
+def base_weights(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Site]:
+    """Every weight of a base model by each of its names there, without anything that PEFT put in between.
+
+    Args:
+        model: the base model, with or without adapters.
+        kwargs: what `resolve_quantization_backend` needs.
+    """
+    return collected(site for name, module in base_modules(model) for site in _own_sites(name, module, kwargs))
 
 
-def make_plan(model: nn.Module, config: SprandConfig, adapter_name: str, kwargs: Mapping[str, Any]) -> list[Part]:
-    """The parts of an adapter, in the order of the model, every one proven before the model is touched.
+def _own_sites(name: str, module: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[Site]:
+    """The weights of a module itself; of a quantized one what its packed weight stands for."""
+    backend = resolve_quantization_backend(module, **kwargs)
+    if backend is None:
+        for site in own_sites(name, module):
+            yield dataclasses.replace(site, device=CPU) if site.weight.is_meta else site
+        return
+    yield packed_site(f"{name}.weight", module, backend)
+
+
+def packed_site(name: str, module: nn.Module, backend: Any) -> Site:
+    """What the packed weight of a quantized linear layer stands for."""
+    tensors = (module._parameters.get("weight"), *module.parameters(), *module.buffers())
+    device = next((tensor.device for tensor in tensors if tensor is not None and not tensor.is_meta), CPU)
+    return Site(name, [(module, "weight")], (module.out_features, module.in_features), device, backend)
+
+
+def make_plan(model: nn.Module, config: SprandConfig, adapter_name: str, kwargs: Mapping[str, Any]) -> Plan:
+    """What an adapter trains, in the order of the model, every weight proven before the model is touched.
 
     Args:
         model: the base model, with or without adapters.
@@ -119,48 +90,92 @@ def make_plan(model: nn.Module, config: SprandConfig, adapter_name: str, kwargs:
         kwargs: what `resolve_quantization_backend` needs.
 
     Raises:
-        ValueError: nothing matches, a count does not fit, a weight cannot be patched, or the base is another one than the
+        ValueError: Nothing matches, a count does not fit, a weight cannot be patched, or the base is another one than the
             adapter was trained on.
     """
-    sites = sites_of(model, kwargs)
-    if config.targets is not None:
-        parts = _saved(config, sites, adapter_name)
-    elif config.indices is not None:
-        parts = _given(config, sites)
-    else:
-        parts = _drawn(config, sites, _matching(model, config, sites))
+    weights = base_weights(model, kwargs)
+    plan = _chosen(model, config, weights) if config.targets is None else _saved(config, distinct(weights), adapter_name)
     read_only = read_only_ranges()
-    for part in parts:
-        _check_usable(part.site, read_only)
-    named = [part.site for part in parts]
-    config.target_modules = sorted({site.module_name for site in named if site.parameter == "weight" and site.module_name})
-    config.target_parameters = sorted({site.name for site in named if site.parameter != "weight"}) or None
-    return parts
+    for site, _ in plan:
+        _check_usable(site, read_only)
+    sites = [site for site, _ in plan]
+    config.target_modules = sorted({site.module_name for site in sites if site.parameter == "weight" and site.module_name})
+    config.target_parameters = sorted({site.name for site in sites if site.parameter != "weight"}) or None
+    return plan
 
 
-def _saved(config: SprandConfig, sites: Mapping[str, Site], adapter_name: str) -> list[Part]:
+def _chosen(model: nn.Module, config: SprandConfig, weights: Mapping[str, Site]) -> Plan:
+    """The entries of a new adapter."""
+    output = output_of(model)
+    if isinstance(output, BaseTunerLayer):
+        output = output.get_base_layer()
+    view = View(model, dict(base_modules(model)), weights, output)
+    sparse = _as_of_apply(config, view)
+    targets = find_targets(view, sparse, _in_full(model, config, view))
+    chosen = choose(sparse, targets)
+    return [(site, chosen[site.name]) for site in targets.sites if chosen[site.name].numel()]
+
+
+def _as_of_apply(config: SprandConfig, view: View) -> SparseConfig:
+    """The same choice in the terms of `sprand.apply`, which knows no numbers of layers."""
+    fields = {"density": config.density, "budget": config.budget, "strategy": config.strategy}
+    if config.indices is not None:
+        fields = {"strategy": Mask(config.indices, config.shapes) if config.shapes else config.indices}
+    target_modules = config.target_modules
+    by_layer = config.layers_to_transform not in (None, [])
+    if by_layer and not isinstance(target_modules, (str, type(None))):
+        names = [name for name in view.modules if name and check_target_module_exists(config, name)]
+        if not names:
+            raise ValueError(
+                f"target_modules={list(target_modules)!r} matches no module of this model in the layers "
+                f"{config.layers_to_transform!r} (layers_to_transform)"
+            )
+        target_modules = "|".join(map(re.escape, names))
+    return SparseConfig(
+        **fields,
+        target_modules=target_modules,
+        exclude_modules=config.exclude_modules,
+        target_parameters=config.target_parameters,
+        layout=config.layout,
+        seed=config.seed,
+    )
+
+
+def _in_full(model: nn.Module, config: SprandConfig, view: View) -> set[str]:
+    """The modules that PEFT will train in full: it goes by how a name ends, in the middle of a word, too."""
+    names = [name for name, _ in model.named_modules()]
+    for wanted in config.modules_to_save or ():
+        if wanted not in ADDED_BY_PEFT and not any(name.endswith(wanted) for name in names):
+            known = [name for name in view.modules if name]
+            raise ValueError(f"modules_to_save: {wanted!r} matches nothing in this model; {closest(wanted, known)}")
+    return {name for name in view.modules if name.endswith(tuple(config.modules_to_save or ()))}
+
+
+def _saved(config: SprandConfig, sites: Sequence[Site], adapter_name: str) -> Plan:
+    """The entries of an adapter that was saved."""
+    named = {site.name: site for site in sites}
     for name, entry in config.targets.items():
-        site = sites.get(name)
+        site = named.get(name)
         if site is None or list(site.shape) != entry["shape"]:
             found = "has none of that name" if site is None else f"has {list(site.shape)}"
             raise ValueError(
                 f"adapter {adapter_name!r} was made for another model: expected {name} of shape {entry['shape']}, but this "
                 f"one {found}"
             )
-    parts = []
-    for name, site in sites.items():
+    plan = []
+    for name, site in named.items():
         if name not in config.targets:
             continue
-        nnz, device = config.targets[name]["nnz"], _real(site.device)
+        nnz = config.targets[name]["nnz"]
         if not config.indices_saved:
-            indices = pattern.draw(config.strategy, name, site.shape, nnz, config.seed, layout=config.layout).to(device)
+            indices = pattern.draw(config.strategy, name, site.shape, nnz, config.seed, layout=config.layout).to(site.device)
             check_same_base(adapter_name, site, indices, config.targets[name])
         elif config.indices is not None:
-            indices = config.indices[name].to(device)
+            indices = config.indices[name].to(site.device)
         else:  # the file brings them
-            indices = torch.arange(nnz, dtype=pattern.index_dtype(math.prod(site.shape)), device=device)
-        parts.append(Part(site, indices))
-    return parts
+            indices = torch.arange(nnz, dtype=pattern.index_dtype(site.numel), device=site.device)
+        plan.append((site, indices))
+    return plan
 
 
 def check_same_base(adapter_name: str, site: Site, indices: Tensor, entry: Mapping[str, Any]) -> None:
@@ -199,113 +214,13 @@ def pristine(site: Site) -> AbstractContextManager[None]:
     return nullcontext() if hosted is None else hosted.pristine(site.weight)
 
 
-def _given(config: SprandConfig, sites: Mapping[str, Site]) -> list[Part]:
-    unknown = [name for name in config.indices if name not in sites]
-    if unknown:
-        raise ValueError(f"mask: the model has no parameter {unknown[0]!r}; {closest(unknown[0], list(sites))}")
-    parts = []
-    for name, site in sites.items():
-        if name in config.indices:
-            if config.shapes.get(name, site.shape) != site.shape:
-                raise ValueError(f"mask: {name} is {list(config.shapes[name])} there and {list(site.shape)} in this model")
-            indices = pattern.from_user(name, config.indices[name], site.shape)
-            if indices.numel():
-                parts.append(Part(site, indices.to(_real(site.device))))
-    if not parts:
-        raise ValueError("mask: it chooses no entry at all")
-    return parts
-
-
-def _drawn(config: SprandConfig, sites: Mapping[str, Site], wanted: Sequence[Site]) -> list[Part]:
-    sizes = [math.prod(site.shape) for site in wanted]
-    total = config.budget
-    if total is None:
-        total = round(config.density * sum(sizes))
-    elif isinstance(total, float):
-        total = round(total * sum(math.prod(site.shape) for site in sites.values()))
-    runs = [math.prod(pattern.run_of(config.layout, site.shape)) for site in wanted]
-    counts = pattern.shares(sizes, total, runs)
-    if not any(counts):
-        raise ValueError(
-            f"density {config.density or config.budget} of the {sum(sizes):,} targeted entries rounds to no entry; raise it, or "
-            "target more"
-        )
-    return [
-        Part(site, pattern.draw(config.strategy, site.name, site.shape, count, config.seed, _real(site.device), config.layout))
-        for site, count in zip(wanted, counts, strict=True)
-        if count
-    ]
-
-
-def _matching(model: nn.Module, config: SprandConfig, sites: Mapping[str, Site]) -> list[Site]:
-    modules = dict(base_modules(model))
-    if config.target_modules == "all-linear":
-        config.target_modules = [name for name, module in modules.items() if _is_body_linear(model, name, module, sites)]
-    by_module = {site.module_name: site for site in sites.values() if site.parameter == "weight"}
-    names, unfit = set(), []
-    for name, module in modules.items():
-        if name and check_target_module_exists(config, name):
-            if name in by_module:
-                names.add(by_module[name].name)
-            elif any(module is other for site in sites.values() for other, _ in site.followers):
-                names |= {site.name for site in sites.values() if any(module is other for other, _ in site.followers)}
-            elif not isinstance(config.target_modules, str):
-                unfit.append((name, module))
-    for name, module in unfit:
-        _refuse(name, module)
-    for wanted in config.target_parameters or ():
-        found = {name for name in sites if name == wanted or name.endswith(f".{wanted}")}
-        if not found:
-            raise ValueError(f"target_parameters: {wanted!r} matches nothing in this model; {closest(wanted, list(sites))}")
-        names |= found
-    if not names:
-        asked = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules or ["None"])
-        raise ValueError(
-            f'target_modules={asked!r} matches no module of this model; {closest(asked, list(by_module))}, or "all-linear"'
-        )
-    return [site for name, site in sites.items() if name in names]
-
-
-def _is_body_linear(model: nn.Module, name: str, module: nn.Module, sites: Mapping[str, Site]) -> bool:
-    linear = isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "SparseConv1D")
-    linear = linear or getattr(sites.get(f"{name}.weight"), "backend", None) is not None
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    output = output.get_base_layer() if isinstance(output, BaseTunerLayer) else output
-    return (
-        linear
-        and not isinstance(module, READ_NOT_CALLED)
-        and module is not output
-        and name.rpartition(".")[2] not in OUTPUT_HEADS
-    )
-
-
-def _refuse(name: str, module: nn.Module) -> None:
-    own = [parameter for parameter, value in module._parameters.items() if value is not None]
-    if own:
-        listed = ", ".join(f"'{name.rpartition('.')[2]}.{parameter}'" for parameter in own)
-        raise ValueError(
-            f"target_modules: {name} ({type(module).__name__}) has no `weight`, it holds {', '.join(own)}; "
-            f"name them as target_parameters=[{listed}] instead"
-        )
-    raise ValueError(
-        f"target_modules: {name} ({type(module).__name__}) has no weight of its own; name the layers inside of it instead"
-    )
-
-
 def _check_usable(site: Site, read_only: list[tuple[int, int]]) -> None:
+    """Prove that PEFT can wrap a module that holds the weight, and that its entries can be written."""
     if not site.module_name:
         raise ValueError(
             f"{site.name}: PEFT replaces the module that holds a weight, and the model itself holds this one; use sprand.apply, "
             "or put the model into another module"
         )
-    if any(isinstance(module, READ_NOT_CALLED) for module in (site.module, *(other for other, _ in site.followers))):
-        raise ValueError(
-            f"{site.name}: torch.nn.MultiheadAttention reads this weight without calling its layer; target the attention's "
-            "in_proj_weight by target_parameters instead"
-        )
+    check_called(site)
     if site.backend is None:
         check_writable(site.name, site.weight, read_only)
-
-
-def _real(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "meta" else device

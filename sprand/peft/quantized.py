@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels import ops
-from ..layers import sites
 from ..layers.functional import Entries
 from ..layers.module import track, untrack
+from ..layers.sites import Site
 from .cpu_packing import keep_stored_layout, set_may_pack
 from .hosted import AdapterTarget, union_of
 from .layer import SprandLayer
-from .plan import Site
+from .plan import packed_site
 
 
 class QuantizedLayer(SprandLayer):
@@ -39,12 +40,11 @@ class QuantizedLayer(SprandLayer):
         super().__setstate__(state)
         track(self)
 
-    def sparse_sites(self, prefix: str) -> Iterator[sites.Site]:
+    def sparse_sites(self, prefix: str) -> Iterator[Site]:
         """The weight, while adapters are active; its module is this layer, which knows its entries."""
         for parameter, target in self.hosted.items():
             if target.active:
-                device = target.deltas[target.active[0]].device
-                yield sites.Site(target.name, [(self, parameter)], self.shape, device, self.quantization_backend)
+                yield replace(self.site(parameter), owners=[(self, parameter)])
 
     def sparse_entries(self, parameter: str = "weight") -> Entries:
         """The entries of the active adapters, on what the packed weight stands for; on zeros where nothing can read it."""
@@ -104,8 +104,7 @@ class QuantizedLayer(SprandLayer):
         self.hosted.clear()
 
     def site(self, parameter: str) -> Site:
-        name = self.hosted[parameter].name
-        return Site(name, name.rpartition(".")[0], self.get_base_layer(), parameter, self.shape, self.quantization_backend)
+        return packed_site(self.hosted[parameter].name, self.get_base_layer(), self.quantization_backend)
 
     def base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
         return None
@@ -121,8 +120,8 @@ class QuantizedLayer(SprandLayer):
     def _read_base(self, site: Site, target: AdapterTarget, adapter_name: str) -> None:
         """Nothing: the dense copy brings the base with it."""
 
-    def _delta_dtype(self, site: Site) -> torch.dtype:
-        return torch.float32
+    def _zeros(self, site: Site, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float32, device=site.device)
 
     def _change(self, target: AdapterTarget) -> tuple[Tensor, Tensor]:
         """Indices and summed delta of the active adapters, float32."""

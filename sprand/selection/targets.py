@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.sites import Site, collected, joined, weights_of
+from ..layers.sites import Site, distinct, joined, weights_of
 from .config import SparseConfig
 
 HEADS = ("score", "classifier")  # how Hugging Face names classification heads
@@ -38,7 +38,7 @@ class View:
 
     def sites(self) -> list[Site]:
         """Every weight once, in the order of the model."""
-        return [site for name, site in self.weights.items() if site.name == name]
+        return distinct(self.weights)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class Targets:
 
 def view_of(model: nn.Module) -> View:
     """A model as it is."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return View(model, modules, collected(modules.items()), output_of(model))
+    return View(model, dict(model.named_modules(remove_duplicate=False)), weights_of(model), output_of(model))
 
 
 def output_of(model: nn.Module) -> nn.Module | None:

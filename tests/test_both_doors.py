@@ -1,0 +1,190 @@
+"""Two doors, one choice: `sprand.apply` and `get_peft_model` train the same entries, and refuse the same fields."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sprand
+from models import MLP, EveryLayer, Tied, assert_same_bits, bits, built
+from peft_models import llama, peft, positions
+from sprand.peft import SprandConfig
+
+
+class Headed(nn.Module):
+    """A body, and a large linear head whose name says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24))
+        self.out = nn.Linear(24, 90)
+
+    def forward(self, x):
+        return self.out(self.body(x))
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.again = self.first
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.again(self.first(x)))
+
+
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="the model is made by transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+
+
+def classifier() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="the model is made by transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes, num_labels=3))
+
+
+MODELS = {
+    "mlp": lambda: built(MLP),
+    "every layer": lambda: built(EveryLayer),
+    "tied": lambda: built(Tied),
+    "twice": lambda: built(Twice),
+    "headed": lambda: built(Headed),
+    "llama": llama,
+    "gpt2": gpt2,
+    "classifier": classifier,
+}
+MASKS = {"second.weight": torch.arange(0, 500, 7), "first.bias": torch.arange(24) % 2 == 0}
+WTE, LM_HEAD = "transformer.wte.weight", "lm_head.weight"
+
+SAME = [
+    *(
+        (model, {"density": 0.1})
+        for model in ("mlp", "every layer", "tied", "twice", "headed", "llama", "gpt2", "classifier")
+    ),
+    ("mlp", {}),
+    ("mlp", {"budget": 77, "seed": 5}),
+    ("mlp", {"budget": 1}),
+    ("mlp", {"budget": 0.03}),
+    ("mlp", {"density": 1.0, "strategy": "uniform"}),
+    ("mlp", {"density": 0.2, "target_modules": ["second"], "target_parameters": ["bias"]}),
+    ("mlp", {"density": 0.2, "target_modules": r"(first|third)"}),
+    ("mlp", {"density": 0.2, "exclude_modules": ["second"]}),
+    ("mlp", {"density": 0.2, "target_modules": r".*", "exclude_modules": r".*ir.*"}),
+    ("mlp", {"density": 0.2, "target_modules": None, "target_parameters": ["second.weight", "third.bias"]}),
+    ("mlp", {"strategy": MASKS}),
+    ("mlp", {"strategy": MASKS, "modules_to_save": ["second"]}),
+    ("mlp", {"layout": "run8", "budget": 100}),
+    ("every layer", {"density": 0.2, "target_modules": ["embed", "linear", "conv"], "target_parameters": ["norm.weight"]}),
+    ("every layer", {"budget": 0.02, "modules_to_save": ["embed"]}),
+    ("tied", {"density": 0.2, "target_modules": ["out"]}),
+    ("tied", {"density": 0.2, "target_modules": ["embed", "mix", "out"]}),
+    ("tied", {"density": 0.2, "target_modules": None, "target_parameters": ["out.weight"]}),
+    ("tied", {"strategy": {"out.weight": torch.tensor([5, 3])}}),
+    ("twice", {"density": 0.2, "target_modules": ["again"]}),
+    ("twice", {"density": 0.2, "target_modules": None, "target_parameters": ["again.weight"]}),
+    ("headed", {"budget": 0.05, "target_modules": ["body.0", "body.2"], "modules_to_save": ["out"]}),
+    ("headed", {"density": 0.1, "modules_to_save": ["out"]}),
+    ("headed", {"density": 0.1, "target_modules": ["body.0", "out"], "modules_to_save": ["out"]}),
+    ("headed", {"density": 0.1, "target_parameters": ["out.weight", "out.bias"], "modules_to_save": ["out"]}),
+    ("headed", {"density": 0.1, "target_modules": r"body\..*|out", "modules_to_save": ["body.2"]}),
+    ("headed", {"budget": 40, "modules_to_save": ["body"]}),
+    *(("llama", {"density": 0.1, "layout": layout}) for layout in ("run2", "run4", "run8")),
+    ("llama", {"budget": 0.02, "target_modules": ["v_proj", "o_proj"]}),
+    ("llama", {"budget": 0.02, "target_modules": ["v_proj", "o_proj"], "modules_to_save": ["lm_head", "model.norm"]}),
+    ("llama", {"density": 0.1, "target_modules": r".*\.layers\.1\..*_proj", "exclude_modules": ["down_proj"]}),
+    ("llama", {"density": 0.1, "target_modules": ["layers.0.mlp.up_proj", "lm_head"]}),
+    ("llama", {"density": 0.1, "target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight", "norm.weight"]}),
+    ("gpt2", {"budget": 0.01}),
+    ("gpt2", {"budget": 300, "target_modules": ["c_attn", "lm_head"]}),
+    ("gpt2", {"density": 0.1, "target_modules": ["attn.c_proj"], "target_parameters": ["wte.weight"]}),
+    ("gpt2", {"density": 0.1, "target_modules": None, "target_parameters": ["lm_head.weight", "c_fc.bias"]}),
+    ("gpt2", {"strategy": {LM_HEAD: torch.tensor([2000, 7])}}),
+    ("gpt2", {"budget": 0.01, "target_parameters": ["wte.weight"], "modules_to_save": ["lm_head"]}),
+    ("classifier", {"budget": 0.01, "modules_to_save": ["score"]}),
+    ("classifier", {"density": 0.1, "target_modules": ["q_proj", "score"]}),
+]  # fmt: skip
+
+
+def fields_of(fields):
+    """The fields of a `SprandConfig`, whose masks have a field of their own."""
+    return {"mask" if key == "strategy" and isinstance(value, dict) else key: value for key, value in fields.items()}
+
+
+def in_full_of_apply(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad and "sprand_delta" not in name}
+
+
+def in_full_of_peft(model):
+    names = (name for name, p in model.named_parameters() if p.requires_grad and ".sprand_delta" not in name)
+    return {name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for name in names}
+
+
+@pytest.mark.parametrize(("model", "fields"), SAME, ids=lambda value: value if isinstance(value, str) else str(sorted(value)))
+def test_both_doors_train_the_same(model, fields):
+    ours = sprand.apply(MODELS[model](), **fields)
+    theirs = peft.get_peft_model(MODELS[model](), SprandConfig(**fields_of(fields)))
+    chosen = dict(ours._sprand.current.indices)
+    assert chosen
+    assert_same_bits(positions(theirs), chosen)
+    if model != "gpt2":  # PEFT trains a copy of a tied head, and apply the one weight of both
+        assert in_full_of_peft(theirs) == in_full_of_apply(ours)
+    drawn = {name.rpartition(".")[0] for name in chosen}
+    assert not drawn & {name.rpartition(".")[0] for name in in_full_of_apply(ours)}
+
+
+REFUSED = [
+    ("mlp", {"target_modules": ["secnd"]}, "'secnd' matches no module of this model; the closest names are second"),
+    ("mlp", {"target_modules": ["first", "secnd"]}, "'secnd' matches no module of this model; the closest names are second"),
+    ("mlp", {"target_modules": r"nothing\..*"}, "matches no module of this model"),
+    ("mlp", {"target_modules": None}, "target_modules=None matches no module"),
+    ("mlp", {"exclude_modules": ["first", "second", "third"]}, "matches no module of this model"),
+    ("mlp", {"target_parameters": ["frist.bias"]}, "'frist.bias' matches nothing in this model; the closest names are"),
+    ("mlp", {"modules_to_save": ["thrid"]}, "modules_to_save: 'thrid' matches nothing in this model; the closest names are"),
+    ("mlp", {"target_modules": ["third"], "modules_to_save": ["third"]}, "it trains all targets in full, third.weight"),
+    ("mlp", {"density": 1e-9}, "of the 1,056 targeted entries rounds to no entry; raise it, or target more"),
+    ("mlp", {"budget": 10**6}, "1,000,000 entries were asked for, but the targets hold 1,056"),
+    ("mlp", {"layout": "run8", "budget": 7}, "7 entries are less than one run of 8"),
+    ("mlp", {"strategy": {"secnd.weight": torch.tensor([0])}}, "no parameter 'secnd.weight'; the closest names are second"),
+    ("mlp", {"strategy": {"second.weight": torch.tensor([576])}}, "index 576 .* is out of range"),
+    ("mlp", {"strategy": {"second.weight": torch.tensor([1, 1])}}, "index 1 .* appears twice"),
+    ("mlp", {"strategy": {"second.weight": torch.zeros(24, 24, dtype=torch.bool)}}, "it chooses no entry at all"),
+    ("tied", {"strategy": dict.fromkeys(("embed.weight", "out.weight"), torch.tensor([1]))}, "another name of embed.weight"),
+    ("llama", {"target_modules": ["self_attn"]}, "self_attn .* has no weight of its own; name the layers inside of it"),
+    ("every layer", {"target_modules": ["rnn"]}, "has no `weight`, it holds weight_ih_l0, .* target_parameters="),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "fields", "message"), REFUSED, ids=[message[:40] for _, _, message in REFUSED])
+def test_both_doors_refuse_the_same_in_the_same_words(model, fields, message):
+    ours, theirs = MODELS[model](), MODELS[model]()
+    with pytest.raises(ValueError, match=message) as said:
+        sprand.apply(ours, **fields)
+    with pytest.raises(ValueError, match=message) as answered:
+        peft.get_peft_model(theirs, SprandConfig(**fields_of(fields)))
+    assert str(said.value) == str(answered.value)
+    for untouched in (ours, theirs):
+        assert [type(module) for module in untouched.modules()] == [type(module) for module in MODELS[model]().modules()]
+        assert_same_bits(bits(untouched), bits(MODELS[model]()))
+
+
+def test_a_task_of_peft_trains_its_head_in_full_and_draws_nothing_there():
+    ours = sprand.apply(classifier(), budget=0.01, modules_to_save="auto")
+    theirs = peft.get_peft_model(classifier(), SprandConfig(task_type="SEQ_CLS", budget=0.01))
+    assert_same_bits(positions(theirs), dict(ours._sprand.current.indices))
+    assert in_full_of_peft(theirs) == in_full_of_apply(ours) == {"score.weight"}
+
+
+def test_layers_to_transform_are_those_layers_of_apply():
+    ours = sprand.apply(llama(), density=0.1, target_modules=r".*\.1\..*\.(q_proj|up_proj)")
+    config = SprandConfig(density=0.1, target_modules=["q_proj", "up_proj"], layers_to_transform=1)
+    assert_same_bits(positions(peft.get_peft_model(llama(), config)), dict(ours._sprand.current.indices))
+    with pytest.raises(ValueError, match=r"matches no module of this model in the layers \[7\]"):
+        peft.get_peft_model(llama(), SprandConfig(target_modules=["q_proj"], layers_to_transform=[7]))
