@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import sprand
 from checkpoints import llama, plain
-from models import EVERY_TARGET, MLP, EveryLayer, assert_same_bits, bits, built, tokens_and_labels
+from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, bits, built, tokens_and_labels
 from sprand.serving import DeltaReceiver, DeltaSync
 from sprand.serving.messages import VALUES_HEADER
 
@@ -228,4 +229,48 @@ def test_a_peft_model_is_followed(tmp_path):
     receiver.receive(sync.values())
     assert {patch.name for patch in vllm.sparse_patches(sync.patches())} <= set(copied.state_dict())
     assert sync.dense_bytes == sum(p.nbytes for p in copied.parameters())
+    assert_same_bits(bits(copied), bits(copy.deepcopy(model).merge_and_unload()))
+    model.merge_adapter()
+    assert receiver.receive(sync.values()) == 2
     assert_same_bits(bits(copied), bits(model.merge_and_unload()))
+
+
+@pytest.mark.parametrize("door", ["apply", "peft"])
+def test_a_tied_weight_is_sent_once_and_moves_both_layers(door):
+    fields = {"density": 0.2, "target_modules": ["mix", "out"]}
+    if door == "apply":
+        model = sprand.apply(built(Tied), **fields)
+    else:
+        peft = pytest.importorskip("peft")
+        from sprand.peft import SprandConfig
+
+        model = peft.get_peft_model(built(Tied), SprandConfig(**fields))
+    sync, receiver = DeltaSync(model), DeltaReceiver(copied := built(Tied))
+    receiver.receive(sync.indices())
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.1)
+    receiver.receive(sync.values())
+    assert sorted(patch.name for patch in sync.patches()) == ["embed.weight", "mix.weight"]
+    tokens = torch.arange(20).reshape(4, 5)
+    assert copied.out.weight is copied.embed.weight
+    assert torch.equal(copied(tokens), model(tokens))
+    assert not torch.equal(copied(tokens), built(Tied)(tokens))
+
+
+@pytest.mark.parametrize("kind", ["shira", "supertuning"])
+def test_an_accelerated_model_of_peft_is_followed(kind):
+    pytest.importorskip("peft"), pytest.importorskip("transformers")
+    import peft_models
+    from sprand.peft import accelerate
+
+    fields = {"shira": {"r": 2, "random_seed": 1}, "supertuning": {"sparsity": 0.9}}[kind]
+    config = {"shira": peft_models.peft.ShiraConfig, "supertuning": peft_models.peft.SupertuningConfig}[kind]
+    targets = {"target_modules": ["q_proj", "down_proj"]}
+    model = accelerate(peft_models.peft.get_peft_model(peft_models.llama(), config(**targets, **fields)))
+    peft_models.train(model, torch.optim.AdamW(peft_models.trainable(model), lr=1e-2))
+    sync, receiver = DeltaSync(model), DeltaReceiver(copied := peft_models.llama())
+    receiver.receive(sync.indices())
+    receiver.receive(sync.values())
+    assert torch.equal(peft_models.logits(copied), peft_models.logits(model))
+    assert not torch.equal(peft_models.logits(copied), peft_models.logits(peft_models.llama()))

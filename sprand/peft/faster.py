@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.shira import ShiraModel
 from peft.tuners.shira.layer import Linear as ShiraLinear
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..selection import pattern
 from .hosted import AdapterTarget, Positions, host, unhost
+from .plan import base_modules
 from .writable import check_writable, read_only_ranges
 
 
@@ -168,10 +170,13 @@ def accelerate(model: nn.Module) -> nn.Module:
         if layer.merged:
             raise ValueError("accelerate: the adapters are merged; call model.unmerge_adapter() first")
         check_writable(type(layer).__name__, layer.base_layer.weight, read_only)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = {id(module): name for name, module in reversed([*base_modules(base)])}
     for layer in layers:
+        name = f"{names[id(layer.base_layer)]}.weight"
         layer.__class__, values = FAST[type(layer)]
         scales = getattr(layer, "scaling", None)
-        target = AdapterTarget("weight", getattr(layer, values), Positions(), BufferDict(persistent=False), scales)
+        target = AdapterTarget(name, getattr(layer, values), Positions(), BufferDict(persistent=False), scales)
         layer._sprand_target, layer._sprand_sources = target, {}
         host(layer.base_layer, "weight", target)
         layer._follow()
