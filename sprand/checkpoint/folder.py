@@ -29,19 +29,22 @@ class NewFolder:
         identity: what decides its content; one that was left unfinished with another identity is thrown away.
 
     Raises:
-        FileExistsError: `out` is there, and not an empty folder.
+        FileExistsError: A file of this name is there, or a folder that is not empty.
     """
 
     def __init__(self, out: str | os.PathLike[str], identity: Any) -> None:
-        self.out, self.identity = Path(os.path.abspath(out)), json.dumps(identity)
-        self.path = self.out.parent / f".{self.out.name}.sprand-unfinished"
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        self.out = Path(os.path.abspath(out))
+        self.path = self.out.with_name(f".{self.out.name}.sprand-unfinished")
+        self.identity = json.dumps(identity)
+        empty = self.out.is_dir() and not any(self.out.iterdir())
+        if self.out.exists() and not empty:
             raise FileExistsError(f"{out} exists; give a new folder, or an empty one")
 
     def begin(self) -> Path:
         """Make the hidden folder, or find what an earlier run left in it."""
         state = self.path / STATE_FILE
-        if self.path.is_symlink() or not state.is_file() or state.read_text(encoding="utf-8") != self.identity:
+        unfinished = not self.path.is_symlink() and state.is_file()
+        if not unfinished or state.read_text(encoding="utf-8") != self.identity:
             self.discard()
             self.path.mkdir(parents=True)
             state.write_text(self.identity, encoding="utf-8")
@@ -82,14 +85,14 @@ def carry_over(base: Path, folder: Path, checkpoint: Checkpoint) -> tuple[str, .
         What was left out, relative to `base`: weights in another form, which would be those of the base.
     """
     left_out = []
+    written_otherwise = (*checkpoint.shards, INDEX, REVERT_FILE)
     for path in _files(base) if base.is_dir() else ():
         name = path.relative_to(base)
-        if any(fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS):
-            if str(name) not in (*checkpoint.shards, INDEX, REVERT_FILE):
-                left_out.append(str(name))
-            continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / name)
+        if not any(fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+        elif str(name) not in written_otherwise:
+            left_out.append(str(name))
     return tuple(left_out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .shards import Checkpoint, Stored
@@ -15,9 +16,7 @@ Shapes = Mapping[str, Sequence[int]]
 Tensors = dict[str, tuple[str, ...]]
 
 
-def resolve(
-    checkpoint: Checkpoint, shapes: Shapes, others: Iterable[str] = ()
-) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+def resolve(checkpoint: Checkpoint, shapes: Shapes, others: Iterable[str] = ()) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a checkpoint that hold each parameter.
 
     Names that the checkpoint has are taken as they are. Where some are missing, one prefix is put before all names, taken away,
@@ -36,26 +35,21 @@ def resolve(
     Raises:
         ValueError: a parameter is not there, has another shape, or could be several tensors.
     """
-    found = _under(checkpoint, shapes, "", "")
-    if found is not None:
-        return found, {name: name for name in others}
+    places = _under(checkpoint, shapes, "", "")
+    if places is not None:
+        return places, {name: name for name in others}
     missing = next(name for name, shape in shapes.items() if not _tensors(checkpoint, name, shape))
-    theirs = list(dict.fromkeys(prefix for name in checkpoint.tensors for prefix in _prefixes(name)))
     for before in _prefixes(missing):
-        changes = {}
-        for after in theirs:
-            found = _under(checkpoint, shapes, before, after) if before != after else None
-            if found is not None:
-                changes[after] = found
+        changes = _changes_of_prefix(checkpoint, shapes, before)
         if len(changes) > 1:
-            first, second, *_ = (found[missing][0] for found in changes.values())
+            first, second, *_ = (places[missing][0] for places in changes.values())
             raise ValueError(
                 f"{missing} could be {first} or {second} of {checkpoint.folder}; rename the parameters of the adapter to those "
                 "of the checkpoint, or give the checkpoint of the model that was trained"
             )
         if changes:
-            after, found = next(iter(changes.items()))
-            return found, {name: _changed(name, before, after) for name in others}
+            ((after, places),) = changes.items()
+            return places, {name: _changed(name, before, after) for name in others}
     raise ValueError(_reason(checkpoint, missing, shapes[missing]))
 
 
@@ -63,22 +57,28 @@ def twins(checkpoint: Checkpoint, name: str) -> list[str]:
     """Other tensors that a model with tied embeddings loads into the same weight as this one."""
     if not checkpoint.tied or not name.endswith((*INPUTS, *OUTPUTS)):
         return []
-    stored, others = checkpoint.tensors[name], OUTPUTS if name.endswith(INPUTS) and not name.endswith(OUTPUTS) else INPUTS
-    return [
-        other.name
-        for other in checkpoint.tensors.values()
-        if other.name != name and other.name.endswith(others) and (other.shape, other.code) == (stored.shape, stored.code)
-    ]
+    stored = checkpoint.tensors[name]
+    is_input = name.endswith(INPUTS) and not name.endswith(OUTPUTS)
+    others = [other for other in checkpoint.tensors.values() if other.name.endswith(OUTPUTS if is_input else INPUTS)]
+    alike = [other for other in others if (other.shape, other.code) == (stored.shape, stored.code)]
+    return [other.name for other in alike if other.name != name]
+
+
+def _changes_of_prefix(checkpoint: Checkpoint, shapes: Shapes, before: str) -> dict[str, Tensors]:
+    """Every prefix of the checkpoint that finds all parameters when it takes the place of another, with what it finds."""
+    theirs = dict.fromkeys(prefix for name in checkpoint.tensors for prefix in _prefixes(name))
+    places = {after: _under(checkpoint, shapes, before, after) for after in theirs if after != before}
+    return {after: tensors for after, tensors in places.items() if tensors is not None}
 
 
 def _under(checkpoint: Checkpoint, shapes: Shapes, before: str, after: str) -> Tensors | None:
     """All parameters with one prefix changed, or None if one of them is not found."""
-    found = {}
+    places = {}
     for name, shape in shapes.items():
-        found[name] = _tensors(checkpoint, _changed(name, before, after), shape)
-        if not found[name]:
+        places[name] = _tensors(checkpoint, _changed(name, before, after), shape)
+        if not places[name]:
             return None
-    return found
+    return places
 
 
 def _changed(name: str, before: str, after: str) -> str:
@@ -140,9 +140,10 @@ def _reason(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> str:
 
 def _nearest(tensors: Iterable[str], name: str) -> list[str]:
     """Three names that share the longest ending with this one."""
+    return sorted(tensors, key=lambda other: (-_shared_parts(name, other), other))[:3]
 
-    def shared(other: str) -> int:
-        pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
-        return next((count for count, (a, b) in enumerate(pairs) if a != b), 0)
 
-    return sorted(tensors, key=lambda other: (-shared(other), other))[:3]
+def _shared_parts(one: str, two: str) -> int:
+    """How many parts two names have in common, counted from their ends."""
+    backwards = zip(reversed(one.split(".")), reversed(two.split(".")), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], backwards)))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..selection import pattern
 from .names import INPUTS, OUTPUTS
 from .shards import DTYPES, TRAINABLE
 
@@ -32,7 +33,7 @@ class Weight:
         return DTYPES[self.code].itemsize if self.code in DTYPES else 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Need:
     """What one way of training needs, in bytes.
 
@@ -53,25 +54,23 @@ class Need:
     values: int
     grads: int
     moments: int
-    indices: int
-    base: int
+    indices: int = 0
+    base: int = 0
     activations: int
     file: int
 
     @property
     def total(self) -> int:
-        """All of it but the file."""
+        """All that is in memory: everything but the file."""
         return self.weights + self.values + self.grads + self.moments + self.indices + self.base + self.activations
 
 
 def linear(weights: Iterable[Weight]) -> list[Weight]:
     """The weights of linear layers, by their names and shapes; embeddings, output heads and norms are none."""
-    return [
-        weight
-        for weight in weights
-        if len(weight.shape) == 2 and weight.name.endswith("weight") and DTYPES.get(weight.code) in TRAINABLE
-        and not weight.name.endswith((*INPUTS, *OUTPUTS)) and not any(part in weight.name for part in NOT_LINEAR)
-    ]  # fmt: skip
+    matrices = [weight for weight in weights if len(weight.shape) == 2 and weight.name.endswith("weight")]
+    trainable = [weight for weight in matrices if DTYPES.get(weight.code) in TRAINABLE]
+    inner = [weight for weight in trainable if not weight.name.endswith((*INPUTS, *OUTPUTS))]
+    return [weight for weight in inner if not any(part in weight.name for part in NOT_LINEAR)]
 
 
 def plan(
@@ -112,25 +111,55 @@ def plan(
     needs = [_sparse(targets, density, held, activations) for density in densities]
     if memory is not None:
         needs.append(_largest(targets, memory, held, activations))
-    for rank in ranks:
-        count = sum(rank * sum(weight.shape) for weight in targets)
-        needs.append(Need(f"LoRA r={rank}", count, held, *[count * WIDE] * 2, 2 * count * WIDE, 0, 0, activations, count * WIDE))
-    trainable = [weight for weight in weights if DTYPES.get(weight.code) in TRAINABLE]
-    count = sum(weight.numel for weight in trainable)
-    copies = sum(weight.numel * WIDE for weight in trainable if weight.itemsize == 2)
-    grads = sum(weight.numel * weight.itemsize for weight in trainable)
-    return [*needs, Need("full fine-tuning", count, held, copies, grads, 2 * count * WIDE, 0, 0, activations, held)]
+    needs += [_lora(targets, rank, held, activations) for rank in ranks]
+    return [*needs, _full(weights, held, activations)]
 
 
 def _sparse(targets: Sequence[Weight], density: float, held: int, activations: int) -> Need:
     counts = {weight: round(density * weight.numel) for weight in targets}
     total = sum(counts.values())
+    percent = f"{density:.4%}".rstrip("%").rstrip("0").rstrip(".")
     return Need(
-        f"sprand {density:.4%}".rstrip("%").rstrip("0").rstrip(".") + " %",
-        total, held, *[total * WIDE] * 2, 2 * total * WIDE,
-        sum(count * (4 if weight.numel < 2**31 else 8) for weight, count in counts.items()),
-        sum(count * weight.itemsize for weight, count in counts.items()), activations, total * WIDE,
-    )  # fmt: skip
+        method=f"sprand {percent} %",
+        trained=total,
+        weights=held,
+        values=total * WIDE,
+        grads=total * WIDE,
+        moments=2 * total * WIDE,
+        indices=sum(count * pattern.index_dtype(weight.numel).itemsize for weight, count in counts.items()),
+        base=sum(count * weight.itemsize for weight, count in counts.items()),
+        activations=activations,
+        file=total * WIDE,
+    )
+
+
+def _lora(targets: Sequence[Weight], rank: int, held: int, activations: int) -> Need:
+    count = rank * sum(sum(weight.shape) for weight in targets)
+    return Need(
+        method=f"LoRA r={rank}",
+        trained=count,
+        weights=held,
+        values=count * WIDE,
+        grads=count * WIDE,
+        moments=2 * count * WIDE,
+        activations=activations,
+        file=count * WIDE,
+    )
+
+
+def _full(weights: Sequence[Weight], held: int, activations: int) -> Need:
+    trainable = [weight for weight in weights if DTYPES.get(weight.code) in TRAINABLE]
+    count = sum(weight.numel for weight in trainable)
+    return Need(
+        method="full fine-tuning",
+        trained=count,
+        weights=held,
+        values=sum(weight.numel * WIDE for weight in trainable if weight.itemsize == 2),
+        grads=sum(weight.numel * weight.itemsize for weight in trainable),
+        moments=2 * count * WIDE,
+        activations=activations,
+        file=held,
+    )
 
 
 def _largest(targets: Sequence[Weight], memory: int, held: int, activations: int) -> Need:
@@ -151,12 +180,13 @@ def _largest(targets: Sequence[Weight], memory: int, held: int, activations: int
 
 
 def _activations(weights: Sequence[Weight], targets: Sequence[Weight], tokens: int, checkpointing: bool) -> int:
-    sizes: dict[str, int] = {}
-    entering: dict[str, int] = {}
+    layers: dict[str, list[Weight]] = {}
     for weight in targets:
-        layer = next((part for part in weight.name.split(".") if part.isdigit()), "")
-        sizes[layer] = sizes.get(layer, 0) + sum(weight.shape) * weight.itemsize
-        entering[layer] = max(entering.get(layer, 0), min(weight.shape) * weight.itemsize)
+        number = next((part for part in weight.name.split(".") if part.isdigit()), "")
+        layers.setdefault(number, []).append(weight)
+    whole = [sum(sum(weight.shape) * weight.itemsize for weight in layer) for layer in layers.values()]
+    entering = [max(min(weight.shape) * weight.itemsize for weight in layer) for layer in layers.values()]
+    kept = sum(entering) + max(whole) if checkpointing else sum(whole)
     vocabulary = max((weight.shape[0] for weight in weights if weight.name.endswith((*OUTPUTS, *INPUTS))), default=0)
-    kept = sum(entering.values()) + max(sizes.values()) if checkpointing else sum(sizes.values())
-    return tokens * (kept + 2 * WIDE * vocabulary)
+    logits = 2 * WIDE * vocabulary
+    return tokens * (kept + logits)
