@@ -175,6 +175,29 @@ def test_switching_back_and_forth(tmp_path, dtype):
         assert_same_bits(bits(model), weights[name])
 
 
+@pytest.mark.parametrize("door", ["apply", "load"])
+def test_what_one_adapter_trains_in_part_and_another_in_full_comes_back(tmp_path, door):
+    """The first is active, its entries in the weight, when the second one comes."""
+    fields = {"density": 0.1, "target_modules": ["first"], "modules_to_save": ["third"]}
+    sprand.save(trained(sprand.apply(built(MLP), **fields)), tmp_path)
+    model = built(MLP)
+    base = bits(model)
+    sprand.apply(model, name="part", density=0.5, target_modules=["third"])
+    trained(model)
+    part = bits(model)
+    if door == "load":
+        sprand.load(model, tmp_path, name="full")
+    else:
+        sprand.apply(model, name="full", **fields)
+        trained(model)
+    with sprand.disabled(model):
+        assert_same_bits(bits(model), base)
+    sprand.switch(model, "part")
+    assert_same_bits(bits(model), part)
+    sprand.unmerge(model)
+    assert_same_bits(bits(model), base)
+
+
 def test_an_optimizer_survives_switching(tmp_path):
     x, y = points_and_labels()
     model = trained(sprand.apply(built(MLP), density=0.2, seed=1))

@@ -1,32 +1,25 @@
-"""Starting: which entries of a model are to train, apart from those of other tasks where asked, and let them train."""
+"""`apply` and `select`: choose which entries of a model are to train, and let them train."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..files import described
-from ..kernels import host, native
+from ..kernels import native
 from ..layers import sharding
-from ..layers.sites import Site
 from ..selection import pattern
 from ..selection.calibration import Calibration
 from ..selection.choose import choose
 from ..selection.config import AS_GIVEN, SparseConfig
-from ..selection.mask import Mask, selection_of
-from ..selection.targets import Targets, View, find_targets, view_of
-from .file import AdapterFile
-from .model import detached, install, switch
+from ..selection.mask import Mask
+from ..selection.targets import Targets, find_targets, view_of
+from .attaching import add, detached
+from .disjoint import Disjoint, avoided, selection_without, taken_by
 from .state import Adapter, State
-
-Entries = Mapping[str, Tensor] | str | os.PathLike[str]  # a mask, or indices by parameter name; or the folder of an adapter
-Taken = Sequence[tuple[str, Mapping[str, Tensor]]]  # of each adapter or mask its name, and indices by parameter name
-Disjoint = bool | Entries | Sequence[Entries] | None
 
 
 def apply(
@@ -64,10 +57,10 @@ def apply(
         The same object.
 
     Raises:
-        ValueError: nothing is targeted, a name matches nothing, the budget does not fit (or not into what is free), an adapter of
+        ValueError: Nothing is targeted, a name matches nothing, the budget does not fit (or not into what is free), an adapter of
             that name is there already, or the model is sharded (apply first, then shard; of a model that ZeRO-3 has in parts,
             gather the parameters first).
-        TypeError: a keyword is no field of `SparseConfig`.
+        TypeError: A keyword is no field of `SparseConfig`.
     """
     config = _config_of(config, fields)
     state: State | None = getattr(model, "_sprand", None)
@@ -79,21 +72,15 @@ def apply(
     sharding.refuse_parts(model)
     native.warn_if_slow()
     run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
-    if state is None:
-        made, sites = _made(model, config, disjoint, run)
-        before = {key for key, p in model.named_parameters() if p.requires_grad}
-        made.indices = _chosen(made)
-        install(model, State(trained_before=before), name, made, {site.name: site for site in sites})
-        return model
     with detached(model):
-        made, _ = _made(model, config, disjoint, run)
-        made.indices = _chosen(made)
-        made.saved = {key: value.clone() for key, value in made.saved.items()}
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for key in made.saved:
-            state.base_saved.setdefault(key, parameters[key].data.clone())
-    state.adapters[name] = made
-    return switch(model, name)
+        mask, targets = _chosen(model, config, disjoint, run)
+        saved = {site.name: site.weight.data for site in targets.saved}
+        if state is not None:  # whose adapters may train the same parameters
+            saved = {key: value.clone() for key, value in saved.items()}
+    adapter = Adapter(config, _not_empty(mask), saved=saved, selection=mask.selection)
+    if mask.selection is not None and config.strategy in pattern.RANDOM_STRATEGIES:  # drawn among what others leave free
+        adapter.config = dataclasses.replace(config, **AS_GIVEN)
+    return add(model, name, adapter)
 
 
 def select(
@@ -135,56 +122,18 @@ def select(
         a dict that also saves itself, `mask.save(path)`, and is read by `sprand.Mask.load(path)`.
 
     Raises:
-        ValueError: nothing is targeted, the budget does not fit (or not into what is free), data or labels are missing, or a
+        ValueError: Nothing is targeted, the budget does not fit (or not into what is free), data or labels are missing, or a
             score is NaN.
     """
     config = _config_of(config, fields)
     run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
-    if hasattr(model, "_sprand"):
-        if not disjoint:
-            raise ValueError(
-                "this model trains entries already; call sprand.merge(model) or sprand.unmerge(model) first, or give disjoint="
-            )
-        with detached(model):
-            made, sites = _made(model, config, disjoint, run)
-    else:
-        made, sites = _made(model, config, disjoint, run)
-    return Mask(made.indices, {site.name: site.shape for site in sites}, made.selection)
-
-
-def selection_without(config: SparseConfig, taken: Taken) -> dict[str, Any] | None:
-    """How entries are chosen, as JSON types, with what they leave out."""
-    chosen = selection_of(config)
-    if not taken:
-        return chosen
-    if chosen is None and not isinstance(config.strategy, Mapping):
-        chosen = {key: getattr(config, key) for key in ("strategy", "density", "budget", "layout", "seed")}
-    avoided = [
-        {"name": name, "nnz": sum(map(Tensor.numel, found.values())), "checksum": described.checksum(found)}
-        for name, found in taken
-    ]
-    return (chosen or {"strategy": "given"}) | {"disjoint": avoided}
-
-
-def taken_by(model: nn.Module, disjoint: Disjoint) -> list[tuple[str, dict[str, Tensor]]]:
-    """The entries to leave out: of each adapter or mask its name, and ascending indices by parameter name.
-
-    Raises:
-        FileNotFoundError: A folder holds no adapter.
-        ValueError: An adapter or mask is damaged, or was made for a model with other parameters.
-    """
-    if disjoint is None or disjoint is False:
-        return []
-    if disjoint is True:
-        state: State | None = getattr(model, "_sprand", None)
-        found = []
-        for name, adapter in (state.adapters if state is not None else {}).items():
-            folded = {key: frozen.indices for key, frozen in adapter.frozen.items()}
-            found.append((name, _joined(adapter.indices, folded)))
-        return found
-    given = [disjoint] if isinstance(disjoint, (str, os.PathLike, Mapping)) else list(disjoint)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    return [_taken(item, shapes) for item in given]
+    if hasattr(model, "_sprand") and not disjoint:
+        raise ValueError(
+            "this model trains entries already; call sprand.merge(model) or sprand.unmerge(model) first, or give disjoint="
+        )
+    with detached(model):
+        mask, _ = _chosen(model, config, disjoint, run)
+    return mask
 
 
 def _config_of(config: SparseConfig | None, fields: Mapping[str, Any]) -> SparseConfig:
@@ -197,61 +146,16 @@ def _config_of(config: SparseConfig | None, fields: Mapping[str, Any]) -> Sparse
     return config or SparseConfig(**fields)
 
 
-def _made(model: nn.Module, config: SparseConfig, disjoint: Disjoint, run: Calibration) -> tuple[Adapter, list[Site]]:
-    """The adapter, with no deltas yet, and the sites of its entries, in a model that has none attached."""
+def _chosen(model: nn.Module, config: SparseConfig, disjoint: Disjoint, run: Calibration) -> tuple[Mask, Targets]:
+    """The entries that a configuration chooses, and what it targets, in a model that has no adapter attached."""
     view = view_of(model)
     targets = find_targets(view, config)
     taken = taken_by(model, disjoint)
-    indices = choose(config, targets, run, _avoided(view, targets, taken))
-    selection = selection_without(config, taken)
-    if taken and config.strategy in pattern.RANDOM_STRATEGIES:
-        config = SparseConfig.from_dict(config.to_dict() | AS_GIVEN)
-    saved = {site.name: site.weight.data for site in targets.saved}
-    return Adapter(config, indices, saved=saved, selection=selection), targets.sites
+    indices = choose(config, targets, run, avoided(view, targets, taken))
+    shapes = {site.name: site.shape for site in targets.sites}
+    return Mask(indices, shapes, selection_without(config, taken)), targets
 
 
-def _avoided(view: View, targets: Targets, taken: Taken) -> dict[str, Tensor]:
-    """The entries of each target that others train, ascending."""
-    lists: dict[str, list[Tensor]] = {}
-    for _, indices in taken:
-        for name, own in indices.items():
-            lists.setdefault(view.weights[name].name, []).append(own.cpu())
-    return {site.name: host.merge_indices(lists[site.name])[0].to(site.device) for site in targets.sites if site.name in lists}
-
-
-def _chosen(made: Adapter) -> dict[str, Tensor]:
-    """Its targets that train at least one entry."""
-    return {name: indices for name, indices in made.indices.items() if indices.numel()}
-
-
-def _taken(item: Entries, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, Tensor]]:
-    if isinstance(item, Mapping):
-        for name in item:
-            _check_shape("disjoint", name, getattr(item, "shapes", {}).get(name), shapes)
-        return "mask", {name: pattern.from_user(f"disjoint: {name}", value, shapes[name]) for name, value in item.items()}
-    if not isinstance(item, (str, os.PathLike)):
-        raise ValueError(f"disjoint: expected True, folders of adapters, masks or indices by name, got {type(item).__name__}")
-    file = AdapterFile.read(item)
-    own, folded = {}, {}
-    for name, target in file.targets.items():
-        _check_shape(str(file.path), name, tuple(target["shape"]), shapes)
-        own[name], frozen = file.entries(name)[0], file.frozen(name)
-        if frozen is not None:
-            folded[name] = frozen[0]
-    return described.label(file.path), _joined(own, folded)
-
-
-def _check_shape(what: str, name: str, shape: tuple[int, ...] | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    if name not in shapes:
-        raise ValueError(f"{what} was made for another model: this one has no parameter {name!r}")
-    if shape is not None and tuple(shape) != shapes[name]:
-        raise ValueError(f"{what} was made for another model: {name} is {list(shapes[name])} here and {list(shape)} there")
-
-
-def _joined(own: Mapping[str, Tensor], folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ascending indices by name, of entries that train and of folded ones."""
-    result = {name: indices.cpu() for name, indices in own.items()}
-    for name, indices in folded.items():
-        lists = [indices.cpu(), *([result[name]] if name in result else [])]
-        result[name] = host.merge_indices(lists)[0]
-    return result
+def _not_empty(mask: Mask) -> dict[str, Tensor]:
+    """The targets that train at least one entry."""
+    return {name: indices for name, indices in mask.items() if indices.numel()}

@@ -23,10 +23,11 @@ from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.targets import sites_named
+from .attaching import add
 from .file import AdapterFile, Trained, draw, finite
 from .fingerprint import DTYPES
 from .frozen import Frozen
-from .model import disabled, install, switch, write
+from .model import disabled, switch, write
 from .state import Adapter, State, state_of
 
 
@@ -102,18 +103,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     state = getattr(model, "_sprand", None)
     with contextlib.nullcontext() if state is None else disabled(model):
         adapter = prove(model, file)
-        sites = sites_named(model, adapter.indices)
-    if state is None:
-        trained = {key for key, p in model.named_parameters() if p.requires_grad}
-        install(model, State(trained_before=trained), name, adapter, sites)
-        return model
-    if name in state.adapters:
+        sites_named(model, adapter.indices)  # raises before anything is changed
+    if state is not None and name in state.adapters:
         return _replace_values(model, state, name, adapter)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for key in adapter.saved:
-        state.base_saved.setdefault(key, parameters[key].data.clone())
-    state.adapters[name] = adapter
-    return switch(model, name)
+    return add(model, name, adapter)
 
 
 def prove(model: nn.Module, file: AdapterFile, base_of: Callable[[str, Tensor, Tensor], Tensor] | None = None) -> Adapter:

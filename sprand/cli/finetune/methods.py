@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sprand
 
-from ...adapters.apply import selection_without, taken_by
+from ...adapters.disjoint import selection_without, taken_by
 from ...adapters.state import mask_of
 from ...layers.module import sparse_modules
 from ...selection.pattern import RANDOM_STRATEGIES

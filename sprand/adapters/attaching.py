@@ -1,0 +1,197 @@
+"""Attaching: one adapter at a time is in a model's weights. It is put in and taken off here, and what was there comes back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import ops
+from ..layers import sharding
+from ..layers.module import attach, detach, sparse_modules, write_now
+from ..layers.sites import Site, sites_of
+from ..selection import pattern
+from ..selection.config import SparseConfig
+from ..selection.targets import sites_named
+from . import optimizer_order
+from .state import Adapter, State, tensor_names
+
+
+def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
+    """Put an adapter on a model, beside those that it holds, as the active one; what does not belong to it is frozen.
+
+    Args:
+        model: any module whose weights are whole; changed in place.
+        name: what to call the adapter.
+        adapter: what trains. Deltas that it does not have yet are zeros. Its parameters trained in full have memory of their
+            own where another adapter trains them as well.
+
+    Returns:
+        The same object.
+    """
+    state = getattr(model, "_sprand", None)
+    if state is None:
+        state = _freeze(model)
+    take_off(model, state, keep=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key in adapter.saved.keys() - state.base_saved.keys():
+        state.base_saved[key] = parameters[key].data.clone()
+    state.adapters[name] = adapter
+    activate(model, state, name)
+    return model
+
+
+def _freeze(model: nn.Module) -> State:
+    """Let a model train nothing, and remember what it was before."""
+    state = State(trained_before={name for name, p in model.named_parameters() if p.requires_grad})
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):  # its inference path reads weights without calling the layers
+            state.fast_paths.append((module, module.activation_relu_or_gelu))
+            module.activation_relu_or_gelu = 0
+    model._sprand = state
+    optimizer_order.watch(model)
+    return state
+
+
+def activate(model: nn.Module, state: State, active: str | None, mixed: Adapter | None = None) -> None:
+    """Attach an adapter, a mixture of several, or nothing, to a model that has none attached."""
+    state.active, state.mixed = active, mixed
+    if state.current is not None:
+        _attach(model, state.current)
+
+
+def _attach(model: nn.Module, adapter: Adapter) -> None:
+    sites = sites_named(model, adapter.indices)
+    put_frozen(model, adapter, trained=True)
+    for name, site in sites.items():
+        _attach_entries(adapter, name, site)
+    put_saved(model, adapter.saved)
+    _require_grad(model, adapter.saved, True)
+    _ignore_in_ddp(model)
+    write_all(model)
+
+
+def _attach_entries(adapter: Adapter, name: str, site: Site) -> None:
+    """Let the adapter's entries of one weight train, in every module that holds it."""
+    indices = adapter.indices[name] = adapter.indices[name].to(site.device)
+    delta, base = adapter.deltas.get(name), None
+    if delta is not None and delta.device != site.device:
+        delta.data = delta.data.to(site.device)
+    redraw = _redraw_of(adapter.config, name, site, indices.numel())
+    for module, parameter in site.owners:
+        entries = attach(module, parameter, indices, delta, base, redraw=redraw)
+        module.sparse_target(parameter).folded = name in adapter.frozen
+        delta, base = entries.delta, entries.base
+    adapter.deltas[name] = delta
+
+
+def _redraw_of(config: SparseConfig, name: str, site: Site, nnz: int) -> Callable[[torch.device], Tensor] | None:
+    """What draws the entries anew on another device, where they follow from the seed."""
+    if config.strategy not in pattern.RANDOM_STRATEGIES or config.preserve_zeros:
+        return None
+    return functools.partial(pattern.draw, config.strategy, name, site.shape, nnz, config.seed, layout=config.layout)
+
+
+def take_off(model: nn.Module, state: State, keep: bool) -> None:
+    """Take the active adapter off the model and, unless kept, put the base back; its own tensors are up to date then."""
+    adapter = state.current
+    if adapter is None:
+        return
+    for site in sites_of(model):
+        if site.name in adapter.indices:
+            entries = site.entries
+            adapter.indices[site.name], adapter.deltas[site.name] = entries.indices, entries.delta
+    detach([module for _, module in sparse_modules(model)], keep)
+    if keep:
+        return
+    put_frozen(model, adapter, trained=False)
+    trained = put_saved(model, state.base_saved)
+    adapter.saved = {name: trained[name] for name in adapter.saved}
+    _require_grad(model, state.base_saved, False)
+
+
+def write_all(model: nn.Module) -> None:
+    """Make every weight hold its trained values."""
+    sharding.reshard(model)
+    write_now([module for _, module in sparse_modules(model)])
+
+
+def _require_grad(model: nn.Module, names: Container[str], flag: bool) -> None:
+    for name, p in model.named_parameters():
+        if name in names:
+            p.requires_grad_(flag)
+
+
+@contextmanager
+def detached(model: nn.Module) -> Iterator[None]:
+    """The model as it was before any adapter, inside of a `with` block; then the active one, if there is one, is back.
+
+    Raises:
+        ValueError: The model has adapters and is sharded.
+    """
+    state = getattr(model, "_sprand", None)
+    if state is None:
+        yield
+        return
+    sharding.refuse(model, "apply", "choose entries before the model is sharded")
+    active, mixed = state.active, state.mixed
+    take_off(model, state, keep=False)
+    state.active = state.mixed = None
+    try:
+        yield
+    finally:
+        activate(model, state, active, mixed)
+
+
+def release(model: nn.Module, state: State) -> None:
+    """Make a model that has no adapter attached what it was before the first one."""
+    del model._sprand
+    kept = _others_ignored_in_ddp(model)
+    if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
+        del model._ddp_params_and_buffers_to_ignore
+        if kept:
+            model._ddp_params_and_buffers_to_ignore = kept
+    for module, activation in state.fast_paths:
+        module.activation_relu_or_gelu = activation
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in state.trained_before)
+
+
+def put_saved(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the parameters of `modules_to_save` other memory, and return what they had."""
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if values else {}
+    return {name: sharding.put(parameters[name], value) for name, value in values.items()}
+
+
+def put_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> None:
+    """Make weights hold their folded values, or what was there before any training; attached entries start from there."""
+    if adapter is None or not adapter.frozen:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, frozen in adapter.frozen.items():
+        if trained:
+            frozen.write(parameters[name])
+        else:
+            frozen.restore(parameters[name])
+    changed = {id(parameters[name]) for name in adapter.frozen}
+    for site in sites_of(model):
+        if id(site.weight) not in changed:
+            continue
+        for module, parameter in site.owners:
+            entries = module.sparse_entries(parameter)
+            entries.base.copy_(ops.gather(site.weight.data, entries.indices))
+
+
+def _ignore_in_ddp(model: nn.Module) -> None:
+    """Indices and base are alike on every rank: DistributedDataParallel need not broadcast them before every forward."""
+    own = [name for _, indices, base in tensor_names(model) for name in (indices, base)]
+    model._ddp_params_and_buffers_to_ignore = _others_ignored_in_ddp(model) + own
+
+
+def _others_ignored_in_ddp(model: nn.Module) -> list[str]:
+    return [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if "sprand_" not in name]
