@@ -108,7 +108,8 @@ SAME = [
     ("gpt2", {"density": 0.1, "target_modules": None, "target_parameters": ["lm_head.weight", "c_fc.bias"]}),
     ("gpt2", {"strategy": {LM_HEAD: torch.tensor([2000, 7])}}),
     ("gpt2", {"budget": 0.01, "target_parameters": ["wte.weight"], "modules_to_save": ["lm_head"]}),
-    ("classifier", {"budget": 0.01, "modules_to_save": ["score"]}),
+    *(("classifier", {"budget": 0.01, "modules_to_save": name}) for name in (["score"], "score", "auto")),
+    ("mlp", {"budget": 0.03, "modules_to_save": "auto"}),
     ("classifier", {"density": 0.1, "target_modules": ["q_proj", "score"]}),
 ]  # fmt: skip
 

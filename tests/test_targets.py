@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sprand
-from models import MLP, assert_same_bits, bits, built
+from models import MLP, Tied, assert_same_bits, bits, built
 from sprand.layers.sites import sites_of
 
 
@@ -72,6 +72,22 @@ def test_same_seed_same_positions_and_names_make_them_independent():
     model = sprand.apply(nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}), budget=800)
     assert model["a"].sprand_indices.shape == model["b"].sprand_indices.shape
     assert not torch.equal(model["a"].sprand_indices, model["b"].sprand_indices)
+
+
+def test_a_tied_head_trains_in_full_under_every_name(tmp_path):
+    tokens = torch.arange(20).reshape(4, 5)
+    for name in ("out", "embed"):
+        model = sprand.apply(built(Tied), density=0.2, modules_to_save=[name])
+        assert [site.name for site in sites_of(model)] == ["mix.weight"]
+        assert model.embed.weight.requires_grad and model.out.weight is model.embed.weight
+        optimizer = torch.optim.SGD(sprand.parameters(model), lr=0.1)
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+        assert not torch.equal(model.out.weight, built(Tied).out.weight)
+        sprand.save(model, tmp_path / name)
+        loaded = sprand.load(built(Tied), tmp_path / name)
+        assert torch.equal(loaded(tokens), model(tokens))
+        assert_same_bits(bits(sprand.unmerge(loaded)), bits(built(Tied)))
 
 
 BAD = {

@@ -16,6 +16,7 @@ from ..selection.config import GIVEN, SparseConfig
 from ..selection.mask import Mask
 from ..selection.pattern import RANDOM_STRATEGIES, same_entries
 from ..selection.strategies import STRATEGIES
+from ..selection.targets import HEADS
 from .registration import NAME
 
 
@@ -27,12 +28,14 @@ class SprandConfig(PeftConfig):
 
     Attributes:
         density: fraction of the entries of the targeted weights that train, in (0, 1]; 0.01 if nothing else is given.
-        budget: instead of density: an int is the exact number of trained entries, a float the fraction of all model parameters.
+        budget: instead of density: an int is the exact number of trained entries, a float the fraction of all model parameters
+            (those of `modules_to_save` not counted).
         target_modules: modules whose `weight` is targeted: a list of names or suffixes, one regular expression, or
             `"all-linear"` (every linear layer but the output head). None with `target_parameters` alone.
         exclude_modules: modules left out again: names or suffixes, or one regular expression.
         target_parameters: further weights by name or suffix: fused 3-D experts, embeddings, biases, norms.
-        modules_to_save: modules trained in full and saved with the adapter.
+        modules_to_save: modules trained in full and saved with the adapter; `"auto"` takes a classification head named `score` or
+            `classifier` if there is one.
         layers_to_transform: only layers with these numbers; an int or a list. Needs a list of `target_modules`.
         layers_pattern: name of the list of layers, for `layers_to_transform`; by default any.
         strategy: `"random"` (stratified) or `"uniform"`. Entries that were chosen by a score are given by `mask`.
@@ -53,7 +56,7 @@ class SprandConfig(PeftConfig):
     target_modules: list[str] | str | None = field(default="all-linear", metadata={"help": "Modules whose weight trains."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules left out."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Further weights by parameter name."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+    modules_to_save: list[str] | str | None = field(default=None, metadata={"help": "Modules trained in full."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Numbers of the layers to use."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     strategy: str = field(default="random", metadata={"help": "'random' or 'uniform'; a mask for everything else."})
@@ -76,6 +79,8 @@ class SprandConfig(PeftConfig):
             self.target_modules = list(self.target_modules)
         if isinstance(self.target_parameters, str):
             self.target_parameters = [self.target_parameters]
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = list(HEADS) if self.modules_to_save == "auto" else [self.modules_to_save]
         if self.targets is not None:
             return
         if self.mask is not None:
