@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 FLAGS += ["-DSPRAND_SIMT", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FENCES = 128  # NaN around a result, see `fenced_results`
 
 _library = torch.library.Library("sprand_simt", "DEF")
 for _name, _schema in ops.SCHEMAS.items():
@@ -108,9 +109,9 @@ def fenced_results() -> Iterator[list[Tensor]]:
     memories: list[Tensor] = []
 
     def new_empty(like: Tensor, size: list[int], *, dtype: torch.dtype | None = None, **_: object) -> Tensor:
-        memory = torch.full((math.prod(size) + 128,), math.nan, dtype=dtype or like.dtype)
+        memory = torch.full((math.prod(size) + FENCES,), math.nan, dtype=dtype or like.dtype)
         memories.append(memory)
-        return memory[64:-64].view(size)
+        return memory[FENCES // 2 : -FENCES // 2].view(size)
 
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("new_empty", new_empty, "CPU")

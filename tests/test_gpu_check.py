@@ -235,21 +235,21 @@ def test_a_short_budget_of_the_step_goes_to_what_is_compared(tmp_path, monkeypat
 
 def test_the_choice_between_kernels_is_replayed_from_measured_times(tmp_path, monkeypatch):
     """Times that a card would have whose costs are known: a fit to a few of them chooses the fastest everywhere."""
-    from sprand.kernels import tuning
+    from sprand.kernels import cost_model, tuning
 
     choice, ops = gpu_benchmark("choice", monkeypatch), gpu_benchmark("ops", monkeypatch)
     monkeypatch.setattr(tuning, "MEASURED_SHAPES", ((64, 256), (256, 256)))
     monkeypatch.setattr(tuning, "MEASURED_TOKENS", (512, 8192))
     monkeypatch.setattr(tuning, "MEASURED_DENSITIES", (0.02, 0.1))
-    costs = tuning.Costs(3e-7, 1e-12, 1e-14, 2e-7, 1e-13, 1e-12, 1e-7, 2e-15, 1e-12)
+    costs = cost_model.Costs(3e-7, 1e-12, 1e-14, 2e-7, 1e-13, 1e-12, 1e-7, 2e-15, 1e-12)
     rows = []
     for shape, density, run, tokens in itertools.product([(64, 256), (256, 256)], (0.005, 0.02, 0.1), (1, 8), (512, 2048, 8192)):
         schedule, _ = tuning.drawn(shape, density, run, torch.bfloat16, torch.device("cpu"))
-        cycles, loads = tuning.row_work(schedule, tokens)
+        cycles, loads = cost_model.row_work(schedule, tokens)
         times = {"sprand, row kernel": costs.rows_start + costs.rows_cycle * cycles + costs.rows_load * loads}
         times["sprand, dense chunks"] = costs.dense(schedule, *shape).at(tokens)
         if schedule.runs is not None:
-            loads, tiles = tuning.run_work(schedule, tokens)
+            loads, tiles = cost_model.run_work(schedule, tokens)
             times["sprand, tensor cores"] = costs.runs_start + costs.runs_load * loads + costs.runs_tile * tiles
         times["sprand"] = 2 * max(times.values())
         facts = {"op": "sddmm", "out": shape[0], "in": shape[1], "tokens": tokens, "dtype": "bf16", "density": density}

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from emulation import fenced_results
 from problems import check_sddmm, guarded, guards_hold
-from sprand.kernels import reference, schedule_run8
-from sprand.kernels.schedule_run8 import RUN, SHAPES, run8_indices, run8_schedule
+from sprand.kernels import reference
+from sprand.kernels.run8_units import RUN, SHAPES, UNIT_TILES
+from sprand.kernels.schedule_run8 import run8_indices, run8_schedule
 
 DTYPES = (torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -182,7 +183,7 @@ def test_the_schedule_holds_every_run_once(problem, shape):
     assert sorted(runs[runs >= 0].tolist()) == list(range(len(indices) // RUN))
     assert rows <= SHAPES[number][0]
     assert (header[:-1, 2] <= SHAPES[number][1]).all()
-    assert (header[:, 3].diff() <= schedule_run8.UNIT_TILES).all()
+    assert (header[:, 3].diff() <= UNIT_TILES).all()
     assert header[-1, 3] == tiles
 
 

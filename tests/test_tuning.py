@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import sprand
-from sprand.kernels import ops, tuning
+from emulation import FENCES, fenced_results
+from sprand.kernels import cost_model, ops, tuning
+from sprand.kernels.cost_model import EVERY, Costs
 from sprand.kernels.schedule import Limits, make_schedule
-from sprand.kernels.tuning import EVERY, Costs, fit, read_or_measure
+from sprand.kernels.tuning import fit, read_or_measure
 from sprand.selection import pattern
 
 COSTS = Costs(
@@ -46,6 +48,26 @@ def test_the_fastest_way_is_chosen_for_every_number_of_tokens(density, layout):
             assert (first <= tokens < last) == (dense.at(tokens) < kernel.at(tokens))
 
 
+@pytest.mark.parametrize("layout", ["unstructured", "run8"])
+@pytest.mark.parametrize("blocks", [1, 4, 132])
+def test_splits_are_counted_as_the_launches_do(layout, blocks, emulated):
+    """A launch shows its splits by the size of its workspace, which there is none of for one."""
+    rows, cols, nnz = 64, 96, 480
+    indices = pattern.draw("random", "weight", (rows, cols), nnz, seed=0, layout=layout)
+    schedule = make_schedule(indices, rows, cols, torch.bfloat16, Limits(processors=blocks))
+    count = cost_model.run_splits if layout == "run8" else cost_model.row_splits
+    for tokens in (1, 63, 64, 127, 128, 600, 1025):
+        grad_output, input = (torch.ones(tokens, size, dtype=torch.bfloat16) for size in (rows, cols))
+        with fenced_results() as memories:
+            if layout == "run8":
+                emulated.sddmm_run8(grad_output, input, *schedule.runs, nnz)
+            else:
+                emulated.sddmm(grad_output, input, indices, schedule.table, schedule.launch)
+        _, workspace = (memory.numel() - FENCES for memory in memories)
+        assert max(workspace // nnz, 1) == count(schedule, tokens)
+    assert (count(schedule, tokens) > 1) == (blocks > 1)
+
+
 def test_fit_finds_the_costs_that_made_the_times():
     wanted = [3e-6, 2e-7, 5e-6]
     cases = [[1.0, 10.0 * i, float(i % 3)] for i in range(1, 9)]
@@ -68,9 +90,9 @@ def test_measuring_finds_the_costs_of_a_card(monkeypatch):
         if way == "dense":
             return COSTS.dense(schedule, out_features, in_features).at(tokens)
         if schedule.runs is None:
-            cycles, loads = tuning.row_work(schedule, tokens)
+            cycles, loads = cost_model.row_work(schedule, tokens)
             return COSTS.rows_start + COSTS.rows_cycle * cycles + COSTS.rows_load * loads
-        loads, tiles = tuning.run_work(schedule, tokens)
+        loads, tiles = cost_model.run_work(schedule, tokens)
         return COSTS.runs_start + COSTS.runs_load * loads + COSTS.runs_tile * tiles
 
     found = tuning.measure(torch.device("cpu"), torch.bfloat16, seconds)

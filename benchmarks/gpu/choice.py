@@ -14,6 +14,7 @@ import torch
 import timing  # noqa: F401  isort: skip  (puts benchmarks/ on the path)
 from report import Row, command_line, markdown, read_csv, write_csv, write_markdown
 from sprand.kernels import tuning
+from sprand.kernels.cost_model import Costs
 from sprand.kernels.schedule import Schedule
 
 WAYS = {"sprand, row kernel": "rows", "sprand, tensor cores": "runs", "sprand, dense chunks": "dense"}
@@ -72,7 +73,7 @@ def problems(rows: Sequence[Row], dtype: torch.dtype) -> Iterator[Problem]:
         yield Problem(layout, shape, density, tokens, schedules[key], measured, taken["sprand"])
 
 
-def replayed(problem: Problem, costs: tuning.Costs) -> Row:
+def replayed(problem: Problem, costs: Costs) -> Row:
     """What the costs choose, beside the fastest way."""
     schedule = costs.choose(problem.schedule, *problem.shape)
     first, last = schedule.dense_tokens

@@ -40,7 +40,7 @@ inline int64_t rows_shared_bytes(const RowsVariant& v) {
 }
 
 // Parts of the tokens, each with its own blocks and partial sums: as many as the plan's blocks leave multiprocessors idle.
-// sprand/kernels/tuning.py counts them in the same way.
+// sprand/kernels/cost_model.py counts them in the same way.
 inline int64_t rows_splits(const RowsPlan& plan, int64_t tokens) {
   constexpr int64_t kFewestTokens = 64;
   const int64_t blocks = plan.tiles * plan.windows, useful = tokens / kFewestTokens;

@@ -20,7 +20,7 @@ struct Run8Schedule {
 };
 
 // The parts into which the tokens are split: 1 for nnz = 0. A fact of sizes and schedule only, which
-// sprand/kernels/tuning.py knows, too.
+// sprand/kernels/cost_model.py knows, too.
 int64_t sddmm_run8_splits(int64_t tokens, const Run8Schedule& schedule, int64_t nnz);
 
 // out [nnz], for grad_output [tokens, out_features] and input [tokens, in_features] of `dtype`, both contiguous, input aligned to

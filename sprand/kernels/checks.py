@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dtypes import LOW_PRECISION
+from .dtypes import ALL_PRECISIONS, LOW_PRECISION
 
 
 def check_lists(op: str, weights: Sequence[Tensor], *others: Sequence[Tensor] | Sequence[float]) -> None:
+    """Prove that all lists are as long as that of the weights, and all weights on one device."""
     lengths = [len(weights), *map(len, others)]
     if len(set(lengths)) != 1:
         raise ValueError(f"{op}: expected lists of one length, one element per target, got lengths {lengths}")
@@ -20,14 +21,18 @@ def check_lists(op: str, weights: Sequence[Tensor], *others: Sequence[Tensor] | 
 
 
 def check_values(op: str, name: str, value: Tensor, other: Tensor) -> None:
-    allowed = (*LOW_PRECISION, torch.float64) if value.device.type in ("cpu", "meta") else LOW_PRECISION
+    """Prove a dtype that the device's kernels take, and that `value` has the dtype and device of `other`."""
+    device = value.device.type
+    allowed = ALL_PRECISIONS if device in ("cpu", "meta") else LOW_PRECISION
     if value.dtype not in allowed:
-        raise ValueError(f"{op}: expected {name} of {', '.join(map(str, allowed))} on {value.device.type}, got {value.dtype}")
+        names = ", ".join(map(str, allowed))
+        raise ValueError(f"{op}: expected {name} of {names} on {device}, got {value.dtype}")
     if value.dtype != other.dtype or value.device != other.device:
         raise ValueError(f"{op}: expected {name} as {other.dtype} on {other.device}, got {value.dtype} on {value.device}")
 
 
 def check_indices(op: str, indices: Tensor, other: Tensor) -> None:
+    """Prove a contiguous vector of int32 or int64 on the device of `other`."""
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64) or not indices.is_contiguous():
         raise ValueError(
             f"{op}: expected contiguous indices [nnz] of int32 or int64, got {list(indices.shape)} of {indices.dtype}"
@@ -37,17 +42,20 @@ def check_indices(op: str, indices: Tensor, other: Tensor) -> None:
 
 
 def check_sddmm(op: str, grad_output: Tensor, input: Tensor, indices: Tensor) -> None:
+    """Prove two matrices of as many tokens, alike in dtype and device, and no more indices than their product has entries."""
     if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
         raise ValueError(
             f"{op}: expected grad_output [T, out] and input [T, in], got {list(grad_output.shape)} and {list(input.shape)}"
         )
     check_values(op, "input", input, grad_output)
     check_indices(op, indices, grad_output)
-    if indices.numel() > grad_output.shape[1] * input.shape[1]:
-        raise ValueError(f"{op}: expected at most {grad_output.shape[1] * input.shape[1]} indices, got {indices.numel()}")
+    entries = grad_output.shape[1] * input.shape[1]
+    if indices.numel() > entries:
+        raise ValueError(f"{op}: expected at most {entries} indices, got {indices.numel()}")
 
 
 def check_weight(op: str, weight: Tensor, indices: Tensor) -> None:
+    """Prove a contiguous weight of a dtype that the device's kernels take, and no more indices than it has entries."""
     check_values(op, "weight", weight, weight)
     check_indices(op, indices, weight)
     if not weight.is_contiguous():
@@ -57,7 +65,9 @@ def check_weight(op: str, weight: Tensor, indices: Tensor) -> None:
 
 
 def check_entries(op: str, name: str, value: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
-    if value.shape != indices.shape or value.dtype != dtype or value.device != indices.device or not value.is_contiguous():
+    """Prove one contiguous value of `dtype` for each index."""
+    fits = value.shape == indices.shape and value.dtype == dtype and value.device == indices.device
+    if not fits or not value.is_contiguous():
         raise ValueError(
             f"{op}: expected contiguous {name} {list(indices.shape)} of {dtype} on {indices.device}, "
             f"got {list(value.shape)} of {value.dtype} on {value.device}"
@@ -65,6 +75,7 @@ def check_entries(op: str, name: str, value: Tensor, indices: Tensor, dtype: tor
 
 
 def check_draw(op: str, indices: Tensor, numel: int) -> None:
+    """Prove that `indices` can hold as many distinct positions below `numel`."""
     check_indices(op, indices, indices)
     if indices.numel() > numel:
         raise ValueError(f"{op}: expected at most {numel} entries, got {indices.numel()}")
@@ -73,6 +84,7 @@ def check_draw(op: str, indices: Tensor, numel: int) -> None:
 
 
 def check_embedding_grad(op: str, grad_output: Tensor, tokens: Tensor, indices: Tensor, padding_idx: int | None) -> None:
+    """Prove a matrix with a row for each of the tokens, and indices into a weight of its width."""
     if grad_output.dim() != 2 or tokens.dim() != 1 or grad_output.shape[0] != tokens.shape[0]:
         raise ValueError(
             f"{op}: expected grad_output [T, features] and tokens [T], got {list(grad_output.shape)} and {list(tokens.shape)}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)  # on every device; the CPU takes float64 too
+LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)  # on every device
+ALL_PRECISIONS = (*LOW_PRECISION, torch.float64)  # on the CPU
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -84,11 +84,14 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedul
         ValueError: a shape, dtype or device that does not fit.
     """
     check_sddmm("sddmm", grad_output, input, indices)
-    if schedule is not None and schedule.dense_tokens[0] <= input.shape[0] < schedule.dense_tokens[1]:
+    if schedule is None:
+        return torch.ops.sprand.sddmm(grad_output, input, indices)
+    first, last = schedule.dense_tokens
+    if first <= input.shape[0] < last:
         return sddmm_dense(grad_output, input, indices, schedule)
-    if schedule is not None and schedule.runs is not None and input.dtype in RUN8_DTYPES:
+    if schedule.runs is not None and input.dtype in RUN8_DTYPES:
         return torch.ops.sprand.sddmm_run8(grad_output, input, *schedule.runs, indices.numel())
-    return torch.ops.sprand.sddmm(grad_output, input, indices, *_launch(schedule))
+    return torch.ops.sprand.sddmm(grad_output, input, indices, schedule.table, schedule.launch)
 
 
 def sddmm_dense(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedule) -> Tensor:
@@ -210,6 +213,25 @@ def patch_all_(
     for weight, index, delta in zip(weights, indices, deltas or (), strict=False):
         check_entries("patch_all_", "delta", delta, index, accumulation_dtype(weight.dtype))
     torch.ops.sprand.patch_all_(weights, indices, bases, deltas, scales)
+
+
+def patched(base: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
+    """What `patch_` writes into a weight, `cast(base + scale * delta)`, as a tensor of its own.
+
+    Args:
+        base: `[nnz]`.
+        delta: `[nnz]`, float32 (float64 for a float64 base).
+        scale: factor on `delta`.
+
+    Returns:
+        `[nnz]`, dtype of `base`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    result = base.clone()
+    patch_(result, torch.arange(base.numel(), dtype=torch.int32, device=base.device), base, delta, scale)
+    return result
 
 
 def scatter_add_all_(
@@ -341,26 +363,3 @@ def uniform_indices_(indices: Tensor, numel: int, key: int) -> None:
     """
     check_draw("uniform_indices_", indices, numel)
     torch.ops.sprand.uniform_indices_(indices, numel, key)
-
-
-def _launch(schedule: Schedule | None) -> tuple[Tensor | None, list[int]]:
-    return (None, []) if schedule is None else (schedule.table, schedule.launch)
-
-
-def patched(base: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
-    """What `patch_` writes into a weight, `cast(base + scale * delta)`, as a tensor of its own.
-
-    Args:
-        base: `[nnz]`.
-        delta: `[nnz]`, float32 (float64 for a float64 base).
-        scale: factor on `delta`.
-
-    Returns:
-        `[nnz]`, dtype of `base`.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit.
-    """
-    result = base.clone()
-    patch_(result, torch.arange(base.numel(), dtype=torch.int32, device=base.device), base, delta, scale)
-    return result

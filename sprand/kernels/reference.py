@@ -149,20 +149,25 @@ def sparse_adamw_(
 @torch.no_grad()
 def stratified_indices_(indices: Tensor, rows: int, cols: int, key: int, run_rows: int = 1, run_cols: int = 1) -> None:
     """A stratified draw of `len(indices)` positions of a `[rows, cols]` matrix, ascending, in runs of adjacent entries."""
-    nnz, run = indices.numel(), run_rows * run_cols
+    nnz = indices.numel()
     if nnz == 0:
         return
+    run = run_rows * run_cols
     rows, cols = rows // run_rows, cols // run_cols  # of the matrix of runs
     per_row, extra = divmod(nnz // run, rows)
-    granule = 8 if run_cols == 1 and cols % 8 == 0 and (per_row + (extra > 0)) * 8 <= cols else 1
+    fullest = per_row + (extra > 0)
+    granule = 8 if run_cols == 1 and cols % 8 == 0 and fullest * 8 <= cols else 1
+    row_shift = 1 if run_rows == 1 else 0
     row_begin = _row_begin(rows, per_row, extra, key, indices.device)
     for part in _parts(nnz, DRAWS_AT_ONCE):
         entry = torch.arange(part.start, part.stop, device=indices.device)
         row = torch.searchsorted(row_begin * run, entry, right=True) - 1
         count = row_begin[row + 1] - row_begin[row]
-        at, in_line = entry - row_begin[row] * run, count * run_cols
-        column = _column(row, count, at % in_line // run_cols, granule, cols // granule, key, 1 if run_rows == 1 else 0)
-        indices[part] = ((row * run_rows + at // in_line) * cols + column) * run_cols + at % run_cols
+        place = entry - row_begin[row] * run  # in the row of runs, which is run_rows lines of the weight
+        line_entries = count * run_cols
+        line, place = place // line_entries, place % line_entries
+        column = _column(row, count, place // run_cols, granule, cols // granule, key, row_shift)
+        indices[part] = ((row * run_rows + line) * cols + column) * run_cols + place % run_cols
 
 
 @torch.no_grad()

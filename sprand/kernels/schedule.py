@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from . import host
-from .schedule_run8 import Limits, are_runs, run8_schedule
+from .limits import Limits, ceil_div
+from .run8_units import are_runs
+from .schedule_run8 import run8_schedule
 
 BANKS = 8  # of 16 bytes, which a GPU's shared memory serves at once
 RUN8_DTYPES = (torch.bfloat16, torch.float16)
@@ -54,8 +58,10 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: two stages of input, and the slots' offsets."""
-        return 2 * 16 * self.columns + 2 * self.threads * (-(-self.rows // self.unit * self.slots // 8) * 8)
+        """Shared memory of a block: two stages of input, and the slots' offsets, eight by eight."""
+        stage = 16 * self.columns
+        offsets = ceil_div(self.rows // self.unit * self.slots, 8) * 8
+        return 2 * stage + 2 * self.threads * offsets
 
 
 _ORDERED = Variant(256, 8, 8, 2048, 1, True)
@@ -116,6 +122,8 @@ def make_schedule(
 ) -> Schedule | None:
     """The schedule of a pattern, or None where the row kernel has no use: no entries, an odd width, a float64 weight.
 
+    A mask that no aligned schedule serves has none either where `sprand._host`, which orders entries, is not built.
+
     Args:
         indices: `[nnz]`, flat, sorted, distinct.
         out_features, in_features: rows and columns of the weight.
@@ -127,20 +135,30 @@ def make_schedule(
     limits = limits or Limits.of(indices.device)
     rows = Rows.of(indices, out_features, in_features)
     fitting = [variant for variant in VARIANTS[dtype] if variant.shared_bytes <= limits.shared_bytes]
+    schedule = _best(rows, fitting, limits.processors)
+    if schedule is not None and dtype in RUN8_DTYPES and are_runs(indices, in_features):
+        runs = run8_schedule(indices, out_features, in_features, limits=limits)
+        schedule = dataclasses.replace(schedule, runs=runs)
+    return schedule
+
+
+def _best(rows: Rows, variants: Sequence[Variant], processors: int) -> Schedule | None:
+    """The cheapest schedule of some variants; entries are ordered only where no aligned schedule is nearly free of conflicts."""
     conflicts = {unit: rows.conflicts(unit) for unit in (1, 2, 4) if unit <= rows.shared}
-    aligned = [
-        _aligned(rows, variant, conflicts[variant.unit], limits.processors)
-        for variant in fitting
-        if not variant.ordered and out_features % max(2, variant.unit) == 0 and variant.unit in conflicts
-    ]
-    candidates = [schedule for schedule in aligned if schedule is not None]
-    best = min(candidates, key=lambda schedule: schedule.cost, default=None)
+    candidates = []
+    for variant in variants:
+        together = max(2, variant.unit)  # rows that a lane loads at once
+        if not variant.ordered and variant.unit in conflicts and rows.out_features % together == 0:
+            candidates.append(_aligned(rows, variant, conflicts[variant.unit], processors))
+    best = _cheapest(candidates)
     if host.has_extension() and (best is None or conflicts[best.variant.unit] > FEW_CONFLICTS):
-        candidates += [_ordered(rows, variant, limits.processors) for variant in fitting if variant.ordered]
-        best = min(candidates, key=lambda schedule: schedule.cost, default=None)
-    if best is not None and dtype in RUN8_DTYPES and are_runs(indices, in_features):
-        best = dataclasses.replace(best, runs=run8_schedule(indices, out_features, in_features, limits=limits))
+        ordered = [_ordered(rows, variant, processors) for variant in variants if variant.ordered]
+        best = _cheapest([best, *ordered])
     return best
+
+
+def _cheapest(schedules: Sequence[Schedule | None]) -> Schedule | None:
+    return min(filter(None, schedules), key=lambda schedule: schedule.cost, default=None)
 
 
 @dataclass
@@ -172,68 +190,80 @@ class Rows:
         edges = torch.arange(out_features + 1, device=indices.device) * in_features
         begin = torch.searchsorted(positions, edges)
         row = positions // in_features
-        columns, rank = positions - row * in_features, torch.arange(len(positions), device=indices.device) - begin[row]
+        columns = positions - row * in_features
+        rank = torch.arange(len(positions), device=indices.device) - begin[row]
         counts = begin.diff()
         shared = 1
         for unit in (2, 4):
             if out_features % unit or not bool((counts.view(-1, unit) == counts[::unit, None]).all()):
                 break
-            if not torch.equal(columns[begin[row // unit * unit] + rank], columns):
+            of_first_row = columns[begin[row // unit * unit] + rank]
+            if not torch.equal(of_first_row, columns):
                 break
             shared = unit
         return cls(indices, begin.int(), columns, rank, int(counts.max()), shared, out_features, in_features)
 
     @functools.cached_property
     def chunks(self) -> tuple[tuple[int, int, int, int], ...]:
-        """As `Schedule.chunks`."""
+        """The chunks of rows of a dense gradient, with their entries, in the form that `Schedule.chunks` describes."""
         height = chunk_rows(self.in_features)
-        edges = [*range(0, self.out_features, height), self.out_features]
-        entries = self.begin[torch.tensor(edges, device=self.begin.device)].tolist()
-        return tuple(zip(edges[:-1], edges[1:], entries[:-1], entries[1:], strict=True))
+        row_edges = [*range(0, self.out_features, height), self.out_features]
+        entry_edges = self.begin[torch.tensor(row_edges, device=self.begin.device)].tolist()
+        return tuple(
+            (first_row, last_row, first_entry, last_entry)
+            for (first_row, last_row), (first_entry, last_entry) in zip(pairwise(row_edges), pairwise(entry_edges), strict=True)
+        )
 
     def conflicts(self, unit: int) -> float:
         """Wavefronts per shared-memory phase of an aligned schedule, 1 at best, over the first rows."""
         group = max(2, unit)
-        height = min(SAMPLED_ROWS, self.out_features) // (BANKS * group) * (BANKS * group)
-        count, ranks = int(self.begin[height]), min(SAMPLED_RANKS, self.most)
-        taken = self.rank[:count] < ranks
-        if not bool(taken.any()):
+        together = BANKS * group
+        height = min(SAMPLED_ROWS, self.out_features) // together * together
+        ranks = min(SAMPLED_RANKS, self.most)
+        sampled = (self.rank[: int(self.begin[height])] < ranks).nonzero().flatten()
+        if not len(sampled):
             return 1.0
-        row, rank = self.indices[:count][taken].long() // self.in_features, self.rank[:count][taken]
+        row = self.indices[sampled].long() // self.in_features
         residues = torch.full((height, ranks), -1, device=row.device)
-        residues[row, rank] = self.columns[:count][taken] % BANKS
+        residues[row, self.rank[sampled]] = self.columns[sampled] % BANKS
         lanes = residues.view(-1, BANKS, group, ranks)[:, :, ::unit].transpose(1, 2)  # [block, member, lane, rank]
-        worst = torch.stack([(lanes == bank).sum(2) for bank in range(BANKS)]).amax(0)
-        met = worst > 0
-        return float(worst[met].double().mean())
+        wavefronts = torch.stack([(lanes == bank).sum(2) for bank in range(BANKS)]).amax(0)
+        return float(wavefronts[wavefronts > 0].double().mean())
 
 
 def chunk_rows(in_features: int) -> int:
     """How many rows of a dense gradient make a chunk: as many times CHUNK_ROWS as CHUNK_BYTES hold, at least once."""
-    return max(1, CHUNK_BYTES // (4 * in_features * CHUNK_ROWS)) * CHUNK_ROWS
+    bytes_of_rows = 4 * in_features * CHUNK_ROWS
+    return max(1, CHUNK_BYTES // bytes_of_rows) * CHUNK_ROWS
 
 
 def _aligned(rows: Rows, variant: Variant, conflicts: float, multiprocessors: int) -> Schedule | None:
     """The aligned schedule of a variant with the fewest windows that hold the pattern's columns, if there is one."""
-    fewest = -(-rows.most // variant.slots)
+    fewest = ceil_div(rows.most, variant.slots)
     if fewest * variant.slots * rows.out_features > MOST_PADDING * rows.indices.numel():
         return None
     for windows in range(fewest, 2 * fewest + 2):
-        ranks = -(-rows.most // windows)
-        window = rows.rank // ranks
-        low = torch.full((windows,), rows.in_features, device=window.device).scatter_reduce_(0, window, rows.columns, "amin")
-        high = torch.zeros((windows,), dtype=torch.int64, device=window.device).scatter_reduce_(0, window, rows.columns, "amax")
-        low = low // 2 * 2
-        width = int((high + 1 - low).max())
-        width = min(width + width % 2, rows.in_features)
-        if width > variant.columns:
-            continue
-        low.clamp_(max=rows.in_features - width)
-        tiles = -(-rows.out_features // variant.block_rows)
-        cost = _cost(variant, width, conflicts) * tiles * windows
-        table = torch.cat([rows.begin, low.int()])
-        return Schedule(table, variant, tiles, windows, ranks, width, multiprocessors, cost, rows.chunks)
+        ranks = ceil_div(rows.most, windows)
+        first, width = _windows(rows, windows, ranks)
+        if width <= variant.columns:
+            tiles = ceil_div(rows.out_features, variant.block_rows)
+            cost = _cost(variant, width, conflicts) * tiles * windows
+            table = torch.cat([rows.begin, first])
+            return Schedule(table, variant, tiles, windows, ranks, width, multiprocessors, cost, rows.chunks)
     return None
+
+
+def _windows(rows: Rows, windows: int, ranks: int) -> tuple[Tensor, int]:
+    """The first column of each window, int32 and even, and the columns of the widest; a window serves so many ranks of a row."""
+    window = rows.rank // ranks
+    low = torch.full((windows,), rows.in_features, device=window.device)
+    high = torch.zeros_like(low)
+    low.scatter_reduce_(0, window, rows.columns, "amin")
+    high.scatter_reduce_(0, window, rows.columns, "amax")
+    low = low // 2 * 2
+    width = int((high + 1 - low).max())
+    width = min(width + width % 2, rows.in_features)
+    return low.clamp_(max=rows.in_features - width).int(), width
 
 
 def _ordered(rows: Rows, variant: Variant, multiprocessors: int) -> Schedule:
@@ -249,10 +279,14 @@ def _ordered(rows: Rows, variant: Variant, multiprocessors: int) -> Schedule:
 def _cost(variant: Variant, width: int, conflicts: float) -> float:
     """Cycles of one block per 8 tokens: the instructions to issue, or the shared memory's wavefronts, whichever is more.
 
-    A slot costs 8 sums for each row of its unit, 8 conversions, a load and its offset.
+    Work is counted by the warp, with its 32 slots or 64 rows or columns of two. A slot costs 8 sums for each row of its unit, 8
+    conversions, a load and its offset. Four schedulers issue at 83 % of their peak, the shared memory serves at 90 % of its.
     """
-    rows, slots = variant.block_rows, variant.block_rows * variant.slots / variant.unit
+    slots = variant.block_rows * variant.slots / variant.unit / 32
+    rows = variant.block_rows / 64
+    columns = width / 64
     per_slot = {1: 18.8, 2: 27.2, 4: 44.0}[variant.unit]
-    issue = (slots / 32 * per_slot + rows / 64 * (56 if variant.ordered else 28) + width / 64 * 28) / 4 / 0.83
-    shared = (slots / 32 * (4 * conflicts + 0.5) + width / 64 * 8) / 0.9
-    return max(issue, shared)
+    per_row = 56 if variant.ordered else 28
+    instructions = slots * per_slot + rows * per_row + columns * 28
+    wavefronts = slots * (4 * conflicts + 0.5) + columns * 8
+    return max(instructions / 4 / 0.83, wavefronts / 0.9)

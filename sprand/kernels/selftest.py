@@ -59,21 +59,26 @@ def _dtypes(op: str, device: str) -> Sequence[torch.dtype]:
 
 def _compare(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with an operator on one small problem; None where nothing is."""
-    here, expected = _arguments(op, dtype), _arguments(op, dtype)
-    there = {name: _to(value, device) for name, value in here.items()}
-    outputs = _written(there, getattr(torch.ops.sprand, op)(**there))
-    wanted = _written(expected, getattr(reference, op)(**expected))
-    for (name, got), (_, want) in zip(outputs, wanted, strict=True):
-        got = got.cpu()
-        if got.dtype != want.dtype or got.shape != want.shape:
-            return f"{name}: expected {list(want.shape)} of {want.dtype}, got {list(got.shape)} of {got.dtype}"
-        allowed = 0.0
-        if op in ROUNDED and got.is_floating_point():
-            allowed = 16 * torch.finfo(got.dtype).eps * want.double().abs().max().item()
-        error = (got.double() - want.double()).abs().max().item()
-        if not error <= allowed:
-            return f"{name}: off by {error:.3g} (allowed {allowed:.3g})"
+    on_device = {name: _to(value, device) for name, value in _arguments(op, dtype).items()}
+    plain = _arguments(op, dtype)
+    results = _written(on_device, getattr(torch.ops.sprand, op)(**on_device))
+    expected_results = _written(plain, getattr(reference, op)(**plain))
+    for (name, result), (_, expected) in zip(results, expected_results, strict=True):
+        problem = _difference(result.cpu(), expected, exact=op not in ROUNDED)
+        if problem is not None:
+            return f"{name}: {problem}"
     return None
+
+
+def _difference(result: Tensor, expected: Tensor, exact: bool) -> str | None:
+    """What is wrong with a result; None where nothing is."""
+    if result.dtype != expected.dtype or result.shape != expected.shape:
+        return f"expected {list(expected.shape)} of {expected.dtype}, got {list(result.shape)} of {result.dtype}"
+    rounding = 0.0 if exact or not result.is_floating_point() else torch.finfo(result.dtype).eps
+    largest = expected.double().abs().max().item()
+    allowed = 16 * rounding * largest
+    error = (result.double() - expected.double()).abs().max().item()
+    return None if error <= allowed else f"off by {error:.3g} (allowed {allowed:.3g})"
 
 
 def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -126,7 +131,8 @@ def _to(value: Any, device: torch.device) -> Any:
 
 def _written(arguments: dict[str, Any], result: Tensor | None) -> list[tuple[str, Tensor]]:
     """The result and every tensor among the arguments, which also shows a write to the wrong one."""
-    found = [] if result is None else [("result", result)]
+    tensors = [] if result is None else [("result", result)]
     for name, value in arguments.items():
-        found += [(name, item) for item in (value if isinstance(value, list) else [value]) if isinstance(item, Tensor)]
-    return found
+        items = value if isinstance(value, list) else [value]
+        tensors += [(name, item) for item in items if isinstance(item, Tensor)]
+    return tensors

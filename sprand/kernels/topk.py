@@ -68,8 +68,7 @@ class Pool:
         """Enter the keys of a target, of which at most `limit` may be chosen."""
         better = keys > self.threshold
         room = min(limit, self.size)
-        found = int(better.sum())
-        positions = largest(keys, room) if found > room else better.nonzero().flatten()
+        positions = largest(keys, room) if int(better.sum()) > room else better.nonzero().flatten()
         self._parts.append((name, keys[positions], positions))
         self._held += positions.numel()
         if self._held > 2 * self.size:
@@ -104,11 +103,11 @@ def _bucket(parts: Sequence[tuple[Tensor, int | None]], k: int) -> tuple[int, in
     """
     counts = torch.zeros(65536, dtype=torch.int64)
     for keys, upper in parts:
-        found = torch.zeros(65536, dtype=torch.int64, device=keys.device)
+        part = torch.zeros(65536, dtype=torch.int64, device=keys.device)
         for chunk in keys.split(CHUNK):
             values = (chunk >> 16) + 32768 if upper is None else chunk[(chunk >> 16) == upper] & 0xFFFF
-            found += torch.bincount(values, minlength=65536)
-        counts += found.cpu()
+            part += torch.bincount(values, minlength=65536)
+        counts += part.cpu()
     from_top = counts.flip(0).cumsum(0)
     place = int((from_top < k).sum())
     return 65535 - place, int(from_top[place - 1]) if place else 0

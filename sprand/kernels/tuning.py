@@ -1,12 +1,7 @@
-"""Which way of computing sddmm is faster on a GPU: a small table of costs, measured once per card, and the choice it implies.
+"""Which way of computing sddmm is faster on a GPU: the costs of `cost_model.py` are measured once per card, and schedules know.
 
-Three ways give the same sums up to rounding: the row kernel and, for runs of 8 columns, the tensor-core kernel (their time grows
-with the entries), and dense products gathered chunk by chunk (time grows with the weight). Each is a start and a slope over the
-tokens, so one token count separates two of them. A kernel's time is that of the multiprocessor with the most blocks, so the model
-counts blocks, splits and waves as the launches do. `benchmarks/gpu/choice.py` shows what a choice gives away on measured times.
-
-The table is kept in `$SPRAND_CACHE` (default `~/.cache/sprand`), one file per card and version, so that later runs and the other
-processes of a machine choose alike. `SPRAND_SDDMM=sparse|dense` overrides it; `auto` is the default.
+The table of costs is kept in `$SPRAND_CACHE` (default `~/.cache/sprand`), one file per card and version, so that later runs and
+the other processes of a machine choose alike. `SPRAND_SDDMM=sparse|dense` overrides it; `auto` is the default.
 """
 
 from __future__ import annotations
@@ -15,14 +10,12 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
 import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,116 +23,13 @@ from torch import Tensor
 
 from ..version import __version__
 from . import ops
+from .cost_model import EVERY, Costs, row_work, run_work
 from .dtypes import dtype_name
 from .schedule import Schedule, make_schedule
-from .schedule_run8 import SHAPES
 
-EVERY = 1 << 62  # more tokens than any batch
-MANY_TOKENS = 8192  # where kernels are compared: a few tokens are cheap with any
 MEASURED_SHAPES, MEASURED_TOKENS, MEASURED_DENSITIES = ((1024, 4096), (4096, 4096)), (2048, 8192), (0.001, 0.05)
 WAIT_SECONDS = 60.0  # for another process that is measuring
-FEWEST_ROW_TOKENS, ROWS_GRANULE, RUN8_TOKENS = 64, 8, 16  # of a split, of a tile of the row kernel, of a step of that for runs
 FLUSH_BYTES, FLUSHES = 1 << 26, 8  # 0.5 GB: by its data sheet 0.2 ms of an H100, while the host launches the next call
-
-
-@dataclass(frozen=True)
-class Line:
-    """Seconds of a call: `start + slope * tokens`."""
-
-    start: float
-    slope: float
-
-    def at(self, tokens: int) -> float:
-        """Seconds for so many tokens."""
-        return self.start + self.slope * tokens
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of sddmm on one card, in one dtype.
-
-    Attributes:
-        rows_start: one call of the row kernel.
-        rows_cycle: each cycle that the schedule's model predicts for the busiest multiprocessor.
-        rows_load: each element that this one loads.
-        runs_start: one call of the kernel for runs of 8; zero, like the next two, where the dtype has none.
-        runs_load: each element that its busiest multiprocessor loads.
-        runs_tile: each tile of 16 runs that this one multiplies with a token.
-        dense_start: one chunk of the dense way.
-        dense_product: each multiplication of the dense product.
-        dense_entry: each entry of the dense gradient, written and gathered.
-    """
-
-    rows_start: float
-    rows_cycle: float
-    rows_load: float
-    runs_start: float
-    runs_load: float
-    runs_tile: float
-    dense_start: float
-    dense_product: float
-    dense_entry: float
-
-    def rows(self, schedule: Schedule) -> Line:
-        """Of the row kernel."""
-        cycles, loads = row_work(schedule, MANY_TOKENS)
-        return Line(self.rows_start, (self.rows_cycle * cycles + self.rows_load * loads) / MANY_TOKENS)
-
-    def runs(self, schedule: Schedule) -> Line:
-        """Of the kernel for runs of 8."""
-        loads, tiles = run_work(schedule, MANY_TOKENS)
-        return Line(self.runs_start, (self.runs_load * loads + self.runs_tile * tiles) / MANY_TOKENS)
-
-    def dense(self, schedule: Schedule, out_features: int, in_features: int) -> Line:
-        """Of dense chunks."""
-        entries = out_features * in_features
-        return Line(self.dense_start * len(schedule.chunks) + self.dense_entry * entries, self.dense_product * entries)
-
-    def choose(self, schedule: Schedule, out_features: int, in_features: int) -> Schedule:
-        """The schedule with the faster kernel for many tokens, and the token counts for which dense chunks are faster still."""
-        kernel = self.rows(schedule)
-        if schedule.runs is not None:
-            if self.runs(schedule).at(MANY_TOKENS) < kernel.at(MANY_TOKENS):
-                kernel = self.runs(schedule)
-            else:
-                schedule = dataclasses.replace(schedule, runs=None)
-        dense = self.dense(schedule, out_features, in_features)
-        return dataclasses.replace(schedule, dense_tokens=below(dense, kernel))
-
-
-def below(line: Line, other: Line) -> tuple[int, int]:
-    """The token counts `[first, last)` for which `line` takes less time than `other`."""
-    start, slope = other.start - line.start, other.slope - line.slope
-    if slope == 0:
-        return (0, EVERY) if start > 0 else (0, 0)
-    crossing = min(EVERY, max(0, math.ceil(-start / slope)))
-    if slope > 0:
-        return (crossing, EVERY)
-    return (0, crossing) if start > 0 else (0, 0)
-
-
-def row_work(schedule: Schedule, tokens: int) -> tuple[float, float]:
-    """Cycles by the schedule's model, and elements loaded, of the multiprocessor that has most to do in the row kernel."""
-    blocks = schedule.tiles * schedule.windows
-    splits = min(max(schedule.blocks // blocks, 1), max(tokens // FEWEST_ROW_TOKENS, 1))  # as rows_splits in sddmm_rows.h
-    granules = math.ceil(blocks * splits / schedule.blocks) * math.ceil(math.ceil(tokens / splits) / ROWS_GRANULE)
-    return granules * schedule.cost / blocks, granules * ROWS_GRANULE * (schedule.width + schedule.variant.block_rows)
-
-
-def run_work(schedule: Schedule, tokens: int) -> tuple[float, float]:
-    """Elements loaded, and tiles times tokens, of the multiprocessor that has most to do in the kernel for runs."""
-    _, (shape, rows, units, tiles, processors) = schedule.runs
-    nnz, steps = schedule.chunks[-1][3], math.ceil(tokens / RUN8_TOKENS)
-
-    def waves(splits: int) -> int:
-        return math.ceil(units * splits / processors)
-
-    def cost(splits: int) -> int:  # as sddmm_run8_splits in sddmm_run8.cu
-        return 1000 * waves(splits) * (math.ceil(steps / splits) + 3) + splits * nnz // 1400
-
-    splits = min(range(1, max(min(steps // 4, 64), 1) + 1), key=cost)
-    own = waves(splits) * math.ceil(steps / splits) * RUN8_TOKENS
-    return own * (rows + SHAPES[shape][1]), own * tiles / units
 
 
 def schedule_for(indices: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Schedule | None:
@@ -151,7 +41,7 @@ def schedule_for(indices: Tensor, out_features: int, in_features: int, dtype: to
         dtype: of the weight.
 
     Raises:
-        ValueError: `SPRAND_SDDMM` is set to something else than auto, sparse or dense.
+        ValueError: `SPRAND_SDDMM` is neither auto nor sparse nor dense.
     """
     schedule = make_schedule(indices, out_features, in_features, dtype)
     if schedule is None:
@@ -171,13 +61,13 @@ def costs(device: torch.device, dtype: torch.dtype) -> Costs:
 
 @functools.cache
 def _costs(card: str, device: torch.device, dtype: torch.dtype) -> Costs:
-    name = f"{re.sub(r'[^A-Za-z0-9]+', '-', card)}-{dtype_name(dtype)}-{__version__}-{torch.__version__}"
-    path = cache_folder() / f"sddmm-costs-{name}.json"
+    card = re.sub(r"[^A-Za-z0-9]+", "-", card)
+    path = cache_folder() / f"sddmm-costs-{card}-{dtype_name(dtype)}-{__version__}-{torch.__version__}.json"
     return read_or_measure(path, lambda: measure(device, dtype))
 
 
 def cache_folder() -> Path:
-    """Where tables are kept."""
+    """The folder of the tables."""
     return Path(os.environ.get("SPRAND_CACHE") or Path.home() / ".cache" / "sprand")
 
 
@@ -190,30 +80,40 @@ def read_or_measure(path: Path, measure: Callable[[], Costs]) -> Costs:
     deadline = time.monotonic() + WAIT_SECONDS
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return measure()
-    while True:
-        try:
-            return Costs(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            pass
-        try:
-            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
-            break
-        except FileExistsError:
-            if time.monotonic() > deadline:  # its maker died
+        while True:
+            kept = _read(path)
+            if kept is not None:
+                return kept
+            if _taken(lock) or time.monotonic() > deadline:  # or its maker died
                 break
             time.sleep(0.05)
-        except OSError:
-            return measure()
+    except OSError:
+        return measure()
     try:
-        found = measure()
+        costs = measure()
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(dataclasses.asdict(found), file)
+            json.dump(dataclasses.asdict(costs), file)
         os.replace(file.name, path)
-        return found
+        return costs
     finally:
         lock.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Costs | None:
+    """The table in a file; None where there is no file, or a damaged one."""
+    try:
+        return Costs(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _taken(lock: Path) -> bool:
+    """Whether this process is the one that makes the file."""
+    try:
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 def measure(device: torch.device, dtype: torch.dtype, seconds: Callable[[Callable[[], object]], float] | None = None) -> Costs:
@@ -230,10 +130,10 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: Callable[[Callabl
         sides = [torch.randn(tokens, features, device=device).to(dtype) for features in shape]
         for density, run in itertools.product(MEASURED_DENSITIES, (1, 8)):
             schedule, indices = drawn(shape, density, run, dtype, device)
-            cases.append(
-                ("rows" if run == 1 else "runs", schedule, shape, tokens, seconds(_call(ops.sddmm, sides, schedule, indices)))
-            )
-        cases.append(("dense", schedule, shape, tokens, seconds(_call(ops.sddmm_dense, sides, schedule, indices))))
+            taken = seconds(functools.partial(ops.sddmm, *sides, indices, schedule))
+            cases.append(("rows" if run == 1 else "runs", schedule, shape, tokens, taken))
+        taken = seconds(functools.partial(ops.sddmm_dense, *sides, indices, schedule))
+        cases.append(("dense", schedule, shape, tokens, taken))
     return fitted(cases)
 
 
@@ -252,43 +152,41 @@ def fitted(cases: Iterable[tuple[str, Schedule, tuple[int, int], int, float]]) -
             measured[way].append(([1.0, *row_work(schedule, tokens)], taken))
         elif schedule.runs is not None:
             measured[way].append(([1.0, *run_work(schedule, tokens)], taken))
-    return Costs(
-        *fit(measured["rows"]), *(fit(measured["runs"]) if measured["runs"] else (0.0, 0.0, 0.0)), *fit(measured["dense"])
-    )
+    runs = fit(measured["runs"]) if measured["runs"] else (0.0, 0.0, 0.0)
+    return Costs(*fit(measured["rows"]), *runs, *fit(measured["dense"]))
 
 
 def drawn(shape: tuple[int, int], density: float, run: int, dtype: torch.dtype, device: torch.device) -> tuple[Schedule, Tensor]:
     """A random pattern of runs of so many columns, and its schedule."""
     out_features, in_features = shape
-    indices = torch.empty(round(out_features * in_features * density) // run, dtype=torch.int32, device=device)
-    ops.stratified_indices_(indices, out_features, in_features // run, 0)
-    indices = (indices[:, None] * run + torch.arange(run, dtype=torch.int32, device=device)).flatten()
+    nnz = round(out_features * in_features * density)
+    runs = torch.empty(nnz // run, dtype=torch.int32, device=device)
+    ops.stratified_indices_(runs, out_features, in_features // run, 0)
+    members = torch.arange(run, dtype=torch.int32, device=device)
+    indices = (runs[:, None] * run + members).flatten()
     return make_schedule(indices, out_features, in_features, dtype), indices
-
-
-def _call(op: Callable[..., Tensor], sides: list[Tensor], schedule: Schedule, indices: Tensor) -> Callable[[], Tensor]:
-    return lambda: op(*sides, indices, schedule)
 
 
 def fit(measured: list[tuple[list[float], float]]) -> list[float]:
     """Coefficients, none below zero, whose sums over a case come closest to its time, by relative error."""
-    matrix = torch.tensor([case for case, _ in measured], dtype=torch.float64)
-    wanted = torch.tensor([time for _, time in measured], dtype=torch.float64)
-    scale = matrix.amax(0)
-    active = list(range(matrix.shape[1]))
+    work = torch.tensor([case for case, _ in measured], dtype=torch.float64)
+    seconds = torch.tensor([time for _, time in measured], dtype=torch.float64)
+    scale = work.amax(0)
+    relative = work / scale / seconds[:, None]
+    ones = torch.ones_like(seconds)[:, None]
+    active = list(range(work.shape[1]))
     while True:
-        weighted = matrix[:, active] / scale[active] / wanted[:, None]
-        solution = torch.linalg.lstsq(weighted, torch.ones_like(wanted)[:, None]).solution[:, 0]
+        solution = torch.linalg.lstsq(relative[:, active], ones).solution[:, 0]
         if len(active) == 1 or bool((solution >= 0).all()):
             break
         active.pop(int(solution.argmin()))
-    found = torch.zeros(matrix.shape[1], dtype=torch.float64)
-    found[active] = solution.clamp_min(0) / scale[active]
-    return found.tolist()
+    coefficients = torch.zeros_like(scale)
+    coefficients[active] = solution.clamp_min(0) / scale[active]
+    return coefficients.tolist()
 
 
 def _seconds(device: torch.device, call: Callable[[], object]) -> float:
-    """By events around each of 13 calls, without waiting in between: a kernel's time, not that of Python to launch it.
+    """The median time of ten calls after three, by events, without waiting in between: the kernel's, not Python's to launch it.
 
     Before each call a buffer larger than any L2 is written a few times, so that the host runs ahead and no operand is in cache.
     """
