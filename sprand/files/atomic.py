@@ -68,8 +68,9 @@ def _locked_folder(file: Path) -> tuple[Path, int]:
 def remove_stale(folder: Path) -> None:
     """Remove what writers that are no more have left in a folder."""
     with os.scandir(folder) as entries:
-        found = [entry.path for entry in entries if entry.name.startswith(".") and entry.name.endswith(UNFINISHED)]
-    for path in found:
+        hidden = [entry for entry in entries if entry.name.startswith(".")]
+    unfinished = [entry.path for entry in hidden if entry.name.endswith(UNFINISHED)]
+    for path in unfinished:
         with contextlib.suppress(OSError):  # locked by its writer, removed by another, or no folder
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

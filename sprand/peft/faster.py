@@ -48,11 +48,12 @@ class FastLayer:
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT, and exact: `unmerge` gives the base back bit for bit."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self._sprand_target.deltas]
+        target, weight = self._sprand_target, self.base_layer.weight
+        asked = check_adapters_to_merge(self, adapter_names) or ()
+        names = [name for name in asked if name in target.deltas]
         if not names:
             return
         self._follow()
-        target, weight = self._sprand_target, self.base_layer.weight
         for name in names:
             self._take(name)
             if safe_merge and not target.deltas[name].isfinite().all():
@@ -80,16 +81,22 @@ class FastLayer:
         target.forget()
 
     def _take(self, name: str) -> None:
-        source, target, weight = self.positions(name), self._sprand_target, self.base_layer.weight
-        if self._sprand_sources.get(name) is not source:
-            self._sprand_sources[name] = source
-            target.activate(weight, [active for active in target.active if active != name])
-            target.indices.put(name, self.flat(source).to(weight.device), persistent=False)
-            target.forget()
+        """Read where the entries of an adapter are, if PEFT has other ones by now."""
+        source = self.positions(name)
+        if self._sprand_sources.get(name) is source:
+            return
+        self._sprand_sources[name] = source
+        target, weight = self._sprand_target, self.base_layer.weight
+        target.activate(weight, [active for active in target.active if active != name])
+        target.indices.put(name, self.flat(source).to(weight.device), persistent=False)
+        target.forget()
 
     def _follow(self) -> None:
+        """Let the weight hold the adapters that PEFT says are active."""
         target = self._sprand_target
-        names = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in target.deltas]
+        names = []
+        if not self.disable_adapters and not self.merged:
+            names = [name for name in self.active_adapters if name in target.deltas]
         for name in names:
             self._take(name)
         target.activate(self.base_layer.weight, names)

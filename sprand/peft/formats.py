@@ -55,7 +55,9 @@ class Change:
 
     def exact(self) -> Change:
         """The same merged weight by values that others add to the base and round: merged - base, in 16 bits."""
-        return self if self.base is None else replace(self, values=self.merged().float() - self.base.float())
+        if self.base is None:
+            return self
+        return replace(self, values=self.merged().float() - self.base.float())
 
 
 def write(folder: Path, to: str, changes: Sequence[Change], heads: Mapping[str, Tensor], **fields: Any) -> list[Path]:
@@ -72,19 +74,15 @@ def write(folder: Path, to: str, changes: Sequence[Change], heads: Mapping[str, 
         The files.
 
     Raises:
-        ValueError: the other method cannot hold as many entries of a weight.
+        ValueError: The other method cannot hold as many entries of a weight.
     """
-    exact = [
-        change if change.base is None else replace(change, values=change.merged().float() - change.base.float())
-        for change in changes
-    ]
-    written, settings = (_as_shira if to == "shira" else _as_supertuning)(exact)
+    made = _as_shira if to == "shira" else _as_supertuning
+    tensors, settings = made([change.exact() for change in changes])
+    modules = sorted(change.module_name for change in changes)
+    config = CONFIGS[to](**settings, target_modules=modules, inference_mode=True, **fields)
     folder.mkdir(parents=True, exist_ok=True)
-    config = CONFIGS[to](
-        **settings, target_modules=sorted(change.module_name for change in changes), inference_mode=True, **fields
-    )
     config.save_pretrained(str(folder))
-    save_file(written | dict(heads), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors | dict(heads), folder / WEIGHTS, metadata={"format": "pt"})
     return [folder / WEIGHTS, folder / "adapter_config.json"]
 
 
@@ -171,12 +169,15 @@ def _as_shira(changes: Sequence[Change]) -> tuple[dict[str, Tensor], dict[str, o
 
 def _as_supertuning(changes: Sequence[Change]) -> tuple[dict[str, Tensor], dict[str, object]]:
     changes = [_representable(change) for change in changes]
-    fullest = max((change.indices.numel() + 0.5) / math.prod(change.shape) for change in changes)
-    sparsity, tensors = max(0.0, 1.0 - fullest), {}
+    densities = [(change.indices.numel() + 0.5) / math.prod(change.shape) for change in changes]
+    sparsity = max(0.0, 1.0 - max(densities))
+    tensors = {}
     for change in changes:
-        flat, values = _padded(change, int(math.prod(change.shape) * (1 - sparsity)))
+        count = int(math.prod(change.shape) * (1 - sparsity))
+        flat, values = _padded(change, count)
         key = f"{PREFIX}{change.module_name}.supertuning_"
-        tensors |= {f"{key}values": values, f"{key}indices": flat.int()}
+        tensors[f"{key}values"] = values
+        tensors[f"{key}indices"] = flat.int()
     return tensors, {"sparsity": sparsity}
 
 
@@ -184,10 +185,12 @@ def _representable(change: Change) -> Change:
     """Super-Tuning rounds values to the weight's dtype before it adds them: where that loses the sum, take base away first."""
     if change.base is None:
         return change
-    merged, values = change.merged(), change.values.to(change.base.dtype)
-    lost = change.base + values != merged
+    merged = change.merged()
+    added = change.values.to(change.base.dtype)
+    lost = change.base + added != merged
     indices = torch.cat([change.indices, change.indices[lost]])
-    return replace(change, indices=indices, values=torch.cat([torch.where(lost, -change.base, values), merged[lost]]).float())
+    values = torch.cat([torch.where(lost, -change.base, added), merged[lost]])
+    return replace(change, indices=indices, values=values.float())
 
 
 def _padded(change: Change, count: int) -> tuple[Tensor, Tensor]:

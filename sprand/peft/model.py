@@ -18,7 +18,7 @@ from ..layers import sharding
 from ..layers.module import DELTA, INDICES
 from ..layers.sites import Site
 from ..selection import pattern
-from .combine import combined
+from .combine import combined, rule_of
 from .config import SprandConfig
 from .hosted import AdapterTarget
 from .layer import SprandLayer
@@ -95,7 +95,8 @@ class SprandModel(BaseTuner):
         Raises:
             ValueError: an unknown adapter, a name that is taken, or options that do not fit.
         """
-        config, values = combined(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method, seed)
+        rule = rule_of(combination_type, density, majority_sign_method, seed)
+        config, values = combined(self, adapters, weights, adapter_name, rule)
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)

@@ -48,10 +48,15 @@ def read_only_ranges() -> list[tuple[int, int]]:
     """First and last address of every range that Linux maps without the right to write; empty on other systems."""
     if not MAPS.exists():
         return []
-    lines = [line.split(maxsplit=2) for line in MAPS.read_text().splitlines()]
-    return sorted(tuple(int(value, 16) for value in line[0].split("-")) for line in lines if "w" not in line[1])
+    ranges = []
+    for line in MAPS.read_text().splitlines():
+        addresses, rights, *_ = line.split(maxsplit=2)
+        if "w" not in rights:
+            first, end = addresses.split("-")
+            ranges.append((int(first, 16), int(end, 16)))
+    return sorted(ranges)
 
 
 def _within(address: int, ranges: list[tuple[int, int]]) -> bool:
-    at = bisect.bisect_right(ranges, (address, 2**64)) - 1
-    return at >= 0 and address < ranges[at][1]
+    place = bisect.bisect_right(ranges, (address, 2**64)) - 1
+    return place >= 0 and address < ranges[place][1]

@@ -50,13 +50,16 @@ class Calibration:
     examples: int | None = 1024
 
     def __post_init__(self) -> None:
-        number = isinstance(self.memory, int) and not isinstance(self.memory, bool)
-        if self.memory != "auto" and not (number and self.memory > 0):
+        if self.memory != "auto" and not _is_count(self.memory):
             raise ValueError(f"calibration_memory: expected 'auto' or a positive number of bytes, got {self.memory!r}")
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"calibration_dtype: expected torch.float32 or torch.bfloat16, got {self.dtype}")
-        if self.examples is not None and (not isinstance(self.examples, int) or self.examples < 1):
+        if self.examples is not None and not _is_count(self.examples):
             raise ValueError(f"calibration_examples: expected a positive int or None, got {self.examples!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 @dataclass
@@ -116,10 +119,12 @@ class Sums:
 
     def _look(self, name: str, grad: Tensor) -> None:
         """Note the batch if this is the target's first gradient that is not finite; nothing waits for the device."""
-        if name not in self.bad:
-            self.bad[name] = torch.full((), -1, dtype=torch.int64, device=grad.device)
-        finite = torch.isfinite(grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)))
-        self.bad[name] = torch.where(finite | (self.bad[name] >= 0), self.bad[name], self.batch)
+        bad = self.bad.get(name)
+        if bad is None:
+            bad = torch.full((), -1, dtype=torch.int64, device=grad.device)
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        fine = torch.isfinite(grad.sum(dtype=dtype)) | (bad >= 0)
+        self.bad[name] = torch.where(fine, bad, self.batch)
 
 
 def calibrate(

@@ -110,7 +110,8 @@ def draw_free(
     """
     numel = math.prod(shape)
     run_rows, run_cols = run_of(layout, shape)
-    run, step = run_rows * run_cols, numel // max(shape[0], 1) if run_rows > 1 else 1
+    run = run_rows * run_cols
+    step = numel // max(shape[0], 1) if run_rows > 1 else 1
     if nnz % run:
         raise ValueError(f"{name}: expected whole runs of {run} entries (layout {layout}), got {nnz} entries")
     avoided = avoided.long()
@@ -140,8 +141,9 @@ def check_free(name: str, nnz: int, free: int) -> None:
 def _expanded(runs: Tensor, run: int, step: int) -> Tensor:
     """The entries of runs, ascending; `step` is from one entry of a run to the next."""
     if run > 1:
-        member = torch.arange(run, dtype=runs.dtype, device=runs.device)[:, None] * step
-        runs = (runs // step * (run * step) + runs % step + member).flatten()
+        first = runs // step * (run * step) + runs % step
+        offsets = torch.arange(run, dtype=runs.dtype, device=runs.device) * step
+        runs = (first + offsets[:, None]).flatten()
     return runs if runs.is_meta else runs.sort().values
 
 
@@ -152,12 +154,15 @@ def run_of(layout: str, shape: Sequence[int]) -> tuple[int, int]:
     columns (`"run8"`) are no multiple of the run.
 
     Raises:
-        ValueError: an unknown layout.
+        ValueError: The layout is unknown.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if len(shape) < 2:
+        return 1, 1
     run_rows, run_cols = LAYOUTS[layout]
-    fits = len(shape) > 1 and shape[0] % run_rows == 0 and math.prod(shape[1:]) % run_cols == 0
+    rows, cols = shape[0], math.prod(shape[1:])
+    fits = rows % run_rows == 0 and cols % run_cols == 0
     return (run_rows, run_cols) if fits else (1, 1)
 
 
