@@ -247,3 +247,9 @@ def test_a_format_that_cannot_be_dequantized_gains_a_sparse_product(monkeypatch)
     assert sprand.visible_share(ours) == sprand.visible_share(reference) == 1
     with pytest.raises(ValueError, match="is quantized .gptq."):
         ours.merge_adapter()
+
+
+def test_the_values_of_a_packed_weight_are_not_sent():
+    model = peft.get_peft_model(quantized("nf4"), SprandConfig(density=0.2, target_modules=["down_proj"]))
+    with pytest.raises(ValueError, match=r"down_proj.weight is stored quantized.*; train a base in 16 or 32 bits"):
+        sprand.serving.DeltaSync(model)

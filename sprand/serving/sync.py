@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,34 @@ from ..checkpoint.names import resolve
 from ..checkpoint.patches import TensorPatch
 from ..checkpoint.shards import open_checkpoint
 from ..kernels import ops
+from ..kernels.dtypes import dtype_name
 from ..layers import sharding
 from ..layers.module import targets_by_delta
 from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from .messages import Layout, Piece
+
+
+@dataclass
+class _Cut:
+    """The part of what the model trains of one weight that goes to one tensor of the copy.
+
+    Attributes:
+        piece: the tensor of the copy.
+        indices: `[nnz]`, flat positions in it, on the CPU; None for one that is sent whole.
+        target: name of the weight.
+        low, high: which of its entries these are.
+    """
+
+    piece: Piece
+    indices: Tensor | None
+    target: str
+    low: int
+    high: int
+
+    def of(self, target: TensorPatch) -> tuple[Tensor, Tensor]:
+        """Values and base of these entries, flat."""
+        return target.values.flatten()[self.low : self.high], target.base.flatten()[self.low : self.high]
 
 
 class DeltaSync:
@@ -45,14 +69,15 @@ class DeltaSync:
         version: of the last values; 0 after `indices`.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: the model trains nothing, or a PEFT model trains whole modules as well.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The model trains nothing, or a PEFT model trains whole modules as well, or a quantized base.
     """
 
     def __init__(self, model: nn.Module, checkpoint: str | os.PathLike[str] | None = None) -> None:
         self.model, self.version = model, 0
         self._checkpoint = None if checkpoint is None else open_checkpoint(checkpoint)
         self._layout: Layout | None = None
+        self._cuts: list[_Cut] = []
         self._known: dict[str, Tensor | None] = {}
         self._read()
 
@@ -63,28 +88,14 @@ class DeltaSync:
             `[index_bytes]`, uint8, on the CPU.
 
         Raises:
-            ValueError: a parameter is not in the checkpoint.
+            ValueError: A parameter is not in the checkpoint.
         """
         targets = self._read()
-        pieces: list[tuple[Piece, Tensor | None, tuple[str, int, int]]] = []
         names = self._names(targets)
-        for target in targets:
-            begin = 0
-            for name, shape in names[target.name]:
-                numel, low, high, own = math.prod(shape), 0, target.values.numel(), None
-                if target.indices is not None:
-                    limits = torch.tensor([begin, begin + numel], device=target.indices.device)
-                    low, high = torch.searchsorted(target.indices.long(), limits).tolist()
-                    own = (target.indices[low:high] - begin).to(pattern.index_dtype(numel)).cpu()
-                dtype = str(target.values.dtype).removeprefix("torch.")
-                proof = None if own is None else fingerprints(target.base[low:high])
-                pieces.append((Piece(name, tuple(shape), dtype, high - low, proof), own, (target.name, low, high)))
-                begin += numel
-        pieces.sort(key=lambda entry: -entry[0].torch_dtype.itemsize)
-        self._layout = Layout(
-            tuple(piece for piece, _, _ in pieces), {piece.name: own for piece, own, _ in pieces if own is not None}
-        )
-        self._cuts = [cut for _, _, cut in pieces]
+        cuts = [cut for target in targets for cut in _cuts(target, names[target.name])]
+        cuts.sort(key=lambda cut: -cut.piece.torch_dtype.itemsize)
+        known = {cut.piece.name: cut.indices for cut in cuts if cut.indices is not None}
+        self._cuts, self._layout = cuts, Layout(tuple(cut.piece for cut in cuts), known)
         self._known = {target.name: None if target.indices is None else target.indices.clone() for target in targets}
         self._digest, self.version = self._layout.digest(), 0
         message = self._layout.encoded()
@@ -99,7 +110,7 @@ class DeltaSync:
 
         Raises:
             RuntimeError: `indices` was not called, or the model trains other entries since (a redrawn mask, another adapter).
-            ValueError: a value is not finite.
+            ValueError: A value is not finite.
         """
         parts = [part for part, _ in self._parts()]
         if not bool(torch.stack([torch.isfinite(part).all().to(parts[0].device) for part in parts]).all()):
@@ -111,7 +122,7 @@ class DeltaSync:
         """The same as sparse patches of tensors, for `sprand.integrations.vllm.sparse_patches` and the like.
 
         Raises:
-            RuntimeError: as for `values`.
+            RuntimeError: `indices` was not called, or the model trains other entries since.
         """
         for piece, (values, base) in zip(self._layout.pieces if self._layout else (), self._parts(), strict=True):
             indices = self._layout.indices.get(piece.name)
@@ -149,14 +160,16 @@ class DeltaSync:
         """Values and base of each piece, flat."""
         self._sent()
         targets = {target.name: target for target in self._read()}
-        same = targets.keys() == self._known.keys() and all(
-            (own is None) == (targets[name].indices is None) and (own is None or torch.equal(own, targets[name].indices))
-            for name, own in self._known.items()
-        )
-        if not same:
+        if targets.keys() != self._known.keys() or not all(map(self._is_known, targets.values())):
             raise RuntimeError("the model trains other entries than were sent; call indices() again, and send what it gives")
-        found = ((targets[name], low, high) for name, low, high in self._cuts)
-        return [(target.values.flatten()[low:high], target.base.flatten()[low:high]) for target, low, high in found]
+        return [cut.of(targets[cut.target]) for cut in self._cuts]
+
+    def _is_known(self, target: TensorPatch) -> bool:
+        """Whether these entries are those that were sent."""
+        sent = self._known[target.name]
+        if sent is None or target.indices is None:
+            return sent is target.indices
+        return torch.equal(sent, target.indices)
 
     def _names(self, targets: list[TensorPatch]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         """The tensors that hold each parameter, with their shapes."""
@@ -171,6 +184,25 @@ class DeltaSync:
         with torch.no_grad():
             sharding.reshard(self.model)
             return _of_peft(self.model) if hasattr(self.model, "peft_config") else _of_applied(self.model)
+
+
+def _cuts(target: TensorPatch, tensors: Sequence[tuple[str, tuple[int, ...]]]) -> Iterator[_Cut]:
+    """What each of the tensors that hold a weight gets of it; they follow each other in its entries."""
+    sizes = [math.prod(shape) for _, shape in tensors]
+    begins = list(itertools.accumulate(sizes, initial=0))
+    places = begins
+    if target.indices is not None:
+        limits = torch.tensor(begins, device=target.indices.device)
+        places = torch.searchsorted(target.indices.long(), limits).tolist()
+    for number, (name, shape) in enumerate(tensors):
+        low, high = places[number : number + 2]
+        indices = proof = None
+        if target.indices is not None:
+            own = target.indices[low:high] - begins[number]
+            indices = own.to(pattern.index_dtype(sizes[number])).cpu()
+            proof = fingerprints(target.base[low:high])
+        piece = Piece(name, tuple(shape), dtype_name(target.values.dtype), high - low, proof)
+        yield _Cut(piece, indices, target.name, low, high)
 
 
 def _of_applied(model: nn.Module) -> list[TensorPatch]:
