@@ -3,10 +3,10 @@
 // The same .cu source compiles under nvcc and, with this header, under g++. Rules for the source: launch with SPRAND_LAUNCH, take
 // dynamic shared memory from SPRAND_DYN_SMEM, keep inline PTX behind a function that has a host branch. A large parameter is
 // declared SPRAND_GRID_CONSTANT(type): one copy for the whole grid.
-// Emulated: thread and block indices, static and dynamic __shared__, block barriers, warp barriers, shuffles and votes,
-// __ldg, cp.async (as an immediate copy), half and bfloat16 (the toolkit's own host code). It reports a barrier that some threads
-// never reach, a warp operation whose mask leaves its caller out, a store behind the dynamic shared memory, and a launch
-// the device would refuse; simt::order brings out missing barriers. It cannot show timing, memory ordering, or the
+// Emulated is what the kernels use: thread and block indices, static and dynamic __shared__, barriers of blocks and warps,
+// shuffles, __ldg, cp.async (as an immediate copy), half and bfloat16 (the toolkit's own host code). It reports a barrier that
+// some threads never reach, a warp operation whose mask leaves its caller out, a store behind the dynamic shared memory, and a
+// launch the device would refuse; simt::order brings out missing barriers. It cannot show timing, memory ordering, or the
 // hardware's approximate functions. One operating-system thread, not re-entrant.
 #pragma once
 
@@ -61,9 +61,8 @@ struct Fiber {
 struct Barrier {
   int arrived = 0;
   uint64_t generation = 0;
-  int count = 0;    // threads of the open generation whose predicate is true
-  int result = 0;   // that count for the last finished generation
-  int members = 0;  // threads that took part in it
+  bool any = false;     // whether the predicate of a thread of the open generation is true
+  bool result = false;  // that of the last finished generation
 };
 
 struct Warp {
@@ -104,22 +103,22 @@ inline void fail(const std::string& message) {
 
 inline void release_if_complete(Barrier& b) {
   if (b.arrived == 0 || b.arrived != running->live) return;
-  b.result = b.count;
-  b.members = b.arrived;
-  b.arrived = b.count = 0;
+  b.result = b.any;
+  b.any = false;
+  b.arrived = 0;
   ++b.generation;
 }
 
-// Waits for every thread of the block that has not returned.
-inline const Barrier& block_barrier(bool predicate = false) {
+// Waits for every thread of the block that has not returned; whether the predicate of one of them is true.
+inline bool block_barrier(bool predicate = false) {
   Barrier& b = running->barrier;
   const uint64_t generation = b.generation;
   ++running->progress;
   ++b.arrived;
-  b.count += predicate;
+  b.any |= predicate;
   release_if_complete(b);
   while (b.generation == generation) yield();
-  return b;
+  return b.result;
 }
 
 // Waits for the lanes of `mask`, which may differ between parts of one warp.
@@ -142,16 +141,6 @@ T exchange(uint32_t mask, T value, int source) {
   warp_barrier(mask);
   T result;
   std::memcpy(&result, w.slot[source & 31], sizeof(T));
-  warp_barrier(mask);
-  return result;
-}
-
-inline uint32_t ballot(uint32_t mask, bool predicate) {
-  Warp& w = warp();
-  w.slot[lane()][0] = predicate;
-  warp_barrier(mask);
-  uint32_t result = 0;
-  for (int i = 0; i < 32; ++i) result |= (mask >> i & 1 && w.slot[i][0]) ? 1u << i : 0u;
   warp_barrier(mask);
   return result;
 }
@@ -252,12 +241,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<voi
 #define gridDim (simt::running->grid)
 
 inline void __syncthreads() { simt::block_barrier(); }
-inline int __syncthreads_count(int p) { return simt::block_barrier(p != 0).result; }
-inline int __syncthreads_or(int p) { return simt::block_barrier(p != 0).result != 0; }
-inline int __syncthreads_and(int p) {
-  const simt::Barrier& b = simt::block_barrier(p != 0);
-  return b.result == b.members;
-}
+inline int __syncthreads_or(int p) { return simt::block_barrier(p != 0); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { simt::warp_barrier(mask); }
 
 // Shuffles within segments of `width` lanes; a source outside the segment gives back the caller's own value.
@@ -266,23 +250,10 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   return simt::exchange(mask, value, (simt::lane() & ~(width - 1)) | (source & (width - 1)));
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
-  const int l = simt::lane(), source = l ^ bits;
-  return simt::exchange(mask, value, (source & ~(width - 1)) <= (l & ~(width - 1)) ? source : l);
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
-  const int l = simt::lane(), source = l + static_cast<int>(distance);
-  return simt::exchange(mask, value, source <= (l | (width - 1)) ? source : l);
-}
-template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
   const int l = simt::lane(), source = l - static_cast<int>(distance);
   return simt::exchange(mask, value, source >= (l & ~(width - 1)) ? source : l);
 }
-inline unsigned __ballot_sync(unsigned mask, int p) { return simt::ballot(mask, p != 0); }
-inline int __any_sync(unsigned mask, int p) { return simt::ballot(mask, p != 0) != 0; }
-inline int __all_sync(unsigned mask, int p) { return simt::ballot(mask, p != 0) == mask; }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   unsigned result = 0;
@@ -290,7 +261,6 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   return result;
 }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline int __popc(unsigned x) { return std::popcount(x); }
 
 template <class T>
 T __ldg(const T* p) {

@@ -8,40 +8,29 @@ namespace emulator_tests {
 
 constexpr int kThreads = 96;
 
-// Sum of n floats per block: warp shuffles, then one warp over the warps' sums in dynamic shared memory.
+// Sum of n floats per block: warp shuffles, then the warps' sums in dynamic shared memory.
 __global__ void block_sum(const float* values, float* sums, int n) {
   SPRAND_DYN_SMEM(memory);
   float* warp_sums = reinterpret_cast<float*>(memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   float sum = i < n ? values[i] : 0.f;
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
-  if (lane == 0) warp_sums[warp] = sum;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const float before = __shfl_up_sync(0xFFFFFFFFu, sum, offset);
+    if (lane >= offset) sum += before;
+  }
+  if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
-  if (warp != 0) return;
-  sum = lane < warps ? warp_sums[lane] : 0.f;
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xFFFFFFFFu, sum, offset);
-  if (lane == 0) sums[blockIdx.x] = sum;
+  if (threadIdx.x != 0) return;
+  sum = 0.f;
+  for (int w = 0; w < warps; ++w) sum += warp_sums[w];
+  sums[blockIdx.x] = sum;
 }
 
-// Positions of the values above a bound, in order, for one block; `count` receives how many.
-__global__ void compact(const float* values, float bound, int* positions, int* count, int n) {
-  __shared__ int first[32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const bool chosen = static_cast<int>(threadIdx.x) < n && values[threadIdx.x] > bound;
-  const unsigned votes = __ballot_sync(0xFFFFFFFFu, chosen);
-  if (lane == 0) first[warp] = __popc(votes);
-  const int total = __syncthreads_count(chosen);
-  if (threadIdx.x == 0) {
-    for (int w = 0, sum = 0; w < warps; ++w) {
-      const int here = first[w];
-      first[w] = sum;
-      sum += here;
-    }
-    *count = total;
-  }
-  __syncthreads();
-  if (chosen) positions[first[warp] + __popc(votes & ((1u << lane) - 1))] = threadIdx.x;
+// Block by block, for each of its threads, whether a value of the block is above a bound.
+__global__ void any_above(const float* values, float bound, int* answers) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  answers[i] = __syncthreads_or(values[i] > bound);
 }
 
 // Each half of a warp rotates its values by one lane on its own; the halves run a different number of rounds.
