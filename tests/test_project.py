@@ -100,5 +100,6 @@ def test_names_in_the_steps_of_contributing_exist():
         "ORACLES": "tests/test_selection.py", "OPTIONS": "tests/test_selection.py", "needs_none": "tests/test_selection.py",
         "SCHEMAS": "sprand/kernels/ops.py", "CUDA_ONLY": "sprand/kernels/ops.py", "_arguments": "sprand/kernels/selftest.py",
         "ROUNDED": "sprand/kernels/selftest.py", "sample_calls": "tests/test_ops.py",
+        "run_every_operator": "tests/test_cuda_training.py",
     }.items():  # fmt: skip
         assert name in text and re.search(rf"\b{name}\b", read(file)), f"{name} in {file}"
