@@ -34,7 +34,8 @@ from .adapters.plots import plot_selection
 from .adapters.save_and_load import load, save
 from .adapters.summary import print_trainable_parameters, summary, visible_share
 from .kernels import native  # registers the operators and their compiled kernels
-from .layers.module import SparseLinear, SparseModule
+from .layers.attached import SparseLinear
+from .layers.module import SparseModule
 from .selection.config import SparseConfig
 from .selection.mask import Mask
 from .training.dynamic import DynamicMask

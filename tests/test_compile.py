@@ -214,3 +214,23 @@ def test_peft_models_differ_under_inductor_by_rounding_only(adapted):
     got = train(torch.compile(compiled, fullgraph=True), sprand.SparseAdamW(compiled, lr=1e-2), steps=2)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(trained_values(compiled), trained_values(eager), rtol=1e-9, atol=1e-12)
+
+
+def test_a_loaded_adapter_with_a_mask_of_its_own_compiles_before_any_other_forward(tmp_path):
+    """Its base is read as it is loaded, not in the graph."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from sprand.peft import SprandConfig
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 12), nn.LayerNorm(12))
+
+    mask, x = sprand.select(base(), strategy="magnitude", density=0.3), torch.randn(3, 16)
+    model = peft.get_peft_model(base(), SprandConfig(mask=mask))
+    for name in trained_values(model):
+        model.get_parameter(name).data.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    compiled = torch.compile(loaded, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), model(x))
+    assert not torch.equal(compiled(x), base()(x))

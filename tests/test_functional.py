@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from sprand.kernels import ops
 from sprand.layers import functional
-from sprand.layers.functional import Entries
+from sprand.layers.entries import Entries
 from sprand.selection import pattern
 
 
@@ -156,3 +156,17 @@ def test_a_changed_delta_is_seen_by_autograd():
         entries.delta.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_a_weight_that_was_cast_holds_the_sum_rounded_once_and_the_bits_of_a_base_that_nothing_is_added_to(dtypes):
+    """FSDP2's mixed precision gives a forward the weight in another dtype than that of the base."""
+    given, used = dtypes
+    base = torch.tensor([-0.0, 0.0, -0.0, 1.0, 3.0], dtype=given)
+    delta = torch.tensor([0.0, 0.0, -1e-30, 2**-9 + 2**-20, 0.0], dtype=given)
+    weight = torch.full((8,), 7.0, dtype=used)
+    Entries(delta, torch.arange(1, 6, dtype=torch.int32), base).write(weight)
+    wanted = torch.tensor([-0.0, 0.0, -1e-30, 1.0 + 2**-9 + 2**-20, 3.0], dtype=given).to(used)
+    assert torch.equal(weight[1:6], wanted)
+    assert torch.equal(weight[1:6].signbit(), wanted.signbit())
+    assert weight[0] == weight[6] == weight[7] == 7.0

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels, tokens_and_labels
+from watch import WritesSeen
 
 
 def trained(model, steps=3, lr=1e-2):
@@ -110,19 +110,6 @@ def test_disabled_is_the_base_and_nothing_is_lost():
         raise KeyError
     assert torch.equal(model(x), out)
     assert_same_bits(bits(model), state)
-
-
-class WritesSeen(TorchDispatchMode):
-    """The operators that write chosen entries, in the order of their calls."""
-
-    def __enter__(self):
-        self.names = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "sprand" and func._schema.name.endswith("_"):
-            self.names.append(func._schema.name.removeprefix("sprand::"))
-        return func(*args, **(kwargs or {}))
 
 
 def test_all_layers_are_written_in_one_call(tmp_path):

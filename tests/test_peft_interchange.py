@@ -210,3 +210,17 @@ def test_an_accelerated_model_switches_and_loads_adapters(tmp_path):
     assert torch.equal(logits(fast), before)
     fast.delete_adapter("second")
     assert torch.equal(logits(fast), before)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, -1.0])
+def test_a_scale_set_after_a_fused_step_is_used_by_the_next_training_forward(factor):
+    fast = accelerate(other("shira"))
+    train(fast, sprand.SparseAdamW(fast, lr=1e-2), 2)
+    stepped = fast(input_ids=TOKENS).logits
+    for layer in fast.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", factor)
+    training = fast(input_ids=TOKENS).logits
+    assert training.requires_grad
+    assert torch.equal(training, logits(fast))
+    assert not torch.equal(training, stepped)

@@ -18,6 +18,7 @@ from sprand.kernels import cost_model, ops, tuning
 from sprand.kernels.cost_model import EVERY, Costs
 from sprand.kernels.schedule import Limits, make_schedule
 from sprand.kernels.tuning import fit, read_or_measure
+from sprand.layers.entries import Schedules
 from sprand.selection import pattern
 
 COSTS = Costs(
@@ -155,7 +156,7 @@ def test_the_environment_overrides_the_table(way, dense, monkeypatch):
 
 
 @pytest.mark.parametrize("dense_tokens", [(0, 0), (0, EVERY)])
-def test_a_layer_with_a_schedule_trains_as_without_eager_and_compiled(dense_tokens):
+def test_a_layer_with_a_schedule_trains_as_without_eager_and_compiled(dense_tokens, monkeypatch):
     """What a layer does on a GPU, on the CPU, whose kernel ignores the schedule."""
     torch.manual_seed(0)
     grads = []
@@ -167,7 +168,10 @@ def test_a_layer_with_a_schedule_trains_as_without_eager_and_compiled(dense_toke
         if scheduled_too:
             for layer in (model[0], model[2]):
                 made = make_schedule(layer.sprand_indices, *layer.weight.shape, torch.bfloat16)
-                layer._sprand_targets["weight"].schedule = dataclasses.replace(made, dense_tokens=dense_tokens)
+                scheduled_so = dataclasses.replace(made, dense_tokens=dense_tokens)
+                monkeypatch.setattr(sprand.layers.entries, "schedule_for", lambda *_, made=scheduled_so: made)
+                schedules = layer._sprand_targets["weight"].schedules = Schedules(layer.sprand_indices, *layer.weight.shape)
+                assert schedules.of(layer.weight.dtype) is scheduled_so
         input = torch.linspace(-1, 1, 5 * 32).view(5, 32)
         for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
             model.zero_grad()
@@ -175,3 +179,26 @@ def test_a_layer_with_a_schedule_trains_as_without_eager_and_compiled(dense_toke
             grads.append((torch.cat([layer.sprand_delta.grad.clone() for layer in (model[0], model[2])]), state))
     for grad, _ in grads[1:]:
         torch.testing.assert_close(grad, grads[0][0])
+
+
+@pytest.mark.parametrize("door", ["apply", "peft"])
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, None])
+def test_a_layer_samples_by_the_schedule_for_the_dtype_of_its_operands(door, cast, monkeypatch):
+    """Under autocast that is not the weight's. Each is made once."""
+    asked, used = [], []
+    sddmm = ops.sddmm
+    monkeypatch.setattr(sprand.layers.entries, "is_sampled_on_gpu", lambda weight: True)
+    monkeypatch.setattr(sprand.layers.entries, "schedule_for", lambda *args: asked.append(args[-1]) or str(args[-1]))
+    monkeypatch.setattr(ops, "sddmm", lambda left, right, indices, schedule: used.append(schedule) or sddmm(left, right, indices))
+    model = nn.Sequential(nn.Linear(32, 48))
+    if door == "apply":
+        sprand.apply(model, density=0.1)
+    else:
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        model = peft.get_peft_model(model, pytest.importorskip("sprand.peft").SprandConfig(density=0.1, target_modules=["0"]))
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=cast or torch.bfloat16, enabled=cast is not None):
+            loss = model(torch.randn(5, 32)).float().sum()
+        loss.backward()
+    assert used == [str(cast or torch.float32)] * 3
+    assert len(asked) == len(set(asked))

@@ -1,4 +1,4 @@
-"""Watches what operators allocate."""
+"""Watches what operators allocate, and which of them write weights."""
 
 from __future__ import annotations
 
@@ -20,3 +20,16 @@ class WatchSizes(TorchDispatchMode):
             if fresh and not any(isinstance(a, torch.Tensor) and a.data_ptr() == value.data_ptr() for a in args):
                 self.seen.append(f"{func} {list(value.shape)}")
         return result
+
+
+class WritesSeen(TorchDispatchMode):
+    """The operators that write chosen entries, in the order of their calls."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sprand" and func._schema.name.endswith("_"):
+            self.names.append(func._schema.name.removeprefix("sprand::"))
+        return func(*args, **(kwargs or {}))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..layers import sharding
-from ..layers.module import attach, detach, sparse_modules, write_now
+from ..layers.attached import attach, detach, write_now
+from ..layers.module import sparse_modules
 from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from ..selection.config import SparseConfig
@@ -79,14 +80,14 @@ def _attach(model: nn.Module, adapter: Adapter) -> None:
 def _attach_entries(adapter: Adapter, name: str, site: Site) -> None:
     """Let the adapter's entries of one weight train, in every module that holds it."""
     indices = adapter.indices[name] = adapter.indices[name].to(site.device)
-    delta, base = adapter.deltas.get(name), None
+    delta, base, written = adapter.deltas.get(name), None, None
     if delta is not None and delta.device != site.device:
         delta.data = delta.data.to(site.device)
     redraw = _redraw_of(adapter.config, name, site, indices.numel())
     for module, parameter in site.owners:
-        entries = attach(module, parameter, indices, delta, base, redraw=redraw)
+        entries = attach(module, parameter, indices, delta, base, redraw=redraw, written=written)
         module.sparse_target(parameter).folded = name in adapter.frozen
-        delta, base = entries.delta, entries.base
+        delta, base, written = entries.delta, entries.base, entries.written
     adapter.deltas[name] = delta
 
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..layers import sharding
-from ..layers.module import set_active, sparse_modules
+from ..layers.attached import set_active
+from ..layers.module import sparse_modules
 from ..selection.config import AS_GIVEN, SparseConfig
 from .attaching import activate, add, put_frozen, put_saved, release, take_off, write_all
 from .combining import Rule

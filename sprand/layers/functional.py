@@ -7,9 +7,7 @@ counter of its own: two forwards before one backward are legal. What backward ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,105 +17,43 @@ from torch.utils._pytree import tree_leaves
 
 from ..kernels import ops
 from ..kernels.schedule import Schedule
-from .sharding import is_dtensor
+from .entries import Candidates, Entries, Written
 
 
-class Candidates(Protocol):
-    """Looks for entries to grow: sees the gradient of a whole weight in backward, in the form in which a layer has it."""
-
-    def add_linear(self, grad_output: Tensor, input: Tensor) -> None:
-        """The gradient is `grad_output.T @ input`: `[T, out]` and `[T, in]`."""
-
-    def add_embedding(self, grad_output: Tensor, tokens: Tensor, vocabulary: int, padding_idx: int | None) -> None:
-        """The gradient of row `v` is the sum of `grad_output[t]`, `[T, features]`, over the tokens `[T]` that are `v`."""
-
-    def add_dense(self, grad: Tensor) -> None:
-        """The gradient itself, contiguous, of the weight's shape."""
-
-
-class Written:
-    """Remembers that a weight holds its delta, so that a write can be left out.
-
-    Only `SparseAdamW` declares it, since it has just written the weight. It ends when delta's version moves, at a
-    forward without gradients (so an evaluation always writes) and at the next backward (so any other optimizer, also
-    one that does not move the version, is followed by a write).
-    """
-
-    __slots__ = ("version",)
-
-    def __init__(self) -> None:
-        self.version: int | None = None
-
-    def declare(self, delta: Tensor) -> None:
-        self.version = delta._version
-
-    def forget(self) -> None:
-        self.version = None
-
-    def holds(self, delta: Tensor) -> bool:
-        return self.version is not None and self.version == delta._version
-
-
-@dataclass
-class Entries:
-    """The chosen entries of one weight.
+class Use(NamedTuple):
+    """How a function uses a weight and its entries: all that is no tensor of its own.
 
     Attributes:
-        delta: `[nnz]`, float32 (float64 for a float64 weight), the trained change.
-        indices: `[nnz]`, flat positions, sorted.
-        base: `[nnz]`, the original entries, in the weight's dtype.
         scale: factor on delta.
-        written: shared by all uses of the weight, or None to write every time.
-        schedule: how a GPU samples the gradient of a linear layer, or None.
-        candidates: sees the gradient of the whole weight in backward, chunk by chunk, or None.
+        written: as in `Entries`; None in a graph that is compiled.
+        candidates: as in `Entries`; None in a graph that is compiled.
+        schedule: how a GPU samples the gradient of a product.
+        cast: dtype of a product under autocast.
+        transposed: whether the weight of a product is `[in, out]`.
+        padding_idx: the token of an embedding that gives no gradient.
     """
 
-    delta: Tensor
-    indices: Tensor
-    base: Tensor
-    scale: float = 1.0
-    written: Written | None = None
+    scale: float
+    written: Written | None
+    candidates: Candidates | None
     schedule: Schedule | None = None
-    candidates: Candidates | None = None
+    cast: torch.dtype | None = None
+    transposed: bool = False
+    padding_idx: int | None = None
 
-    def values(self) -> Tensor:
-        """What the weight holds at the chosen entries, `[nnz]` in its dtype: cast(base + scale * delta)."""
-        return ops.patched(self.base, self.delta.detach().to(ops.accumulation_dtype(self.base.dtype)), self.scale)
+    def write(self, weight: Tensor, delta: Tensor, indices: Tensor, base: Tensor) -> None:
+        """Make the weight hold these entries, unless it is known to."""
+        Entries(delta, indices, base, self.scale, self.written).ensure(weight)
 
-    def write(self, weight: Tensor) -> None:
-        """Make the chosen entries of `weight` hold base + scale * delta.
-
-        A weight of another dtype than base is one that FSDP2 cast for its mixed precision: the sum is rounded once, to it.
-        """
-        delta = self.delta.detach().to(ops.accumulation_dtype(self.base.dtype))
-        if self.base.dtype == weight.dtype:
-            ops.patch_(weight.data, self.indices, self.base, delta, self.scale)
-        else:
-            ops.patch_(weight.data, self.indices, (self.base + self.scale * delta).to(weight.dtype), None)
-
-    def restore(self, weight: Tensor) -> None:
-        """Make the chosen entries of `weight` hold base, bit for bit."""
+    def forget(self) -> None:
+        """From backward on the weight may hold anything."""
         if self.written is not None:
             self.written.forget()
-        ops.patch_(weight.data, self.indices, self.base.to(weight.dtype), None)
 
-
-def write_all(weights: Sequence[Tensor], entries: Sequence[Entries], trained: bool) -> None:
-    """`Entries.write` (or `restore`, where not `trained`) of many weights of one device, in one pass."""
-    deltas = None
-    if trained:
-        deltas = [e.delta.detach().to(ops.accumulation_dtype(w.dtype)) for w, e in zip(weights, entries, strict=True)]
-    else:
-        for e in entries:
-            if e.written is not None:
-                e.written.forget()
-    ops.patch_all_(
-        [weight.data for weight in weights],
-        [e.indices for e in entries],
-        [e.base for e in entries],
-        deltas,
-        [e.scale for e in entries],
-    )
+    def to_delta(self, sampled: Tensor, delta: Tensor) -> Tensor:
+        """The gradient of delta, from that of the chosen entries."""
+        sampled = sampled.to(ops.accumulation_dtype(sampled.dtype))
+        return (sampled if self.scale == 1.0 else sampled * self.scale).to(delta.dtype)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, transposed: bool = False) -> Tensor:
@@ -139,16 +75,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         cast = torch.get_autocast_dtype(device)
         input = input.to(cast)
         bias = None if bias is None else bias.to(cast)
-    if _written_without_autograd(weight, entries):
+    if _is_written_without_autograd(weight, entries):
         return _product(input, weight, bias, cast, transposed)
     leading = None
     if bias is not None and input.dim() > 2 and input.is_contiguous():
         # F.linear computes so too, but the view of a result that it returns may not be changed in place
         leading, input = input.shape[:-1], input.flatten(0, -2)
-    output = _Linear.apply(
-        input, weight, bias, entries.delta, entries.indices, entries.base, entries.scale, cast, transposed, _written(entries),
-        entries.schedule, _candidates(entries),
-    )  # fmt: skip
+    schedule = None if entries.schedules is None else entries.schedules.of(input.dtype)
+    use = Use(entries.scale, _written(entries), _candidates(entries), schedule, cast, transposed)
+    output = _Linear.apply(input, weight, bias, entries.delta, entries.indices, entries.base, use)
     return output if leading is None else output.unflatten(0, leading)
 
 
@@ -166,12 +101,10 @@ def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int 
     """
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    if _written_without_autograd(weight, entries):
+    if _is_written_without_autograd(weight, entries):
         return F.embedding(input, weight)
-    return _Embedding.apply(
-        input, weight, entries.delta, entries.indices, entries.base, entries.scale, padding_idx, _written(entries),
-        _candidates(entries),
-    )  # fmt: skip
+    use = Use(entries.scale, _written(entries), _candidates(entries), padding_idx=padding_idx)
+    return _Embedding.apply(input, weight, entries.delta, entries.indices, entries.base, use)
 
 
 def alias(weight: Tensor, entries: Entries, copy: bool = False) -> Tensor:
@@ -185,15 +118,10 @@ def alias(weight: Tensor, entries: Entries, copy: bool = False) -> Tensor:
     Returns:
         A view of weight, or of its copy. Its dense gradient exists while backward passes through this one weight.
     """
-    return _Alias.apply(
-        weight.clone() if copy else weight,
-        entries.delta,
-        entries.indices,
-        entries.base,
-        entries.scale,
-        _written(entries),
-        _candidates(entries),
-    )
+    if copy:
+        weight = weight.clone()
+    use = Use(entries.scale, _written(entries), _candidates(entries))
+    return _Alias.apply(weight, entries.delta, entries.indices, entries.base, use)
 
 
 def written_in_backward(output: Any, weight: Tensor, entries: Entries) -> None:
@@ -206,9 +134,8 @@ def written_in_backward(output: Any, weight: Tensor, entries: Entries) -> None:
         weight: the weight itself.
         entries: the chosen entries of weight.
     """
-    arguments = weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries)
     for node in {tensor.grad_fn for tensor in tree_leaves(output) if isinstance(tensor, Tensor)} - {None}:
-        node.register_prehook(lambda grads: _write(*arguments))
+        node.register_prehook(lambda grads: entries.ensure(weight))
 
 
 def _written(entries: Entries) -> Written | None:
@@ -223,21 +150,13 @@ def _candidates(entries: Entries) -> Candidates | None:
     return None if torch.compiler.is_compiling() else entries.candidates
 
 
-def _write(weight: Tensor, delta: Tensor, indices: Tensor, base: Tensor, scale: float, written: Written | None) -> None:
-    if is_dtensor(weight):
-        raise ValueError(
-            "expected a whole weight in a forward pass, got a DTensor: sprand does not train models under tensor parallelism; "
-            "shard the model by torch.distributed.fsdp.fully_shard over one mesh dimension instead"
-        )
-    if written is None or not written.holds(delta):
-        Entries(delta, indices, base, scale).write(weight)
-
-
-def _written_without_autograd(weight: Tensor, entries: Entries) -> bool:
+def _is_written_without_autograd(weight: Tensor, entries: Entries) -> bool:
     """Whether no gradient is wanted; the weight is written then. An autograd function costs more than a small product."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    _write(weight, entries.delta, entries.indices, entries.base, entries.scale, _written(entries))
+    if entries.written is not None:
+        entries.written.forget()
+    entries.ensure(weight)
     return True
 
 
@@ -253,34 +172,33 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, delta, indices, base, scale, cast, transposed, written, schedule, candidates):
-        _write(weight, delta, indices, base, scale, written)
+    def forward(ctx, input, weight, bias, delta, indices, base, use):
+        use.write(weight, delta, indices, base)
         ctx.save_for_backward(input, weight, delta, indices, base)
-        ctx.scale, ctx.cast, ctx.transposed = scale, cast, transposed
-        ctx.written, ctx.schedule, ctx.candidates = written, schedule, candidates
-        return _product(input, weight, bias, cast, transposed)
+        ctx.use = use
+        return _product(input, weight, bias, use.cast, use.transposed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         input, weight, delta, indices, base = ctx.saved_tensors
-        _write(weight, delta, indices, base, ctx.scale, ctx.written)
-        if ctx.written is not None:
-            ctx.written.forget()
-        used = weight if ctx.cast is None else weight.to(ctx.cast)
+        use = ctx.use
+        use.write(weight, delta, indices, base)
+        use.forget()
         grad_input = grad_bias = grad_delta = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[0]:
-            grad_input = (rows @ (used.t() if ctx.transposed else used)).view(input.shape)
+            used = weight if use.cast is None else weight.to(use.cast)
+            grad_input = (rows @ (used.t() if use.transposed else used)).view(input.shape)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         if ctx.needs_input_grad[3]:
             columns = input.reshape(-1, input.shape[-1])
-            left, right = (columns, rows) if ctx.transposed else (rows, columns)
-            grad_delta = _to_delta(ops.sddmm(left, right, indices, ctx.schedule), delta, ctx.scale)
-            if ctx.candidates is not None:
-                ctx.candidates.add_linear(left, right)
-        return grad_input, None, grad_bias, grad_delta, *(None,) * 8
+            left, right = (columns, rows) if use.transposed else (rows, columns)
+            grad_delta = use.to_delta(ops.sddmm(left, right, indices, use.schedule), delta)
+            if use.candidates is not None:
+                use.candidates.add_linear(left, right)
+        return grad_input, None, grad_bias, grad_delta, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -290,50 +208,44 @@ class _Embedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tokens, weight, delta, indices, base, scale, padding_idx, written, candidates):
-        _write(weight, delta, indices, base, scale, written)
+    def forward(ctx, tokens, weight, delta, indices, base, use):
+        use.write(weight, delta, indices, base)
         ctx.save_for_backward(tokens, delta, indices)
-        ctx.scale, ctx.padding_idx, ctx.vocabulary = scale, padding_idx, weight.shape[0]
-        ctx.written, ctx.candidates = written, candidates
+        ctx.use, ctx.vocabulary = use, weight.shape[0]
         return F.embedding(tokens, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         tokens, delta, indices = ctx.saved_tensors
-        if ctx.written is not None:
-            ctx.written.forget()
-        if not ctx.needs_input_grad[2]:
-            return (None,) * 9
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
-        sampled = ops.embedding_grad(rows, tokens.flatten(), indices, ctx.padding_idx)
-        if ctx.candidates is not None:
-            ctx.candidates.add_embedding(rows, tokens.flatten(), ctx.vocabulary, ctx.padding_idx)
-        return None, None, _to_delta(sampled, delta, ctx.scale), *(None,) * 6
+        use = ctx.use
+        use.forget()
+        grad_delta = None
+        if ctx.needs_input_grad[2]:
+            rows, tokens = grad_output.reshape(-1, grad_output.shape[-1]), tokens.flatten()
+            grad_delta = use.to_delta(ops.embedding_grad(rows, tokens, indices, use.padding_idx), delta)
+            if use.candidates is not None:
+                use.candidates.add_embedding(rows, tokens, ctx.vocabulary, use.padding_idx)
+        return None, None, grad_delta, None, None, None
 
 
 class _Alias(torch.autograd.Function):
     """Forward: W itself.  Backward: ddelta = scale * dW.flatten()[indices].  Shapes: W any, delta, indices, base [nnz]."""
 
     @staticmethod
-    def forward(ctx, weight, delta, indices, base, scale, written, candidates):
-        _write(weight, delta, indices, base, scale, written)
+    def forward(ctx, weight, delta, indices, base, use):
+        use.write(weight, delta, indices, base)
         ctx.save_for_backward(delta, indices)
-        ctx.scale, ctx.written, ctx.candidates = scale, written, candidates
+        ctx.use = use
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         delta, indices = ctx.saved_tensors
-        if ctx.written is not None:
-            ctx.written.forget()
+        use = ctx.use
+        use.forget()
         grad_output = grad_output.contiguous()
-        if ctx.candidates is not None:
-            ctx.candidates.add_dense(grad_output)
-        return None, _to_delta(ops.gather(grad_output, indices), delta, ctx.scale), *(None,) * 5
-
-
-def _to_delta(grad: Tensor, delta: Tensor, scale: float) -> Tensor:
-    grad = grad.to(ops.accumulation_dtype(grad.dtype))
-    return (grad if scale == 1.0 else grad * scale).to(delta.dtype)
+        if use.candidates is not None:
+            use.candidates.add_dense(grad_output)
+        return None, use.to_delta(ops.gather(grad_output, indices), delta), None, None, None

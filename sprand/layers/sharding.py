@@ -42,7 +42,7 @@ def is_fsdp(module: nn.Module) -> bool:
 
 def is_gathered(module: nn.Module) -> bool:
     """Whether `fully_shard`, called on this module or on one around it, gathers its parameters anew for backward."""
-    return getattr(module, "_is_fsdp_managed_module", False)
+    return module.__dict__.get("_is_fsdp_managed_module", False)
 
 
 def is_of_zero3(parameter: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sharding
-from .functional import Entries
+from .entries import Entries
 
 Owner = tuple[nn.Module, str]
 

@@ -7,7 +7,7 @@ effect on one weight: then `base + sum of scale * delta` is summed in float32 in
 
 from __future__ import annotations
 
-import functools
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +18,12 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ..kernels import ops
-from ..kernels.tuning import schedule_for
 from ..layers import sharding
-from ..layers.functional import Entries, Written
-from ..layers.module import SparseModule, kind_of, track, untrack
+from ..layers.entries import Entries, Schedules, Written
+from ..layers.module import SparseModule, sparse_class, track, untrack
 from ..layers.sites import Site, site_of
+
+_settling = threading.RLock()
 
 
 class Delta(nn.Module):
@@ -129,7 +130,7 @@ class AdapterTarget:
         """Drop what was derived from indices, base or the weight's place."""
         self.written.forget()
         self._unions: dict[tuple[str, ...], tuple[Tensor, Tensor, list[Tensor]]] = {}
-        self._schedules: dict[Any, Any] = {}
+        self._schedules: dict[tuple[tuple[str, ...], torch.device], Schedules | None] = {}
 
     def forget_base(self) -> None:
         """The weight holds a new base: read it anew before the next use."""
@@ -158,13 +159,13 @@ class AdapterTarget:
             indices = self.indices[name]
             return Entries(
                 self.deltas[name], indices, self.bases[name], float(self.scales.get(name, 1.0)), self.written,
-                self._schedule(weight, names, indices),
+                self._schedules_of(weight, names, indices),
             )  # fmt: skip
         union, base, positions = self._union(names)
         delta = torch.zeros(union.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device)
         for name, position in zip(names, positions, strict=True):
             delta = delta.index_add(0, position, self.deltas[name].to(delta) * float(self.scales.get(name, 1.0)))
-        return Entries(delta, union, base, schedule=self._schedule(weight, names, union))
+        return Entries(delta, union, base, 1.0, self.written, self._schedules_of(weight, names, union))
 
     @property
     def in_effect(self) -> tuple[str, ...]:
@@ -224,22 +225,35 @@ class AdapterTarget:
         self.merged = ()
 
     def _settle(self, weight: Tensor, name: str) -> None:
-        """Indices and base of an adapter on the weight's device, read from the weight where they are not known yet."""
-        indices, base = self.indices[name], self.bases._buffers.get(name)
-        if indices.device != weight.device:
-            self.indices._buffers[name] = indices = indices.to(weight.device)
-            self.forget()
-        if base is None or name in self.indices.replaced or base.is_meta != weight.is_meta:
-            self.indices.replaced.discard(name)
-            self.bases._buffers.pop(name, None)
-            self._ordered.pop(name, None)
-            others = [other for other in self.in_effect if other != name and other in self.bases]
-            if others and _whole(weight):
-                self._restore(weight, others)
-            self.bases[name] = _gather(sharding.whole(weight), indices)
-            self.forget()
-        elif base.device != weight.device:
-            self.bases._buffers[name] = base.to(weight.device)
+        """Have indices and base of an adapter on the weight's device, read from the weight where they are not known yet."""
+        if self._is_settled(weight, name):
+            return
+        with _settling:  # a second thread must not read a base from what the first one has written
+            if self.indices[name].device != weight.device:
+                self.indices._buffers[name] = self.indices[name].to(weight.device)
+                self.forget()
+            if self._is_base_known(weight, name):
+                self.bases._buffers[name] = self.bases[name].to(weight.device)
+            else:
+                self._read_base(weight, name)
+
+    def _is_settled(self, weight: Tensor, name: str) -> bool:
+        here = weight.device
+        return self._is_base_known(weight, name) and self.indices[name].device == here and self.bases[name].device == here
+
+    def _is_base_known(self, weight: Tensor, name: str) -> bool:
+        base = self.bases._buffers.get(name)
+        return base is not None and name not in self.indices.replaced and base.is_meta == weight.is_meta
+
+    def _read_base(self, weight: Tensor, name: str) -> None:
+        self.bases._buffers.pop(name, None)
+        others = [other for other in self.in_effect if other != name and other in self.bases]
+        if others and _whole(weight):
+            self._restore(weight, others)
+        self._ordered.pop(name, None)
+        self.bases[name] = _gather(sharding.whole(weight), self.indices[name], self.in_order(name))
+        self.indices.replaced.discard(name)
+        self.forget()
 
     def _restore(self, weight: Tensor, names: Sequence[str]) -> None:
         for name in names:
@@ -257,13 +271,11 @@ class AdapterTarget:
             self._unions[names] = union, base, positions
         return self._unions[names]
 
-    def _schedule(self, weight: Tensor, names: tuple[str, ...], indices: Tensor) -> Any:
-        if not weight.is_cuda or weight.dim() != 2 or type(weight.data) is not Tensor or torch.compiler.is_compiling():
-            return None
-        key = names, weight.device, weight.dtype
-        if key not in self._schedules:
-            self._schedules[key] = schedule_for(indices, *weight.shape, weight.dtype)
-        return self._schedules[key]
+    def _schedules_of(self, weight: Tensor, names: tuple[str, ...], indices: Tensor) -> Schedules | None:
+        key = names, weight.device
+        if key not in self._schedules and not torch.compiler.is_compiling():
+            self._schedules[key] = Schedules.on_gpu(weight, indices)
+        return self._schedules.get(key)
 
 
 class HostedModule(SparseModule):
@@ -296,7 +308,7 @@ class HostedModule(SparseModule):
         """Nothing: a target makes its schedules when it is used."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        super(SparseModule, self)._apply(fn, recurse)
+        super()._apply(fn, recurse)
         for name, target in self._sprand_hosted.items():
             target.cast_base(self._parameters[name])
         return self
@@ -306,28 +318,16 @@ class HostedModule(SparseModule):
         for name, target in self._sprand_hosted.items():
             if not target.merged:
                 target.restore(self._parameters[name])
-        super(SparseModule, self)._save_to_state_dict(destination, prefix, keep_vars)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, target in self._sprand_hosted.items():
             if not target.merged:
                 target.restore(self._parameters[name])
-        super(SparseModule, self)._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         for name, target in self._sprand_hosted.items():
             if prefix + name in state_dict:
                 target.forget_base()
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_hosted_module, (self._sprand_class,), self.__getstate__()
-
-    def extra_repr(self) -> str:
-        return super(SparseModule, self).extra_repr()
-
-
-@functools.cache
-def hosted_class(cls: type[nn.Module]) -> type[HostedModule]:
-    """The subclass of `cls` that `host` gives to a module."""
-    return type(f"Sparse{cls.__name__}", (HostedModule, kind_of(cls), cls), {"_sprand_class": cls, "__module__": __name__})
 
 
 def host(module: nn.Module, parameter: str, target: AdapterTarget) -> None:
@@ -337,7 +337,7 @@ def host(module: nn.Module, parameter: str, target: AdapterTarget) -> None:
         ValueError: another tool has replaced the module's forward.
     """
     if not isinstance(module, HostedModule):
-        cls = hosted_class(type(module))
+        cls = sparse_class(HostedModule, type(module))
         if "forward" in module.__dict__:  # accelerate's hooks keep the method they wrap
             wrapped = module.__dict__.get("_old_forward")
             if getattr(wrapped, "__func__", None) is not type(module).forward:
@@ -370,15 +370,8 @@ def union_of(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return union, list(inverse.split([indices.numel() for indices in lists]))
 
 
-def _new_hosted_module(cls: type[nn.Module]) -> HostedModule:
-    hosted = hosted_class(cls)
-    return hosted.__new__(hosted)
-
-
-def _gather(weight: Tensor, indices: Tensor) -> Tensor:
-    if indices.numel() > 1 and not indices.is_meta and not bool((indices[1:] > indices[:-1]).all()):
-        return weight.flatten()[indices.long()]
-    return ops.gather(weight.contiguous(), indices)
+def _gather(weight: Tensor, indices: Tensor, in_order: bool) -> Tensor:
+    return ops.gather(weight.contiguous(), indices) if in_order else weight.flatten()[indices.long()]
 
 
 def _whole(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..layers import sharding
-from ..layers.module import BASE, DELTA, INDICES
+from ..layers.attached import BASE, DELTA, INDICES
 from ..layers.sites import Owner, Site, site_of
 from .config import SprandConfig
 from .hosted import AdapterTarget, Delta, Deltas, Positions, host, unhost
@@ -209,7 +209,9 @@ class SprandLayer(nn.Module, BaseTunerLayer):
 
 
 def _read_bases(layer: SprandLayer, _: Any) -> None:
-    """What a checkpoint brought is read from shards now: a forward may see a weight that was cast."""
+    """Read the base under the indices that a checkpoint brought: a forward may see a weight that was cast, or be compiled."""
+    if layer.quantization_backend is not None:
+        return
     for _, weight, target in layer.weights():
-        if weight is not None and sharding.is_dtensor(weight) and not weight.is_meta:
+        if weight is not None and not weight.is_meta and not sharding.is_partition(weight):
             target.read_base(weight)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import native
 from ..layers import sharding
-from ..layers.module import DELTA, INDICES
+from ..layers.attached import DELTA, INDICES
 from ..layers.sites import Site
 from ..selection import pattern
 from .combine import combined, rule_of

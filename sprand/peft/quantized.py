@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels import ops
-from ..layers.functional import Entries
+from ..layers.entries import Entries
 from ..layers.module import track, untrack
 from ..layers.sites import Site
 from .cpu_packing import keep_stored_layout, set_may_pack

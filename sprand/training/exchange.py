@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapters.frozen import Frozen
 from ..kernels import ops
 from ..kernels.topk import largest, order_keys
-from ..layers.functional import Candidates
+from ..layers.entries import Candidates
 from ..layers.sites import Site
 
 NEW = -1  # where an entry stood before that did not train

@@ -164,12 +164,12 @@ class SparseAdamW(torch.optim.AdamW):
         deltas = [p for p, _, _ in items]
         states = [self.state[p] for p in deltas]
         entries = [module.sparse_entries(name) for _, module, name in items]
-        weights = [module._parameters[name].data for _, module, name in items]
+        weights = [module._parameters[name] for _, module, name in items]
         steps = [state["step"] for state in states]
         _advance(steps, found_inf)
         beta1, beta2 = group["betas"]
         ops.sparse_adamw_(
-            weights,
+            [weight.data for weight in weights],
             [e.indices for e in entries],
             [e.base for e in entries],
             [p.data for p in deltas],
@@ -188,9 +188,9 @@ class SparseAdamW(torch.optim.AdamW):
             found_inf=found_inf,
         )
         torch.autograd.graph.increment_version(deltas)
-        for p, entry in zip(deltas, entries, strict=True):
+        for weight, entry in zip(weights, entries, strict=True):
             if entry.written is not None:
-                entry.written.declare(p) if found_inf is None else entry.written.forget()
+                entry.written.forget() if found_inf is not None else entry.written.declare(weight, entry.delta, entry.scale)
 
     def _dense_step(
         self, params: list[nn.Parameter], group: dict[str, Any], coef: Tensor | None, found_inf: Tensor | None

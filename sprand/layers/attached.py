@@ -1,0 +1,252 @@
+"""Entries kept on the module itself: attached to it and taken off, moved, saved and loaded with it.
+
+`attach` turns `layer` into a sparse module that also holds, for its parameter `weight`, the trained parameter
+`sprand_delta` and the buffers `sprand_indices` and `sprand_base` (for another parameter `name`: `sprand_delta_name`
+and so on). `detach` turns it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import ops
+from . import sharding
+from .entries import Candidates, Entries, Schedules, Written
+from .module import SparseModule, sparse_class, track, untrack, write_parameters
+from .sites import Site, joined, site_of
+
+DELTA, INDICES, BASE = "sprand_delta", "sprand_indices", "sprand_base"
+
+
+@dataclass
+class Target:
+    """One targeted parameter of one module.
+
+    Attributes:
+        parameter: its name in the module, for example `"weight"`.
+        scale: factor between delta and weight.
+        redraw: makes the indices on a device; needed when a module leaves the meta device.
+        written: whether the weight holds its delta already.
+        schedules: how a GPU samples the gradient of a linear layer.
+        candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
+        folded: whether an earlier mask left trained values in the weight, which a new base would lose.
+        delta, indices, base: names of the module's tensors for this parameter.
+    """
+
+    parameter: str
+    scale: float = 1.0
+    redraw: Callable[[torch.device], Tensor] | None = None
+    written: Written = field(default_factory=Written)
+    schedules: Schedules | None = None
+    candidates: Candidates | None = None
+    folded: bool = False
+
+    def __post_init__(self) -> None:
+        suffix = "" if self.parameter == "weight" else f"_{self.parameter}"
+        self.delta, self.indices, self.base = DELTA + suffix, INDICES + suffix, BASE + suffix
+
+
+class AttachedModule(SparseModule):
+    """A sparse module that holds the tensors of its entries."""
+
+    _sprand_targets: dict[str, Target]
+
+    def sparse_entries(self, parameter: str = "weight") -> Entries:
+        target, buffers = self._sprand_targets[parameter], self._buffers
+        return Entries(
+            self._parameters[target.delta],
+            buffers[target.indices],
+            buffers[target.base],
+            target.scale,
+            target.written,
+            target.schedules,
+            target.candidates,
+        )
+
+    def sparse_sites(self, prefix: str) -> Iterator[Site]:
+        return (site_of(joined(prefix, parameter), self, parameter) for parameter in self._sprand_targets)
+
+    def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
+        return ((self._parameters[target.delta], name) for name, target in self._sprand_targets.items())
+
+    def make_schedule(self, parameter: str) -> None:
+        """Settle how a GPU samples the gradient of this parameter; called when its indices or its device change."""
+        weight, target = self._parameters[parameter], self._sprand_targets[parameter]
+        target.schedules = None
+        if self._is_sampled and parameter == "weight":
+            target.schedules = Schedules.on_gpu(weight, self._buffers[target.indices])
+        if target.schedules is not None:
+            target.schedules.of(weight.dtype)  # a graph that is compiled before any forward can make none
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts like any module; deltas stay in their accumulation dtype, indices and base stay right."""
+        places = {name: _place(self._parameters[name]) for name in self._sprand_targets}
+        deltas = {name: self.sparse_entries(name).delta.data for name in self._sprand_targets}
+        super()._apply(fn, recurse)
+        for name in self._sprand_targets:
+            self._follow(name, places[name], deltas[name])
+        return self
+
+    def _follow(self, parameter: str, place: tuple[torch.device, torch.dtype], delta: Tensor) -> None:
+        """Let the entries of a parameter, whose delta was `delta`, follow it from where it was."""
+        target, weight, entries = self._sprand_targets[parameter], self._parameters[parameter], self.sparse_entries(parameter)
+        target.written.forget()
+        dtype = ops.accumulation_dtype(weight.dtype)
+        if entries.delta.dtype != dtype:
+            entries.delta.data = delta.to(device=entries.delta.device, dtype=dtype)
+        if place[0].type == "meta" and not weight.is_meta:
+            entries.delta.data.zero_()
+            if target.redraw is not None:
+                entries.indices.copy_(target.redraw(weight.device))
+        if place != _place(weight):
+            self.make_schedule(parameter)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.write_weights()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint with the entries is taken as it is; one without them is a new base, if nothing is folded into the old."""
+        with_new_base = self._with_new_base(state_dict, prefix)
+        lost = [name for name in with_new_base if self._sprand_targets[name].folded]
+        if lost:
+            args[-1].append(
+                f"{prefix}{lost[0]} holds values that an earlier mask trained, and a new base would lose them: save the adapter "
+                "with sprand.save, and load it into a model of that base."
+            )
+            return
+        before = {name: self.sparse_entries(name).indices.clone() for name in self._sprand_targets}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, target in self._sprand_targets.items():
+            indices = self.sparse_entries(name).indices
+            target.written.forget()
+            if not torch.equal(indices, before[name]):
+                target.redraw = None
+                self.make_schedule(name)
+            if name in with_new_base:
+                setattr(self, target.base, ops.gather(sharding.whole(self._parameters[name]), indices))
+
+    def _with_new_base(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """The parameters that a checkpoint has without their entries."""
+
+        def is_given(name: str) -> bool:  # torch.distributed.checkpoint adds what is missing: our own tensors themselves
+            value = state_dict.get(prefix + name)
+            return value is not None and value is not self._parameters.get(name) and value is not self._buffers.get(name)
+
+        return [name for name, target in self._sprand_targets.items() if is_given(name) and not is_given(target.base)]
+
+    def extra_repr(self) -> str:
+        counts = [f"{self.sparse_entries(name).indices.numel():,} of {name}" for name in self._sprand_targets]
+        inherited = super().extra_repr()
+        return ", ".join([*([inherited] if inherited else []), f"trains {', '.join(counts)}"])
+
+
+SparseLinear = sparse_class(AttachedModule, nn.Linear)
+
+
+def attach(
+    module: nn.Module,
+    parameter: str,
+    indices: Tensor,
+    delta: nn.Parameter | None = None,
+    base: Tensor | None = None,
+    scale: float = 1.0,
+    redraw: Callable[[torch.device], Tensor] | None = None,
+    written: Written | None = None,
+) -> Entries:
+    """Freeze a parameter of `module` and let the given entries of it train.
+
+    Args:
+        module: changed in place; keeps its class as a subclass.
+        parameter: name of the parameter in the module.
+        indices: `[nnz]`, flat, sorted, distinct, on the parameter's device.
+        delta: `[nnz]`, kept as it is; made of zeros if None.
+        base: `[nnz]`, the original entries; read from the parameter if None.
+        scale: factor between delta and weight.
+        redraw: makes the indices anew when the module leaves the meta device.
+        written: of another module that holds the same parameter and delta.
+
+    Returns:
+        The entries now attached.
+
+    Raises:
+        ValueError: no such parameter, one that is attached already, or a weight whose memory is not contiguous.
+    """
+    weight = module._parameters.get(parameter)
+    if weight is None:
+        raise ValueError(
+            f"expected a parameter {parameter!r} in {type(module).__name__}, found {', '.join(module._parameters) or 'none'}"
+        )
+    if isinstance(module, SparseModule) and parameter in module._sprand_targets:
+        raise ValueError(
+            f"{parameter!r} of this {type(module).__name__} already has trained entries; unmerge or merge them first"
+        )
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"{parameter!r} of {type(module).__name__}: expected contiguous memory, got strides {weight.stride()} for shape "
+            f"{list(weight.shape)}; call model.to(memory_format=torch.contiguous_format) first"
+        )
+    weight.requires_grad_(False)
+    if base is None:
+        base = ops.gather(weight.data, indices)
+    if delta is None:
+        delta = nn.Parameter(torch.zeros(indices.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device))
+    if not isinstance(module, SparseModule):
+        module.__class__ = sparse_class(AttachedModule, type(module))
+        module._sprand_targets, module._sprand_active = {}, True
+        track(module)
+    target = Target(parameter, scale, redraw, Written() if written is None else written)
+    module._sprand_targets[parameter] = target
+    module.register_parameter(target.delta, delta)
+    module.register_buffer(target.indices, indices)
+    module.register_buffer(target.base, base)
+    module.make_schedule(parameter)
+    return module.sparse_entries(parameter)
+
+
+def set_active(modules: Sequence[SparseModule], active: Sequence[bool]) -> None:
+    """Switch the trained entries of each module on or off, and write all weights accordingly, in one pass per device.
+
+    A sharded weight gets its base, which needs nothing from other ranks: its layer writes what it uses in any case.
+    """
+    for module, on in zip(modules, active, strict=True):
+        module._sprand_active = on
+        for target in module._sprand_targets.values():
+            target.written.forget()
+    items = [(module, name) for module in modules for name in module._sprand_targets]
+    whole = [not sharding.is_sharded(module._parameters[name]) for module, name in items]
+    write_parameters([(*item, item[0]._sprand_active and here) for item, here in zip(items, whole, strict=True)])
+
+
+def write_now(modules: Sequence[SparseModule]) -> None:
+    """Make every weight hold what its layer would use; where they are sharded, every rank must call this."""
+    for module in modules:
+        for target in module._sprand_targets.values():
+            target.written.forget()
+    write_parameters([(module, name, module._sprand_active) for module in modules for name in module._sprand_targets])
+
+
+def detach(modules: Sequence[SparseModule], keep: bool) -> None:
+    """Take all trained entries away from modules, which get their classes back; their weights are written in one pass.
+
+    Args:
+        modules: changed in place.
+        keep: leave the trained values in the weights (merge), or put the base back bit for bit.
+    """
+    write_parameters([(module, name, keep) for module in modules for name in module._sprand_targets])
+    for module in modules:
+        for target in module._sprand_targets.values():
+            for name in (target.delta, target.indices, target.base):
+                delattr(module, name)
+        untrack(module)
+        module.__class__ = module._sprand_class
+        del module._sprand_targets, module._sprand_active
+
+
+def _place(weight: Tensor) -> tuple[torch.device, torch.dtype]:
+    return weight.device, weight.dtype

@@ -1,0 +1,183 @@
+"""The chosen entries of one weight: their tensors, how they are written into it, and when a write can be left out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from ..kernels.schedule import Schedule
+from ..kernels.tuning import schedule_for
+from .sharding import is_dtensor
+
+
+class Candidates(Protocol):
+    """Looks for entries to grow: sees the gradient of a whole weight in backward, in the form in which a layer has it."""
+
+    def add_linear(self, grad_output: Tensor, input: Tensor) -> None:
+        """The gradient is `grad_output.T @ input`: `[T, out]` and `[T, in]`."""
+
+    def add_embedding(self, grad_output: Tensor, tokens: Tensor, vocabulary: int, padding_idx: int | None) -> None:
+        """The gradient of row `v` is the sum of `grad_output[t]`, `[T, features]`, over the tokens `[T]` that are `v`."""
+
+    def add_dense(self, grad: Tensor) -> None:
+        """The gradient itself, contiguous, of the weight's shape."""
+
+
+class Written:
+    """Remembers that a weight holds a delta, so that a write can be left out. All uses of the weight share it.
+
+    Only `SparseAdamW` declares it, since it has just written the weight. It is true of that weight, that delta and that
+    scale, while neither tensor has changed its version or its memory. A write of anything else ends it, and so do a forward
+    without gradients (an evaluation always writes) and the next backward (any other optimizer, also one that moves no version,
+    is followed by a write). A copy, also one that was pickled, remembers nothing.
+    """
+
+    __slots__ = ("_declared",)
+
+    def __init__(self) -> None:
+        self._declared: tuple[Any, ...] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Written, ()
+
+    def declare(self, weight: Tensor, delta: Tensor, scale: float) -> None:
+        """The weight holds `base + scale * delta` now."""
+        self._declared = (weakref.ref(weight), weakref.ref(delta), *_state_of(weight, delta, scale))
+
+    def forget(self) -> None:
+        """The weight may hold anything."""
+        self._declared = None
+
+    def holds(self, weight: Tensor, delta: Tensor, scale: float) -> bool:
+        """Whether the weight is known to hold `base + scale * delta`."""
+        declared = self._declared
+        if declared is None or declared[0]() is not weight or declared[1]() is not delta:
+            return False
+        return declared[2:] == _state_of(weight, delta, scale)
+
+
+def _state_of(weight: Tensor, delta: Tensor, scale: float) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight._version, delta.data_ptr(), delta._version, scale
+
+
+class Schedules:
+    """How a GPU samples the gradient of a linear layer: one schedule for each dtype of operands, made when it is first used.
+
+    Under autocast, and under the mixed precision of FSDP2, the operands' dtype is not that of the weight.
+    """
+
+    def __init__(self, indices: Tensor, out_features: int, in_features: int) -> None:
+        self.indices, self.out_features, self.in_features = indices, out_features, in_features
+        self._made: dict[torch.dtype, Schedule | None] = {}
+
+    @classmethod
+    def on_gpu(cls, weight: Tensor, indices: Tensor) -> Schedules | None:
+        """The schedules of a pattern in a linear layer's weight; None where no GPU samples its gradient."""
+        return cls(indices, *weight.shape) if is_sampled_on_gpu(weight) else None
+
+    def of(self, dtype: torch.dtype) -> Schedule | None:
+        """The schedule for operands of a dtype, or None where the kernel for any pattern serves.
+
+        A graph that is being compiled can make none: it takes one that is there.
+        """
+        if dtype not in self._made and not torch.compiler.is_compiling():
+            self._made[dtype] = schedule_for(self.indices, self.out_features, self.in_features, dtype)
+        return self._made.get(dtype)
+
+
+def is_sampled_on_gpu(weight: Tensor) -> bool:
+    """Whether a GPU holds the whole of a linear layer's weight."""
+    return weight.is_cuda and weight.dim() == 2 and type(weight.data) is Tensor
+
+
+@dataclass
+class Entries:
+    """The chosen entries of one weight.
+
+    Attributes:
+        delta: `[nnz]`, float32 (float64 for a float64 weight), the trained change.
+        indices: `[nnz]`, flat positions, sorted.
+        base: `[nnz]`, the original entries, in the weight's dtype.
+        scale: factor on delta.
+        written: shared by all uses of the weight, or None to write every time.
+        schedules: how a GPU samples the gradient of a linear layer, or None.
+        candidates: sees the gradient of the whole weight in backward, chunk by chunk, or None.
+    """
+
+    delta: Tensor
+    indices: Tensor
+    base: Tensor
+    scale: float = 1.0
+    written: Written | None = None
+    schedules: Schedules | None = None
+    candidates: Candidates | None = None
+
+    def values(self) -> Tensor:
+        """What the weight holds at the chosen entries, `[nnz]` in its dtype: cast(base + scale * delta)."""
+        return ops.patched(self.base, self._change(), self.scale)
+
+    def ensure(self, weight: Tensor) -> None:
+        """Make the chosen entries of `weight` hold base + scale * delta, unless they are known to.
+
+        Raises:
+            ValueError: The weight is a DTensor, so this rank may hold a part of it only.
+        """
+        if is_dtensor(weight):
+            raise ValueError(
+                "expected a whole weight in a forward pass, got a DTensor: sprand does not train models under tensor "
+                "parallelism; shard the model by torch.distributed.fsdp.fully_shard over one mesh dimension instead"
+            )
+        if self.written is None or not self.written.holds(weight, self.delta, self.scale):
+            self.write(weight)
+
+    def write(self, weight: Tensor) -> None:
+        """Make the chosen entries of `weight` hold base + scale * delta.
+
+        A weight of another dtype than base is one that FSDP2 cast for its mixed precision: the sum is rounded once, to it.
+        """
+        self._end_mark(weight)
+        delta = self._change()
+        if self.base.dtype == weight.dtype:
+            ops.patch_(weight.data, self.indices, self.base, delta, self.scale)
+            return
+        change = self.scale * delta
+        values = torch.where(change == 0, self.base, self.base + change)  # -0.0 + 0.0 would be 0.0
+        ops.patch_(weight.data, self.indices, values.to(weight.dtype), None)
+
+    def restore(self, weight: Tensor) -> None:
+        """Make the chosen entries of `weight` hold base, bit for bit."""
+        if self.written is not None:
+            self.written.forget()
+        ops.patch_(weight.data, self.indices, self.base.to(weight.dtype), None)
+
+    def _change(self) -> Tensor:
+        """The delta in the dtype that the operators add in."""
+        return self.delta.detach().to(ops.accumulation_dtype(self.base.dtype))
+
+    def _end_mark(self, weight: Tensor) -> None:
+        """Forget that the weight held something else than what is written now."""
+        if self.written is not None and not self.written.holds(weight, self.delta, self.scale):
+            self.written.forget()
+
+
+def write_all(weights: Sequence[Tensor], entries: Sequence[Entries], trained: bool) -> None:
+    """`Entries.write` (or `restore`, where not `trained`) of many weights of one device, in one pass."""
+    deltas = [e._change() for e in entries] if trained else None
+    for weight, e in zip(weights, entries, strict=True):
+        if trained:
+            e._end_mark(weight)
+        elif e.written is not None:
+            e.written.forget()
+    ops.patch_all_(
+        [weight.data for weight in weights],
+        [e.indices for e in entries],
+        [e.base for e in entries],
+        deltas,
+        [e.scale for e in entries],
+    )
