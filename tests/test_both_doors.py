@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -174,6 +177,59 @@ def test_both_doors_refuse_the_same_in_the_same_words(model, fields, message):
     for untouched in (ours, theirs):
         assert [type(module) for module in untouched.modules()] == [type(module) for module in MODELS[model]().modules()]
         assert_same_bits(bits(untouched), bits(MODELS[model]()))
+
+
+def read_only(tmp_path):
+    model = built(MLP)
+    np.ones((24, 24), dtype=np.float32).tofile(tmp_path / "weights")
+    mapped = np.memmap(tmp_path / "weights", dtype=np.float32, mode="r", shape=(24, 24))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once in a process, torch says that this memory is not writable
+        model.second.weight.data = torch.from_numpy(mapped)
+    return model
+
+
+def made_for_inference(tmp_path):
+    with torch.inference_mode():
+        return built(MLP)
+
+
+def turned(tmp_path):
+    model = built(MLP)
+    model.second.weight.data = torch.zeros(24, 24).t()
+    model.second.weight.data = model.second.weight.data[::2].t()
+    return model
+
+
+def of_whole_numbers(tmp_path):
+    model = built(MLP)
+    model.second.weight = nn.Parameter(torch.ones(24, 24, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+MEMORY = {
+    read_only: "second.weight: this weight lies in read-only memory .*; copy it first",
+    made_for_inference: "first.weight: this weight was made under torch.inference_mode",
+    turned: "second.weight: expected contiguous memory, got strides",
+    of_whole_numbers: "second.weight: expected a floating-point weight, got torch.int8",
+}
+
+
+@pytest.mark.parametrize("made", MEMORY, ids=lambda made: made.__name__)
+def test_both_doors_refuse_the_same_memory(made, tmp_path):
+    said = []
+    for door in (sprand.apply, lambda model: peft.get_peft_model(model, SprandConfig())):
+        model = made(tmp_path)
+        flags = [p.requires_grad for p in model.parameters()]
+        with pytest.raises(ValueError, match=MEMORY[made]) as refused:
+            door(model)
+        said.append(str(refused.value))
+        assert [type(module) for module in model.modules()] == [type(module) for module in built(MLP).modules()]
+        assert [p.requires_grad for p in model.parameters()] == flags and not hasattr(model, "_sprand")
+        if made in (read_only, turned):
+            model.second.weight.data = model.second.weight.data.clone(memory_format=torch.contiguous_format)
+            door(model)
+    assert said[0] == said[1]
 
 
 def test_a_task_of_peft_trains_its_head_in_full_and_draws_nothing_there():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -74,29 +73,6 @@ def test_a_parameter_of_the_model_itself():
 def test_attention_that_reads_a_weight_without_calling_the_layer():
     layer = nn.Sequential(nn.MultiheadAttention(16, 2))
     refused("target the attention's in_proj_weight by target_parameters", layer, target_modules=["out_proj"])
-
-
-def test_inference_tensors():
-    with torch.inference_mode():
-        model = built(MLP)
-    refused("made under torch.inference_mode", model)
-
-
-def test_memory_that_cannot_be_written(tmp_path):
-    model = built(MLP)
-    np.ones((24, 24), dtype=np.float32).tofile(tmp_path / "weights")
-    mapped = np.memmap(tmp_path / "weights", dtype=np.float32, mode="r", shape=(24, 24))
-    with pytest.warns(UserWarning, match="not writable"):
-        model.second.weight.data = torch.from_numpy(mapped)
-    refused("second.weight: this weight lies in read-only memory .* weight.data.clone", model)
-    model.second.weight.data = model.second.weight.data.clone()
-    peft.get_peft_model(model, SprandConfig(density=0.1))
-
-
-def test_weights_that_are_not_contiguous():
-    model = built(MLP)
-    model.first.weight.data = torch.zeros(16, 24).t()
-    refused("expected contiguous memory, got strides", model)
 
 
 def test_a_forward_that_another_tool_replaced():

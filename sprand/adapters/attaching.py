@@ -14,6 +14,7 @@ from ..layers import sharding
 from ..layers.attached import attach, detach, write_now
 from ..layers.module import sparse_modules
 from ..layers.sites import Site, sites_of
+from ..layers.writable import check_writable
 from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.targets import sites_named
@@ -32,7 +33,12 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
 
     Returns:
         The same object.
+
+    Raises:
+        ValueError: A weight cannot be written, or is read without calling its layer; nothing has changed then.
     """
+    sites = sites_named(model, adapter.indices)
+    check_writable({name: site.weight for name, site in sites.items()})
     state = getattr(model, "_sprand", None)
     if state is None:
         state = _freeze(model)

@@ -14,10 +14,10 @@ from peft.tuners.supertuning.layer import Linear as SupertuningLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..layers.writable import check_writable
 from ..selection import pattern
 from .hosted import AdapterTarget, Positions, host, unhost
 from .plan import base_modules
-from .writable import check_writable, read_only_ranges
 
 
 class FastLayer:
@@ -172,15 +172,13 @@ def accelerate(model: nn.Module) -> nn.Module:
             f"accelerate: expected a model with SHiRA or Super-Tuning layers on plain linear layers, got "
             f"{', '.join(kinds) or 'none'}"
         )
-    read_only = read_only_ranges()
-    for layer in layers:
-        if layer.merged:
-            raise ValueError("accelerate: the adapters are merged; call model.unmerge_adapter() first")
-        check_writable(type(layer).__name__, layer.base_layer.weight, read_only)
+    if any(layer.merged for layer in layers):
+        raise ValueError("accelerate: the adapters are merged; call model.unmerge_adapter() first")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = {id(module): name for name, module in reversed([*base_modules(base)])}
-    for layer in layers:
-        name = f"{names[id(layer.base_layer)]}.weight"
+    modules = {id(module): name for name, module in reversed([*base_modules(base)])}
+    names = [f"{modules[id(layer.base_layer)]}.weight" for layer in layers]
+    check_writable({name: layer.base_layer.weight for name, layer in zip(names, layers, strict=True)})
+    for name, layer in zip(names, layers, strict=True):
         layer.__class__, values = FAST[type(layer)]
         scales = getattr(layer, "scaling", None)
         target = AdapterTarget(name, getattr(layer, values), Positions(), BufferDict(persistent=False), scales)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from ..adapters.fingerprint import check_base, fingerprints
 from ..kernels import ops
 from ..layers.sites import Site, collected, distinct, own_sites
+from ..layers.writable import check_writable
 from ..selection import pattern
 from ..selection.choose import choose
 from ..selection.config import SparseConfig
 from ..selection.mask import Mask
 from ..selection.targets import HEADS, View, check_called, closest, find_targets, output_of
 from .config import SprandConfig
-from .writable import check_writable, read_only_ranges
 
 CPU = torch.device("cpu")
 ADDED_BY_PEFT = (*HEADS, "qa_outputs")  # to modules_to_save by a task's type, whether the model has them or not
@@ -95,10 +95,10 @@ def make_plan(model: nn.Module, config: SprandConfig, adapter_name: str, kwargs:
     """
     weights = base_weights(model, kwargs)
     plan = _chosen(model, config, weights) if config.targets is None else _saved(config, distinct(weights), adapter_name)
-    read_only = read_only_ranges()
-    for site, _ in plan:
-        _check_usable(site, read_only)
     sites = [site for site, _ in plan]
+    for site in sites:
+        _check_usable(site)
+    check_writable({site.name: site.weight for site in sites if site.backend is None})
     config.target_modules = sorted({site.module_name for site in sites if site.parameter == "weight" and site.module_name})
     config.target_parameters = sorted({site.name for site in sites if site.parameter != "weight"}) or None
     return plan
@@ -214,13 +214,11 @@ def pristine(site: Site) -> AbstractContextManager[None]:
     return nullcontext() if hosted is None else hosted.pristine(site.weight)
 
 
-def _check_usable(site: Site, read_only: list[tuple[int, int]]) -> None:
-    """Prove that PEFT can wrap a module that holds the weight, and that its entries can be written."""
+def _check_usable(site: Site) -> None:
+    """Prove that PEFT can wrap a module that holds the weight, and that it is called where the weight is used."""
     if not site.module_name:
         raise ValueError(
             f"{site.name}: PEFT replaces the module that holds a weight, and the model itself holds this one; use sprand.apply, "
             "or put the model into another module"
         )
     check_called(site)
-    if site.backend is None:
-        check_writable(site.name, site.weight, read_only)
