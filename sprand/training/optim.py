@@ -149,43 +149,32 @@ class SparseAdamW(torch.optim.AdamW):
         if grad_scale is not None:
             factor = grad_scale.to(factor).reciprocal()
         if self.max_grad_norm is not None:
-            self.grad_norm = sharding.whole(torch.nn.utils.get_total_norm(grads)) * factor
-            factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        dtype = torch.float64 if all(g.dtype == torch.float64 for g in grads) else torch.float32
-        return {device: factor.to(device=device, dtype=dtype) for device in {g.device for g in grads}}
+            norm = torch.nn.utils.get_total_norm(grads)
+            self.grad_norm = sharding.whole(norm) * factor
+            clipped = self.max_grad_norm / (self.grad_norm + 1e-6)
+            factor = factor * clipped.clamp(max=1.0)
+        double = all(grad.dtype == torch.float64 for grad in grads)
+        dtype = torch.float64 if double else torch.float32
+        return {device: factor.to(device=device, dtype=dtype) for device in {grad.device for grad in grads}}
 
-    def _sparse_step(
-        self,
-        items: list[Target],
-        group: dict[str, Any],
-        coef: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def _sparse_step(self, items: list[Target], group: dict[str, Any], coef: Tensor | None, found_inf: Tensor | None) -> None:
         deltas = [p for p, _, _ in items]
-        states = [self.state[p] for p in deltas]
         entries = [module.sparse_entries(name) for _, module, name in items]
         weights = [module._parameters[name] for _, module, name in items]
-        steps = [state["step"] for state in states]
-        _advance(steps, found_inf)
-        beta1, beta2 = group["betas"]
+        exp_avgs, exp_avg_sqs, steps = self._advanced(deltas, found_inf)
         ops.sparse_adamw_(
             [weight.data for weight in weights],
             [e.indices for e in entries],
             [e.base for e in entries],
             [p.data for p in deltas],
             [p.grad for p in deltas],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            exp_avgs,
+            exp_avg_sqs,
             steps,
             [e.scale for e in entries],
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
             grad_coef=coef,
             found_inf=found_inf,
+            **_options_of(group),
         )
         torch.autograd.graph.increment_version(deltas)
         for weight, entry in zip(weights, entries, strict=True):
@@ -195,26 +184,19 @@ class SparseAdamW(torch.optim.AdamW):
     def _dense_step(
         self, params: list[nn.Parameter], group: dict[str, Any], coef: Tensor | None, found_inf: Tensor | None
     ) -> None:
+        grads = [p.grad if coef is None else p.grad * coef.to(p.grad.dtype) for p in params]
+        exp_avgs, exp_avg_sqs, steps = self._advanced(params, found_inf)
+        options = _options_of(group)
+        torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, found_inf=found_inf, **options)
+
+    def _advanced(self, params: list[nn.Parameter], found_inf: Tensor | None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The first and second moments of parameters, and their steps, which go on by one unless a gradient overflowed."""
         states = [self.state[p] for p in params]
         steps = [state["step"] for state in states]
-        _advance(steps, found_inf)
-        beta1, beta2 = group["betas"]
-        torch._fused_adamw_(
-            params,
-            [p.grad if coef is None else p.grad * coef.to(p.grad.dtype) for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            steps,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=group["maximize"],
-            found_inf=found_inf,
-        )
+        torch._foreach_add_(steps, 1)
+        if found_inf is not None:
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
+        return [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], steps
 
     def _init_state(self, p: nn.Parameter) -> None:
         state = self.state[p]
@@ -233,15 +215,17 @@ def _fusable(p: nn.Parameter, module: SparseModule, name: str) -> bool:
     weight = module._parameters[name]
     if type(p.data) is not Tensor or type(weight.data) is not Tensor or not weight.is_contiguous():
         return False
-    entries, dtype = module.sparse_entries(name), ops.accumulation_dtype(weight.dtype)
-    alike = entries.base.dtype == weight.dtype and p.dtype == dtype and p.device == weight.device
-    return entries.delta is p and module._sprand_active and alike
+    entries = module.sparse_entries(name)
+    own = entries.delta is p and module._sprand_active
+    same_dtypes = entries.base.dtype == weight.dtype and p.dtype == ops.accumulation_dtype(weight.dtype)
+    return own and same_dtypes and p.device == weight.device
 
 
-def _advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
-    torch._foreach_add_(steps, 1)
-    if found_inf is not None:
-        torch._foreach_sub_(steps, [found_inf] * len(steps))
+def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group, by the names that the operators of both steps give them."""
+    beta1, beta2 = group["betas"]
+    names = ("lr", "eps", "weight_decay", "maximize")
+    return {"beta1": beta1, "beta2": beta2} | {name: group[name] for name in names}
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
