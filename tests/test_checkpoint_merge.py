@@ -10,10 +10,10 @@ import torch
 
 import sprand.checkpoint.shards
 from checkpoints import DTYPES, assert_same, bert, changed, content_of, llama, plain, redrawn, tensors_of, trained
-from sprand.checkpoint import merge as merging
 from sprand.checkpoint import stream
 from sprand.checkpoint.merge import merge, verify
 from sprand.checkpoint.revert import revert
+from sprand.checkpoint.stream import RewrittenShard
 
 transformers = pytest.importorskip("transformers")
 
@@ -111,7 +111,7 @@ def _indices(base, adapter):
 def test_a_wrong_base_is_refused_and_nothing_is_written(sharded, tmp_path, monkeypatch):
     base, adapter, _ = sharded
     merge(base, [(adapter, 1.0)], tmp_path / "merged")
-    monkeypatch.setattr(merging, "write", lambda *arguments: pytest.fail("something was written"))
+    monkeypatch.setattr(RewrittenShard, "write", lambda *arguments: pytest.fail("something was written"))
     with pytest.raises(ValueError, match="was trained on another base"):
         merge(tmp_path / "merged", [(adapter, 1.0)], tmp_path / "twice")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
@@ -130,19 +130,18 @@ def test_a_base_with_one_other_entry_is_refused_and_nothing_is_left(sharded, tmp
 
 def test_a_stopped_merge_goes_on(sharded, tmp_path, monkeypatch):
     base, adapter, _ = sharded
-    wrote = []
+    wrote, write = [], RewrittenShard.write
 
-    def stop_at_the_third(shard, *rest):
-        wrote.append(shard.name)
+    def stop_at_the_third(rewritten, *rest):
+        wrote.append(rewritten.shard.name)
         if len(wrote) == 3:
             raise KeyboardInterrupt
-        stream.write(shard, *rest)
+        write(rewritten, *rest)
 
-    monkeypatch.setattr(merging, "write", stop_at_the_third)
+    monkeypatch.setattr(RewrittenShard, "write", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         merge(base, [(adapter, 1.0)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(merging, "write", lambda shard, *rest: (wrote.append(shard.name), stream.write(shard, *rest)))
     merge(base, [(adapter, 1.0)], tmp_path / "out")
     assert wrote[3:] == wrote[2:3] + wrote[4:] and not set(wrote[:2]) & set(wrote[3:])
     verify(base, [(adapter, 1.0)], tmp_path / "out")
@@ -152,13 +151,14 @@ def test_a_stopped_merge_goes_on(sharded, tmp_path, monkeypatch):
 
 def test_what_was_left_of_another_merge_is_not_used(sharded, tmp_path, monkeypatch):
     base, one, two = sharded
+    write = RewrittenShard.write
 
     def stop(*arguments):
-        stream.write(*arguments)
+        write(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(merging, "write", stop)
+        patched.setattr(RewrittenShard, "write", stop)
         merge(base, [(one, 1.0)], tmp_path / "out")
     merge(base, [(two, 1.0)], tmp_path / "out")
     verify(base, [(two, 1.0)], tmp_path / "out")

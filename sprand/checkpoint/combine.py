@@ -80,17 +80,12 @@ def combine(
     edits = edits_of(checkpoint, opened, rule)
     bases = read_bases(checkpoint, edits, progress)
     listed, places = {}, {}
-    for target in edits.targets:
-        if target.name in listed:
-            continue
-        begin, indices = 0, []
-        for edit in target.edits:
-            indices.append(edit.indices.long() + begin)
-            begin += edit.stored.numel
-        union = torch.cat(indices)
-        listed[target.name] = union, torch.cat([edit.deltas for edit in target.edits])
-        positions = [torch.arange(union.numel()) if position is None else position for _, position in target.claims]
-        places[target.name] = [opened.index(adapter) for adapter, _ in target.claims], positions
+    for parameter in edits.parameters:
+        whole = parameter.pending.entries()
+        listed[parameter.name] = whole.indices, whole.deltas
+        everywhere = torch.arange(whole.indices.numel())
+        positions = [everywhere if position is None else position for _, position in parameter.claims]
+        places[parameter.name] = [opened.index(adapter) for adapter, _ in parameter.claims], positions
     shared = shared_counts(len(opened), places.values())
     origins = [
         Origin(described.label(adapter.path), adapter.weight, _checksum(_entries_of(adapter)), count)

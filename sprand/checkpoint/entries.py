@@ -12,88 +12,121 @@ from torch import Tensor
 from ..adapters.combining import SUM, Part, Rule, combined
 from ..adapters.file import AdapterFile
 from ..kernels import ops
+from ..selection import pattern
+from .shards import CHUNK, Stored
 
 
 @dataclass(frozen=True, eq=False)
-class Changes:
+class ParameterEntries:
     """What adapters change in one parameter.
 
     Attributes:
         indices: `[n]`, flat, sorted.
         deltas: `[n]`, float32 (float64 for float64 tensors).
-        set_indices, set_values: entries that are given as values, under the deltas; flat, sorted.
+        frozen_indices, frozen_values: entries that are given as values, under the deltas; flat, sorted.
         positions: where the entries of each adapter stand in `indices`; None for all of them in order.
     """
 
     indices: Tensor
     deltas: Tensor
-    set_indices: Tensor
-    set_values: Tensor
+    frozen_indices: Tensor
+    frozen_values: Tensor
     positions: list[Tensor | None]
 
 
-class Pending:
-    """The changes of one parameter, drawn and combined once, by whichever thread asks first.
+class PendingEntries:
+    """The entries of one parameter, drawn and combined once, by whichever thread asks first.
 
     Args:
         name: of the parameter.
-        chosen: the adapters that change it.
-        adapters: all of them, in their order.
+        adapters: all adapters, in their order; some may not change this parameter.
         rule: how they are combined.
         dtype: of the parameter in the checkpoint.
     """
 
-    def __init__(
-        self, name: str, chosen: Sequence[AdapterFile], adapters: Sequence[AdapterFile], rule: Rule, dtype: torch.dtype
-    ) -> None:
-        self.name, self.chosen, self.adapters, self.rule, self.dtype = name, chosen, adapters, rule, dtype
-        self._lock, self._changes = threading.Lock(), None
+    def __init__(self, name: str, adapters: Sequence[AdapterFile], rule: Rule, dtype: torch.dtype) -> None:
+        self.name, self.adapters, self.rule, self.dtype = name, adapters, rule, dtype
+        self.chosen = [adapter for adapter in adapters if name in adapter.targets]
+        self._lock = threading.Lock()
+        self._entries: ParameterEntries | None = None
 
-    def changes(self) -> Changes:
-        """Them.
+    def entries(self) -> ParameterEntries:
+        """The entries of all adapters, combined.
 
         Raises:
-            ValueError: an adapter is damaged.
+            ValueError: An adapter is damaged.
         """
         with self._lock:
-            if self._changes is None:
-                self._changes = self._combine()
-            return self._changes
+            if self._entries is None:
+                self._entries = self._combine()
+            return self._entries
 
-    def _combine(self) -> Changes:
-        each = [adapter.entries(self.name) for adapter in self.chosen]
-        first, (union, total) = self.chosen[0], each[0]
-        total, positions = total.to(ops.accumulation_dtype(self.dtype)), [None]
-        if self.rule != SUM or len(self.chosen) > 1 or first.weight != 1:
-            parts = [
-                Part(self.adapters.index(adapter), adapter.weight, indices, deltas.to(total.dtype))
-                for adapter, (indices, deltas) in zip(self.chosen, each, strict=True)
-            ]
-            whole = combined(self.rule, len(self.adapters), {self.name: parts})[self.name]
-            union, total, positions = whole.indices, whole.delta, whole.positions
-        set_indices, set_values = first.frozen(self.name) or (union[:0], torch.empty(0))
-        return Changes(union, total, set_indices, set_values.to(self.dtype), positions)
+    def _combine(self) -> ParameterEntries:
+        dtype = ops.accumulation_dtype(self.dtype)
+        parts = []
+        for adapter in self.chosen:
+            indices, deltas = adapter.entries(self.name)
+            parts.append(Part(self.adapters.index(adapter), adapter.weight, indices, deltas.to(dtype)))
+        first = parts[0]
+        frozen_indices, frozen_values = self.chosen[0].frozen(self.name) or (first.indices[:0], torch.empty(0))
+        frozen = frozen_indices, frozen_values.to(self.dtype)
+        if self.rule == SUM and len(parts) == 1 and first.weight == 1:
+            return ParameterEntries(first.indices, first.delta, *frozen, [None])
+        whole = combined(self.rule, len(self.adapters), {self.name: parts})[self.name]
+        return ParameterEntries(whole.indices, whole.delta, *frozen, whole.positions)
 
 
-class Cut:
-    """Sorted indices of a tensor, cut where the parts of `step` entries begin in which it is read."""
+class PartedEntries:
+    """Entries of one tensor, cut where the parts begin in which it is read.
 
-    def __init__(self, indices: Tensor, numel: int, step: int) -> None:
-        starts = torch.arange(0, numel + step, step).clamp_(max=numel)
-        self.indices, self.step, self.bounds = indices, step, torch.searchsorted(indices.long(), starts).tolist()
+    Args:
+        stored: the tensor.
+        indices: `[m]`, flat and sorted, of the parameter that the tensor is, or is a part of.
+        values: `[m]`, what goes with them.
+        begin: the position of the tensor's first entry in the parameter.
 
-    def span(self, first: int, count: int) -> tuple[int, int]:
-        """Which of the indices lie in the part that begins at `first`."""
-        assert first % self.step == 0 and count <= self.step
-        return self.bounds[first // self.step], self.bounds[first // self.step + 1]
+    Attributes:
+        indices: `[n]`, flat and sorted, in the tensor.
+        values: `[n]`.
+        base: `[n]`, what the tensor held there before; known once all its parts were edited.
+    """
 
-    def part(self, first: int, count: int) -> tuple[slice, Tensor]:
-        """The same as a slice, and where they lie in the part."""
-        low, high = self.span(first, count)
+    def __init__(self, stored: Stored, indices: Tensor, values: Tensor, begin: int) -> None:
+        low, high = _bounds(indices, begin, stored.numel)
+        self.indices = (indices[low:high] - begin).to(pattern.index_dtype(stored.numel))
+        self.values = values[low:high]
+        self.base = torch.empty(self.indices.shape, dtype=stored.dtype)
+        self._step = CHUNK // stored.dtype.itemsize
+        starts = torch.arange(0, stored.numel + self._step, self._step).clamp_(max=stored.numel)
+        self._bounds = torch.searchsorted(self.indices.long(), starts).tolist()
+
+    def touch(self, first: int, count: int) -> bool:
+        """Whether any of them lie in the part that begins at `first`."""
+        low, high = self._span(first, count)
+        return low < high
+
+    def within(self, first: int, count: int) -> tuple[slice, Tensor]:
+        """Which of them lie in the part that begins at `first`, and where in the part, int32."""
+        low, high = self._span(first, count)
         return slice(low, high), (self.indices[low:high] - first).to(torch.int32)
 
+    def held(self, part: Tensor, first: int) -> Tensor:
+        """What a part holds at the entries."""
+        return ops.gather(part, self.within(first, part.numel())[1])
 
-def bounds(indices: Tensor, first: int, count: int) -> tuple[int, int]:
-    limits = torch.tensor([first, first + count])
-    low, high = torch.searchsorted(indices, limits.clamp(max=torch.iinfo(indices.dtype).max).to(indices.dtype)).tolist()
+    def put_base(self, part: Tensor, first: int) -> None:
+        """Let a part hold the base there."""
+        own, places = self.within(first, part.numel())
+        ops.patch_(part, places, self.base[own], None)
+
+    def _span(self, first: int, count: int) -> tuple[int, int]:
+        assert first % self._step == 0 and count <= self._step
+        number = first // self._step
+        return self._bounds[number], self._bounds[number + 1]
+
+
+def _bounds(indices: Tensor, first: int, count: int) -> tuple[int, int]:
+    """Where the indices from `first` on begin, and where they end after `count` positions."""
+    limits = torch.tensor([first, first + count]).clamp(max=torch.iinfo(indices.dtype).max)
+    low, high = torch.searchsorted(indices, limits.to(indices.dtype)).tolist()
     return low, high

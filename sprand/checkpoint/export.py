@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..adapters.file import AdapterFile, open_adapters
 from ..files import described
+from ..kernels.dtypes import dtype_name
 from .edits import Edits, Overwrite, edits_of
 from .patches import patches_of
 from .shards import Checkpoint, open_checkpoint
@@ -97,8 +98,8 @@ def vllm_patch(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, f
     for patch in patches_of(adapter, *applied):
         name = patch.name
         tensors |= {f"indices.{name}": patch.indices, f"values.{name}": patch.values, f"base.{name}": patch.base}
-        dtype = str(patch.dtype).removeprefix("torch.")
-        patches.append({"name": name, "shape": list(patch.shape), "dtype": dtype, "nnz": patch.values.numel()})
+        shape, nnz = list(patch.shape), patch.values.numel()
+        patches.append({"name": name, "shape": shape, "dtype": dtype_name(patch.dtype), "nnz": nnz})
     about = {
         "format": PATCH_FORMAT,
         "adapter_checksum": adapter.checksum,
@@ -110,7 +111,7 @@ def vllm_patch(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, f
 
 @form("dense-delta", "one dense float32 tensor of changes per parameter; with --base in the names of the checkpoint", False)
 def dense_delta(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
-    """`delta.safetensors`, zero where nothing was trained, and `delta.json`; of set values, the difference to the base."""
+    """`delta.safetensors`, zero where nothing was trained, and `delta.json`; of frozen entries, the difference to the base."""
     whole = [*adapter.heads, *(name for name, target in adapter.targets.items() if "frozen" in target)]
     if applied is None and whole:
         raise ValueError(f"{adapter.path} holds {whole[0]} as values, whose change is known with the base only; give --base")
@@ -125,11 +126,11 @@ def dense_delta(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, 
             edit.apply(part, first)
             dense[first : first + part.numel()] = part.float() - before
         if not isinstance(edit, Overwrite):
-            only = torch.isin(edit.indices, edit.set_indices, invert=True)
-            dense[edit.indices[only].long()] = edit.deltas[only].float()
+            trained = edit.trained
+            only = torch.isin(trained.indices, edit.frozen.indices, invert=True)
+            dense[trained.indices[only].long()] = trained.values[only].float()
         tensors[name] = dense.view(edit.stored.shape)
-    for target in edits.targets:
-        target.prove()
+    edits.prove()
     tensors |= {name: values.float() for name, values in edits.added.items()}
     return _write(folder, "delta", tensors, {"format": DENSE_FORMAT, "names": "of the checkpoint's tensors"})
 

@@ -6,19 +6,17 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..adapters.file import AdapterFile, open_adapters
 from ..files import described
-from .edits import Edit, Edits, Overwrite, Target, base_values, edits_of, worked_out_ahead
+from .edits import EditedParameter, Edits, edits_of
 from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
 from .shards import INDEX, Checkpoint, Shard, open_checkpoint
-from .stream import Progress, differs, header_with, write
+from .stream import Progress, Rewrite, RewrittenShard
 
 Adapters = Iterable[tuple[str | os.PathLike[str], float]]
 
@@ -76,22 +74,21 @@ def merge(
     job.prove_samples()
     unfinished = made.begin()
     try:
-        with worked_out_ahead(checkpoint, edits):
+        with edits.worked_out_ahead(checkpoint):
             for shard in checkpoint.shards.values():
                 if not (unfinished / shard.name).is_file() or job.differs(unfinished, shard, lambda count: None) is not None:
                     job.write(unfinished, shard, progress)
                 else:
                     progress(shard.size)
-        for target in edits.targets:
-            target.prove()
+        edits.prove()
     except ValueError:
         made.discard()
         raise
     left_out = carry_over(Path(base), unfinished, checkpoint)
     job.write_index(unfinished)
     if revertible:
-        described.write(unfinished / REVERT_FILE, REVERT_KEY, job.revert_description(opened), base_values(edits.by_tensor))
-    return Merged(made.finish(), count_of(edits), len(edits.by_tensor) + len(edits.added), tuple(edits.added), left_out)
+        described.write(unfinished / REVERT_FILE, REVERT_KEY, job.revert_description(opened), edits.base_values())
+    return Merged(made.finish(), edits.count, len(edits.by_tensor) + len(edits.added), tuple(edits.added), left_out)
 
 
 def verify(
@@ -109,13 +106,12 @@ def verify(
     checkpoint = open_checkpoint(base)
     edits = edits_of(checkpoint, open_adapters(adapters))
     job = _Job(checkpoint, edits)
-    with worked_out_ahead(checkpoint, edits):
+    with edits.worked_out_ahead(checkpoint):
         for shard in checkpoint.shards.values():
             wrong = job.differs(Path(out), shard, progress)
             if wrong is not None:
                 raise ValueError(f"{Path(out) / shard.name} is not what the merge writes: {wrong} is different; merge again")
-    for target in edits.targets:
-        target.prove()
+    edits.prove()
     if checkpoint.index is not None and json.loads((Path(out) / INDEX).read_text(encoding="utf-8")) != job.index():
         raise ValueError(f"{Path(out) / INDEX} is not what the merge writes; merge again")
 
@@ -126,44 +122,46 @@ class _Job:
     def __init__(self, checkpoint: Checkpoint, edits: Edits) -> None:
         self.checkpoint, self.edits = checkpoint, edits
         self.last = list(checkpoint.shards)[-1]
-        whole = {name: edit for name, edit in edits.by_tensor.items() if isinstance(edit, Overwrite)}
-        self.changes = {name: _Applied(edit, None) for name, edit in whole.items()}
-        self.changes |= {edit.stored.name: _Applied(edit, target) for target in edits.targets for edit in target.edits}
+        self.rewrites = {name: Rewrite(edit.stored, edit.touches, edit.apply) for name, edit in edits.by_tensor.items()}
+        for parameter in edits.parameters:
+            if len(parameter.edits) == 1:  # it can be proven as soon as its tensor is done
+                (edit,) = parameter.edits
+                self.rewrites[edit.stored.name] = Rewrite(edit.stored, edit.touches, edit.apply, parameter.prove)
 
     def prove_samples(self) -> None:
-        """Prove the smallest targets, one of each shard, so that a wrong base is refused before anything is written."""
-        smallest: dict[str, Target] = {}
-        for target in sorted(self.edits.targets, key=lambda target: sum(edit.stored.numel for edit in target.edits)):
-            smallest.setdefault(target.edits[0].stored.file, target)
-        for target in smallest.values():
-            for edit in target.edits:
-                for part, first in self.checkpoint.chunks(edit.stored.name):
-                    edit.apply(part, first)
-            target.prove()
+        """Prove the smallest parameters, one of each shard, so that a wrong base is refused before anything is written."""
+        smallest: dict[str, EditedParameter] = {}
+        for parameter in sorted(self.edits.parameters, key=lambda parameter: parameter.numel):
+            smallest.setdefault(parameter.edits[0].stored.file, parameter)
+        for parameter in smallest.values():
+            parameter.apply(self.checkpoint)
 
     def write(self, folder: Path, shard: Shard, progress: Progress) -> None:
         """Write one file."""
-        unfinished, added = folder / f"{shard.name}.part", self._added(shard)
-        write(shard, unfinished, self.changes, added, header_with(shard, added), progress)
+        unfinished = folder / f"{shard.name}.part"
+        self._rewritten(shard).write(unfinished, progress)
         os.replace(unfinished, folder / shard.name)
 
     def differs(self, folder: Path, shard: Shard, progress: Progress) -> str | None:
         """What is different between a written file and what it should be."""
         if not (folder / shard.name).is_file():
             return "all of it (there is no such file)"
-        added = self._added(shard)
-        return differs(shard, folder / shard.name, self.changes, added, header_with(shard, added), progress)
+        return self._rewritten(shard).differs(folder / shard.name, progress)
 
     def index(self) -> dict[str, Any] | None:
         """The index of the new checkpoint; None where there is one file."""
-        index = copy.deepcopy(self.checkpoint.index)
-        if index is None or not self.edits.added:
+        index, added = copy.deepcopy(self.checkpoint.index), self.edits.added
+        if index is None or not added:
             return index
-        index["weight_map"] |= {name: self.last for name in self.edits.added}
+        index["weight_map"] |= {name: self.last for name in added}
         metadata = index.get("metadata") or {}
-        for key, size in (("total_size", lambda values: values.nbytes), ("total_parameters", Tensor.numel)):
+        totals = {
+            "total_size": sum(values.nbytes for values in added.values()),
+            "total_parameters": sum(values.numel() for values in added.values()),
+        }
+        for key, total in totals.items():
             if isinstance(metadata.get(key), int):
-                metadata[key] += sum(size(values) for values in self.edits.added.values())
+                metadata[key] += total
         return index
 
     def write_index(self, folder: Path) -> None:
@@ -189,30 +187,10 @@ class _Job:
             "index": index,
         }
 
-    def _added(self, shard: Shard) -> Mapping[str, Tensor]:
-        return self.edits.added if shard.name == self.last else {}
-
-
-class _Applied:
-    """An edit as a file is written; a target that is one tensor is proven as soon as that is done."""
-
-    def __init__(self, edit: Edit | Overwrite, target: Target | None) -> None:
-        self.edit, self.stored, self.touches, self.target = edit, edit.stored, edit.touches, target
-
-    def __call__(self, part: Tensor, first: int) -> None:
-        self.edit.apply(part, first)
-
-    def finish(self) -> None:
-        if self.target is not None and len(self.target.edits) == 1:
-            self.target.prove()
+    def _rewritten(self, shard: Shard) -> RewrittenShard:
+        return RewrittenShard(shard, self.rewrites, self.edits.added if shard.name == self.last else {})
 
 
 def adapters_of(opened: Iterable[AdapterFile]) -> list[dict[str, Any]]:
     """Which adapters, with which weights."""
     return [{"checksum": adapter.checksum, "weight": adapter.weight} for adapter in opened]
-
-
-def count_of(edits: Edits) -> int:
-    """How many entries are changed or added."""
-    changed = sum(values.numel() for values in base_values(edits.by_tensor).values())
-    return changed + sum(values.numel() for values in edits.added.values())

@@ -49,16 +49,16 @@ def patches_of(adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits) -> It
         if torch.isnan(values).any() or torch.isnan(base).any():
             raise ValueError(f"{name} would hold values that are no numbers, and vLLM takes those for untouched entries")
         yield TensorPatch(name, edit.stored.shape, edit.stored.dtype, indices, values, base)
-    for target in edits.targets:
-        target.prove()
+    edits.prove()
 
 
 def _changed(checkpoint: Checkpoint, edit: Edit | Overwrite) -> tuple[Tensor, Tensor, Tensor]:
     """Positions of the entries that an edit changes, and their values after and before it."""
     numel = edit.stored.numel
-    positions = (
-        torch.arange(numel) if isinstance(edit, Overwrite) else torch.cat([edit.indices, edit.set_indices]).unique().long()
-    )
+    if isinstance(edit, Overwrite):
+        positions = torch.arange(numel)
+    else:
+        positions = torch.cat([edit.trained.indices, edit.frozen.indices]).unique().long()
     values, base = (torch.empty(positions.shape, dtype=edit.stored.dtype) for _ in range(2))
     for part, first in checkpoint.chunks(edit.stored.name):
         low, high = torch.searchsorted(positions, torch.tensor([first, first + part.numel()])).tolist()

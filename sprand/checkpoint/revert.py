@@ -12,11 +12,11 @@ from torch import Tensor
 from ..adapters.file import open_adapters
 from ..files import described
 from ..files.forms import NUMBER, TEXT, WHOLE, list_of, optional, record
-from .edits import Edit, Overwrite, base_values, edits_of
+from .edits import Edits, edits_of
 from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
 from .merge import Adapters, Merged, adapters_of
 from .shards import INDEX, Checkpoint, open_checkpoint, read_header
-from .stream import Progress, write
+from .stream import Progress, Rewrite, RewrittenShard
 
 FORM = record(
     {
@@ -69,10 +69,9 @@ def revert(
     checkpoint = _without(open_checkpoint(merged), description["added"])
     made = NewFolder(out, identity_of(checkpoint, revert=adapters_of(opened)))
     edits = edits_of(checkpoint, opened)
-    _give_base(edits.by_tensor, values, folder / REVERT_FILE)
-    for target in edits.targets:
-        target.prove()
-    changes = {name: _Restored(edit) for name, edit in edits.by_tensor.items()}
+    _give_base(edits, values, folder / REVERT_FILE)
+    edits.prove()
+    rewrites = {name: Rewrite(edit.stored, edit.touches, edit.restore) for name, edit in edits.by_tensor.items()}
     last = list(checkpoint.shards)[-1]
     made.discard()
     unfinished = made.begin()
@@ -80,7 +79,7 @@ def revert(
         for shard in checkpoint.shards.values():
             text = description["header"].encode() if shard.name == last and description["header"] is not None else None
             header = None if text is None else len(text).to_bytes(8, "little") + text
-            write(shard, unfinished / shard.name, changes, {}, header, progress)
+            RewrittenShard(shard, rewrites, header=header).write(unfinished / shard.name, progress)
             if header is not None:
                 read_header(unfinished / shard.name)
     except ValueError:
@@ -92,20 +91,7 @@ def revert(
     elif checkpoint.index is not None:
         shutil.copyfile(folder / INDEX, unfinished / INDEX)
     count = sum(value.numel() for value in values.values())
-    return Merged(made.finish(), count, len(changes), tuple(description["added"]), left_out)
-
-
-class _Restored:
-    """An edit taken back as a file is written."""
-
-    def __init__(self, edit: Edit | Overwrite) -> None:
-        self.edit, self.stored, self.touches = edit, edit.stored, edit.touches
-
-    def __call__(self, part: Tensor, first: int) -> None:
-        self.edit.restore(part, first)
-
-    def finish(self) -> None:
-        """Every part was proven."""
+    return Merged(made.finish(), count, len(rewrites), tuple(description["added"]), left_out)
 
 
 def _without(checkpoint: Checkpoint, added: list[str]) -> Checkpoint:
@@ -118,13 +104,10 @@ def _without(checkpoint: Checkpoint, added: list[str]) -> Checkpoint:
     return dataclasses.replace(checkpoint, shards=shards, tensors=tensors)
 
 
-def _give_base(edits: dict[str, Edit | Overwrite], values: dict[str, Tensor], file: Path) -> None:
-    expected = {name: (value.shape, value.dtype) for name, value in base_values(edits).items()}
+def _give_base(edits: Edits, values: dict[str, Tensor], file: Path) -> None:
+    """Let every edit know what its tensor held before."""
+    expected = {name: (value.shape, value.dtype) for name, value in edits.base_values().items()}
     if expected != {name: (value.shape, value.dtype) for name, value in values.items()}:
         raise ValueError(f"{file} does not hold the base values of these adapters; take the base checkpoint instead")
-    for name, edit in edits.items():
-        if isinstance(edit, Overwrite):
-            edit.base = values[f"whole.{name}"]
-            continue
-        edit.base.copy_(values[f"base.{name}"])
-        edit.set_base.copy_(values.get(f"set.{name}", edit.set_base))
+    for name, base in edits.base_values().items():
+        base.copy_(values[name])

@@ -8,8 +8,8 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,142 +23,128 @@ Progress = Callable[[int], None]
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
-class Change(Protocol):
-    """What happens to a tensor, part by part."""
+@dataclass(frozen=True)
+class Rewrite:
+    """How a tensor changes while its file is written, part by part.
+
+    Attributes:
+        stored: the tensor.
+        touches: whether any of `count` entries from `first` on change.
+        apply: changes a part, flat, in place, whose first entry is `first`.
+        finish: what to do when all parts are done, if anything.
+    """
 
     stored: Stored
-
-    def touches(self, first: int, count: int) -> bool:
-        """Whether any of `count` entries from `first` on change."""
-
-    def __call__(self, part: Tensor, first: int) -> None:
-        """Change a part, flat, in place."""
-
-    def finish(self) -> None:
-        """All parts are done."""
+    touches: Callable[[int, int], bool]
+    apply: Callable[[Tensor, int], None]
+    finish: Callable[[], None] | None = None
 
 
-def write(
-    shard: Shard,
-    target: Path,
-    changes: Mapping[str, Change],
-    added: Mapping[str, Tensor],
-    header: bytes | None,
-    progress: Progress,
-) -> None:
-    """Write a shard to another file with tensors changed and tensors added.
+@dataclass(frozen=True)
+class RewrittenShard:
+    """A safetensors file as it is to be: another one with tensors changed, and tensors added at its end.
 
-    Where the file system lets files share blocks, only the parts that change are written.
-
-    Args:
+    Attributes:
         shard: what is read.
-        target: what is written; it need not exist.
-        changes: by tensor name.
+        rewrites: how tensors change, by name.
         added: tensors that are put at the end.
-        header: the whole header with its length, where it is not the shard's own.
-        progress: called with the number of bytes that are done.
-
-    Raises:
-        OSError: it cannot be written.
+        header: the whole header with its length, where it is neither the shard's own nor that with the added tensors in it.
     """
-    with (
-        open(shard.path, "rb", buffering=0) as source,
-        open(target, "wb", buffering=0) as out,
-        ThreadPoolExecutor(1) as writer,
-    ):
-        shared = header is None and not added and _share(source.fileno(), out.fileno())
-        shift = 0
-        if not shared:
-            header = header or _head(source.fileno(), shard)
-            shift = len(header) - shard.data
-            write_all(out.fileno(), memoryview(header), 0)
-        for begin, end, change in spans(shard, changes):
-            if change is None and not shared:
-                _copy(source.fileno(), out.fileno(), begin, end, shift, progress)
-            elif change is None:
-                progress(end - begin)
-            else:
-                under_way = None
-                for at, content, touched in _changed(source.fileno(), begin, end, change, buffers=2):
-                    if under_way is not None:
-                        under_way.result()
-                    under_way = writer.submit(_put, out.fileno(), content, at + shift) if touched or not shared else None
+
+    shard: Shard
+    rewrites: Mapping[str, Rewrite]
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    header: bytes | None = None
+
+    def write(self, target: Path, progress: Progress) -> None:
+        """Write the file; where the file system lets files share blocks, only the parts that change are written.
+
+        Args:
+            target: what is written; it need not exist.
+            progress: called with the number of bytes that are done.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        with (
+            open(self.shard.path, "rb", buffering=0) as source,
+            open(target, "wb", buffering=0) as out,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            reads, writes = source.fileno(), out.fileno()
+            header = self._new_header()
+            shared = header is None and _share(reads, writes)
+            shift = 0
+            if not shared:
+                header = header or _own_header(reads, self.shard)
+                shift = len(header) - self.shard.data
+                write_all(writes, memoryview(header), 0)
+            for begin, end, rewrite in self._spans():
+                if rewrite is not None:
+                    _write_changed(writer, reads, writes, rewrite, shift, shared, progress)
+                elif shared:
+                    progress(end - begin)
+                else:
+                    _copy(reads, writes, begin, end, shift, progress)
+            at = max((stored.end for stored in self.shard.tensors), default=self.shard.data) + shift
+            for values in self.added.values():
+                at += write_all(writes, _bytes(values), at)
+
+    def differs(self, target: Path, progress: Progress) -> str | None:
+        """Prove that a file is what `write` would make.
+
+        Returns:
+            None, or what is different: `"size"`, `"header"`, or the name of a tensor.
+        """
+        with open(self.shard.path, "rb", buffering=0) as source, open(target, "rb", buffering=0) as other:
+            reads, written = source.fileno(), other.fileno()
+            header = self._new_header() or _own_header(reads, self.shard)
+            shift = len(header) - self.shard.data
+            if target.stat().st_size != self.shard.size + shift + sum(values.nbytes for values in self.added.values()):
+                return "size"
+            buffer = bytearray(max(CHUNK, len(header)))
+            if header != _read(written, buffer, 0, len(header)):
+                return "header"
+            for begin, end, rewrite in self._spans():
+                for at, content in _expected(reads, begin, end, rewrite):
+                    if not _equal(content, _read(written, buffer, at + shift, len(content))):
+                        return f"bytes {begin} to {end}" if rewrite is None else rewrite.stored.name
                     progress(len(content))
-                if under_way is not None:
-                    under_way.result()
-        at = max((stored.end for stored in shard.tensors), default=shard.data) + shift
-        for values in added.values():
-            at += write_all(out.fileno(), _bytes(values), at)
-
-
-def differs(
-    shard: Shard,
-    target: Path,
-    changes: Mapping[str, Change],
-    added: Mapping[str, Tensor],
-    header: bytes | None,
-    progress: Progress,
-) -> str | None:
-    """Prove that a file is what `write` would make.
-
-    Returns:
-        None, or what is different: `"size"`, `"header"`, or the name of a tensor.
-    """
-    with open(shard.path, "rb", buffering=0) as source, open(target, "rb", buffering=0) as other:
-        header = header or _head(source.fileno(), shard)
-        shift = len(header) - shard.data
-        expected = shard.size + shift + sum(values.nbytes for values in added.values())
-        if target.stat().st_size != expected:
-            return "size"
-        buffer = bytearray(max(CHUNK, len(header)))
-        if header != _read(other.fileno(), buffer, 0, len(header)):
-            return "header"
-        for begin, end, change in spans(shard, changes):
-            parts = (
-                ((at, part, True) for at, part in read_range(source.fileno(), bytearray(CHUNK), begin, end))
-                if change is None
-                else _changed(source.fileno(), begin, end, change)
-            )
-            for at, content, _ in parts:
-                if not _equal(content, _read(other.fileno(), buffer, at + shift, len(content))):
-                    return change.stored.name if change is not None else f"bytes {begin} to {end}"
-                progress(len(content))
-        at = shard.size + shift
-        for name, values in added.items():
-            content = _bytes(values)
-            for start in range(0, len(content), CHUNK):
-                part = content[start : start + CHUNK]
-                if not _equal(part, _read(other.fileno(), buffer, at + start, len(part))):
-                    return name
-            at += len(content)
-    return None
-
-
-def spans(shard: Shard, changes: Mapping[str, Change]) -> Iterator[tuple[int, int, Change | None]]:
-    """The data of a shard in order: tensors that change, and the bytes between them."""
-    begin = at = shard.data
-    for stored in shard.tensors:
-        if stored.name in changes:
-            if begin < stored.begin:
-                yield begin, stored.begin, None
-            yield stored.begin, stored.end, changes[stored.name]
-            begin = stored.end
-        at = stored.end
-    if begin < at:
-        yield begin, at, None
-
-
-def header_with(shard: Shard, added: Mapping[str, Tensor]) -> bytes | None:
-    """The header of a shard with tensors added at its end, its length included; None where there are none."""
-    if not added:
+            at = self.shard.size + shift
+            for name, values in self.added.items():
+                content = _bytes(values)
+                for start in range(0, len(content), CHUNK):
+                    part = content[start : start + CHUNK]
+                    if not _equal(part, _read(written, buffer, at + start, len(part))):
+                        return name
+                at += len(content)
         return None
-    entries, at = dict(shard.header), shard.size - shard.data
-    for name, values in added.items():
-        entries[name] = {"dtype": CODES[values.dtype], "shape": list(values.shape), "data_offsets": [at, at + values.nbytes]}
-        at += values.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+
+    def _spans(self) -> Iterator[tuple[int, int, Rewrite | None]]:
+        """The data of the shard in order: tensors that change, and the bytes between them."""
+        begin = at = self.shard.data
+        for stored in self.shard.tensors:
+            if stored.name in self.rewrites:
+                if begin < stored.begin:
+                    yield begin, stored.begin, None
+                yield stored.begin, stored.end, self.rewrites[stored.name]
+                begin = stored.end
+            at = stored.end
+        if begin < at:
+            yield begin, at, None
+
+    def _new_header(self) -> bytes | None:
+        """The header with its length; None where it is the shard's own."""
+        if self.header is not None or not self.added:
+            return self.header
+        entries, at = dict(self.shard.header), self.shard.size - self.shard.data
+        for name, values in self.added.items():
+            offsets = [at, at + values.nbytes]
+            entries[name] = {"dtype": CODES[values.dtype], "shape": list(values.shape), "data_offsets": offsets}
+            at += values.nbytes
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
 
 def write_all(handle: int, content: memoryview, at: int) -> int:
@@ -180,19 +166,41 @@ def _begin_writeback(handle: int, at: int, count: int) -> None:
         _sync_file_range(handle, ctypes.c_int64(at), ctypes.c_int64(count), WRITE_OUT)
 
 
-def _changed(handle: int, begin: int, end: int, change: Change, buffers: int = 1) -> Iterator[tuple[int, memoryview, bool]]:
+def _write_changed(
+    writer: ThreadPoolExecutor, source: int, target: int, rewrite: Rewrite, shift: int, shared: bool, progress: Progress
+) -> None:
+    """Write a tensor that changes, each part while the next one is made; where blocks are shared, only what is touched."""
+    under_way = None
+    for at, content, touched in _changed(source, rewrite, buffers=2):
+        if under_way is not None:
+            under_way.result()
+        under_way = writer.submit(_put, target, content, at + shift) if touched or not shared else None
+        progress(len(content))
+    if under_way is not None:
+        under_way.result()
+
+
+def _expected(source: int, begin: int, end: int, rewrite: Rewrite | None) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of a file from `begin` to `end` as they are to be, in parts, each with its position."""
+    if rewrite is None:
+        return read_range(source, bytearray(CHUNK), begin, end)
+    return ((at, content) for at, content, _ in _changed(source, rewrite))
+
+
+def _changed(handle: int, rewrite: Rewrite, buffers: int = 1) -> Iterator[tuple[int, memoryview, bool]]:
     """The bytes of a tensor after its change, in parts, and whether each was touched; memory is reused `buffers` parts later."""
-    stored = change.stored
+    stored = rewrite.stored
     size = stored.dtype.itemsize
-    memory = [bytearray(min(CHUNK, end - begin)) for _ in range(buffers)]
-    for number, start in enumerate(range(begin, end, CHUNK)):
-        at, content = next(read_range(handle, memory[number % buffers], start, min(start + CHUNK, end)))
-        first, count = (at - begin) // size, len(content) // size
-        touched = change.touches(first, count)
+    memory = [bytearray(min(CHUNK, stored.end - stored.begin)) for _ in range(buffers)]
+    for number, start in enumerate(range(stored.begin, stored.end, CHUNK)):
+        at, content = next(read_range(handle, memory[number % buffers], start, min(start + CHUNK, stored.end)))
+        first, count = (at - stored.begin) // size, len(content) // size
+        touched = rewrite.touches(first, count)
         if touched:
-            change(torch.frombuffer(content, dtype=stored.dtype), first)
+            rewrite.apply(torch.frombuffer(content, dtype=stored.dtype), first)
         yield at, content, touched
-    change.finish()
+    if rewrite.finish is not None:
+        rewrite.finish()
 
 
 def _copy(source: int, target: int, begin: int, end: int, shift: int, progress: Progress) -> None:
@@ -221,7 +229,7 @@ def _share(source: int, target: int) -> bool:
     return True
 
 
-def _head(handle: int, shard: Shard) -> bytes:
+def _own_header(handle: int, shard: Shard) -> bytes:
     return bytes(_read(handle, bytearray(shard.data), 0, shard.data))
 
 

@@ -100,30 +100,30 @@ def supertuning(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, 
 
 def _of_files(to: str, adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits, folder: Path) -> list[Path]:
     linear, changes = _linear_weights(checkpoint.folder), []
-    for target in edits.targets:
-        called = next((edit.stored.name for edit in target.edits if edit.stored.name in linear), None)
-        if target.name not in linear and called is not None:
+    for parameter in edits.parameters:
+        name, tensors = parameter.name, [edit.stored.name for edit in parameter.edits]
+        called = next((tensor for tensor in tensors if tensor in linear), None)
+        if name not in linear and called is not None:
             raise ValueError(
-                f"{target.name}: the model of this base calls that weight {called}, and PEFT, which goes by a model's "
+                f"{name}: the model of this base calls that weight {called}, and PEFT, which goes by a model's "
                 f"own names, would not find it as {to}; merge the adapter into its base instead (sprand merge)"
             )
-        if target.name not in linear or len(target.edits) != 1:
-            raise ValueError(f"{target.name} {NOT_LINEAR.format(to)} (sprand merge)")
-        (edit,) = target.edits
-        for part, first in checkpoint.chunks(edit.stored.name):
-            edit.apply(part, first)
-        target.prove()
-        set_deltas, exact = exact_deltas(edit.set_base, edit.set_values)
+        if name not in linear or len(tensors) != 1:
+            raise ValueError(f"{name} {NOT_LINEAR.format(to)} (sprand merge)")
+        parameter.apply(checkpoint)
+        (edit,) = parameter.edits
+        trained, frozen = edit.trained, edit.frozen
+        frozen_deltas, exact = exact_deltas(frozen.base, frozen.values)
         if not exact.all():
             raise ValueError(
-                f"{adapter.path} holds entries of {target.name} as values that no change of the base gives exactly, and {to} "
+                f"{adapter.path} holds entries of {name} as values that no change of the base gives exactly, and {to} "
                 "stores changes; merge the adapter into its base instead (sprand merge)"
             )
-        indices, order = torch.cat([edit.indices, edit.set_indices]).sort()
-        base, values = (torch.cat(pair)[order] for pair in ((edit.base, edit.set_base), (edit.deltas, set_deltas)))
-        changes.append(
-            Change(target.name, edit.stored.shape, indices, values.float(), base if edit.stored.dtype in NARROW else None)
-        )
+        indices, order = torch.cat([trained.indices, frozen.indices]).sort()
+        base = torch.cat([trained.base, frozen.base])[order]
+        deltas = torch.cat([trained.values, frozen_deltas])[order]
+        narrow = edit.stored.dtype in NARROW
+        changes.append(Change(name, edit.stored.shape, indices, deltas.float(), base if narrow else None))
     saved = sorted({name.rpartition(".")[0] for name in adapter.heads})
     heads = {f"{PREFIX}{name}": values for name, values in adapter.heads.items()}
     return write(folder, to, changes, heads, modules_to_save=saved or None, base_model_name_or_path=adapter.base_model)
