@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.combining import Origin, Part, Rule, combined, content_checksum, record, shared_counts
+from ..adapters.combining import Origin, Part, Rule, Whole, combined, content_checksum, record, shared_counts
 from ..adapters.file import AdapterFile, Trained, finite
 from ..files import described
 from ..selection import pattern
@@ -22,6 +22,7 @@ from .merge import Adapters
 from .shards import Checkpoint, open_checkpoint
 from .stream import Progress
 
+ANEW = "combine the others anew instead"
 Listed = dict[str, tuple[Tensor, Tensor]]  # indices and deltas by parameter name
 
 
@@ -127,32 +128,66 @@ def remove(
         raise ValueError(
             f"{whole} was made {how}; only an adapter that sprand combine --method sum wrote can lose one of its parts"
         )
-    own, found = _entries_of(combination), _entries_of(taken)
-    checksum, again = _checksum(found), "combine the others anew instead"
-    here = [origin for origin in selection["sources"] if origin["checksum"] == checksum]
-    if not here:
-        names = ", ".join(origin["name"] for origin in selection["sources"])
-        raise ValueError(f"{adapter} is not in {whole}, which was made of {names} (or it was trained further since)")
-    if here[0]["shared"]:
-        raise ValueError(
-            f"{here[0]['shared']:,} entries of {adapter} are in other parts of {whole} as well, and what those were before is "
-            f"not known to the bit; {again} (train with disjoint= to have parts that can be taken out)"
-        )
-    if len(selection["sources"]) == 1:
-        raise ValueError(f"{adapter} is all there is in {whole}; nothing would be left")
-    kept = {name: torch.ones(indices.numel(), dtype=torch.bool) for name, (indices, _) in own.items()}
-    parts = {name: [Part(0, here[0]["weight"], *pair)] for name, pair in found.items()}
-    for name, part in combined(Rule(), 1, parts).items():
-        places = torch.searchsorted(own[name][0], part.indices).clamp(max=own[name][0].numel() - 1) if name in own else None
-        if places is None or not all(map(torch.equal, (own[name][0][places], own[name][1][places]), (part.indices, part.delta))):
-            raise ValueError(f"{whole} was trained further since {adapter} was combined into it; {again}")
-        kept[name][places] = False
+    origin = _origin(combination, taken)
+    own = _entries_of(combination)
+    left = _left(combination, own, taken, origin["weight"])
     checkpoint = open_checkpoint(base)
     bases = read_bases(checkpoint, edits_of(checkpoint, [combination]), progress)
-    listed = {name: (own[name][0][keep], own[name][1][keep]) for name, keep in kept.items() if keep.any()}
-    bases = {name: bases[name][kept[name]] for name in listed}
-    selection = selection | {"sources": [origin for origin in selection["sources"] if origin is not here[0]]}
-    return _write(out, checkpoint, [combination], _trained([combination], listed, bases), selection, ())
+    listed = {name: (indices[left[name]], deltas[left[name]]) for name, (indices, deltas) in own.items() if left[name].any()}
+    bases = {name: bases[name][left[name]] for name in listed}
+    others = [source for source in selection["sources"] if source is not origin]
+    trained = _trained([combination], listed, bases)
+    return _write(out, checkpoint, [combination], trained, selection | {"sources": others}, ())
+
+
+def _origin(combination: AdapterFile, taken: AdapterFile) -> dict[str, Any]:
+    """What a sum says of one of its parts.
+
+    Raises:
+        ValueError: The adapter is none of its parts, shares entries with another one, or is the only one.
+    """
+    sources = combination.selection["sources"]
+    checksum = _checksum(_entries_of(taken))
+    origin = next((source for source in sources if source["checksum"] == checksum), None)
+    if origin is None:
+        names = ", ".join(source["name"] for source in sources)
+        raise ValueError(
+            f"{taken.path} is not in {combination.path}, which was made of {names} (or it was trained further since)"
+        )
+    if origin["shared"]:
+        raise ValueError(
+            f"{origin['shared']:,} entries of {taken.path} are in other parts of {combination.path} as well, and what those were "
+            f"before is not known to the bit; {ANEW} (train with disjoint= to have parts that can be taken out)"
+        )
+    if len(sources) == 1:
+        raise ValueError(f"{taken.path} is all there is in {combination.path}; nothing would be left")
+    return origin
+
+
+def _left(combination: AdapterFile, own: Listed, taken: AdapterFile, weight: float) -> dict[str, Tensor]:
+    """Which entries of a sum are left without one of its parts, bool `[nnz]` by parameter name.
+
+    Raises:
+        ValueError: The sum does not hold the part to the bit.
+    """
+    left = {name: torch.ones(indices.numel(), dtype=torch.bool) for name, (indices, _) in own.items()}
+    parts = {name: [Part(0, weight, *entries)] for name, entries in _entries_of(taken).items()}
+    for name, part in combined(Rule(), 1, parts).items():
+        places = _places(own[name], part) if name in own else None
+        if places is None:
+            raise ValueError(f"{combination.path} was trained further since {taken.path} was combined into it; {ANEW}")
+        left[name][places] = False
+    return left
+
+
+def _places(entries: tuple[Tensor, Tensor], part: Whole) -> Tensor | None:
+    """Where the entries of a part stand among others; None where these do not hold them to the bit."""
+    indices, deltas = entries
+    if indices.numel() < part.indices.numel():
+        return None
+    places = torch.searchsorted(indices, part.indices).clamp(max=indices.numel() - 1)
+    same = torch.equal(indices[places], part.indices) and torch.equal(deltas[places], part.delta)
+    return places if same else None
 
 
 def _combinable(adapter: AdapterFile, drop_heads: bool) -> AdapterFile:

@@ -81,14 +81,13 @@ def diff(
     trained: dict[str, Trained] = {}
     changed = values = kept = 0
     for name, other in names.items():
-        entries = _Entries(one, two, name, other, progress)
-        changed += entries.indices.numel()
-        entries.keep_largest(density)
-        if not entries.indices.numel():
-            continue
-        trained[other] = entries.trained()
-        kept += entries.indices.numel()
-        values += int((~entries.exact).sum())
+        differing = _differing(one, two, name, other, progress)
+        changed += differing.count
+        largest = differing.largest(density)
+        if largest.count:
+            trained[other] = largest.trained()
+            kept += largest.count
+            values += int((~largest.exact).sum())
     added = {name: two.read(name).view(two.tensors[name].shape) for name in two.tensors if name not in names.values()}
     missing = tuple(name for name in one.tensors if name not in names and name not in added)
     if not trained and not added:
@@ -97,7 +96,8 @@ def diff(
         if value.dtype not in TRAINABLE:
             raise ValueError(f"{name} is only in {tuned}, as {two.tensors[name].code}; expected F64, F32, F16 or BF16")
     config = SparseConfig(strategy=GIVEN, target_modules=None, target_parameters=tuple(trained) or None)
-    base_model, selection = one.config.get("_name_or_path") or one.folder.name, {"strategy": "diff", "density": density}
+    base_model = one.config.get("_name_or_path") or one.folder.name
+    selection = {"strategy": "diff", "density": density}
     folder = AdapterFile.made(path, config, trained, added, base_model, selection).store()
     return Difference(folder, changed, kept, values, len(trained), len(names), tuple(added), missing)
 
@@ -114,16 +114,16 @@ def exact_deltas(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = ops.accumulation_dtype(base.dtype)
     deltas = tuned.to(wide) - base.to(wide)
-    found = torch.where(torch.isfinite(deltas), deltas, 0)
-    exact = same_bits(patched(base, found), tuned)
+    best = torch.where(torch.isfinite(deltas), deltas, 0)
+    exact = same_bits(patched(base, best), tuned)
     for towards in (torch.inf, -torch.inf):
         if exact.all():
             break
         near = torch.nextafter(deltas, torch.full_like(deltas, towards))
         near = torch.where(torch.isfinite(near), near, 0)
         better = ~exact & same_bits(patched(base, near), tuned)
-        found, exact = torch.where(better, near, found), exact | better
-    return torch.where(exact, found, 0), exact
+        best, exact = torch.where(better, near, best), exact | better
+    return torch.where(exact, best, 0), exact
 
 
 def same_bits(one: Tensor, two: Tensor) -> Tensor:
@@ -131,31 +131,39 @@ def same_bits(one: Tensor, two: Tensor) -> Tensor:
     return _integers(one) == _integers(two)
 
 
-class _Entries:
-    """The entries of one tensor that differ: indices, both values, deltas, and where these are exact."""
+@dataclass(frozen=True, eq=False)
+class _Differing:
+    """The entries of one tensor that differ.
 
-    def __init__(self, one: Checkpoint, two: Checkpoint, name: str, other: str, progress: Progress) -> None:
-        self.name, self.stored = other, one.tensors[name]
-        found = list(_differing(one, two, name, other, progress))
-        self.indices, self.base, self.tuned = (torch.cat([part[i] for part in found]) for i in range(3))
-        if not self.indices.numel():
-            self.deltas, self.exact = torch.empty(0), torch.empty(0, dtype=torch.bool)
-            return
-        if self.stored.dtype not in TRAINABLE:
-            raise ValueError(f"{name} is {self.stored.code} and differs; expected changes in F64, F32, F16 or BF16 tensors only")
-        if not torch.isfinite(self.tuned).all():
-            raise ValueError(f"{two.folder}: {other} holds values that are no finite numbers; take another copy of it")
-        self.deltas, self.exact = exact_deltas(self.base, self.tuned)
+    Attributes:
+        stored: the tensor.
+        indices: `[n]`, flat, ascending.
+        base, tuned: `[n]`, both values.
+        deltas: `[n]`, see `exact_deltas`.
+        exact: `[n]`, bool, where the delta gives the tuned value.
+    """
 
-    def keep_largest(self, density: float | None) -> None:
-        """Keep the entries that changed most, at most a fraction of the tensor."""
-        count = self.indices.numel() if density is None else round(density * self.stored.numel)
-        if count >= self.indices.numel():
-            return
+    stored: Stored
+    indices: Tensor
+    base: Tensor
+    tuned: Tensor
+    deltas: Tensor
+    exact: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return self.indices.numel()
+
+    def largest(self, density: float | None) -> _Differing:
+        """The entries that changed most, at most a fraction of the tensor; all of them without one."""
+        count = self.count if density is None else round(density * self.stored.numel)
+        if count >= self.count:
+            return self
         size = (self.tuned.double() - self.base.double()).abs().nan_to_num(nan=torch.inf)
         places = topk.largest(topk.order_keys(size), count)
-        for name in ("indices", "base", "tuned", "deltas", "exact"):
-            setattr(self, name, getattr(self, name)[places])
+        lists = self.indices, self.base, self.tuned, self.deltas, self.exact
+        return _Differing(self.stored, *(values[places] for values in lists))
 
     def trained(self) -> Trained:
         """The entries as an adapter holds them: deltas, and values where no delta is exact."""
@@ -168,35 +176,52 @@ def _names(one: Checkpoint, two: Checkpoint) -> dict[str, str]:
     """For each tensor of one checkpoint that the other has too, in the same shape, its name there.
 
     Raises:
-        ValueError: none is there, or one is in another dtype.
+        ValueError: No tensor is in both, or one is in another dtype.
     """
     names = {name: name for name in one.tensors if name in two.tensors}
     if not names:
-        found, _ = resolve(two, {name: stored.shape for name, stored in one.tensors.items()})
-        names = {name: parts[0] for name, parts in found.items() if len(parts) == 1}
-    names = {name: other for name, other in names.items() if one.tensors[name].shape == two.tensors[other].shape}
+        places, _ = resolve(two, {name: stored.shape for name, stored in one.tensors.items()})
+        names = {name: parts[0] for name, parts in places.items() if len(parts) == 1}
+    alike = {}
     for name, other in names.items():
         here, there = one.tensors[name], two.tensors[other]
+        if here.shape != there.shape:
+            continue
         if here.code != there.code:
             raise ValueError(f"{name} is {here.code} in {one.folder} and {there.code} in {two.folder}; save both in one dtype")
-    return names
+        alike[name] = other
+    return alike
 
 
-def _differing(
+def _differing(one: Checkpoint, two: Checkpoint, name: str, other: str, progress: Progress) -> _Differing:
+    """The entries of a tensor that differ in any bit.
+
+    Raises:
+        ValueError: The tensor differs and is of a dtype that is not trained, or a tuned value is not finite.
+    """
+    stored = one.tensors[name]
+    indices, base, tuned = map(torch.cat, zip(*_parts(one, two, name, other, progress), strict=True))
+    if not indices.numel():
+        return _Differing(stored, indices, base, tuned, torch.empty(0), torch.empty(0, dtype=torch.bool))
+    if stored.dtype not in TRAINABLE:
+        raise ValueError(f"{name} is {stored.code} and differs; expected changes in F64, F32, F16 or BF16 tensors only")
+    if not torch.isfinite(tuned).all():
+        raise ValueError(f"{two.folder}: {other} holds values that are no finite numbers; take another copy of it")
+    return _Differing(stored, indices, base, tuned, *exact_deltas(base, tuned))
+
+
+def _parts(
     one: Checkpoint, two: Checkpoint, name: str, other: str, progress: Progress
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Part by part: positions where two tensors differ in any bit, and both values there."""
-    yield torch.empty(0, dtype=torch.int64), *(torch.empty(0, dtype=_dtype(one.tensors[name])) for _ in range(2))
+    """Part by part: positions where two tensors differ in any bit, and both values there; first an empty part."""
+    nothing = torch.empty(0, dtype=one.tensors[name].dtype or torch.uint8)
+    yield torch.empty(0, dtype=torch.int64), nothing, nothing
     for (before, first), (after, _) in zip(one.chunks(name), two.chunks(other), strict=True):
         progress(before.nbytes)
         if torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
             continue
         places = (~same_bits(before, after)).nonzero().flatten()
         yield places + first, before[places], after[places]
-
-
-def _dtype(stored: Stored) -> torch.dtype:
-    return stored.dtype or torch.uint8
 
 
 def _integers(values: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Change:
+class LargeChange:
     """One of the largest changes: where, and by how much."""
 
     name: str
@@ -69,7 +69,7 @@ class Report:
     path: Path
     chosen: str
     lines: list[Line]
-    changes: list[Change]
+    changes: list[LargeChange]
     description: dict[str, Any]
     saved: dict[str, list[int]]
 
@@ -136,23 +136,31 @@ def _line(adapter: AdapterFile, name: str, base: Tensor | None) -> Line:
     _, deltas = adapter.entries(name)
     frozen = adapter.frozen(name)
     shape = tuple(adapter.targets[name]["shape"])
-    count, values = deltas.numel(), 0 if frozen is None else frozen[0].numel()
-    density = (count + values) / max(1, math.prod(shape))
-    visible = None if base is None else _visible(base, deltas)
-    if not count:
-        return Line(name, shape, count, values, density, 0.0, 0.0, 0.0, visible)
-    size = deltas.double().abs()
-    rms, zero = float(size.square().mean().sqrt()), float((deltas == 0).double().mean())
-    return Line(name, shape, count, values, density, rms, float(size.max()), zero, visible)
+    values = 0 if frozen is None else frozen[0].numel()
+    sizes = deltas.double().abs()
+    some = deltas.numel() > 0
+    return Line(
+        name=name,
+        shape=shape,
+        nnz=deltas.numel(),
+        values=values,
+        density=(deltas.numel() + values) / max(1, math.prod(shape)),
+        rms=float(sizes.square().mean().sqrt()) if some else 0.0,
+        largest=float(sizes.max()) if some else 0.0,
+        zero=float((sizes == 0).double().mean()) if some else 0.0,
+        visible=None if base is None else _visible(base, deltas),
+    )
 
 
-def _largest(adapter: AdapterFile, name: str, top: int) -> list[Change]:
+def _largest(adapter: AdapterFile, name: str, top: int) -> list[LargeChange]:
     """The largest changes of one parameter."""
     indices, deltas = adapter.entries(name)
-    shape, changes = tuple(adapter.targets[name]["shape"]), []
-    for place in deltas.double().abs().topk(min(top, deltas.numel())).indices.tolist():
-        position = tuple(int(x) for x in torch.unravel_index(indices[place].long(), shape)) if shape else ()
-        changes.append(Change(name, position, float(deltas[place])))
+    shape = tuple(adapter.targets[name]["shape"])
+    places = deltas.double().abs().topk(min(top, deltas.numel())).indices
+    changes = []
+    for index, delta in zip(indices[places].long(), deltas[places].tolist(), strict=True):
+        position = torch.unravel_index(index, shape) if shape else ()
+        changes.append(LargeChange(name, tuple(map(int, position)), delta))
     return changes
 
 
