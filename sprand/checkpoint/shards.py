@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,9 @@ class Checkpoint:
     def tied(self) -> bool:
         """Whether its configuration says that input and output embedding are one weight."""
         inner = self.config.get("text_config")
-        said = self.config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
-        return bool(said)
+        configs = (self.config, inner if isinstance(inner, dict) else {})
+        said = [config["tie_word_embeddings"] for config in configs if "tie_word_embeddings" in config]
+        return bool(said and said[0])
 
     def read(self, name: str) -> Tensor:
         """A tensor, flat, with its own memory."""
@@ -148,40 +149,57 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     given = Path(path)
     folder = given if given.is_dir() else given.parent
-    index = None
-    if given.is_file():
-        names = [given.name]
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
-    elif (folder / INDEX).is_file():
-        index = _json(folder / INDEX)
-        try:
-            _INDEX("the index", index)
-        except ValueError as error:
-            raise ValueError(f"{folder / INDEX} is damaged: {error}") from error
+    index = None if given.is_file() or (folder / SINGLE).is_file() else _read_index(given, folder)
+    if index is not None:
         names = list(dict.fromkeys(index["weight_map"].values()))
     else:
-        found = sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: expected {SINGLE} or {INDEX} there"
-            + (f"; give one of its files by name ({', '.join(found[:3])})" if found else "")
-        )
-    shards = {}
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{folder / INDEX} is damaged: expected names of files beside it, got {name!r}")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing, which {INDEX} names; download the checkpoint again")
-        shards[name] = read_header(folder / name)
+        names = [given.name if given.is_file() else SINGLE]
+    shards = {name: _shard(folder, name) for name in names}
     tensors = {stored.name: stored for shard in shards.values() for stored in shard.tensors}
     if index is not None:
-        wrong = [name for name, file in index["weight_map"].items() if name not in tensors or tensors[name].file != file]
-        if wrong or len(tensors) != sum(len(shard.tensors) for shard in shards.values()):
-            raise ValueError(
-                f"{folder}: the index and the files do not agree on {wrong[0] if wrong else 'which tensors there are'}"
-            )
+        _prove_index(folder, index["weight_map"], shards, tensors)
     config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
     return Checkpoint(folder, shards, tensors, index, config)
+
+
+def _read_index(given: Path, folder: Path) -> dict[str, Any]:
+    """The index of a checkpoint of several files.
+
+    Raises:
+        FileNotFoundError: There is no index.
+        ValueError: The index is damaged.
+    """
+    file = folder / INDEX
+    if not file.is_file():
+        others = sorted(other.name for other in folder.glob("*.safetensors")) if folder.is_dir() else []
+        hint = f"; give one of its files by name ({', '.join(others[:3])})" if others else ""
+        raise FileNotFoundError(f"no checkpoint at {given}: expected {SINGLE} or {INDEX} there{hint}")
+    index = _json(file)
+    try:
+        _INDEX("the index", index)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return index
+
+
+def _shard(folder: Path, name: str) -> Shard:
+    if Path(name).name != name:
+        raise ValueError(f"{folder / INDEX} is damaged: expected names of files beside it, got {name!r}")
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder / name} is missing, which {INDEX} names; download the checkpoint again")
+    return read_header(folder / name)
+
+
+def _prove_index(folder: Path, weight_map: Mapping[str, str], shards: Mapping[str, Shard], tensors: Mapping[str, Stored]) -> None:
+    """Prove that the index and the files hold the same tensors, each of them once.
+
+    Raises:
+        ValueError: They do not agree.
+    """
+    wrong = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file]
+    if wrong or len(tensors) != sum(len(shard.tensors) for shard in shards.values()):
+        what = wrong[0] if wrong else "which tensors there are"
+        raise ValueError(f"{folder}: the index and the files do not agree on {what}")
 
 
 def read_header(path: Path) -> Shard:
@@ -194,29 +212,39 @@ def read_header(path: Path) -> Shard:
     try:
         text = header_of(path)
         header = parse(text)
-        OBJECT("the header", header)
         data = 8 + len(text)
-        for name, entry in header.items():
-            (table_of(TEXT) if name == "__metadata__" else _TENSOR)(name, entry)
-        tensors = [
-            Stored(
-                name, path.name, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0],
-                data + entry["data_offsets"][1],
-            )
-            for name, entry in header.items() if name != "__metadata__"
-        ]  # fmt: skip
-        tensors.sort(key=lambda stored: (stored.begin, stored.end))
-        at = data
-        for stored in tensors:
-            expected = at + stored.numel * stored.dtype.itemsize if stored.dtype is not None else stored.end
-            if stored.begin != at or stored.end != expected or stored.end < at:
-                raise ValueError(f"the bytes of {stored.name} do not follow")
-            at = stored.end
-        if at != size:
-            raise ValueError(f"expected {at:,} bytes, got {size:,}")
+        tensors = _stored(path.name, header, data)
+        end = _prove_gapless(tensors, data)
+        if end != size:
+            raise ValueError(f"expected {end:,} bytes, got {size:,}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); take another copy of it") from error
-    return Shard(path.name, path, header, data, size, tuple(tensors))
+    return Shard(path.name, path, header, data, size, tensors)
+
+
+def _stored(file: str, header: Any, data: int) -> tuple[Stored, ...]:
+    """The tensors of a header, in the order of their bytes, which begin at `data`."""
+    OBJECT("the header", header)
+    tensors = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            table_of(TEXT)(name, entry)
+            continue
+        _TENSOR(name, entry)
+        begin, end = entry["data_offsets"]
+        tensors.append(Stored(name, file, entry["dtype"], tuple(entry["shape"]), data + begin, data + end))
+    return tuple(sorted(tensors, key=lambda stored: (stored.begin, stored.end)))
+
+
+def _prove_gapless(tensors: Iterable[Stored], data: int) -> int:
+    """Prove that tensors follow each other from `data` on, and return where the last one ends."""
+    at = data
+    for stored in tensors:
+        expected = at + stored.numel * stored.dtype.itemsize if stored.dtype is not None else stored.end
+        if stored.begin != at or stored.end != expected or stored.end < at:
+            raise ValueError(f"the bytes of {stored.name} do not follow")
+        at = stored.end
+    return at
 
 
 def _json(path: Path) -> dict[str, Any]:

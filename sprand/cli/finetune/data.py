@@ -167,26 +167,32 @@ def _read(path: Path, task: str, settings: Settings) -> list[Example]:
     if task == "causal-lm" and path.suffix not in TABLES:
         return [Example(read_text(path))]
     columns, rows = read_table(path)
-    if task == "classification":
-        second = settings.text2_column or ("text2" if "text2" in columns else None)
-        names = (settings.text_column or "text", second, settings.label_column or "label")
-        options = ("--text-column", "--text2-column", "--label-column")
-    elif settings.text_column or ("text" in columns and not settings.prompt_column and "prompt" not in columns):
-        names, options = (settings.text_column or "text", None, None), ("--text-column", "--text2-column", "--label-column")
-    else:
-        names = (settings.prompt_column or "prompt", settings.completion_column or "completion", None)
-        options = ("--prompt-column", "--completion-column", "--label-column")
-    check_columns(path, columns, dict(zip(options, names, strict=True)))
+    names = _columns(task, columns, settings)
+    check_columns(path, columns, names)
+    used = [name for name in names.values() if name]
+    first, *others = used
     examples = []
     for number, row in enumerate(rows, 1):
-        values = [None if name is None else row.get(name) for name in names]
-        if (
-            any(name is not None and value is None for name, value in zip(names, values, strict=True))
-            or not (values[0] or "").strip()
-        ):
-            raise CliError(f"{path}, row {number}: a column of {_listed([name for name in names if name])} is empty.")
-        examples.append(Example(*values))
+        if not (row.get(first) or "").strip() or any(row.get(name) is None for name in others):
+            raise CliError(f"{path}, row {number}: a column of {_listed(used)} is empty.")
+        examples.append(Example(*(row.get(name) if name else None for name in names.values())))
     return examples
+
+
+def _columns(task: str, columns: Sequence[str], settings: Settings) -> dict[str, str | None]:
+    """The columns of a text, what goes with it, and its label, by the options that name them; None for one that is not used."""
+    text = settings.text_column or "text"
+    if task == "classification":
+        second = settings.text2_column or ("text2" if "text2" in columns else None)
+        return {"--text-column": text, "--text2-column": second, "--label-column": settings.label_column or "label"}
+    has_prompt = settings.prompt_column or "prompt" in columns
+    if settings.text_column or ("text" in columns and not has_prompt):
+        return {"--text-column": text, "--text2-column": None, "--label-column": None}
+    return {
+        "--prompt-column": settings.prompt_column or "prompt",
+        "--completion-column": settings.completion_column or "completion",
+        "--label-column": None,
+    }
 
 
 def check_columns(path: Path, columns: Sequence[str], wanted: Mapping[str, str | None]) -> None:
@@ -203,32 +209,49 @@ def check_columns(path: Path, columns: Sequence[str], wanted: Mapping[str, str |
 def _hold_out(examples: list[Example], settings: Settings) -> tuple[list[Example], list[Example]]:
     """A seeded random share of the rows; of a plain text, its end, since neighbouring lines would leak."""
     if len(examples) == 1 and examples[0].label is None and examples[0].text2 is None:
-        lines = examples[0].text.splitlines(keepends=True)
-        cut = len(lines) - max(1, round(len(lines) * settings.eval_share))
-        parts = ["".join(lines[:cut]), "".join(lines[cut:])]
-        if not all(part.strip() for part in parts):
-            raise CliError(f"{settings.train}: too short to hold out a part; give a file with --eval.")
-        return [Example(parts[0])], [Example(parts[1])]
+        return _cut(examples[0].text, settings)
     order = list(range(len(examples)))
     random.Random(settings.seed).shuffle(order)
     count = max(1, round(len(order) * settings.eval_share))
     if count >= len(order):
         raise CliError(f"{settings.train}: {len(order)} row is too few to hold out a part; give a file with --eval.")
-    return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
+    held_out, kept = sorted(order[:count]), sorted(order[count:])
+    return [examples[i] for i in kept], [examples[i] for i in held_out]
+
+
+def _cut(text: str, settings: Settings) -> tuple[list[Example], list[Example]]:
+    """The begin of a text, and its end, a share of the lines."""
+    lines = text.splitlines(keepends=True)
+    cut = len(lines) - max(1, round(len(lines) * settings.eval_share))
+    begin, end = "".join(lines[:cut]), "".join(lines[cut:])
+    if not begin.strip() or not end.strip():
+        raise CliError(f"{settings.train}: too short to hold out a part; give a file with --eval.")
+    return [Example(begin)], [Example(end)]
 
 
 def _labels(train: list[Example], held_out: list[Example], settings: Settings) -> tuple[str, ...]:
-    names = sorted({str(e.label) for e in train}, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+    """The names of the classes, numbers in their order before other names.
+
+    Raises:
+        CliError: The column holds one label, far too many, or held-out rows have labels of their own.
+    """
+    names = sorted({str(example.label) for example in train}, key=_label_order)
     column = settings.label_column or "label"
     if len(names) < 2:
         raise CliError(f"{settings.train}: every row has the label {names[0]!r}; classification needs two at least.")
-    if len(names) > MOST_LABELS or (len(names) == len(train) and len(train) > 2):
+    all_differ = len(names) == len(train) and len(train) > 2
+    if len(names) > MOST_LABELS or all_differ:
         raise CliError(f"{settings.train}: {len(names)} different labels in {len(train)} rows; is {column!r} the label column?")
-    unknown = sorted({str(e.label) for e in held_out} - set(names))
+    unknown = sorted({str(example.label) for example in held_out} - set(names))
     if unknown:
         where = settings.eval or settings.train
         raise CliError(f"{where}: label {unknown[0]!r} is not among those of the training rows ({_listed(names)}).")
     return tuple(names)
+
+
+def _label_order(name: str) -> tuple[bool, int, str]:
+    is_number = name.isdecimal()
+    return not is_number, int(name) if is_number else 0, name
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:

@@ -31,10 +31,13 @@ class MeanPoolClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Logits [rows, num_labels] in float32, of token ids and mask [rows, tokens]."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        hidden = encoded.last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-        return self.classifier(pooled.to(self.classifier.weight.dtype)).float()
+        tokens = weights.sum(1).clamp(min=1)
+        pooled = (hidden * weights).sum(1) / tokens
+        logits = self.classifier(pooled.to(self.classifier.weight.dtype))
+        return logits.float()
 
 
 def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: int) -> tuple[nn.Module, Any]:
@@ -54,7 +57,8 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
     transformers = require("transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if not Path(name).is_dir() and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+    is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
         raise CliError(f"--model: no directory {name}; expected one in the Hugging Face layout, or a name on the Hub.")
     torch.manual_seed(seed)
     options = {"dtype": getattr(torch, dtype)}
@@ -88,11 +92,8 @@ def task_of(name: str) -> str:
         made_for = require("transformers").AutoConfig.from_pretrained(name).architectures or []
     except (OSError, ValueError, KeyError) as error:
         raise CliError(f"--model {name}: no configuration could be loaded: {' '.join(str(error).split())[:300]}.") from None
-    return (
-        "causal-lm"
-        if any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in made_for)
-        else "classification"
-    )
+    generates = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in made_for)
+    return "causal-lm" if generates else "classification"
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -109,10 +110,10 @@ def _encoder(transformers: Any, name: str, options: dict[str, Any]) -> nn.Module
 
 def _is_mean_pooled(name: str) -> bool:
     """Whether a directory or Hub model carries the pooling of a sentence embedding model, and it is the mean."""
-    path: Path | None = Path(name) / "1_Pooling" / "config.json"
+    file = Path(name) / "1_Pooling" / "config.json"
     if not Path(name).is_dir():
         from transformers.utils import cached_file
 
-        found = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
-        path = Path(found) if found else None
-    return path is not None and path.is_file() and bool(json.loads(path.read_text()).get("pooling_mode_mean_tokens"))
+        cached = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
+        file = Path(cached) if cached else file
+    return file.is_file() and bool(json.loads(file.read_text()).get("pooling_mode_mean_tokens"))

@@ -46,10 +46,15 @@ class Outcome:
     history: list[dict[str, Any]]
 
 
+def steps_per_epoch(settings: Settings, rows: int) -> int:
+    """How many optimizer steps go once through the training rows."""
+    batches_per_epoch = math.ceil(rows / settings.batch_size)
+    return math.ceil(batches_per_epoch / settings.grad_accumulation)
+
+
 def total_steps(settings: Settings, rows: int) -> int:
     """How many optimizer steps the options ask for."""
-    per_epoch = math.ceil(math.ceil(rows / settings.batch_size) / settings.grad_accumulation)
-    return settings.max_steps or max(1, round(settings.epochs * per_epoch))
+    return settings.max_steps or max(1, round(settings.epochs * steps_per_epoch(settings, rows)))
 
 
 def rate_factor(settings: Settings, step: int, steps: int) -> float:
@@ -57,8 +62,10 @@ def rate_factor(settings: Settings, step: int, steps: int) -> float:
     warmup = round(settings.warmup * steps) if settings.warmup < 1 else int(settings.warmup)
     if step < warmup:
         return (step + 1) / (warmup + 1)
+    if settings.schedule == "constant":
+        return 1.0
     done = (step - warmup) / max(1, steps - warmup)
-    return {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "constant": 1.0}[settings.schedule]
+    return 1 - done if settings.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
 
 
 def train(
@@ -79,57 +86,85 @@ def train(
         history: its metrics.
 
     Raises:
-        TrainingFailed: the loss or the gradient is no finite number.
-        Stopped: a signal asked to; the checkpoint of the last step is written.
+        TrainingFailed: The loss or the gradient is no finite number.
+        Stopped: A signal asked to stop; the checkpoint of the last step is written.
     """
     steps = total_steps(settings, len(task.train))
-    per_epoch = math.ceil(math.ceil(len(task.train) / settings.batch_size) / settings.grad_accumulation)
     evaluate_every = settings.eval_every or math.ceil(steps / 3)
-    checkpoint_every = settings.checkpoint_every or per_epoch
+    checkpoint_every = settings.checkpoint_every or steps_per_epoch(settings, len(task.train))
     history = log.restart(method.name, history or [])
     if not history:
         before = before or task.evaluate(method.model, settings.batch_size, device)
-        log.write(history, method=method.name, step=0, **{f"eval_{k}": v for k, v in before.items()})
+        log.write(history, method=method.name, step=0, **_of_evaluation(before))
     supply = batches(task.train, settings.batch_size, settings.seed, start=done * settings.grad_accumulation)
-    seconds, timed = 0.0, 0
+    pace = Pace(steps - done)
     method.model.train()
     with log.progress(method, steps, done) as bar, stop_signals() as stopped, PeakMemory(device) as memory:
-        for step in range(done, steps):
-            started = time.perf_counter()
-            lr = method.lr * rate_factor(settings, step, steps)
-            loss, norm = _step(method, task, settings, device, lr, list(itertools.islice(supply, settings.grad_accumulation)))
-            spent = time.perf_counter() - started
-            if step - done >= UNTIMED_STEPS or steps - done <= UNTIMED_STEPS:
-                seconds, timed = seconds + spent, timed + 1
-            bad = next(
-                (
-                    f"the {what} became {value}"
-                    for what, value in (("loss", loss), ("gradient's norm", norm))
-                    if not math.isfinite(value)
-                ),
-                None,
-            )
-            if bad:
-                raise diverged(bad, step + 1, method, checkpoints)
-            log.write(history, method=method.name, step=step + 1, loss=loss, lr=lr, grad_norm=norm, seconds=round(spent, 4))
-            bar.advance(step + 1, loss)
-            if (step + 1) % evaluate_every == 0 or step + 1 == steps:
+        for step in range(done + 1, steps + 1):
+            lr = method.lr * rate_factor(settings, step - 1, steps)
+            with pace:
+                rows = list(itertools.islice(supply, settings.grad_accumulation))
+                loss, norm = _step(method, task, settings, device, lr, rows)
+            _prove_finite(loss, norm, step, method, checkpoints)
+            log.write(history, method=method.name, step=step, loss=loss, lr=lr, grad_norm=norm, seconds=round(pace.last, 4))
+            bar.advance(step, loss)
+            if step % evaluate_every == 0 or step == steps:
                 with memory.paused():
                     measured = task.evaluate(method.model, settings.batch_size, device)
-                log.write(history, method=method.name, step=step + 1, **{f"eval_{k}": v for k, v in measured.items()})
+                log.write(history, method=method.name, step=step, **_of_evaluation(measured))
                 bar.measured(measured[task.metric])
             asked = stopped()
-            if checkpoints and ((step + 1) % checkpoint_every == 0 or step + 1 == steps or asked):
-                checkpoints.save(method, step + 1, history)
-            if asked and step + 1 < steps:
+            if checkpoints and (step % checkpoint_every == 0 or step == steps or asked):
+                checkpoints.save(method, step, history)
+            if asked and step < steps:
                 name = "Ctrl-C" if asked == signal.SIGINT else asked.name
-                raise Stopped(f"Stopped by {name} after step {step + 1} of {steps} ({method.name}).", 128 + asked)
-    measures = [line for line in history if f"eval_{task.metric}" in line]
-    first, last = ({k.removeprefix("eval_"): v for k, v in measures[i].items() if k.startswith("eval_")} for i in (0, -1))
-    if not timed:  # a run that is resumed at its end
-        past = [line["seconds"] for line in history if "seconds" in line]
-        seconds, timed = sum(past), len(past)
-    return Outcome(first, last, steps, seconds / max(1, timed), memory.peak, history)
+                raise Stopped(f"Stopped by {name} after step {step} of {steps} ({method.name}).", 128 + asked)
+    evaluations = [_evaluation(line) for line in history if f"eval_{task.metric}" in line]
+    return Outcome(evaluations[0], evaluations[-1], steps, pace.mean(history), memory.peak, history)
+
+
+class Pace:
+    """Times steps, each in a `with` block.
+
+    Args:
+        steps: how many there will be.
+
+    Attributes:
+        last: seconds of the last step.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.last = steps, 0.0
+        self._all: list[float] = []
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.last = time.perf_counter() - self._started
+        self._all.append(self.last)
+
+    def mean(self, history: list[dict[str, Any]]) -> float:
+        """Seconds per step, the first ones left out; of a run that is resumed at its end, those of its history."""
+        seconds = self._all if self.steps <= UNTIMED_STEPS else self._all[UNTIMED_STEPS:]
+        seconds = seconds or [line["seconds"] for line in history if "seconds" in line]
+        return sum(seconds) / max(1, len(seconds))
+
+
+def _of_evaluation(measured: dict[str, float]) -> dict[str, float]:
+    """What a line of the history says of an evaluation."""
+    return {f"eval_{name}": value for name, value in measured.items()}
+
+
+def _evaluation(line: dict[str, Any]) -> dict[str, float]:
+    """The evaluation that a line of the history tells of."""
+    return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+
+
+def _prove_finite(loss: float, norm: float, step: int, method: Method, checkpoints: TrainingCheckpoints | None) -> None:
+    for what, value in (("loss", loss), ("gradient's norm", norm)):
+        if not math.isfinite(value):
+            raise diverged(f"the {what} became {value}", step, method, checkpoints)
 
 
 def pick_device(name: str) -> torch.device:
@@ -183,13 +218,14 @@ def _step(
         if not math.isfinite(total):
             return total, 0.0
         loss.backward()
-    for group in method.optimizer.param_groups:
+    optimizer = method.optimizer
+    for group in optimizer.param_groups:
         group["lr"] = lr
-    if getattr(method.optimizer, "max_grad_norm", None) is not None:
-        method.optimizer.step()
-        norm = float(method.optimizer.grad_norm)
+    if getattr(optimizer, "max_grad_norm", None) is not None:
+        optimizer.step()
+        norm = float(optimizer.grad_norm)
     else:
         norm = float(torch.nn.utils.clip_grad_norm_(list(method.trained.values()), settings.max_grad_norm))
-        method.optimizer.step()
-    method.optimizer.zero_grad()
+        optimizer.step()
+    optimizer.zero_grad()
     return total, norm
