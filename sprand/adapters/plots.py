@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,15 +62,12 @@ def draw(panels: Sequence[tuple[Cells, str, str, str]], path: str | os.PathLike[
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        importlib.import_module("matplotlib").use("Agg", force=False)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a plot needs matplotlib; install it: pip install matplotlib", name="matplotlib") from error
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    rows = list(dict.fromkeys(row for row, _ in panels[0][0]))
-    columns = list(dict.fromkeys(column for _, column in panels[0][0]))
-    size = (1.6 + (0.62 * len(columns) + 2.0) * len(panels), 2.4 + 0.3 * len(rows))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    pyplot = _pyplot()
+    first = panels[0][0]
+    rows = list(dict.fromkeys(row for row, _ in first))
+    columns = list(dict.fromkeys(column for _, column in first))
+    width, height = 1.6 + (0.62 * len(columns) + 2.0) * len(panels), 2.4 + 0.3 * len(rows)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(width, height), squeeze=False, layout="constrained")
     for axis, (cells, title, unit, spec) in zip(axes.flat, panels, strict=True):
         grid = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
         image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
@@ -86,6 +83,14 @@ def draw(panels: Sequence[tuple[Cells, str, str, str]], path: str | os.PathLike[
     return file
 
 
+def _pyplot() -> Any:
+    try:
+        importlib.import_module("matplotlib").use("Agg", force=False)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a plot needs matplotlib; install it: pip install matplotlib", name="matplotlib") from error
+    return importlib.import_module("matplotlib.pyplot")
+
+
 def densities(mask: Mask) -> dict[str, float]:
     """Chosen entries over all entries, of each weight."""
     return {name: indices.numel() / max(1, math.prod(mask.shapes[name])) for name, indices in mask.items()}
@@ -97,37 +102,41 @@ def overlaps(one: Mask, two: Mask) -> tuple[dict[str, float], float]:
     Raises:
         ValueError: no weight in common, or one of another shape.
     """
-    common = [name for name in one if name in two and min(one[name].numel(), two[name].numel())]
+    least = {name: min(one[name].numel(), two[name].numel()) for name in one if name in two}
+    common = [name for name, count in least.items() if count]
     if not common:
         raise ValueError(f"plot_selection: the two choices have no weight in common ({next(iter(one))}, {next(iter(two))}, ...)")
+    shares, expected = {}, 0.0
     for name in common:
-        if one.shapes[name] != two.shapes[name]:
-            raise ValueError(
-                f"plot_selection: {name} is {list(one.shapes[name])} in one choice and {list(two.shapes[name])} in the other"
-            )
-    least = {name: min(one[name].numel(), two[name].numel()) for name in common}
-    both = {name: int(torch.isin(one[name].cpu().long(), two[name].cpu().long()).sum()) for name in common}
-    chance = sum(one[name].numel() * two[name].numel() / math.prod(one.shapes[name]) for name in common)
-    return {name: both[name] / least[name] for name in common}, chance / sum(least.values())
+        shape = one.shapes[name]
+        if shape != two.shapes[name]:
+            raise ValueError(f"plot_selection: {name} is {list(shape)} in one choice and {list(two.shapes[name])} in the other")
+        both = torch.isin(one[name].cpu().long(), two[name].cpu().long())
+        shares[name] = int(both.sum()) / least[name]
+        expected += one[name].numel() * two[name].numel() / math.prod(shape)
+    return shares, expected / sum(least[name] for name in common)
 
 
 def place_of(name: str) -> tuple[str, str]:
     """The layer of a parameter (its first number, or "-") and its kind (the module's last name)."""
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     parts = name.removesuffix(".weight").split(".")
+    layer = next((part for part in parts if part.isdigit()), "-")
     own = [part for part in parts if not part.isdigit()]
-    kind = ".".join(own[-2:]) if own and own[-1] in ("dense", "proj", "linear") else own[-1] if own else name
-    return (number.group(1) if number else "-"), kind
+    if not own:
+        return layer, name
+    says_little = own[-1] in ("dense", "proj", "linear")
+    return layer, ".".join(own[-2:]) if says_little else own[-1]
 
 
 def averaged(values: Mapping[str, float], sizes: Mapping[str, int]) -> Cells:
     """One value for each layer and kind; where several weights share them, their mean, each with the weight of its size."""
-    sums: dict[tuple[str, str], list[float]] = {}
+    totals: dict[tuple[str, str], float] = {}
+    weights: dict[tuple[str, str], int] = {}
     for name, value in values.items():
-        total = sums.setdefault(place_of(name), [0.0, 0.0])
-        total[0] += value * sizes[name]
-        total[1] += sizes[name]
-    return {place: value / max(size, 1) for place, (value, size) in sums.items()}
+        place = place_of(name)
+        totals[place] = totals.get(place, 0.0) + value * sizes[name]
+        weights[place] = weights.get(place, 0) + sizes[name]
+    return {place: total / max(weights[place], 1) for place, total in totals.items()}
 
 
 def _named(mask: Mask) -> str:

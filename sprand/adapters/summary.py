@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
 
-from ..layers.sites import sites_of
+from torch import Tensor, nn
+
+from ..layers.sites import Site, sites_of
 from .state import active_sites, state_of
 
 
@@ -15,7 +17,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
         model: a model with trained entries.
 
     Raises:
-        ValueError: the model has no trained entries.
+        ValueError: The model has no trained entries.
     """
     trained, total = _counts(model)
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
@@ -31,28 +33,30 @@ def summary(model: nn.Module) -> str:
         Plain text, a line per target and one of totals.
 
     Raises:
-        ValueError: the model has no trained entries.
+        ValueError: The model has no trained entries.
     """
     state = state_of(model)
+    saved = () if state.current is None else state.current.saved
     rows = [("target", "shape", "trained", "density", "rms delta")]
-    for site in sites_of(model):
-        delta = site.entries.delta.detach()
-        rms = "-" if delta.is_meta else f"{delta.square().mean().sqrt().item() if delta.numel() else 0.0:.3g}"
-        shape, density = "x".join(map(str, site.shape)), delta.numel() / site.numel
-        rows.append((site.name, shape, f"{delta.numel():,}", f"{density:.4%}", rms))
-    for name, p in model.named_parameters():
-        if state.current is not None and name in state.current.saved:
-            rows.append((name, "x".join(map(str, p.shape)), f"{p.numel():,}", "in full", "-"))
-    trained, total = _counts(model)
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+    rows += [_row(site) for site in sites_of(model)]
+    rows += [
+        (name, _shape_text(p.shape), f"{p.numel():,}", "in full", "-") for name, p in model.named_parameters() if name in saved
     ]
+    trained, total = _counts(model)
     active = "a mixture" if state.mixed else state.active or "none, the base"
-    return "\n".join([*lines, f"{trained:,} of {total:,} parameters train ({trained / total:.4%}); active adapter: {active}"])
+    totals = f"{trained:,} of {total:,} parameters train ({trained / total:.4%}); active adapter: {active}"
+    return f"{text_table(rows, left=2)}\n{totals}"
+
+
+def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of equal length, the first `left` columns flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        padded = [cell.ljust(width) for cell, width in zip(row[:left], widths[:left], strict=True)]
+        padded += [cell.rjust(width) for cell, width in zip(row[left:], widths[left:], strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def visible_share(model: nn.Module) -> float:
@@ -68,7 +72,7 @@ def visible_share(model: nn.Module) -> float:
         A number in [0, 1].
 
     Raises:
-        ValueError: the model has no trained entries, or no adapter is active.
+        ValueError: The model has no trained entries, or no adapter is active.
     """
     trained, changed = 0, []
     for site in active_sites(model):
@@ -78,9 +82,26 @@ def visible_share(model: nn.Module) -> float:
     return int(sum(count.cpu() for count in changed)) / trained
 
 
+def _row(site: Site) -> tuple[str, ...]:
+    delta = site.entries.delta.detach()
+    density = delta.numel() / site.numel
+    return site.name, _shape_text(site.shape), f"{delta.numel():,}", f"{density:.4%}", _rms_text(delta)
+
+
+def _rms_text(delta: Tensor) -> str:
+    if delta.is_meta:
+        return "-"
+    return f"{delta.square().mean().sqrt().item():.3g}" if delta.numel() else "0"
+
+
+def _shape_text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
 def _counts(model: nn.Module) -> tuple[int, int]:
     """Trained scalars, and the parameters of the model itself (deltas are entries of it, not more of it)."""
     state_of(model)
     deltas = {id(site.entries.delta) for site in sites_of(model)}
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in model.parameters() if id(p) not in deltas)
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return trained, sum(p.numel() for p in parameters if id(p) not in deltas)

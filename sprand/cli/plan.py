@@ -12,9 +12,11 @@ from ..checkpoint.plan import Need, Weight, linear, plan
 from ..checkpoint.shards import open_checkpoint
 from . import CliError
 from .files import failing_in_words, from_hub
-from .table import print_table
+from .table import UNITS, print_table, size_text
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+BYTES = UNITS | {"": 1, "B": 1, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DENSITIES = (0.001, 0.01, 0.05)
+COLUMNS = ("weights", "values", "grads", "moments", "indices", "base", "activations", "total", "file")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -33,8 +35,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         """,
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, a .safetensors file, or a name on the Hub")
+    shares = " ".join(map(str, DENSITIES))
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--density", type=float, nargs="+", metavar="X", help="shares of the linear weights (0.001 0.01 0.05)")
+    amount.add_argument("--density", type=float, nargs="+", metavar="X", help=f"shares of the linear weights ({shares})")
     amount.add_argument("--memory", type=_bytes, metavar="24GB", help="find the largest density that fits")
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of a batch (default 2048)")
     parser.add_argument("--checkpointing", action="store_true", help="activations are computed again in backward")
@@ -50,53 +53,33 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.tokens < 1:
         raise CliError(f"--tokens: expected at least 1, got {options.tokens}.")
+    densities = options.density or (DENSITIES if options.memory is None else ())
     with failing_in_words():
         weights = _weights(options.model)
-        densities = options.density or (() if options.memory is not None else (0.001, 0.01, 0.05))
         needs = plan(
             weights, densities=densities, memory=options.memory, tokens=options.tokens, checkpointing=options.checkpointing
         )
-    targets, total = sum(weight.numel for weight in linear(weights)), sum(weight.numel for weight in weights)
+    targets = sum(weight.numel for weight in linear(weights))
+    total = sum(weight.numel for weight in weights)
     if options.json:
         rows = [asdict(need) | {"total": need.total} for need in needs]
         print(json.dumps({"parameters": total, "linear": targets, "tokens": options.tokens, "methods": rows}, indent=2))
         return 0
     print(f"{total:,} parameters, {targets:,} of them in linear layers (output head not counted); {options.tokens:,} tokens\n")
-    rows = [("method", "trained", "weights", "values", "grads", "moments", "indices", "base", "activations", "total", "file")]
-    rows += [_row(need) for need in needs]
-    print_table(rows)
+    print_table([("method", "trained", *COLUMNS), *map(_row, needs)])
     return 0
 
 
 def _row(need: Need) -> tuple[str, ...]:
-    sizes = (
-        need.weights,
-        need.values,
-        need.grads,
-        need.moments,
-        need.indices,
-        need.base,
-        need.activations,
-        need.total,
-        need.file,
-    )
-    return need.method, f"{need.trained:,}", *map(_size, sizes)
-
-
-def _size(count: int) -> str:
-    if not count:
-        return "-"
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
+    sizes = (getattr(need, column) for column in COLUMNS)
+    return need.method, f"{need.trained:,}", *map(size_text, sizes)
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
+    size = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
     try:
-        return int(float(found.group(1)) * UNITS[found.group(2).upper()])
-    except (AttributeError, KeyError, ValueError):
+        return int(float(size[1]) * BYTES[size[2].upper()])
+    except (TypeError, KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"expected a size, for example 24GB, got {text!r}") from None
 
 

@@ -46,23 +46,28 @@ class Tuned:
     def probabilities(self, texts: Sequence[data.Example], batch_size: int = 32) -> Tensor:
         """Of each text, or pair of texts, the probability of each class, float32 `[texts, classes]`, on the CPU."""
         rows = [dataclasses.replace(text, label=self.labels[0]) for text in texts]
-        task = tasks.Classification(data.Dataset("classification", [], rows, self.labels), self.tokenizer, self.max_length)
+        dataset = data.Dataset("classification", [], rows, self.labels)
+        task = tasks.Classification(dataset, self.tokenizer, self.max_length)
         parts = []
         for start in range(0, len(rows), batch_size):
-            batch = {k: v.to(self.device) for k, v in task.collate(task.eval[start : start + batch_size]).items()}
-            parts.append(tasks.logits_of(self.model, batch).float().softmax(-1).cpu())
+            batch = task.collate(task.eval[start : start + batch_size])
+            logits = tasks.logits_of(self.model, {name: value.to(self.device) for name, value in batch.items()})
+            parts.append(logits.float().softmax(-1).cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
     def continuation(self, text: str, tokens: int = 64) -> str:
         """How a text goes on, by the likeliest token each time, until the model ends it or after so many tokens."""
-        asked = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=self.max_length).to(self.device)
-        end = self.tokenizer.pad_token_id
-        ids = self.model.generate(
-            input_ids=asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=tokens, do_sample=False,
-            pad_token_id=end,
-        )  # fmt: skip
-        return self.tokenizer.decode(ids[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        prompt = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=self.max_length).to(self.device)
+        tokens_of_both = self.model.generate(
+            input_ids=prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        new = tokens_of_both[0, prompt["input_ids"].shape[1] :]
+        return self.tokenizer.decode(new, skip_special_tokens=True)
 
 
 def load_run(folder: Path, device: str = "auto") -> Tuned:
@@ -122,23 +127,24 @@ def run(options: argparse.Namespace) -> int:
             raise CliError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}.")
     texts = texts_of(options.file, options.text_column, options.text2_column)
     tuned = load_run(options.run, options.device)
-    rows: list[dict[str, Any]]
     if tuned.labels:
-        found = tuned.probabilities(texts, options.batch_size)
-        rows = [
-            {
-                "text": text.text,
-                "label": tuned.labels[int(p.argmax())],
-                "probabilities": dict(zip(tuned.labels, p.tolist(), strict=True)),
-            }
-            for text, p in zip(texts, found, strict=True)
-        ]
+        rows = _classified(tuned, texts, options.batch_size)
         lines = [f"{row['label']}\t{row['probabilities'][row['label']]:.4f}\t{row['text']}" for row in rows]
     else:
         rows = [{"text": text.text, "continuation": tuned.continuation(text.text, options.max_new_tokens)} for text in texts]
         lines = [f"{row['text']}{row['continuation']}" for row in rows]
     print(json.dumps({"rows": rows}, indent=2) if options.json else "\n".join(lines))
     return 0
+
+
+def _classified(tuned: Tuned, texts: Sequence[data.Example], batch_size: int) -> list[dict[str, Any]]:
+    """A row of JSON for each text: its likeliest class, and the probability of each."""
+    rows = []
+    for text, shares in zip(texts, tuned.probabilities(texts, batch_size).tolist(), strict=True):
+        probabilities = dict(zip(tuned.labels, shares, strict=True))
+        label = max(probabilities, key=probabilities.get)
+        rows.append({"text": text.text, "label": label, "probabilities": probabilities})
+    return rows
 
 
 def texts_of(file: str, column: str = "text", second: str | None = None) -> list[data.Example]:
@@ -149,11 +155,11 @@ def texts_of(file: str, column: str = "text", second: str | None = None) -> list
     """
     path = Path(file)
     if file == "-" or path.suffix not in data.TABLES:
-        text = sys.stdin.read() if file == "-" else data.read_text(path)
-        found = [data.Example(line) for line in text.splitlines() if line.strip()]
-        if not found:
+        content = sys.stdin.read() if file == "-" else data.read_text(path)
+        texts = [data.Example(line) for line in content.splitlines() if line.strip()]
+        if not texts:
             raise CliError("There is no text; give a file, or a text a line on standard input.")
-        return found
+        return texts
     columns, rows = data.read_table(path)
     second = second or ("text2" if "text2" in columns else None)
     data.check_columns(path, columns, {"--text-column": column, "--text2-column": second})

@@ -1,4 +1,4 @@
-"""A table: by rich on a terminal where it is installed, else as plain text."""
+"""What commands show: tables, by rich on a terminal where it is installed, else as plain text; and sizes in bytes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from ..adapters.summary import text_table
+
 Rows = Sequence[Sequence[str]]
+UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
 
 
-def text_table(rows: Rows, left: int = 1) -> str:
-    """Rows of equal length, the first `left` columns flush left and the others flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+def size_text(count: int | None) -> str:
+    """A number of bytes, as `12.3 MB`; `-` for none."""
+    if not count:
+        return "-"
+    for unit, size in UNITS.items():
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
 
 
 def print_table(rows: Rows, left: int = 1, title: str = "", file: TextIO | None = None) -> None:

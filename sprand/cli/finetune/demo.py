@@ -6,7 +6,7 @@ import ast
 import collections
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,8 @@ def write(folder: Path, seed: int, eval_rows: int = 400) -> None:
     rows = docstrings(Path(sysconfig.get_path("stdlib")))
     random.Random(seed).shuffle(rows)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("eval", rows[:eval_rows]), ("train", rows[eval_rows:])):
-        lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in part)]
-        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write_table(folder / "eval.tsv", rows[:eval_rows])
+    _write_table(folder / "train.tsv", rows[eval_rows:])
 
 
 def docstrings(library: Path) -> list[tuple[str, str]]:
@@ -64,12 +63,8 @@ def docstrings(library: Path) -> list[tuple[str, str]]:
     Raises:
         CliError: it holds too few.
     """
-    texts: dict[str, set[str]] = {}
-    for package in sorted(
-        path for path in library.iterdir() if (path / "__init__.py").is_file() and path.name not in NOT_THEIR_OWN
-    ):
-        files = sorted(path for path in package.rglob("*.py") if not NOT_THEIR_OWN & set(path.relative_to(library).parts))
-        texts[package.name] = {text for file in files for text in _of_file(file)}
+    packages = [path for path in library.iterdir() if (path / "__init__.py").is_file() and path.name not in NOT_THEIR_OWN]
+    texts = {package.name: _of_package(package, library) for package in sorted(packages)}
     largest = sorted(texts, key=lambda name: (-len(texts[name]), name))[:PACKAGES]
     if len(largest) < PACKAGES or not all(texts[name] for name in largest):
         raise CliError(
@@ -77,6 +72,16 @@ def docstrings(library: Path) -> list[tuple[str, str]]:
         )
     holders = collections.Counter(text for name in largest for text in texts[name])
     return [(text, name) for name in largest for text in sorted(texts[name]) if holders[text] == 1]
+
+
+def _write_table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _of_package(package: Path, library: Path) -> set[str]:
+    files = [path for path in package.rglob("*.py") if not NOT_THEIR_OWN & set(path.relative_to(library).parts)]
+    return {text for file in files for text in _of_file(file)}
 
 
 def _built_in_model() -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import require
+from ..table import size_text
 from .methods import Method
 from .peak_memory import HOW
 from .progress import Log
@@ -59,21 +60,14 @@ def content(
 
 def print_table(log: Log, task: Task, results: Sequence[Result], device: str) -> None:
     """One table of all methods, and how its numbers were measured."""
-    rows = [("method", "before", "after", "trained weights", "adapter", "s/step", "peak memory", "lr")]
-    for r in results:
-        rows.append(
-            (
-                f"{r.method} ({r.note})" if r.note else r.method,
-                _metric(task, r.before[task.metric]), _metric(task, r.after[task.metric]),
-                f"{r.trained_weights:,}", _size(r.adapter_bytes), f"{r.seconds_per_step:.3f}",
-                "-" if r.peak_bytes is None else _size(r.peak_bytes), f"{r.lr:g}",
-            )
-        )  # fmt: skip
+    header = ("method", "before", "after", "trained weights", "adapter", "s/step", "peak memory", "lr")
+    rows = [header, *(_row(task, result) for result in results)]
     log.table(rows, f"{task.metric} on {len(task.eval)} held-out rows, after {results[0].steps} steps")
     head = "Trained weights include a new head's. " if task.metric == "accuracy" else ""
     log.say(f"{head}s/step: mean, evaluation left out. Peak memory: {HOW[device]}.")
     if task.metric == "accuracy":
-        worst = max((r.after["accuracy"] * (1 - r.after["accuracy"]) / len(task.eval)) ** 0.5 for r in results)
+        shares = [result.after["accuracy"] for result in results]
+        worst = max((share * (1 - share) / len(task.eval)) ** 0.5 for share in shares)
         log.say(f"One seed; the standard error of an accuracy here is up to {100 * worst:.1f} points.")
 
 
@@ -85,14 +79,11 @@ def plot(path: Path, histories: Sequence[list[dict[str, Any]]], task: Task) -> N
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for history in histories:
         name = history[0]["method"]
-        losses = [(line["step"], line["loss"]) for line in history if "loss" in line]
         colour = COLOURS.get(name, "black")
-        left.plot([step for step, _ in losses], [loss for _, loss in losses], color=colour, alpha=0.2, linewidth=0.8)
-        left.plot([step for step, _ in losses], _smooth([loss for _, loss in losses]), color=colour, label=name)
-        measured = [(line["step"], line[f"eval_{task.metric}"]) for line in history if f"eval_{task.metric}" in line]
-        right.plot(
-            [step for step, _ in measured], [value for _, value in measured], color=colour, marker="o", markersize=4, label=name
-        )
+        steps, losses = _series(history, "loss")
+        left.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
+        left.plot(steps, _smooth(losses), color=colour, label=name)
+        right.plot(*_series(history, f"eval_{task.metric}"), color=colour, marker="o", markersize=4, label=name)
     left.set(xlabel="step", ylabel="training loss", title="Training loss (smoothed; pale: each step)")
     right.set(xlabel="step", ylabel=task.metric, title=f"{task.metric.capitalize()} on {len(task.eval)} held-out rows")
     if not task.higher_is_better:
@@ -102,6 +93,25 @@ def plot(path: Path, histories: Sequence[list[dict[str, Any]]], task: Task) -> N
         axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _row(task: Task, result: Result) -> tuple[str, ...]:
+    return (
+        f"{result.method} ({result.note})" if result.note else result.method,
+        _metric(task, result.before[task.metric]),
+        _metric(task, result.after[task.metric]),
+        f"{result.trained_weights:,}",
+        size_text(result.adapter_bytes),
+        f"{result.seconds_per_step:.3f}",
+        size_text(result.peak_bytes),
+        f"{result.lr:g}",
+    )
+
+
+def _series(history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """The steps at which a history has a number, and the numbers."""
+    lines = [line for line in history if key in line]
+    return [line["step"] for line in lines], [line[key] for line in lines]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -115,11 +125,3 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def _metric(task: Task, value: float) -> str:
     return f"{100 * value:.1f} %" if task.metric == "accuracy" else f"{value:.4g}"
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

@@ -25,6 +25,11 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+def padded(rows: Sequence[list[int]], width: int, filler: int) -> Tensor:
+    """Rows filled up to a width, int64 `[rows, width]`."""
+    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
+
+
 class Task(abc.ABC):
     """What both tasks share.
 
@@ -44,16 +49,14 @@ class Task(abc.ABC):
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """Pad rows to the longest: `input_ids`, `attention_mask` [rows, tokens], `labels`."""
-        width = max(len(row["input_ids"]) for row in rows)
-        pad = self.tokenizer.pad_token_id or 0
+        tokens = [row["input_ids"] for row in rows]
+        width = max(map(len, tokens))
         batch = {
-            "input_ids": torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]),
+            "input_ids": padded(tokens, width, self.tokenizer.pad_token_id or 0),
+            "attention_mask": padded([[1] * len(row) for row in tokens], width, 0),
         }
         if "token_type_ids" in rows[0]:
-            batch["token_type_ids"] = torch.tensor(
-                [row["token_type_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]
-            )
+            batch["token_type_ids"] = padded([row["token_type_ids"] for row in rows], width, 0)
         return batch | {"labels": self._labels(rows, width)}
 
     def terms(self, batch: Batch) -> int:
@@ -89,10 +92,11 @@ class Task(abc.ABC):
         parts = torch.zeros(3, len(order), dtype=torch.float64)
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            batch = {k: v.to(device) for k, v in self.collate([self.eval[i] for i in places]).items()}
-            logits, labels = self._predicted(model, batch)
+            batch = self.collate([self.eval[i] for i in places])
+            logits, labels = self._predicted(model, {name: value.to(device) for name, value in batch.items()})
             losses = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
-            for part, values in zip(parts, (losses, labels != IGNORED, logits.argmax(-1) == labels), strict=True):
+            terms, right = labels != IGNORED, logits.argmax(-1) == labels
+            for part, values in zip(parts, (losses, terms, right), strict=True):
                 part[places] = values.view(len(places), -1).sum(1).to("cpu", torch.float64)
         model.train(training)
         return parts[0], parts[1], parts[2]
@@ -170,7 +174,7 @@ class CausalLM(Task):
         return rows
 
     def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:
-        return torch.tensor([row["labels"] + [IGNORED] * (width - len(row["labels"])) for row in rows])
+        return padded([row["labels"] for row in rows], width, IGNORED)
 
     def terms(self, batch: Batch) -> int:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
