@@ -258,7 +258,7 @@ def test_ctrl_c_elsewhere_says_to_begin_again(base, tmp_path, capsys, monkeypatc
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect.report, "inspect", interrupted)
+    monkeypatch.setattr(inspect, "inspect", interrupted)
     assert run("inspect", "an adapter") == 2
     capsys.readouterr()
     (tmp_path / "an adapter").mkdir()

@@ -40,7 +40,7 @@ def summary(model: nn.Module) -> str:
     rows = [("target", "shape", "trained", "density", "rms delta")]
     rows += [_row(site) for site in sites_of(model)]
     rows += [
-        (name, _shape_text(p.shape), f"{p.numel():,}", "in full", "-") for name, p in model.named_parameters() if name in saved
+        (name, shape_text(p.shape), f"{p.numel():,}", "in full", "-") for name, p in model.named_parameters() if name in saved
     ]
     trained, total = _counts(model)
     active = "a mixture" if state.mixed else state.active or "none, the base"
@@ -85,7 +85,7 @@ def visible_share(model: nn.Module) -> float:
 def _row(site: Site) -> tuple[str, ...]:
     delta = site.entries.delta.detach()
     density = delta.numel() / site.numel
-    return site.name, _shape_text(site.shape), f"{delta.numel():,}", f"{density:.4%}", _rms_text(delta)
+    return site.name, shape_text(site.shape), f"{delta.numel():,}", f"{density:.4%}", _rms_text(delta)
 
 
 def _rms_text(delta: Tensor) -> str:
@@ -94,7 +94,8 @@ def _rms_text(delta: Tensor) -> str:
     return f"{delta.square().mean().sqrt().item():.3g}" if delta.numel() else "0"
 
 
-def _shape_text(shape: Sequence[int]) -> str:
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as a table shows it: `64x128`."""
     return "x".join(map(str, shape))
 
 

@@ -28,6 +28,19 @@ class Weight:
         return math.prod(self.shape)
 
     @property
+    def is_trainable(self) -> bool:
+        """Whether its dtype is one that training can change."""
+        return DTYPES.get(self.code) in TRAINABLE
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether its name and shape are those of a linear layer's weight; embeddings, output heads and norms are none."""
+        if len(self.shape) != 2 or not self.name.endswith("weight") or not self.is_trainable:
+            return False
+        other = self.name.endswith((*INPUTS, *OUTPUTS)) or any(part in self.name for part in NOT_LINEAR)
+        return not other
+
+    @property
     def itemsize(self) -> int:
         """Bytes of an entry."""
         return DTYPES[self.code].itemsize if self.code in DTYPES else 1
@@ -65,14 +78,6 @@ class Need:
         return self.weights + self.values + self.grads + self.moments + self.indices + self.base + self.activations
 
 
-def linear(weights: Iterable[Weight]) -> list[Weight]:
-    """The weights of linear layers, by their names and shapes; embeddings, output heads and norms are none."""
-    matrices = [weight for weight in weights if len(weight.shape) == 2 and weight.name.endswith("weight")]
-    trainable = [weight for weight in matrices if DTYPES.get(weight.code) in TRAINABLE]
-    inner = [weight for weight in trainable if not weight.name.endswith((*INPUTS, *OUTPUTS))]
-    return [weight for weight in inner if not any(part in weight.name for part in NOT_LINEAR)]
-
-
 def plan(
     weights: Sequence[Weight],
     *,
@@ -100,7 +105,7 @@ def plan(
     Raises:
         ValueError: there is no linear weight, a density is out of range, or the memory is too small for any entry.
     """
-    targets = linear(weights)
+    targets = [weight for weight in weights if weight.is_linear]
     if not targets:
         raise ValueError("the checkpoint has no weight that is known as a linear layer's by name and shape")
     bad = [density for density in densities if not 0 < density <= 1]
@@ -148,7 +153,7 @@ def _lora(targets: Sequence[Weight], rank: int, held: int, activations: int) -> 
 
 
 def _full(weights: Sequence[Weight], held: int, activations: int) -> Need:
-    trainable = [weight for weight in weights if DTYPES.get(weight.code) in TRAINABLE]
+    trainable = [weight for weight in weights if weight.is_trainable]
     count = sum(weight.numel for weight in trainable)
     return Need(
         method="full fine-tuning",

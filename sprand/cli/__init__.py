@@ -67,10 +67,11 @@ def require(module: str) -> ModuleType:
 
 def requirements(extra: str) -> list[str]:
     """What an extra of sprand asks for, as pip reads it, extras inside it resolved."""
-    found = []
+    packages = []
     for line in metadata.requires("sprand") or ():
-        name, _, marker = line.partition(";")
-        if marker.strip() in (f'extra == "{extra}"', f"extra == '{extra}'"):
-            inner = name.strip().removeprefix("sprand[").removesuffix("]")
-            found += [name.strip()] if inner == name.strip() else requirements(inner)
-    return found
+        package, marker = (part.strip() for part in (*line.split(";"), "")[:2])
+        if marker.replace("'", '"') != f'extra == "{extra}"':
+            continue
+        inner = package.removeprefix("sprand[").removesuffix("]")
+        packages += [package] if inner == package else requirements(inner)
+    return packages

@@ -68,16 +68,16 @@ def examine() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"sprand": __version__, "torch": torch.__version__, "Python": platform.python_version()}
+    versions = {"sprand": __version__, "torch": torch.__version__, "Python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    found["torch's CUDA"] = torch.version.cuda or "none (a CPU build)"
-    found["CUDA toolkit"] = _first(r"release ([\d.]+)", ["nvcc", "--version"])
-    found["NVIDIA driver"] = _first(r"([\d.]+)", ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return found
+            versions[name] = "not installed"
+    versions["torch's CUDA"] = torch.version.cuda or "none (a CPU build)"
+    versions["CUDA toolkit"] = _first(r"release ([\d.]+)", ["nvcc", "--version"])
+    versions["NVIDIA driver"] = _first(r"([\d.]+)", ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return versions
 
 
 def _machine() -> dict[str, str]:

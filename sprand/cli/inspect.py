@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from ..adapters.file import WEIGHTS_FILE
-from ..checkpoint import inspect as report
+from ..adapters.summary import shape_text
+from ..checkpoint.inspect import Line, Report, inspect, plot
 from . import CliError
 from .files import failing_in_words, folder_of
 from .table import print_table
@@ -43,39 +44,51 @@ def run(options: argparse.Namespace) -> int:
         raise CliError(f"--top: expected a count, got {options.top}.")
     with failing_in_words():
         base = folder_of(options.base) if options.base else None
-        found = report.inspect(folder_of(options.adapter), base, options.top)
+        report = inspect(folder_of(options.adapter), base, options.top)
         if options.plot is not None:
-            report.plot(found, options.plot)
+            plot(report, options.plot)
     if options.json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(report.to_dict(), indent=2))
         return 0
-    description = found.description
-    print(f"{found.path}: {found.nnz:,} trained entries of {len(found.lines)} parameters, density {found.density:.4%}")
-    print(f"chosen: {found.chosen}; base: {description['base_model'] or 'not named'}; sprand {description['sprand_version']}")
-    file = found.path / WEIGHTS_FILE if found.path.is_dir() else found.path
-    print(f"{file.stat().st_size:,} bytes, checksum {description['checksum']}\n")
-    rows = [("parameter", "shape", "entries", "density", "rms delta", "largest", "zero", "in bf16")]
-    for line in found.lines:
-        rows.append(
-            (
-                line.name, "x".join(map(str, line.shape)) or "scalar", _count(line), f"{line.density:.4%}", f"{line.rms:.3g}",
-                f"{line.largest:.3g}", f"{line.zero:.1%}", "-" if line.visible is None else f"{line.visible:.1%}",
-            )
-        )  # fmt: skip
-    rows += [(name, "x".join(map(str, shape)), "in full", "", "", "", "", "") for name, shape in found.saved.items()]
-    visible = "-" if found.visible is None else f"{found.visible:.1%}"
-    rows.append(("all", "", f"{found.nnz:,}", f"{found.density:.4%}", f"{found.rms:.3g}", "", "", visible))
-    print_table(rows, left=2)
+    _print(report)
     if base is None:
         print("\nin bf16: the share of entries whose bfloat16 value changes; give --base BASE to count it")
-    if found.changes:
+    if report.changes:
         print("\nlargest changes")
-        for change in found.changes:
+        for change in report.changes:
             print(f"  {change.name}{list(change.position)}  {change.delta:+.4g}")
     if options.plot is not None:
         print(f"\nwritten: {options.plot}")
     return 0
 
 
-def _count(line: report.Line) -> str:
-    return f"{line.nnz:,}" + (f" + {line.values:,} values" if line.values else "")
+def _print(report: Report) -> None:
+    """Print what the adapter is, and a table of its parameters."""
+    description = report.description
+    file = report.path / WEIGHTS_FILE if report.path.is_dir() else report.path
+    print(f"{report.path}: {report.nnz:,} trained entries of {len(report.lines)} parameters, density {report.density:.4%}")
+    print(f"chosen: {report.chosen}; base: {description['base_model'] or 'not named'}; sprand {description['sprand_version']}")
+    print(f"{file.stat().st_size:,} bytes, checksum {description['checksum']}\n")
+    rows = [("parameter", "shape", "entries", "density", "rms delta", "largest", "zero", "in bf16")]
+    rows += map(_row, report.lines)
+    rows += [(name, shape_text(shape), "in full", "", "", "", "", "") for name, shape in report.saved.items()]
+    visible = _share(report.visible)
+    rows.append(("all", "", f"{report.nnz:,}", f"{report.density:.4%}", f"{report.rms:.3g}", "", "", visible))
+    print_table(rows, left=2)
+
+
+def _row(line: Line) -> tuple[str, ...]:
+    return (
+        line.name,
+        shape_text(line.shape) or "scalar",
+        f"{line.nnz:,}" + (f" + {line.values:,} values" if line.values else ""),
+        f"{line.density:.4%}",
+        f"{line.rms:.3g}",
+        f"{line.largest:.3g}",
+        f"{line.zero:.1%}",
+        _share(line.visible),
+    )
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from ..checkpoint.plan import Need, Weight, linear, plan
+from ..checkpoint.plan import Need, Weight, plan
 from ..checkpoint.shards import open_checkpoint
 from . import CliError
 from .files import failing_in_words, from_hub
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         needs = plan(
             weights, densities=densities, memory=options.memory, tokens=options.tokens, checkpointing=options.checkpointing
         )
-    targets = sum(weight.numel for weight in linear(weights))
+    targets = sum(weight.numel for weight in weights if weight.is_linear)
     total = sum(weight.numel for weight in weights)
     if options.json:
         rows = [asdict(need) | {"total": need.total} for need in needs]

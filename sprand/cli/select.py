@@ -139,8 +139,8 @@ def _print_json(mask: sprand.Mask, out: Path, seconds: float) -> None:
 
 
 def _print(mask: sprand.Mask, seconds: float) -> None:
-    density = densities(mask)
-    least, most = min(density, key=density.get), max(density, key=density.get)
     total = sum(math.prod(shape) for shape in mask.shapes.values())
     print(f"chose {mask.nnz:,} of {total:,} entries of {len(mask)} weights in {seconds:.1f} s")
-    print(f"density {density[least]:.4%} ({least}) to {density[most]:.4%} ({most})")
+    by_density = sorted((density, name) for name, density in densities(mask).items())
+    (least, sparsest), (most, densest) = by_density[0], by_density[-1]
+    print(f"density {least:.4%} ({sparsest}) to {most:.4%} ({densest})")

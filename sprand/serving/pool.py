@@ -20,6 +20,8 @@ from .gate import ANY, Gate, guard, unguard
 from .residents import DeviceCache, Library, Packed, Resident
 from .writes import set_entries
 
+Tensors = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -81,14 +83,17 @@ class AdapterPool:
         if any(device.type == "meta" for device in devices):
             raise ValueError("AdapterPool: expected a model with weights, got one on the meta device; load its weights first")
         if device_bytes is not None and (device_bytes < 0 or devices <= {torch.device("cpu")}):
+            here = ", ".join(sorted(map(str, devices)))
             raise ValueError(
-                f"device_bytes: expected bytes of a GPU's memory, got {device_bytes} for a model on "
-                f"{', '.join(sorted(map(str, devices)))}; on the CPU adapters are used where they are, so leave it out"
+                f"device_bytes: expected bytes of a GPU's memory, got {device_bytes} for a model on {here}; on the CPU adapters "
+                "are used where they are, so leave it out"
             )
         self.model = model
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._adapters: dict[str, Resident] = {}
-        self._library, self._cache, self._mutex = Library(), DeviceCache(device_bytes), threading.Lock()
+        self._library = Library()
+        self._cache = DeviceCache(device_bytes)
+        self._mutex = threading.Lock()
         self._base_whole: dict[str, Tensor] = {}
         self._current: Resident | None = None
         self._changed: dict[int, str] = {}
@@ -224,14 +229,15 @@ class AdapterPool:
 
     def _base(self, name: str, weight: Tensor, indices: Tensor) -> Tensor:
         """The entries of a parameter in the base, whatever it holds now."""
-        changed = None if self._current is None else self._changed.get(id(self._parameters[name]))
-        if self._current is not None and changed in self._current.whole:
+        current = self._current
+        changed = None if current is None else self._changed.get(id(self._parameters[name]))
+        if changed is not None and changed in current.whole:
             return ops.gather(self._base_whole[changed], indices.cpu()).to(weight.device)
         held = ops.gather(weight.contiguous(), indices)
         if changed is None:
             return held
-        here = self._current.positions.packed.here
-        own, base = (here[f"{what}.{changed}"].to(weight.device) for what in ("indices", "base"))
+        here = current.positions.packed.here
+        own, base = here[f"indices.{changed}"].to(weight.device), here[f"base.{changed}"].to(weight.device)
         return Frozen(own, base, base).pristine(indices, held)
 
     def _change(self, name: str | None) -> None:
@@ -239,20 +245,13 @@ class AdapterPool:
         new, old = self._resident(name), self._current
         in_use = _parts(new) + _parts(old)
         with torch.no_grad():
-            wanted = {} if new is None else self._cache.get(new.values, in_use)
-            where = {} if new is None else self._cache.get(new.positions.packed, in_use)
+            values = {} if new is None else self._cache.get(new.values, in_use)
+            there = {} if new is None else self._cache.get(new.positions.packed, in_use)
             before = {} if old is None else self._cache.get(old.positions.packed, in_use)
-            shared = old is not None and new is not None and old.positions is new.positions
             try:
-                self._restore(old, {} if shared else before, () if new is None else new.whole)
-                for key in () if new is None else new.whole:
-                    self._base_whole.setdefault(key, self._parameters[key].data.to("cpu", copy=True))
-                if new is not None:
-                    self._write(new.positions.names, where, {key: wanted[key] for key in new.positions.names})
-                    for key in new.whole:
-                        self._parameters[key].data.copy_(wanted[key])
+                self._exchange(old, before, new, there, values)
             except BaseException:
-                self._restore(new, where)
+                self._restore(new, there)
                 self._restore(old, before)
                 self._current, self._gate.state, self._changed = None, None, {}
                 raise
@@ -262,7 +261,19 @@ class AdapterPool:
         self._switches += 1
         self._cache.shrink(_parts(new))
 
-    def _restore(self, resident: Resident | None, there: dict[str, Tensor], but: Sequence[str] = ()) -> None:
+    def _exchange(self, old: Resident | None, before: Tensors, new: Resident | None, there: Tensors, values: Tensors) -> None:
+        """Write the values of another adapter; where it has the positions of the old one, the base need not be put back first."""
+        same_positions = old is not None and new is not None and old.positions is new.positions
+        self._restore(old, {} if same_positions else before, () if new is None else new.whole)
+        if new is None:
+            return
+        for key in new.whole:
+            self._base_whole.setdefault(key, self._parameters[key].data.to("cpu", copy=True))
+        self._write(new.positions.names, there, values)
+        for key in new.whole:
+            self._parameters[key].data.copy_(values[key])
+
+    def _restore(self, resident: Resident | None, there: Tensors, but: Sequence[str] = ()) -> None:
         """Put the base back where an adapter is, except in the whole parameters `but`, and nothing where `there` is empty."""
         if resident is None:
             return
@@ -272,8 +283,9 @@ class AdapterPool:
             if name not in but:
                 self._parameters[name].data.copy_(self._base_whole[name])
 
-    def _write(self, names: Sequence[str], there: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-        set_entries(self._parameters, {name: there[f"indices.{name}"] for name in names}, values)
+    def _write(self, names: Sequence[str], there: Tensors, values: Tensors) -> None:
+        indices = {name: there[f"indices.{name}"] for name in names}
+        set_entries(self._parameters, indices, {name: values[name] for name in names})
 
 
 def _parts(resident: Resident | None) -> tuple[Packed, ...]:

@@ -14,7 +14,7 @@ from ..adapters.frozen import Frozen
 from ..kernels import ops
 from ..layers import sharding
 from .gate import ANY, Gate, guard, unguard
-from .messages import INDICES, Layout, as_bytes, decoded, kind_of, values_of, version_of
+from .messages import INDICES, Layout, Piece, as_bytes, decoded, kind_of, values_of, version_of
 from .writes import check_writable, set_entries
 
 
@@ -98,26 +98,34 @@ class DeltaReceiver:
 
     def _positions(self, message: Tensor) -> _Update:
         layout, digest = decoded(message)
-        indices: dict[str, Tensor] = {}
-        base: dict[str, Tensor] = {}
-        whole: dict[str, Tensor] = {}
+        known = _Known(layout, digest, {}, {}, {})
         for piece in layout.pieces:
-            p = self._parameters.get(piece.name)
-            if p is None or tuple(p.shape) != piece.shape or p.dtype != piece.torch_dtype:
-                here = "none of that name" if p is None else f"{list(p.shape)} of {p.dtype}"
-                raise ValueError(
-                    f"receive: the training model has {piece.name} {list(piece.shape)} of torch.{piece.dtype}, and this one "
-                    f"has {here}; build both from the same checkpoint, in one dtype"
-                )
+            p = self._parameter_of(piece)
             if piece.fingerprint is None:
                 before = None if self._known is None else self._known.whole.get(piece.name)
-                whole[piece.name] = p.data.clone() if before is None else before
+                known.whole[piece.name] = p.data.clone() if before is None else before
                 continue
-            indices[piece.name] = layout.indices[piece.name].to(p.device, copy=True)
-            base[piece.name] = self._base(piece.name, p, indices[piece.name])
-            check_base("the training model's message", piece.name, base[piece.name], piece.fingerprint)
+            indices = layout.indices[piece.name].to(p.device, copy=True)
+            base = self._base(piece.name, p, indices)
+            check_base("the training model's message", piece.name, base, piece.fingerprint)
+            known.indices[piece.name], known.base[piece.name] = indices, base
         check_writable("the training model", self._parameters, [piece.name for piece in layout.pieces])
-        return _Update(_Known(layout, digest, indices, base, whole))
+        return _Update(known)
+
+    def _parameter_of(self, piece: Piece) -> nn.Parameter:
+        """The parameter that a piece is for.
+
+        Raises:
+            ValueError: The model has none of this name, shape and dtype.
+        """
+        p = self._parameters.get(piece.name)
+        if p is None or tuple(p.shape) != piece.shape or p.dtype != piece.torch_dtype:
+            here = "none of that name" if p is None else f"{list(p.shape)} of {p.dtype}"
+            raise ValueError(
+                f"receive: the training model has {piece.name} {list(piece.shape)} of torch.{piece.dtype}, and this one "
+                f"has {here}; build both from the same checkpoint, in one dtype"
+            )
+        return p
 
     def _base(self, name: str, weight: nn.Parameter, indices: Tensor) -> Tensor:
         held = ops.gather(weight.data.contiguous(), indices)
@@ -134,8 +142,8 @@ class DeltaReceiver:
             raise ValueError("receive: these values are for other positions; send DeltaSync.indices() again, then its values")
         if version <= self._version:
             raise ValueError(f"receive: got values of version {version} after those of version {self._version}")
-        found = values_of(message, self._known.layout)
-        values = {name: value.to(self._parameters[name].device) for name, value in found.items()}
+        received = values_of(message, self._known.layout)
+        values = {name: value.to(self._parameters[name].device) for name, value in received.items()}
         return _Update(self._known, version, values)
 
     def _change(self, update: _Update | None) -> None:

@@ -18,41 +18,51 @@ from ..kernels import ops
 QUAD = 4  # entries that a CUDA kernel reads at once, where they are aligned
 
 
+Place = tuple[torch.device, torch.dtype]
+
+
 class Packed:
     """Tensors by name in one buffer for each device and dtype: on the CPU, pinned where a GPU is their place."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        sizes: dict[tuple[torch.device, torch.dtype], int] = {}
-        self._places: dict[str, tuple[tuple[torch.device, torch.dtype], int, torch.Size]] = {}
+        sizes: dict[Place, int] = {}
+        self._slots: dict[str, tuple[Place, int, torch.Size]] = {}
         for name, tensor in tensors.items():
-            key = tensor.device, tensor.dtype
-            self._places[name] = key, sizes.get(key, 0), tensor.shape
-            sizes[key] = sizes.get(key, 0) + -(-tensor.numel() // QUAD) * QUAD
-        self._buffers = {
-            (device, dtype): torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
-            for (device, dtype), size in sizes.items()
-        }
-        for name, view in self._views(self._buffers).items():
-            view.copy_(tensors[name])
-        self.nbytes = sum(buffer.nbytes for buffer in self._buffers.values())
-        self.device_nbytes = sum(buffer.nbytes for (device, _), buffer in self._buffers.items() if device.type != "cpu")
+            place = tensor.device, tensor.dtype
+            begin = sizes.get(place, 0)
+            self._slots[name] = place, begin, tensor.shape
+            sizes[place] = begin + -(-tensor.numel() // QUAD) * QUAD
+        self._buffers = {place: _host_buffer(place, size) for place, size in sizes.items()}
         self.here = self._views(self._buffers)
+        for name, view in self.here.items():
+            view.copy_(tensors[name])
+        bytes_by_place = {place: buffer.nbytes for place, buffer in self._buffers.items()}
+        self.nbytes = sum(bytes_by_place.values())
+        self.device_nbytes = sum(nbytes for (device, _), nbytes in bytes_by_place.items() if device.type != "cpu")
 
     def uploaded(self) -> dict[str, Tensor]:
         """The tensors on their devices; those of the CPU are not copied."""
-        return self._views({key: buffer.to(key[0], non_blocking=True) for key, buffer in self._buffers.items()})
+        return self._views({place: buffer.to(place[0], non_blocking=True) for place, buffer in self._buffers.items()})
 
-    def _views(self, buffers: Mapping[tuple[torch.device, torch.dtype], Tensor]) -> dict[str, Tensor]:
-        return {
-            name: buffers[key][first : first + shape.numel()].view(shape) for name, (key, first, shape) in self._places.items()
-        }
+    def _views(self, buffers: Mapping[Place, Tensor]) -> dict[str, Tensor]:
+        views = {}
+        for name, (place, begin, shape) in self._slots.items():
+            views[name] = buffers[place][begin : begin + shape.numel()].view(shape)
+        return views
+
+
+def _host_buffer(place: Place, size: int) -> Tensor:
+    device, dtype = place
+    return torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 class Positions:
     """Which entries an adapter changes, and what the base holds there; adapters with the same ones share them."""
 
     def __init__(self, indices: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-        self.packed = Packed({f"indices.{n}": t for n, t in indices.items()} | {f"base.{n}": t for n, t in base.items()})
+        tensors = {f"indices.{name}": own for name, own in indices.items()}
+        tensors |= {f"base.{name}": held for name, held in base.items()}
+        self.packed = Packed(tensors)
         self.names = tuple(indices)
 
 
@@ -84,19 +94,20 @@ class Library:
             adapter: from `prove`.
             base: what the base holds at its trained entries, `[nnz]` by parameter name.
         """
-        indices, values, before = {}, {}, {}
-        for name, own in adapter.indices.items():
-            changed = _final(own, adapter.deltas[name].data, base[name], adapter.frozen.get(name))
-            indices[name], values[name], before[name] = changed.indices, changed.values, changed.base
-        key = described.digest(part for name in indices for part in (name, indices[name]))
+        held = {name: _held(adapter, name, base[name]) for name in adapter.indices}
+        indices = {name: entries.indices for name, entries in held.items()}
+        values = {name: entries.values for name, entries in held.items()}
+        key = described.digest(part for name, own in indices.items() for part in (name, own))
         positions = self._known.get(key)
         if positions is None:
-            positions = self._known.setdefault(key, Positions(indices, before))
+            made = Positions(indices, {name: entries.base for name, entries in held.items()})
+            positions = self._known.setdefault(key, made)
         return Resident(positions, Packed(values | adapter.saved), tuple(adapter.saved))
 
 
-def _final(indices: Tensor, delta: Tensor, base: Tensor, frozen: Frozen | None) -> Frozen:
-    """Trained entries over the folded ones: positions, what a weight holds there, and what its base does."""
+def _held(adapter: Adapter, name: str, base: Tensor) -> Frozen:
+    """What a weight holds with an adapter: positions of trained and frozen entries, the values there, and the base's."""
+    indices, delta, frozen = adapter.indices[name], adapter.deltas[name].data, adapter.frozen.get(name)
     if frozen is None:
         return Frozen(indices, ops.patched(base, delta), base)
     start = Frozen(frozen.indices, frozen.values, frozen.values).pristine(indices, base)

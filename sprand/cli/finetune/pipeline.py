@@ -140,11 +140,12 @@ class Run:
 
     def _announce(self) -> None:
         settings, task, method = self.settings, self.task, self.method
-        weights = [p.numel() for name, p in method.model.named_parameters() if not name.endswith("sprand_delta")]
-        share = self.count / sum(weights)
+        parameters = method.model.named_parameters()
+        weights = sum(p.numel() for name, p in parameters if not name.endswith("sprand_delta"))
         rows = f"{len(task.train)} training rows, {len(task.eval)} held out"
         self.log.say(f"{settings.model}: {self.dataset.task}, {rows}, on {self.device}")
-        self.log.say(f"training {self.count:,} of {sum(weights):,} weights ({share:.2%}), {self.steps} steps, lr {method.lr:g}")
+        trained = f"{self.count:,} of {weights:,} weights ({self.count / weights:.2%})"
+        self.log.say(f"training {trained}, {self.steps} steps, lr {method.lr:g}")
 
     def _resumed(self) -> tuple[int, list[dict[str, Any]]]:
         """Go on from the checkpoint that the options name, or begin anew.

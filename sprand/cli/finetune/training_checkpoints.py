@@ -17,6 +17,7 @@ from .. import CliError, TrainingFailed
 from .methods import Method
 from .settings import Settings
 
+NAME = re.compile(r"step-(\d+)\.safetensors")
 KIND = "sprand finetune checkpoint 2"  # 1 was a file of torch.save
 PARTS = {"identity": dict, "step": int, "history": list, "trained": dict, "optimizer": dict, "rng": Tensor, "cuda_rng": list}
 
@@ -35,14 +36,13 @@ class TrainingCheckpoints:
 
     def newest(self) -> Path | None:
         """The last checkpoint written, if any."""
-        found = self.all()
-        return found[-1] if found else None
+        paths = self.all()
+        return paths[-1] if paths else None
 
     def all(self) -> list[Path]:
         """The checkpoints that are there, the oldest first."""
-        name = re.compile(r"step-(\d+)\.safetensors")
-        found = [(int(match[1]), path) for path in self.folder.glob("step-*") if (match := name.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
+        names = ((path, NAME.fullmatch(path.name)) for path in self.folder.glob("step-*"))
+        return sorted((path for path, name in names if name), key=lambda path: int(NAME.fullmatch(path.name)[1]))
 
     def save(self, method: Method, step: int, history: list[dict[str, Any]]) -> Path:
         """Write the state after `step` steps; a crash meanwhile leaves the older ones as they are.
@@ -84,19 +84,7 @@ class TrainingCheckpoints:
         Raises:
             CliError: no checkpoint, a damaged one, or one of another run (the first difference is named).
         """
-        try:
-            state = states.read(path, KIND)
-        except FileNotFoundError:
-            raise CliError(f"--resume: no checkpoint {path}.") from None
-        except ValueError as error:
-            older = [other for other in self.all() if other != path]
-            advice = f" There is an older one: --resume {older[-1]}" if older else ""
-            raise CliError(
-                "--resume: expected a checkpoint of sprand finetune, a file checkpoints/step-N.safetensors of a run: "
-                f"{error}.{advice}"
-            ) from None
-        if not all(isinstance(state.get(name), kind) for name, kind in PARTS.items()):
-            raise CliError(f"--resume: {path} is damaged: expected {', '.join(PARTS)} in it.")
+        state = self._read(path)
         for key, here in self.identity.items():
             there = state["identity"].get(key)
             if there != here:
@@ -117,17 +105,36 @@ class TrainingCheckpoints:
                 p.copy_(state["trained"][name])
         return state["step"], state["history"], state.get("threads")
 
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The state in a checkpoint, all parts of it there.
+
+        Raises:
+            CliError: There is no such checkpoint, or it is damaged.
+        """
+        try:
+            state = states.read(path, KIND)
+        except FileNotFoundError:
+            raise CliError(f"--resume: no checkpoint {path}.") from None
+        except ValueError as error:
+            older = [other for other in self.all() if other != path]
+            advice = f" There is an older one: --resume {older[-1]}" if older else ""
+            raise CliError(
+                "--resume: expected a checkpoint of sprand finetune, a file checkpoints/step-N.safetensors of a run: "
+                f"{error}.{advice}"
+            ) from None
+        if not all(isinstance(state.get(name), kind) for name, kind in PARTS.items()):
+            raise CliError(f"--resume: {path} is damaged: expected {', '.join(PARTS)} in it.")
+        return state
+
     def describe_last(self) -> str:
         """A sentence on the newest checkpoint."""
         path = self.newest()
-        return (
-            f"The last good checkpoint is kept: {path}."
-            if path
-            else "No checkpoint had been written yet (see --checkpoint-every)."
-        )
+        if path is None:
+            return "No checkpoint had been written yet (see --checkpoint-every)."
+        return f"The last good checkpoint is kept: {path}."
 
     def clear(self) -> None:
-        """Remove all."""
+        """Remove all checkpoints, and what unfinished ones left."""
         if self.folder.is_dir():
             remove_stale(self.folder)
         for path in self.folder.glob("step-*"):
