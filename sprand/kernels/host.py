@@ -34,7 +34,7 @@ def first_bad_index(indices: Tensor, numel: int) -> int:
         The place of the first entry that is out of range or not above its predecessor, or -1.
 
     Raises:
-        ValueError: `indices` is not a vector of int32 or int64.
+        ValueError: `indices` is no vector of int32 or int64.
     """
     _check("first_bad_index", indices)
     if _host is not None and indices.device.type == "cpu":
@@ -60,7 +60,7 @@ def merge_indices(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         `union[positions[i]] == lists[i]`.
 
     Raises:
-        ValueError: no list, lists of different dtype or device, or one that is not ascending and unique.
+        ValueError: There is no list, lists differ in dtype or device, or one is not ascending and unique.
     """
     if not lists:
         raise ValueError("merge_indices: expected at least one list of indices, got none")
@@ -107,7 +107,7 @@ def order_rows(
         The kernel's table (int32, on the device of indices), the number of tiles, and the wavefronts per shared-memory phase.
 
     Raises:
-        ValueError: `indices` is not a vector of int32 or int64.
+        ValueError: `indices` is no vector of int32 or int64.
     """
     _check("order_rows", indices)
     here = indices.cpu().contiguous()

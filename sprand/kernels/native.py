@@ -45,7 +45,7 @@ def kernel_of(op: str, device: str | torch.device) -> str:
         `"C++"`, `"CUDA"` or `"reference"` (plain PyTorch).
 
     Raises:
-        ValueError: there is no such operator.
+        ValueError: There is no such operator.
     """
     if op not in ops.SCHEMAS:
         raise ValueError(f"kernel_of: expected one of {', '.join(ops.SCHEMAS)}, got {op!r}")

@@ -81,7 +81,7 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedul
         `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: A shape, dtype or device does not fit.
     """
     check_sddmm("sddmm", grad_output, input, indices)
     if schedule is None:
@@ -105,7 +105,7 @@ def sddmm_dense(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: S
         `[nnz]`, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: A shape, dtype or device does not fit.
     """
     check_sddmm("sddmm_dense", grad_output, input, indices)
     parts = []
@@ -139,7 +139,7 @@ def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding
         `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: A shape, dtype or device does not fit.
     """
     check_embedding_grad("embedding_grad", grad_output, tokens, indices, padding_idx)
     return torch.ops.sprand.embedding_grad(grad_output, tokens, indices, padding_idx)
@@ -156,7 +156,7 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
         `[nnz]` in the dtype of `weight`.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: A shape, dtype or device does not fit.
     """
     check_weight("gather", weight, indices)
     return torch.ops.sprand.gather(weight, indices)
@@ -175,7 +175,7 @@ def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, 
         scale: factor on `delta`.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: A shape, dtype or device does not fit.
     """
     check_weight("patch_", weight, indices)
     check_entries("patch_", "base", base, indices, weight.dtype)
@@ -204,7 +204,7 @@ def patch_all_(
         scales: the factor on each delta.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or lists of different length.
+        ValueError: A shape, dtype or device does not fit, or the lists differ in length.
     """
     check_lists("patch_all_", weights, indices, bases, bases if deltas is None else deltas, scales)
     for weight, index, base in zip(weights, indices, bases, strict=True):
@@ -227,7 +227,7 @@ def patched(base: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
         `[nnz]`, dtype of `base`.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: A shape, dtype or device does not fit.
     """
     result = base.clone()
     patch_(result, torch.arange(base.numel(), dtype=torch.int32, device=base.device), base, delta, scale)
@@ -252,7 +252,7 @@ def scatter_add_all_(
         scales: the factor on each of the values.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or lists of different length.
+        ValueError: A shape, dtype or device does not fit, or the lists differ in length.
     """
     check_lists("scatter_add_all_", weights, indices, values, scales)
     for weight, index, value in zip(weights, indices, values, strict=True):
@@ -300,7 +300,7 @@ def sparse_adamw_(
         found_inf: one float32 on the device; when it is not zero nothing is changed.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or lists of different length.
+        ValueError: A shape, dtype or device does not fit, or the lists differ in length.
     """
     check_lists("sparse_adamw_", weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, steps, scales)
     for weight, index, base, *entries in zip(weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, strict=True):
@@ -337,7 +337,7 @@ def stratified_indices_(indices: Tensor, rows: int, cols: int, key: int, run_row
         run_rows, run_cols: size of a run; they divide `rows` and `cols`, and their product divides `nnz`.
 
     Raises:
-        ValueError: more entries than the matrix has, an integer type too small for its positions, or runs that do not fit.
+        ValueError: There are more entries than the matrix has, the integers are too small for its positions, or runs do not fit.
     """
     check_draw("stratified_indices_", indices, rows * cols)
     if max(rows, cols) >= 2**32:
@@ -359,7 +359,7 @@ def uniform_indices_(indices: Tensor, numel: int, key: int) -> None:
         key: 64 bits (as a signed int) that name the draw.
 
     Raises:
-        ValueError: more entries than `numel`, or an integer type too small for its positions.
+        ValueError: There are more entries than `numel`, or the integers are too small for its positions.
     """
     check_draw("uniform_indices_", indices, numel)
     torch.ops.sprand.uniform_indices_(indices, numel, key)

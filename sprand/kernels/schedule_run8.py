@@ -129,31 +129,37 @@ class Cut:
 
 
 def _table(runs: Runs, plan: Plan) -> Tensor:
-    """The table, part by part as in `Parts`.
-
-    The runs of a key are dealt out to its half tiles in order of their banks: rows of one bank meet as rarely as can be.
-    """
+    """The table, part by part as in `Parts`."""
     header = torch.tensor(plan.header, dtype=torch.int32, device=runs.row.device)
     cut = Cut.of(runs, plan, header)
     turns = _turns(cut, plan.units, plan.rows // TILE_ROWS)
     place = cut.row ^ turns[cut.unit[cut.key], cut.row // TILE_ROWS]  # of each run's row in shared memory
-
-    order = ((cut.key * RUN + place % RUN) * plan.rows + place).argsort()
-    key, place = cut.key[order], place[order]
-    rank = torch.arange(len(key), device=key.device) - (cut.count.cumsum(0) - cut.count)[key]
-    half = cut.halves_before[key] + rank % cut.halves[key]
-    seat = half * HALF_TILE + rank // cut.halves[key]  # the row of a tile that a run gets, over all tiles
+    order, seat = _seating(cut, place, plan.rows)
 
     seats = plan.tiles * TILE_ROWS
-    seated_runs = torch.full((seats,), -1, dtype=torch.int32, device=key.device)
+    seated_runs = torch.full((seats,), -1, dtype=torch.int32, device=seat.device)
     seated_runs[seat] = order.int()
-    seated_places = torch.full((seats,), -1, dtype=torch.int64, device=key.device)
-    seated_places[seat] = place
-    groups = torch.zeros(plan.tiles, dtype=torch.int32, device=key.device)
-    first_group = header[cut.unit[key], COLUMN_BEGIN] // RUN
-    groups[seat // TILE_ROWS] = (runs.group[order] - first_group).int()
+    seated_places = torch.full((seats,), -1, dtype=torch.int64, device=seat.device)
+    seated_places[seat] = place[order]
     packed_places = _with_spare_places(seated_places).view(torch.int32)
+    groups = torch.zeros(plan.tiles, dtype=torch.int32, device=seat.device)
+    first_group = header[cut.unit[cut.key[order]], COLUMN_BEGIN] // RUN
+    groups[seat // TILE_ROWS] = (runs.group[order] - first_group).int()
     return torch.cat([header.flatten(), seated_runs, packed_places, groups, turns.int().flatten()])
+
+
+def _seating(cut: Cut, place: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The runs in the order of their seats, and the seat of each in that order: a row of a tile, counted over all tiles.
+
+    The runs of a key are dealt out to its half tiles in order of their banks: rows of one bank meet as rarely as can be.
+    """
+    bank = cut.key * RUN + place % RUN
+    order = (bank * rows + place).argsort()
+    key = cut.key[order]
+    runs_before = cut.count.cumsum(0) - cut.count
+    rank = torch.arange(len(key), device=key.device) - runs_before[key]
+    half = cut.halves_before[key] + rank % cut.halves[key]
+    return order, half * HALF_TILE + rank // cut.halves[key]
 
 
 def _turns(cut: Cut, units: int, segments: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels import host, ops
 from ..kernels.checks import check_draw
+from ..kernels.limits import ceil_div
 
 RANDOM_STRATEGIES = ("random", "uniform")
 GIVEN = "given"  # how a strategy of explicit masks or indices is named in JSON
@@ -53,7 +54,7 @@ def draw(
         `[nnz]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
 
     Raises:
-        ValueError: an unknown strategy, more entries than the weight has, or a part of a run.
+        ValueError: The strategy is unknown, or there are more entries than the weight has, or a part of a run.
     """
     if strategy not in RANDOM_STRATEGIES:
         raise ValueError(f"expected a random strategy, one of {', '.join(RANDOM_STRATEGIES)}, got {strategy!r}")
@@ -82,10 +83,12 @@ def _stratified_vector_(positions: Tensor, numel: int, key: int) -> None:
     are; a turn of the vector by a random distance gives every position the same probability.
     """
     check_draw("draw", positions, numel)
-    rows = -(-numel // LONGEST_ROW)
+    rows = ceil_div(numel, LONGEST_ROW)
     cols = numel // rows
-    ops.stratified_indices_(positions[: rows * cols], rows, cols, key)
-    positions[rows * cols :] = torch.arange(rows * cols, max(positions.numel(), rows * cols), device=positions.device)
+    whole = rows * cols
+    drawn, rest = positions[:whole], positions[whole:]
+    ops.stratified_indices_(drawn, rows, cols, key)
+    rest.copy_(torch.arange(whole, whole + rest.numel(), device=rest.device))
     turn = torch.empty(1, dtype=torch.int64, device=positions.device)
     ops.uniform_indices_(turn, numel, key)
     positions.add_(turn).remainder_(numel)
@@ -106,7 +109,7 @@ def draw_free(
         `[nnz]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
 
     Raises:
-        ValueError: as in `draw`, or fewer positions are free.
+        ValueError: An argument is as `draw` refuses it, or fewer positions are free.
     """
     numel = math.prod(shape)
     run_rows, run_cols = run_of(layout, shape)
@@ -184,7 +187,7 @@ def from_user(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
         `[nnz]`, flat, sorted, int32 or int64.
 
     Raises:
-        ValueError: a wrong shape or type, an index out of range, or one that appears twice.
+        ValueError: A shape or type is wrong, an index is out of range, or one appears twice.
     """
     numel = math.prod(shape)
     if not isinstance(value, Tensor):
