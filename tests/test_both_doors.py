@@ -12,6 +12,7 @@ from torch import nn
 import sprand
 from models import MLP, EveryLayer, Tied, assert_same_bits, bits, built
 from peft_models import llama, peft, positions
+from sprand.layers.sites import sites_of
 from sprand.peft import SprandConfig
 
 
@@ -245,3 +246,14 @@ def test_layers_to_transform_are_those_layers_of_apply():
     assert_same_bits(positions(peft.get_peft_model(llama(), config)), dict(ours._sprand.current.indices))
     with pytest.raises(ValueError, match=r"matches no module of this model in the layers \[7\]"):
         peft.get_peft_model(llama(), SprandConfig(target_modules=["q_proj"], layers_to_transform=[7]))
+
+
+@pytest.mark.parametrize("fields", [{"density": 0.2}, {"strategy": MASKS}], ids=["drawn", "given"])
+def test_both_doors_lead_off_the_meta_device_with_the_same_entries(fields):
+    with torch.device("meta"):
+        models = [MLP(), MLP()]
+    ours = sprand.apply(models[0], **fields).to_empty(device="cpu")
+    theirs = peft.get_peft_model(models[1], SprandConfig(**fields_of(fields))).to_empty(device="cpu")
+    expected = dict(sprand.apply(built(MLP), **fields)._sprand.current.indices)
+    assert_same_bits({site.name: site.entries.indices for site in sites_of(ours)}, expected)
+    assert_same_bits(positions(theirs), expected)

@@ -294,6 +294,66 @@ def test_meta_device_counts_and_materialises():
     assert torch.equal(model(x), real(x))
 
 
+GIVEN = {"second.weight": torch.tensor([500, 3, 77]), "third.bias": torch.tensor([True, False, False, True])}
+
+
+def filled(model):
+    """The model off the meta device, with the values of a real one."""
+    model.to_empty(device="cpu")
+    model.load_state_dict(built(MLP).state_dict(), strict=False)
+    return model
+
+
+@pytest.mark.parametrize("moved", ["made there", "sent there", "sent there twice"])
+def test_given_entries_come_back_from_the_meta_device(moved):
+    real = sprand.apply(built(MLP), strategy=GIVEN)
+    with torch.device("meta" if moved == "made there" else "cpu"):
+        model = MLP()
+    sprand.apply(model, strategy=GIVEN)
+    for _ in range({"made there": 1, "sent there": 1, "sent there twice": 2}[moved]):
+        model.to("meta")
+        assert model.second.sprand_indices.is_meta
+        filled(model)
+    assert torch.equal(model.second.sprand_indices, torch.tensor([3, 77, 500]))
+    assert torch.equal(model.third.sprand_indices_bias, torch.tensor([0, 3]))
+    x, y = points_and_labels()
+    for trained in (model, real):
+        F.cross_entropy(trained(x), y).backward()
+        sprand.SparseAdamW(trained, lr=1e-2).step()
+    assert torch.equal(model(x), real(x))
+    assert_same_bits(bits(sprand.unmerge(model)), bits(built(MLP)))
+
+
+def test_a_checkpoint_is_not_loaded_into_entries_on_the_meta_device():
+    with torch.device("meta"):
+        model = sprand.apply(MLP(), strategy=GIVEN)
+    with pytest.raises(RuntimeError, match=r"second.weight is on the meta device.*model.to_empty\(device=...\) first"):
+        model.load_state_dict(built(MLP).state_dict(), strict=False, assign=True)
+    assert torch.equal(filled(model).second.sprand_indices, torch.tensor([3, 77, 500]))
+
+
+def test_adapters_set_aside_come_back_from_the_meta_device():
+    with torch.device("meta"):
+        model = MLP()
+    real = built(MLP)
+    for trained in (model, real):
+        sprand.apply(trained, name="given", strategy=GIVEN)
+        sprand.apply(trained, name="drawn", density=0.1, seed=3)
+        sprand.apply(trained, name="last", density=0.2, seed=4)
+    filled(model)
+    for name in ("given", "drawn", "last"):
+        one, other = (sprand.switch(trained, name)._sprand.current for trained in (model, real))
+        assert_same_bits(one.indices, other.indices)
+        assert_same_bits({key: delta.data for key, delta in one.deltas.items()}, {key: d.data for key, d in other.deltas.items()})
+
+
+def test_entries_that_nothing_knows_are_refused():
+    layer = nn.Linear(4, 4, device="meta")
+    with pytest.raises(ValueError, match="its indices are on the meta device, where they have no values"):
+        sprand.layers.attached.attach(layer, "weight", torch.arange(3, device="meta"))
+    assert type(layer) is nn.Linear and layer.weight.requires_grad
+
+
 def test_tied_weights_stay_tied():
     model = built(Tied)
     sprand.apply(model, density=0.5, target_modules=["embed", "mix"])

@@ -85,11 +85,13 @@ def _attach(model: nn.Module, adapter: Adapter) -> None:
 
 def _attach_entries(adapter: Adapter, name: str, site: Site) -> None:
     """Let the adapter's entries of one weight train, in every module that holds it."""
-    indices = adapter.indices[name] = adapter.indices[name].to(site.device)
-    delta, base, written = adapter.deltas.get(name), None, None
+    indices, delta, base, written = adapter.indices[name], adapter.deltas.get(name), None, None
+    redraw = _redraw_of(adapter.config, name, site, indices.numel())
+    if site.device.type != "meta":
+        indices = adapter.indices[name] = redraw(site.device) if indices.is_meta else indices.to(site.device)
+        delta = None if delta is None or delta.is_meta else delta  # it has left the meta device, as a delta of zeros
     if delta is not None and delta.device != site.device:
         delta.data = delta.data.to(site.device)
-    redraw = _redraw_of(adapter.config, name, site, indices.numel())
     for module, parameter in site.owners:
         entries = attach(module, parameter, indices, delta, base, redraw=redraw, written=written)
         module.sparse_target(parameter).folded = name in adapter.frozen
@@ -112,7 +114,9 @@ def take_off(model: nn.Module, state: State, keep: bool) -> None:
     for site in sites_of(model):
         if site.name in adapter.indices:
             entries = site.entries
-            adapter.indices[site.name], adapter.deltas[site.name] = entries.indices, entries.delta
+            adapter.deltas[site.name] = entries.delta
+            if not entries.indices.is_meta:
+                adapter.indices[site.name] = entries.indices
     detach([module for _, module in sparse_modules(model)], keep)
     if keep:
         return

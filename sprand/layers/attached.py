@@ -30,7 +30,8 @@ class Target:
     Attributes:
         parameter: its name in the module, for example `"weight"`.
         scale: factor between delta and weight.
-        redraw: makes the indices on a device; needed when a module leaves the meta device.
+        redraw: makes the indices on a device, for a module that leaves the meta device.
+        kept: the indices of a module on the meta device that nothing can redraw.
         written: whether the weight holds its delta already.
         schedules: how a GPU samples the gradient of a linear layer.
         candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
@@ -41,6 +42,7 @@ class Target:
     parameter: str
     scale: float = 1.0
     redraw: Callable[[torch.device], Tensor] | None = None
+    kept: Tensor | None = None
     written: Written = field(default_factory=Written)
     schedules: Schedules | None = None
     candidates: Candidates | None = None
@@ -49,6 +51,17 @@ class Target:
     def __post_init__(self) -> None:
         suffix = "" if self.parameter == "weight" else f"_{self.parameter}"
         self.delta, self.indices, self.base = DELTA + suffix, INDICES + suffix, BASE + suffix
+
+    def enter_meta(self, indices: Tensor) -> None:
+        """Keep the indices `[nnz]` of a module that goes to the meta device, unless they can be made anew."""
+        if self.redraw is None and not indices.is_meta:
+            self.kept = indices
+
+    def leave_meta(self, device: torch.device) -> Tensor:
+        """The indices `[nnz]` of a module that has left the meta device."""
+        indices = self.redraw(device) if self.kept is None else self.kept.to(device)
+        self.kept = None
+        return indices
 
 
 class AttachedModule(SparseModule):
@@ -86,23 +99,25 @@ class AttachedModule(SparseModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves and casts like any module; deltas stay in their accumulation dtype, indices and base stay right."""
         places = {name: _place(self._parameters[name]) for name in self._sprand_targets}
-        deltas = {name: self.sparse_entries(name).delta.data for name in self._sprand_targets}
+        entries = {name: self.sparse_entries(name) for name in self._sprand_targets}
+        before = {name: (own.delta.data, own.indices) for name, own in entries.items()}
         super()._apply(fn, recurse)
         for name in self._sprand_targets:
-            self._follow(name, places[name], deltas[name])
+            self._follow(name, places[name], *before[name])
         return self
 
-    def _follow(self, parameter: str, place: tuple[torch.device, torch.dtype], delta: Tensor) -> None:
-        """Let the entries of a parameter, whose delta was `delta`, follow it from where it was."""
+    def _follow(self, parameter: str, place: tuple[torch.device, torch.dtype], delta: Tensor, indices: Tensor) -> None:
+        """Let the entries of a parameter, which were `delta` and `indices`, follow it from where it was."""
         target, weight, entries = self._sprand_targets[parameter], self._parameters[parameter], self.sparse_entries(parameter)
         target.written.forget()
         dtype = ops.accumulation_dtype(weight.dtype)
         if entries.delta.dtype != dtype:
             entries.delta.data = delta.to(device=entries.delta.device, dtype=dtype)
-        if place[0].type == "meta" and not weight.is_meta:
+        if entries.indices.is_meta:
+            target.enter_meta(indices)
+        elif indices.is_meta:
             entries.delta.data.zero_()
-            if target.redraw is not None:
-                entries.indices.copy_(target.redraw(weight.device))
+            entries.indices.copy_(target.leave_meta(entries.indices.device))
         if place != _place(weight):
             self.make_schedule(parameter)
 
@@ -112,6 +127,13 @@ class AttachedModule(SparseModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint with the entries is taken as it is; one without them is a new base, if nothing is folded into the old."""
+        on_meta = [name for name in self._sprand_targets if self.sparse_entries(name).indices.is_meta]
+        if on_meta:
+            args[-1].append(
+                f"{prefix}{on_meta[0]} is on the meta device, with entries that train; call model.to_empty(device=...) first, "
+                "and load the checkpoint without assign."
+            )
+            return
         with_new_base = self._with_new_base(state_dict, prefix)
         lost = [name for name in with_new_base if self._sprand_targets[name].folded]
         if lost:
@@ -164,7 +186,7 @@ def attach(
     Args:
         module: changed in place; keeps its class as a subclass.
         parameter: name of the parameter in the module.
-        indices: `[nnz]`, flat, sorted, distinct, on the parameter's device.
+        indices: `[nnz]`, flat, sorted, distinct, on the parameter's device; of one on the meta device they may be at hand.
         delta: `[nnz]`, kept as it is; made of zeros if None.
         base: `[nnz]`, the original entries; read from the parameter if None.
         scale: factor between delta and weight.
@@ -175,7 +197,8 @@ def attach(
         The entries now attached.
 
     Raises:
-        ValueError: no such parameter, one that is attached already, or a weight whose memory is not contiguous.
+        ValueError: The module has no such parameter, it is attached already, its memory is not contiguous, or its indices are
+            on the meta device and nothing can redraw them.
     """
     weight = module._parameters.get(parameter)
     if weight is None:
@@ -191,6 +214,15 @@ def attach(
             f"{parameter!r} of {type(module).__name__}: expected contiguous memory, got strides {weight.stride()} for shape "
             f"{list(weight.shape)}; call model.to(memory_format=torch.contiguous_format) first"
         )
+    target = Target(parameter, scale, redraw, written=Written() if written is None else written)
+    if weight.is_meta:
+        target.enter_meta(indices)
+        indices = indices.to(weight.device)
+    if indices.is_meta and redraw is None and target.kept is None:
+        raise ValueError(
+            f"{parameter!r} of {type(module).__name__}: its indices are on the meta device, where they have no values; give them "
+            "on another one"
+        )
     weight.requires_grad_(False)
     if base is None:
         base = ops.gather(weight.data, indices)
@@ -200,7 +232,6 @@ def attach(
         module.__class__ = sparse_class(AttachedModule, type(module))
         module._sprand_targets, module._sprand_active = {}, True
         track(module)
-    target = Target(parameter, scale, redraw, Written() if written is None else written)
     module._sprand_targets[parameter] = target
     module.register_parameter(target.delta, delta)
     module.register_buffer(target.indices, indices)
