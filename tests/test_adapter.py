@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, built, points_and_labels, tokens_and_labels
 from sprand.adapters.file import CONFIG_FILE, WEIGHTS_FILE
+from sprand.adapters.layout import key
 from sprand.files import described
 
 
@@ -77,9 +78,9 @@ def test_a_random_pattern_stores_its_seed_and_values_alone(tmp_path):
     file = sprand.save(model, tmp_path) / WEIGHTS_FILE
     assert file.stat().st_size < 4.1 * sprand.parameters(model)[0].numel()
     with safe_open(file, framework="pt") as content:
-        assert list(content.keys()) == ["delta.0.weight"]
+        assert list(content.keys()) == ["base_model.model.0.sprand_delta.weight"]
     description = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert description["config"]["seed"] == 0
+    assert description["seed"] == 0
     assert description["targets"]["0.weight"]["nnz"] == sprand.parameters(model)[0].numel()
 
 
@@ -123,9 +124,9 @@ def with_indices(indices):
     def change(tensors, description):
         description["config"] |= {"strategy": "given", "density": None}
         for name, target in description["targets"].items():
-            tensors[f"indices.{name}"] = torch.arange(target["nnz"], dtype=torch.int32)
+            tensors[key("indices", name)] = torch.arange(target["nnz"], dtype=torch.int32)
         name = next(iter(description["targets"]))
-        indices(tensors[f"indices.{name}"])
+        indices(tensors[key("indices", name)])
 
     return change
 
@@ -139,11 +140,11 @@ def shape(tensors, description):
 
 
 def count(tensors, description):
-    tensors["delta.second.weight"] = tensors["delta.second.weight"][:-1].clone()
+    tensors[key("delta", "second.weight")] = tensors[key("delta", "second.weight")][:-1].clone()
 
 
 def not_finite(tensors, description):
-    tensors["delta.second.weight"][0] = float("nan")
+    tensors[key("delta", "second.weight")][0] = float("nan")
 
 
 def renamed(tensors, description):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 import sprand
 from checkpoints import changed, redrawn
 from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels, tokens_and_labels
+from sprand.adapters.file import AdapterFile
 from sprand.cli.main import run
 from sprand.selection import pattern
 from tiny_models import save_bert, save_rows
@@ -94,10 +93,10 @@ def test_saved_and_read_they_are_the_same_entries(tmp_path):
     others = [tmp_path / "a", mask, {"first.weight": torch.tensor([5, 3])}]
     for name, indices in model._sprand.adapters["b"].indices.items():
         assert torch.equal(mask[name], indices)
-    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
-    assert config["config"]["strategy"] == "given"
-    assert config["selection"]["disjoint"][0]["name"] == "a" and config["selection"]["disjoint"][0]["nnz"] == 211
-    assert sprand.SparseConfig.from_json(json.dumps(config["config"])).to_dict() == config["config"]
+    adapter = AdapterFile.read(tmp_path / "b")
+    assert adapter.config.strategy == "given"
+    assert adapter.selection["disjoint"][0]["name"] == "a" and adapter.selection["disjoint"][0]["nnz"] == 211
+    assert sprand.SparseConfig.from_json(adapter.config.to_json()).to_dict() == adapter.description["config"]
     fresh = sprand.load(built(MLP), tmp_path / "b")
     assert_same_bits(bits(fresh), bits(model))
     third = sprand.select(built(MLP), density=0.2, disjoint=others)
@@ -226,7 +225,7 @@ def test_the_commands_leave_out_the_entries_of_adapters(tmp_path, capsys):
     out = ["--base", model, "-o", str(tmp_path / "both"), "--drop-heads"]
     assert run(["combine", str(a), str(b), *out]) == 0
     assert "1 x b/adapter: no entry in common with others" in capsys.readouterr().out
-    together = sprand.adapters.file.AdapterFile.read(tmp_path / "both")
+    together = AdapterFile.read(tmp_path / "both")
     assert apart({name: together.entries(name)[0] for name in mask}, mask)
     assert run(["finetune", *options, "--out", str(tmp_path / "d"), "--disjoint", str(tmp_path / "none")]) == 2
     assert "no adapter at" in capsys.readouterr().err

@@ -20,6 +20,7 @@ import sprand
 from dynamic_masks import LR, MODES, Drawn, train
 from models import MLP, assert_same_bits, bits, built, points_and_labels
 from sprand.adapters.file import CONFIG_FILE, WEIGHTS_FILE
+from sprand.adapters.layout import key
 from sprand.files import described
 
 
@@ -110,13 +111,13 @@ def saved(path, mode):
     return model
 
 
-@pytest.mark.parametrize(("mode", "version"), [("regrow", 1), ("recompute", 2)])
-def test_only_frozen_entries_need_the_newer_format(tmp_path, mode, version):
-    """Adapters of earlier versions are format 1, and load; one with frozen entries is refused by them."""
+@pytest.mark.parametrize(("mode", "frozen"), [("regrow", False), ("recompute", True)])
+def test_an_adapter_says_where_it_keeps_entries_as_values(tmp_path, mode, frozen):
+    """Whatever it holds, an earlier sprand refuses it: its tensors have other names since."""
     saved(tmp_path, mode)
     description = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert description["format_version"] == version
-    assert ("frozen" in description["targets"]["second.weight"]) == (version == 2)
+    assert description["versions"]["format_version"] == 3
+    assert ("frozen" in description["targets"]["second.weight"]) == frozen
 
 
 def edited(path, change):
@@ -128,12 +129,12 @@ def edited(path, change):
 
 
 EDITS = {
-    "no values": (lambda t, d: t.pop("frozen_values.second.weight"), "integer indices and values of frozen entries"),
+    "no values": (lambda t, d: t.pop(key("frozen_values", "second.weight")), "integer indices and values of frozen entries"),
     "count": (lambda t, d: d["targets"]["second.weight"]["frozen"].update(nnz=3), "expected 3 integer indices"),
-    "not finite": (lambda t, d: t["frozen_values.second.weight"].fill_(float("nan")), "not finite"),
-    "unsorted": (lambda t, d: t["frozen_indices.second.weight"].fill_(7), "index 7 .* appears twice"),
-    "out of range": (lambda t, d: t["frozen_indices.second.weight"].add_(10**6), "out of range"),
-    "elsewhere": (lambda t, d: t["frozen_indices.second.weight"][:1].copy_(torch.tensor([0])), "another base|not above"),
+    "not finite": (lambda t, d: t[key("frozen_values", "second.weight")].fill_(float("nan")), "not finite"),
+    "unsorted": (lambda t, d: t[key("frozen_indices", "second.weight")].fill_(7), "index 7 .* appears twice"),
+    "out of range": (lambda t, d: t[key("frozen_indices", "second.weight")].add_(10**6), "out of range"),
+    "elsewhere": (lambda t, d: t[key("frozen_indices", "second.weight")][:1].copy_(torch.tensor([0])), "another base|not above"),
 }
 
 
@@ -142,7 +143,7 @@ def test_bad_frozen_entries_are_refused_and_change_nothing(tmp_path, change, mes
     saved(tmp_path, "recompute")
     if message.startswith("another base"):
         with safe_open(tmp_path / WEIGHTS_FILE, framework="pt") as content:
-            assert content.get_tensor("frozen_indices.second.weight")[0] > 0
+            assert content.get_tensor(key("frozen_indices", "second.weight"))[0] > 0
     edited(tmp_path, change)
     model = built(MLP)
     with pytest.raises(ValueError, match=message):

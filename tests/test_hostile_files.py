@@ -20,6 +20,7 @@ import sprand
 from hostile import assert_untouched, outcome, same, state_of, written
 from models import MLP, assert_same_bits, built
 from sprand.adapters.file import KEY, WEIGHTS_FILE, AdapterFile
+from sprand.adapters.layout import head_key, key
 from sprand.checkpoint.export import export
 from sprand.checkpoint.inspect import inspect
 from sprand.checkpoint.merge import merge
@@ -36,6 +37,9 @@ def folder(tmp_path_factory):
 def hasty(monkeypatch):
     """No power is lost here: hundreds of small files need not wait for the disk."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+DELTA, INDICES, HEAD = key("delta", "second.weight"), key("indices", "second.weight"), head_key("third.bias")
 
 
 def contents(path):
@@ -126,8 +130,8 @@ def places(value, path=()):
     """The paths of all values in a description."""
     if path:
         yield path
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(item, (*path, key))
+    for part, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(item, (*path, part))
 
 
 def resealed(folder: Path, out: Path, change) -> Path:
@@ -151,8 +155,8 @@ def test_fields_of_other_types_are_refused_in_a_sentence(folder, tmp_path, kind)
         for wrong in WRONG if kind == "given" else source.sample(WRONG, 4):
 
             def change(description, tensors, path=path, wrong=wrong):
-                for key in path[:-1]:
-                    description = description[key]
+                for part in path[:-1]:
+                    description = description[part]
                 description[path[-1]] = wrong
 
             hostile, where = resealed(folder / kind, tmp_path, change), (path, wrong)
@@ -171,7 +175,7 @@ def test_fields_of_other_types_are_refused_in_a_sentence(folder, tmp_path, kind)
 
 
 def indices(values):
-    return lambda d, t: t.update({"indices.second.weight": torch.tensor(values, dtype=torch.int32)})
+    return lambda d, t: t.update({INDICES: torch.tensor(values, dtype=torch.int32)})
 
 
 def value(name, number):
@@ -189,21 +193,21 @@ CONTENT = {
     "negative": (indices([-5, *range(1, COUNT)]), "out of range"),
     "out of range": (indices([*range(COUNT - 1), 576]), "out of range"),
     "not one for each": (indices(list(range(COUNT - 1))), "integer indices"),
-    "floats": (lambda d, t: t.update({"indices.second.weight": torch.arange(float(COUNT))}), "integer indices"),
-    "nan": (value("delta.second.weight", float("nan")), "not finite"),
-    "inf": (value("delta.second.weight", float("inf")), "not finite"),
-    "nan in a head": (value("saved.third.bias", float("nan")), "not finite"),
-    "integer values": (lambda d, t: t.update({"delta.second.weight": torch.arange(COUNT)}), "float32 or float64"),
-    "head of another dtype": (lambda d, t: t.update({"saved.third.bias": torch.zeros(4).half()}), "dtype float32"),
-    "no head": (lambda d, t: t.pop("saved.third.bias"), "expected values of shape"),
+    "floats": (lambda d, t: t.update({INDICES: torch.arange(float(COUNT))}), "integer indices"),
+    "nan": (value(DELTA, float("nan")), "not finite"),
+    "inf": (value(DELTA, float("inf")), "not finite"),
+    "nan in a head": (value(HEAD, float("nan")), "not finite"),
+    "integer values": (lambda d, t: t.update({DELTA: torch.arange(COUNT)}), "float32 or float64"),
+    "head of another dtype": (lambda d, t: t.update({HEAD: torch.zeros(4).half()}), "dtype float32"),
+    "no head": (lambda d, t: t.pop(HEAD), "expected values of shape"),
     "head and target": (
         lambda d, t: (
             d["saved"].update({"second.weight": {"shape": [1], "dtype": "float32"}}),
-            t.update({"saved.second.weight": torch.zeros(1)}),
+            t.update({head_key("second.weight"): torch.zeros(1)}),
         ),
         "both in full and in part",
     ),
-    "no tensor": (lambda d, t: t.pop("delta.second.weight"), "expected 15 values"),
+    "no tensor": (lambda d, t: t.pop(DELTA), "expected 15 values"),
     "another parameter": (renamed, "is .* here and .* there"),
     "..": (lambda d, t: d["targets"].update({"../../etc/passwd": d["targets"].pop("second.weight")}), "no parameter"),
     "deep": (lambda d, t: d["config"].update(strategy_options=json.loads("[" * 400 + "]" * 400)), "strategy_options"),
@@ -231,7 +235,7 @@ def test_tied_parameters_are_trained_once(folder, tmp_path):
     def twice(d, t):
         d["targets"]["fourth.weight"] = copy.deepcopy(d["targets"]["second.weight"])
         for kind in ("delta", "indices"):
-            t[f"{kind}.fourth.weight"] = t[f"{kind}.second.weight"].clone()
+            t[key(kind, "fourth.weight")] = t[key(kind, "second.weight")].clone()
 
     with pytest.raises(ValueError, match="are one parameter"):
         sprand.load(model, resealed(folder / "given", tmp_path, twice))

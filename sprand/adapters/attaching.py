@@ -19,7 +19,7 @@ from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.targets import sites_named
 from . import optimizer_order
-from .state import Adapter, State, tensor_names
+from .state import Adapter, State, tensor_names, whole_tensors
 
 
 def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
@@ -43,9 +43,9 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     if state is None:
         state = _freeze(model)
     take_off(model, state, keep=False)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = whole_tensors(model)
     for key in adapter.saved.keys() - state.base_saved.keys():
-        state.base_saved[key] = parameters[key].data.clone()
+        state.base_saved[key] = tensors[key].data.clone()
     state.adapters[name] = adapter
     activate(model, state, name)
     return model
@@ -174,9 +174,9 @@ def release(model: nn.Module, state: State) -> None:
 
 
 def put_saved(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the parameters of `modules_to_save` other memory, and return what they had."""
-    parameters = dict(model.named_parameters(remove_duplicate=False)) if values else {}
-    return {name: sharding.put(parameters[name], value) for name, value in values.items()}
+    """Give what is trained in full other memory, and return what it had."""
+    tensors = whole_tensors(model) if values else {}
+    return {name: sharding.put(tensors[name], value) for name, value in values.items()}
 
 
 def put_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> None:

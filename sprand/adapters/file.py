@@ -14,35 +14,14 @@ import torch
 from torch import Tensor
 
 from ..files import described
-from ..files.forms import OBJECT, SHAPE, TEXT, WHOLE, optional, record, simple, table_of
 from ..kernels.dtypes import dtype_name
 from ..selection import pattern
 from ..selection.config import AS_GIVEN, GIVEN, SparseConfig
-from ..selection.mask import check_selection
-from ..version import __version__
+from . import layout
 from .fingerprint import DTYPES, check_base, fingerprints
 from .frozen import Frozen
 
 WEIGHTS_FILE, CONFIG_FILE, KEY = "adapter_model.safetensors", "adapter_config.json", "sprand"
-FORMAT_VERSION, WITHOUT_FROZEN = 2, 1  # 2 adds frozen entries; an adapter that has none is written as 1
-
-_DTYPE = simple(f"one of {', '.join(DTYPES)}", lambda value: isinstance(value, str) and value in DTYPES)
-_FINGERPRINT = simple(
-    "hashes by dtype",
-    lambda value: isinstance(value, dict) and bool(value) and all(isinstance(item, str) for item in value.values()),
-)
-_ENTRIES = {"nnz": WHOLE, "fingerprint": _FINGERPRINT}
-FORM = record(
-    {
-        "base_model": optional(TEXT),
-        "config": OBJECT,
-        "targets": table_of(record({"shape": SHAPE, "dtype": _DTYPE, **_ENTRIES}, {"frozen": record(_ENTRIES)})),
-        "saved": table_of(record({"shape": SHAPE, "dtype": TEXT})),
-        "sprand_version": TEXT,
-    },
-    {"selection": optional(check_selection)},
-)
-_VERSIONS = record({"format_version": WHOLE, "pattern_version": WHOLE, "sprand_version": TEXT})
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,17 +56,22 @@ class Trained:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What the file holds of the parameter of this name."""
-        tensors = {f"delta.{name}": self.delta}
+        tensors = {layout.key("delta", name): self.delta}
         if self.indices is not None:
-            tensors[f"indices.{name}"] = self.indices
+            tensors[layout.key("indices", name)] = self.indices
         if self.frozen is not None:
-            tensors |= {f"frozen_indices.{name}": self.frozen.indices, f"frozen_values.{name}": self.frozen.values}
+            tensors[layout.key("frozen_indices", name)] = self.frozen.indices
+            tensors[layout.key("frozen_values", name)] = self.frozen.values
         return tensors
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
     """An adapter that was read, or is to be written.
+
+    `sprand.save` and PEFT's `save_pretrained` write one format: a folder that PEFT loads, whose safetensors file holds the
+    adapter under PEFT's names. Of `sprand.save` that file is complete by itself: its header carries the description, with
+    checksums of it and of the values. PEFT describes an adapter in its configuration alone.
 
     Attributes:
         path: its folder, or its safetensors file.
@@ -117,11 +101,17 @@ class AdapterFile:
         file = file / WEIGHTS_FILE if file.is_dir() else file
         if not file.is_file():
             raise FileNotFoundError(f"no adapter at {path}: expected {WEIGHTS_FILE} there, as written by sprand.save")
-        description, tensors = described.read(file, KEY, "adapter", _VERSIONS)
-        _check_versions(file, description)
-        adapter = cls(Path(path), description, tensors, float(weight))
+        metadata, tensors = described.contents(file, "adapter")
+        if KEY in metadata:
+            description = described.proven(file, metadata[KEY], tensors, "adapter", layout.check_versions)
+        else:
+            description = _described_beside(file, tensors) | {"checksum": described.checksum(tensors)}
+        layout.refuse_newer(file, description)
         try:
-            FORM("its description", description)
+            layout.check_description("its description", description)
+            if description["format_version"] <= layout.OWN_NAMES and KEY in metadata:
+                tensors = layout.renamed(description, tensors)
+            adapter = cls(Path(path), description, tensors, float(weight))
             adapter.config  # noqa: B018
             adapter._check_heads()
         except ValueError as error:
@@ -151,20 +141,18 @@ class AdapterFile:
         given = config.strategy == GIVEN or any(part.indices is not None for part in trained.values())
         heads = heads or {}
         description = {
-            "format_version": FORMAT_VERSION if any(part.frozen is not None for part in trained.values()) else WITHOUT_FROZEN,
-            "base_model": base_model,
+            **layout.VERSIONS,
+            "base_model": layout.portable(base_model),
             "config": config.to_dict() | (AS_GIVEN if given else {}),
             **({} if selection is None else {"selection": selection}),
             "targets": {name: part.describe() for name, part in trained.items()},
-            "pattern_version": pattern.PATTERN_VERSION,
-            "sprand_version": __version__,
-            "saved": {name: {"shape": list(value.shape), "dtype": dtype_name(value.dtype)} for name, value in heads.items()},
+            "saved": layout.heads_of(heads),
         }
         tensors = {key: value for name, part in trained.items() for key, value in part.tensors(name).items()}
-        return cls(Path(path), description, tensors | {f"saved.{name}": value for name, value in heads.items()})
+        return cls(Path(path), description, tensors | {layout.head_key(name): value for name, value in heads.items()})
 
     def store(self) -> Path:
-        """Write the adapter to its folder: the file in one atomic step, then the copy of its description.
+        """Write the adapter to its folder: the file in one atomic step, then the configuration by which PEFT loads it.
 
         Returns:
             The folder; it is made where it is not there, and an adapter in it is replaced.
@@ -178,8 +166,8 @@ class AdapterFile:
                 f"an adapter is a folder, and {self.path} is the name of a file; give a folder, which is made where none is"
             )
         tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in self.tensors.items()}
-        sealed = described.write(self.path / WEIGHTS_FILE, KEY, self.description, tensors)
-        described.write_json(self.path / CONFIG_FILE, sealed)
+        described.write(self.path / WEIGHTS_FILE, KEY, self.description, tensors)
+        described.write_json(self.path / CONFIG_FILE, layout.settings_of(self.description))
         return self.path
 
     @cached_property
@@ -195,7 +183,7 @@ class AdapterFile:
     @property
     def heads(self) -> dict[str, Tensor]:
         """The values of parameters that were trained in full, by name."""
-        return {name: self.tensors[f"saved.{name}"] for name in self.description["saved"]}
+        return {name: self.tensors[layout.head_key(name)] for name in self.description["saved"]}
 
     @property
     def base_model(self) -> str | None:
@@ -213,13 +201,18 @@ class AdapterFile:
         return self.description["checksum"]
 
     @property
+    def copied_heads(self) -> bool:
+        """Whether parameters trained in full were copies, as in PEFT: what a model ties to one of them stayed as it was."""
+        return self.description.get("copied_heads", False)
+
+    @property
     def has_frozen(self) -> bool:
         """Whether it keeps entries as values: those of a redrawn mask, or what `sprand diff` could not hold as deltas."""
         return any("frozen" in target for target in self.targets.values())
 
     def delta(self, name: str) -> Tensor | None:
         """The deltas of a parameter as they are stored, `[nnz]`; None where there are none."""
-        return self.tensors.get(f"delta.{name}")
+        return self.tensors.get(layout.key("delta", name))
 
     def entries(self, name: str) -> tuple[Tensor, Tensor]:
         """The trained entries of a parameter, proven.
@@ -239,7 +232,7 @@ class AdapterFile:
         if not finite(delta):
             raise ValueError(f"{self.path}: the values of {name} are not finite")
         if self.config.strategy == GIVEN:
-            indices = self.tensors.get(f"indices.{name}")
+            indices = self.tensors.get(layout.key("indices", name))
             if indices is None or indices.shape != delta.shape or indices.dtype not in (torch.int32, torch.int64):
                 raise ValueError(f"{self.path}: expected {nnz} integer indices for {name}")
             pattern.check_indices(f"{self.path}: {name}", indices, numel)
@@ -259,7 +252,7 @@ class AdapterFile:
         target = self.targets[name]
         if "frozen" not in target:
             return None
-        indices, values = self.tensors.get(f"frozen_indices.{name}"), self.tensors.get(f"frozen_values.{name}")
+        indices, values = (self.tensors.get(layout.key(kind, name)) for kind in ("frozen_indices", "frozen_values"))
         nnz, numel = target["frozen"]["nnz"], math.prod(target["shape"])
         integers = indices is not None and indices.dtype in (torch.int32, torch.int64)
         if values is None or not integers or list(indices.shape) != [nnz] or list(values.shape) != [nnz]:
@@ -272,10 +265,13 @@ class AdapterFile:
     def check_base(self, name: str, base: Tensor) -> None:
         """Prove that `base` `[nnz]` is what the trained entries of a parameter started from.
 
+        One that was trained over a quantized base cannot be told: the dense values that it started from are in no checkpoint.
+
         Raises:
             ValueError: The adapter was trained on another base.
         """
-        check_base(self.path, name, base, self.targets[name]["fingerprint"])
+        if "quantized" not in self.targets[name]:
+            check_base(self.path, name, base, self.targets[name]["fingerprint"])
 
     def check_frozen_base(self, name: str, base: Tensor) -> None:
         """Prove that `base` `[n]` is what the entries that are kept as values started from.
@@ -305,7 +301,7 @@ class AdapterFile:
 
     def _check_heads(self) -> None:
         for name, entry in self.description["saved"].items():
-            value = self.tensors.get(f"saved.{name}")
+            value = self.tensors.get(layout.head_key(name))
             if value is None or (list(value.shape), dtype_name(value.dtype)) != (entry["shape"], entry["dtype"]):
                 raise ValueError(f"expected values of shape {entry['shape']} and dtype {entry['dtype']} for {name}")
             if not finite(value):
@@ -343,10 +339,15 @@ def finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
-def _check_versions(file: Path, description: Mapping[str, Any]) -> None:
-    if description["format_version"] > FORMAT_VERSION or description["pattern_version"] != pattern.PATTERN_VERSION:
-        raise ValueError(
-            f"{file} has format {description['format_version']} and pattern {description['pattern_version']} (of sprand "
-            f"{description['sprand_version']}); this sprand {__version__} reads format {FORMAT_VERSION} and pattern "
-            f"{pattern.PATTERN_VERSION}"
-        )
+def _described_beside(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The description of an adapter that PEFT wrote, from the configuration beside its file."""
+    beside = file.parent / CONFIG_FILE
+    settings = described.read_json(beside) if beside.is_file() else {}
+    if settings.get("peft_type") != layout.PEFT_TYPE or settings.get("targets") is None:
+        kind = f"of type {settings['peft_type']}" if "peft_type" in settings else "without a type"
+        what = f"{CONFIG_FILE} beside it is {kind}" if settings else f"no {CONFIG_FILE} lies beside it"
+        raise ValueError(f"{file} is no adapter of sprand: its header has no description, and {what}")
+    try:
+        return layout.described_by(settings, tensors)
+    except ValueError as error:
+        raise ValueError(f"{beside} is damaged: {error}; take another copy of the adapter") from error

@@ -12,12 +12,14 @@ from ..files import described
 from ..kernels.dtypes import dtype_name
 
 DTYPES = {_name: getattr(torch, _name) for _name in ("float64", "float32", "bfloat16", "float16")}
+DIGITS = 16  # 64 bits tell bases apart; sprand 0.1.0 wrote twice as many
 NARROWER = {torch.float64: (torch.float32, torch.bfloat16, torch.float16), torch.float32: (torch.bfloat16, torch.float16)}
 
 
 def fingerprints(base: Tensor) -> dict[str, str]:
     """Hashes of base entries, in their dtype and as they would be in narrower ones, so that a base may be cast."""
-    return {dtype_name(dtype): described.digest([base.to(dtype)]) for dtype in (base.dtype, *NARROWER.get(base.dtype, ()))}
+    dtypes = base.dtype, *NARROWER.get(base.dtype, ())
+    return {dtype_name(dtype): described.digest([base.to(dtype)])[:DIGITS] for dtype in dtypes}
 
 
 def check_base(path: str | Path, name: str, base: Tensor, stored: Mapping[str, str]) -> None:
@@ -38,7 +40,7 @@ def check_base(path: str | Path, name: str, base: Tensor, stored: Mapping[str, s
     here = fingerprints(base)
     common = [dtype for dtype in DTYPES if dtype in stored and dtype in here]
     compared = trained if trained in here else next(iter(common), None)
-    if compared is None or stored[compared] != here[compared]:
+    if compared is None or stored[compared][:DIGITS] != here[compared]:
         raise ValueError(
             f"{path} was trained on another base: the entries it changes in {name} have other values in this model; load the "
             "base checkpoint it was trained on (and no merged or further trained one)"

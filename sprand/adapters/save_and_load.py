@@ -28,7 +28,7 @@ from .file import AdapterFile, Trained, draw, finite
 from .fingerprint import DTYPES
 from .frozen import Frozen
 from .model import disabled, switch, write
-from .state import Adapter, State, state_of
+from .state import Adapter, State, state_of, whole_tensors
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -56,7 +56,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     trained = {site.name: _trained(adapter, site) for site in sites_of(model)}
     if state.mixed is None and all(_is_drawn(adapter.config, name, part) for name, part in trained.items()):
         trained = {name: dataclasses.replace(part, indices=None) for name, part in trained.items()}
-    heads = {name: sharding.whole(p).cpu() for name, p in model.named_parameters() if name in adapter.saved}
+    heads = {name: sharding.whole(value).cpu() for name, value in _heads(model, adapter).items()}
     for name, values in ({name: part.delta for name, part in trained.items()} | heads).items():
         if not finite(values):
             raise ValueError(f"save: the trained values of {name} are not finite; load the last good checkpoint")
@@ -72,6 +72,17 @@ def _trained(adapter: Adapter, site: Site) -> Trained:
     entries, frozen = site.entries, adapter.frozen.get(site.name)
     base = entries.base if frozen is None else frozen.pristine(entries.indices, entries.base)
     return Trained(site.shape, sharding.whole(entries.delta).cpu(), base.cpu(), entries.indices.cpu(), frozen)
+
+
+def _heads(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The parameters that were trained in full, and the buffers of their modules."""
+    modules = {name.rpartition(".")[0] for name in adapter.saved}
+    buffers = {
+        name: value
+        for name, value in whole_tensors(model).items()
+        if not isinstance(value, nn.Parameter) and name.rpartition(".")[0] in modules
+    }
+    return {name: p for name, p in model.named_parameters() if name in adapter.saved} | buffers
 
 
 def _is_drawn(config: SparseConfig, name: str, part: Trained) -> bool:
@@ -125,10 +136,11 @@ def prove(model: nn.Module, file: AdapterFile, base_of: Callable[[str, Tensor, T
         ValueError: The adapter is damaged, or for another model or base.
     """
     base_of = base_of or (lambda name, weight, indices: ops.gather(weight.contiguous(), indices))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = whole_tensors(model)
+    order = {name: number for number, name in enumerate(tensors)}
     adapter = Adapter(file.config, selection=file.selection)
-    for name, target in file.targets.items():
-        weight = _matching(file.path, parameters, name, target["shape"])
+    for name in sorted(file.targets, key=lambda name: order.get(name, -1)):
+        weight = _matching(file.path, tensors, name, file.targets[name]["shape"])
         indices, delta = file.entries(name)
         indices = indices.to(weight.device)
         file.check_base(name, base_of(name, weight.data, indices))
@@ -141,25 +153,34 @@ def prove(model: nn.Module, file: AdapterFile, base_of: Callable[[str, Tensor, T
         adapter.indices[name] = indices
         adapter.deltas[name] = nn.Parameter(delta.to(device=weight.device, dtype=ops.accumulation_dtype(weight.dtype)))
     for name, values in file.heads.items():
-        p = _matching(file.path, parameters, name, list(values.shape))
-        adapter.saved[name] = values.to(device=p.device, dtype=p.dtype)
-    _refuse_aliases(file.path, parameters, (*adapter.indices, *adapter.saved))
+        whole = _matching(file.path, tensors, name, list(values.shape))
+        adapter.saved[name] = values.to(device=whole.device, dtype=whole.dtype)
+    _refuse_aliases(file, tensors, (*adapter.indices, *adapter.saved))
     return adapter
 
 
-def _refuse_aliases(path: Path, parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> None:
+def _refuse_aliases(file: AdapterFile, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Prove that nothing is trained twice under two names, and that no copy that was trained is tied to something here."""
     firsts: dict[int, str] = {}
     for name in names:
-        first = firsts.setdefault(id(parameters[name]), name)
+        first = firsts.setdefault(id(tensors[name]), name)
         if first != name:
-            raise ValueError(f"{path} was made for another model: {first} and {name} are one parameter here")
+            raise ValueError(f"{file.path} was made for another model: {first} and {name} are one parameter here")
+    for name, tensor in tensors.items() if file.copied_heads else ():
+        head = firsts.get(id(tensor), name)
+        if head != name and head in file.heads:
+            raise ValueError(
+                f"{file.path} trained a copy of {head} through PEFT, and left {name} as it was, but both are one parameter here; "
+                "load it by PeftModel.from_pretrained, or into a model that does not tie them"
+            )
 
 
-def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]) -> nn.Parameter:
-    if name not in parameters:
+def _matching(path: Path, tensors: Mapping[str, Tensor], name: str, shape: list[int]) -> Tensor:
+    if name not in tensors:
         raise ValueError(f"{path} was made for another model: this one has no parameter {name!r}")
-    weight = parameters[name]
-    if dtype_name(weight.dtype) not in DTYPES or not weight.is_contiguous():
+    weight = tensors[name]
+    trainable = dtype_name(weight.dtype) in DTYPES or not isinstance(weight, nn.Parameter)
+    if not trainable or not weight.is_contiguous():
         raise ValueError(
             f"{path}: expected {name} as {', '.join(DTYPES)} in contiguous memory, got {dtype_name(weight.dtype)} with strides "
             f"{weight.stride()}"
@@ -170,8 +191,9 @@ def _matching(path: Path, parameters: Mapping[str, nn.Parameter], name: str, sha
 
 
 def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter) -> nn.Module:
-    there = state.adapters[name]
-    same = there.indices.keys() == adapter.indices.keys() and there.saved.keys() == adapter.saved.keys()
+    there, tensors = state.adapters[name], whole_tensors(model)
+    heads = [{key for key in held.saved if isinstance(tensors[key], nn.Parameter)} for held in (there, adapter)]
+    same = heads[0] == heads[1] and there.indices.keys() == adapter.indices.keys()
     if not same or not all(torch.equal(there.indices[key].cpu(), adapter.indices[key].cpu()) for key in adapter.indices):
         raise ValueError(f"adapter {name!r} is loaded already, with other entries; choose another name")
     if there.frozen or adapter.frozen:
@@ -181,8 +203,7 @@ def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter)
     if state.active != name:
         there.saved, there.frozen = adapter.saved, adapter.frozen
         return switch(model, name)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, value in adapter.saved.items():
-        parameters[key].data.copy_(value)
+        tensors[key].data.copy_(value)
     write(model)
     return model

@@ -53,6 +53,17 @@ class State:
         return self.mixed or (self.adapters[self.active] if self.active is not None else None)
 
 
+def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter may hold in full, by every name: a model's parameters, and the buffers that it saves."""
+    buffers = {
+        joined(prefix, name): buffer
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return dict(model.named_parameters(remove_duplicate=False)) | buffers
+
+
 def state_of(model: nn.Module) -> State:
     """What sprand keeps with a model.
 

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import replacing
-from .forms import TEXT, Form, record
+from .forms import OBJECT, TEXT, Form, record
 
 CHECKSUM, HEADER_CHECKSUM, SEALED = "checksum", "header_checksum", "sealed"  # files of earlier versions have the first alone
 LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
+LAST_SPREAD = 2  # objects in objects that a JSON file spreads over lines
 MOST_TENSORS = 1 << 18  # of one file; the largest models have a third of that in all
 
 
@@ -33,7 +34,7 @@ def write(file: Path, key: str, description: Mapping[str, Any], tensors: Mapping
     """
     sealed = {**description, CHECKSUM: checksum(tensors), SEALED: True}
     sealed[HEADER_CHECKSUM] = _header_checksum(sealed, tensors)
-    save(file, tensors, {key: json.dumps(sealed)})
+    save(file, tensors, {key: json.dumps(sealed, separators=(",", ":"))})
     return sealed
 
 
@@ -52,19 +53,40 @@ def save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON in one atomic step.
+    """Write JSON in one atomic step; objects in objects are a line each.
 
     Raises:
         OSError: the file cannot be written; one that was there is untouched.
     """
     with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(_in_lines(content) + "\n", encoding="utf-8")
+
+
+def _in_lines(content: Any, depth: int = 0) -> str:
+    if not isinstance(content, dict) or not content or depth == LAST_SPREAD:
+        return json.dumps(content)
+    indent = "  " * (depth + 1)
+    lines = [f"{indent}{json.dumps(name)}: {_in_lines(value, depth + 1)}" for name, value in content.items()]
+    return "{\n" + ",\n".join(lines) + "\n" + "  " * depth + "}"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds something else.
+    """
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+        OBJECT("its content", content)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return content
 
 
 def read(file: Path, key: str, what: str, form: Form | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description and tensors of a file written by `write`, proven to be undamaged.
-
-    The tensors have memory of their own: what happens to the file afterwards does not reach them.
 
     Args:
         file: what to read.
@@ -73,38 +95,54 @@ def read(file: Path, key: str, what: str, form: Form | None = None) -> tuple[dic
         form: what the description must look like.
 
     Raises:
-        FileNotFoundError: No such file exists.
+        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or something else.
+    """
+    metadata, tensors = contents(file, what)
+    if key not in metadata:
+        raise ValueError(f"{file} is no {what} of sprand: its header has no description")
+    return proven(file, metadata[key], tensors, what, form), tensors
+
+
+def contents(file: Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and tensors of a safetensors file, whoever wrote it.
+
+    The tensors have memory of their own: what happens to the file afterwards does not reach them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or something else.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no {what} at {file}: expected a file there")
     try:
         header_of(file)
         with safe_open(file, framework="pt") as content:
-            metadata, names = content.metadata() or {}, content.keys()
-            if key not in metadata:
-                raise LookupError
-            tensors = {name: content.get_tensor(name).clone() for name in names}
-    except LookupError:
-        raise ValueError(f"{file} is no {what} of sprand: its header has no description") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
+            return content.metadata() or {}, tensors
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({error}); take another copy of the {what}") from error
+
+
+def proven(file: Path, text: str, tensors: Mapping[str, Tensor], what: str, form: Form | None = None) -> dict[str, Any]:
+    """The description in a header, proven to be that of the tensors.
+
+    Raises:
+        ValueError: The description or a tensor is damaged, or the description has another form.
+    """
     try:
-        description = parse(metadata[key])
+        description = parse(text)
         record({CHECKSUM: TEXT}, {HEADER_CHECKSUM: TEXT})("its description", description)
+        sealed = _header_checksum(description, tensors) if SEALED in description else None
+        if description.get(HEADER_CHECKSUM) != sealed:
+            raise ValueError("its header does not match its checksum")
+        if description[CHECKSUM] != checksum(tensors):
+            raise ValueError("its values do not match their checksum")
+        if form is not None:
+            form("its description", description)
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}; take another copy of the {what}") from error
-    sealed = _header_checksum(description, tensors) if SEALED in description else None
-    if description.get(HEADER_CHECKSUM) != sealed:
-        raise ValueError(f"{file} is damaged: its header does not match its checksum; take another copy of the {what}")
-    if description[CHECKSUM] != checksum(tensors):
-        raise ValueError(f"{file} is damaged: its values do not match their checksum; take another copy of the {what}")
-    if form is not None:
-        try:
-            form("its description", description)
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged: {error}; take another copy of the {what}") from error
-    return description, tensors
+    return description
 
 
 def label(path: Path) -> str:

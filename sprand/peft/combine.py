@@ -54,6 +54,7 @@ def combined(
     config = copy.deepcopy(tuner.peft_config[adapters[0]])
     config.strategy, config.mask, config.density, config.budget, config.layout = GIVEN, None, None, None, "unstructured"
     config.targets, config.indices_saved, config.shapes = None, False, {}
+    config.selection = config.sparse_config = None
     config.indices = {name: whole.indices for name, whole in wholes.items()}
     return config, {name: whole.delta for name, whole in wholes.items()}
 

@@ -7,11 +7,15 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 from torch import Tensor
 
+from ..adapters.file import CONFIG_FILE
+from ..adapters.layout import portable
+from ..files import described
 from ..selection.config import GIVEN, SparseConfig
 from ..selection.mask import Mask
 from ..selection.pattern import RANDOM_STRATEGIES, same_entries
@@ -46,6 +50,9 @@ class SprandConfig(PeftConfig):
         seed: of the random draw. None takes a new one now, so that whoever copies this config draws the same entries.
         targets: written by `save_pretrained`: shape, count and a fingerprint of the base by parameter name.
         indices_saved: written by `save_pretrained`: whether the indices are in the file, or follow from the seed.
+        selection: written by `save_pretrained`: how entries were chosen that do not follow from the seed.
+        sparse_config: written by `sprand.save`: what `SparseConfig` says otherwise, or alone.
+        versions: written by both: of the format, of the draw, and of sprand.
 
     Raises:
         ValueError: a value outside of what is allowed, named with what was expected.
@@ -65,6 +72,9 @@ class SprandConfig(PeftConfig):
     seed: int | None = field(default=0, metadata={"help": "Seed of the random draw; None takes a new one."})
     targets: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
     indices_saved: bool = field(default=False, metadata={"help": "Written by save_pretrained."})
+    selection: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
+    sparse_config: dict | None = field(default=None, metadata={"help": "Written by sprand.save."})
+    versions: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,8 +113,10 @@ class SprandConfig(PeftConfig):
         if self.density is not None or self.budget is not None or self.layout != "unstructured":
             raise ValueError("mask: it fixes which entries train; leave out density, budget and layout")
         self.indices, self.shapes = dict(given), dict(getattr(given, "shapes", {}))
-        selection = getattr(given, "selection", None) or {}
-        self.strategy = selection.get("strategy", GIVEN) if self.strategy in (*RANDOM_STRATEGIES, GIVEN) else self.strategy
+        self.selection = getattr(given, "selection", None)
+        self.strategy = (
+            (self.selection or {}).get("strategy", GIVEN) if self.strategy in (*RANDOM_STRATEGIES, GIVEN) else self.strategy
+        )
 
     def _refuse_strategy(self) -> None:
         if self.strategy in STRATEGIES or self.strategy == GIVEN:
@@ -117,6 +129,18 @@ class SprandConfig(PeftConfig):
             f"strategy: expected one of {', '.join((*RANDOM_STRATEGIES, *STRATEGIES))}, got {self.strategy!r} "
             "(all but the first two need a mask)"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types, without the path of anything on this machine: a local base is named by its folder."""
+        fields = super().to_dict()
+        fields["base_model_name_or_path"] = portable(self.base_model_name_or_path)
+        return fields if self.targets is None else fields | {"mask": None}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, as in PEFT, in one step and with a line for each target."""
+        super().save_pretrained(save_directory, **kwargs)
+        file = Path(save_directory) / CONFIG_FILE
+        described.write_json(file, described.read_json(file))
 
     @property
     def drawn(self) -> bool:

@@ -14,7 +14,9 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters.file import AdapterFile
+from ..adapters.file import CONFIG_FILE, AdapterFile
+from ..adapters.file import WEIGHTS_FILE as WEIGHTS
+from ..adapters.layout import PREFIX, head_key, modules_of, portable
 from ..checkpoint.diff import exact_deltas
 from ..checkpoint.edits import Edits
 from ..checkpoint.export import form
@@ -22,7 +24,6 @@ from ..checkpoint.shards import Checkpoint
 
 CONFIGS = {"shira": peft.ShiraConfig, "supertuning": peft.SupertuningConfig}
 NARROW = (torch.bfloat16, torch.float16)
-WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 NOT_LINEAR = "is no weight of a plain linear layer, and {} trains nothing else; merge the adapter into its base instead"
 
 
@@ -83,7 +84,7 @@ def write(folder: Path, to: str, changes: Sequence[Change], heads: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors | dict(heads), folder / WEIGHTS, metadata={"format": "pt"})
-    return [folder / WEIGHTS, folder / "adapter_config.json"]
+    return [folder / WEIGHTS, folder / CONFIG_FILE]
 
 
 @form("shira", "PEFT's SHiRA, which PEFT alone loads: 12 bytes per entry, and padding to the layer with the most", True)
@@ -124,9 +125,9 @@ def _of_files(to: str, adapter: AdapterFile, checkpoint: Checkpoint, edits: Edit
         deltas = torch.cat([trained.values, frozen_deltas])[order]
         narrow = edit.stored.dtype in NARROW
         changes.append(Change(name, edit.stored.shape, indices, deltas.float(), base if narrow else None))
-    saved = sorted({name.rpartition(".")[0] for name in adapter.heads})
-    heads = {f"{PREFIX}{name}": values for name, values in adapter.heads.items()}
-    return write(folder, to, changes, heads, modules_to_save=saved or None, base_model_name_or_path=adapter.base_model)
+    heads = {head_key(name): values for name, values in adapter.heads.items()}
+    modules, base_model = modules_of(adapter.heads) or None, portable(adapter.base_model)
+    return write(folder, to, changes, heads, modules_to_save=modules, base_model_name_or_path=base_model)
 
 
 def _linear_weights(folder: Path) -> set[str]:

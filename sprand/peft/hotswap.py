@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..selection import pattern
-from .config import SprandConfig
+from ..adapters.file import AdapterFile
 from .hosted import AdapterTarget
-from .interchange import tensors_of
 from .layer import SprandLayer
 from .plan import check_same_base
 
@@ -24,7 +20,7 @@ def hotswap(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = 
 
     Args:
         model: a PEFT model, or one that PEFT layers were injected into.
-        path: folder written by `save_pretrained`.
+        path: folder of the other adapter.
         adapter_name: the live adapter. It may be merged.
 
     Raises:
@@ -32,30 +28,25 @@ def hotswap(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = 
         ValueError: The adapter trains other entries, was trained on another base, or also holds whole modules. Nothing has
             changed then.
     """
-    folder = Path(path)
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"hotswap: no adapter at {path}; expected a folder written by save_pretrained")
-    config = SprandConfig.from_pretrained(str(folder))
-    if not isinstance(config, SprandConfig) or config.targets is None:
-        raise ValueError(f"hotswap: {path} holds an adapter of type {config.peft_type}, expected one of sprand")
+    file = AdapterFile.read(path)
     if adapter_name not in model.peft_config:
         raise ValueError(f"hotswap: no adapter {adapter_name!r}; there are {', '.join(model.peft_config)}")
-    tensors = tensors_of(file)
-    found = {
+    live = {
         target.name: (layer, parameter, target)
         for layer in model.modules()
         if isinstance(layer, SprandLayer)
         for parameter, _, target in layer.weights()
         if adapter_name in target.deltas
     }
-    if found.keys() != config.targets.keys():
-        other = sorted(found.keys() ^ config.targets.keys())[0]
+    if live.keys() != file.targets.keys():
+        other = sorted(live.keys() ^ file.targets.keys())[0]
         raise ValueError(f"hotswap: {path} trains other weights than {adapter_name!r} ({other}); load it under a name of its own")
-    if len(tensors) > len(found) * (1 + config.indices_saved):
-        raise ValueError(f"hotswap: {path} also holds whole modules (modules_to_save); load it under a name of its own")
-    values = {name: _proven(path, adapter_name, config, tensors, name, *places) for name, places in found.items()}
-    for name, (layer, parameter, target) in found.items():
+    if file.heads or file.has_frozen:
+        raise ValueError(
+            f"hotswap: {path} also holds whole modules or folded entries; load it under a name of its own, or by sprand.load"
+        )
+    values = {name: _proven(file, adapter_name, *place) for name, place in live.items()}
+    for name, (layer, parameter, target) in live.items():
         delta = target.deltas[adapter_name]
         delta.data.copy_(values[name])
         target.written.forget()
@@ -64,28 +55,13 @@ def hotswap(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = 
             target.write(weight)
 
 
-def _proven(
-    path: str | os.PathLike[str],
-    adapter_name: str,
-    config: SprandConfig,
-    tensors: Mapping[str, Tensor],
-    name: str,
-    layer: SprandLayer,
-    parameter: str,
-    target: AdapterTarget,
-) -> Tensor:
-    entry, live = config.targets[name], target.indices[adapter_name].cpu()
-    suffix = "" if parameter == "weight" else f"_{parameter}"
-    key = f"base_model.model.{name.rpartition('.')[0]}.sprand_"
-    delta = tensors.get(f"{key}delta{suffix}.weight")
-    site = layer.site(parameter)
-    if config.indices_saved:
-        indices = tensors.get(f"{key}indices{suffix}")
-    else:
-        indices = pattern.draw(config.strategy, name, site.shape, entry["nnz"], config.seed, layout=config.layout)
-    if indices is None or not torch.equal(indices.to(live), live):
-        raise ValueError(f"hotswap: {path} trains other entries of {name} than {adapter_name!r}; load it under a name of its own")
-    if delta is None or delta.shape != live.shape or not torch.isfinite(delta).all():
-        raise ValueError(f"hotswap: {path} is damaged: expected {live.numel():,} finite values for {name}")
-    check_same_base(str(path), site, target.indices[adapter_name], entry)
+def _proven(file: AdapterFile, adapter_name: str, layer: SprandLayer, parameter: str, target: AdapterTarget) -> Tensor:
+    """The new values of one weight, whose positions and base are those of the live ones."""
+    name, live = target.name, target.indices[adapter_name]
+    indices, delta = file.entries(name)
+    if not torch.equal(indices.to(live), live):
+        raise ValueError(
+            f"hotswap: {file.path} trains other entries of {name} than {adapter_name!r}; load it under a name of its own"
+        )
+    check_same_base(str(file.path), layer.site(parameter), live, file.targets[name])
     return delta

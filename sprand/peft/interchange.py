@@ -6,21 +6,23 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapters.file import KEY, AdapterFile
-from ..files.described import parse
-from ..files.forms import OBJECT
+from ..adapters.file import CONFIG_FILE, KEY, AdapterFile
+from ..adapters.file import WEIGHTS_FILE as WEIGHTS
+from ..adapters.layout import PEFT_TYPE, PREFIX, head_key, modules_of, portable
+from ..files.described import contents, read_json
 from ..kernels import ops
 from ..layers.sites import Site
 from ..selection import pattern
 from .config import SprandConfig
-from .formats import CONFIGS, NARROW, NOT_LINEAR, PREFIX, WEIGHTS, Change, write
+from .formats import CONFIGS, NARROW, NOT_LINEAR, Change, write
 from .layer import SprandLayer
 from .plan import base_weights, check_same_base, pristine
 
@@ -44,19 +46,18 @@ def export_adapter(path_in: str | os.PathLike[str], path_out: str | os.PathLike[
     """
     if to not in CONFIGS:
         raise ValueError(f"export_adapter: to: expected one of {', '.join(CONFIGS)}, got {to!r}")
-    folder, sites, heads, fields = Path(path_in), base_weights(base_model, {}), {}, {}
-    if not _is_native(folder):
-        config, tensors = _read(folder)
-        changes = _of_peft(folder, config, tensors, sites)
-        heads = {key: value for key, value in tensors.items() if ".sprand_" not in key}
-        names = ("modules_to_save", "base_model_name_or_path", "task_type")
-        fields = {name: getattr(config, name) for name in names}
-    else:
-        changes = _native(folder, sites)
+    file, sites = AdapterFile.read(path_in), base_weights(base_model, {})
+    changes, modules = _own(file, sites), modules_of(file.heads)
+    heads = {head_key(name): values for name, values in file.heads.items()}
     for change in changes:
         site = sites[change.name]
         if site.parameter != "weight" or not isinstance(site.module, nn.Linear) or site.backend is not None:
             raise ValueError(f"export_adapter: {change.name} {NOT_LINEAR.format(to)}, model.merge_and_unload()")
+    fields = {
+        "modules_to_save": modules or None,
+        "base_model_name_or_path": portable(file.base_model),
+        "task_type": _settings(Path(path_in)).get("task_type"),
+    }
     write(Path(path_out), to, changes, heads, **fields)
     return Path(path_out)
 
@@ -100,33 +101,6 @@ def import_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name:
     return model
 
 
-def _read(folder: Path) -> tuple[SprandConfig, dict[str, Tensor]]:
-    if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"no adapter at {folder}; expected a folder written by save_pretrained")
-    config = peft.PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, SprandConfig) or config.targets is None:
-        raise ValueError(f"{folder} holds an adapter of type {config.peft_type}, expected one of sprand")
-    return config, tensors_of(folder / WEIGHTS)
-
-
-def _of_peft(folder: Path, config: SprandConfig, tensors: Mapping[str, Tensor], sites: Mapping[str, Site]) -> list[Change]:
-    changes = []
-    for name, entry in config.targets.items():
-        site = _site(folder, sites, name)
-        suffix = "" if site.parameter == "weight" else f"_{site.parameter}"
-        delta = tensors.get(f"{PREFIX}{site.module_name}.sprand_delta{suffix}.weight")
-        if config.indices_saved:
-            indices = tensors.get(f"{PREFIX}{site.module_name}.sprand_indices{suffix}")
-        else:
-            indices = pattern.draw(config.strategy, name, site.shape, entry["nnz"], config.seed, layout=config.layout)
-        if delta is None or indices is None or indices.shape != delta.shape:
-            raise ValueError(f"{folder} is damaged: expected {entry['nnz']:,} values for {name}")
-        pattern.check_indices(f"{folder}: {name}", indices.sort().values, site.numel)
-        check_same_base(str(folder), site, indices.to(site.device), entry)
-        changes.append(_collected(site, indices.long(), delta))
-    return changes
-
-
 def _foreign(folder: Path, sites: Mapping[str, Site]) -> tuple[list[Change], list[str] | None, dict[str, Tensor]]:
     """The changes of another's adapter; names and tensors of modules that it trained in full."""
     if (folder / "sparse_deltas.safetensors").is_file():
@@ -134,8 +108,10 @@ def _foreign(folder: Path, sites: Mapping[str, Site]) -> tuple[list[Change], lis
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no adapter at {folder}; expected {WEIGHTS}, or sparse_deltas.safetensors of peft-sparta")
     settings = _settings(folder)
-    if _is_native(folder):
-        return _native(folder, sites), None, {}
+    if _is_own(folder, settings):
+        file = AdapterFile.read(folder)
+        heads = {head_key(name): values for name, values in file.heads.items()}
+        return _own(file, sites), modules_of(file.heads) or None, heads
     kind, tensors = str(settings.get("peft_type")).lower(), tensors_of(folder / WEIGHTS)
     if kind not in CONFIGS:
         raise ValueError(f"{folder}: expected an adapter of SHiRA, Super-Tuning, peft-sparta or sprand.save, got {kind.upper()}")
@@ -174,16 +150,19 @@ def _peft_sparta(folder: Path, sites: Mapping[str, Site]) -> list[Change]:
     return changes
 
 
-def _native(folder: Path, sites: Mapping[str, Site]) -> list[Change]:
-    file, changes = AdapterFile.read(folder), []
-    if file.heads or file.has_frozen:
-        raise ValueError(f"{folder}: it holds whole modules or folded entries; use sprand.load(model, path) for it")
+def _own(file: AdapterFile, sites: Mapping[str, Site]) -> list[Change]:
+    """The changes of an adapter of sprand."""
+    if file.has_frozen:
+        raise ValueError(f"{file.path}: it holds folded entries; use sprand.load(model, path) for it")
+    changes = []
     for name, entry in file.targets.items():
-        site = _site(folder, sites, name)
+        site = _site(file.path, sites, name)
         if list(site.shape) != entry["shape"]:
-            raise ValueError(f"{folder} was made for another model: {name} is {list(site.shape)} here and {entry['shape']} there")
+            raise ValueError(
+                f"{file.path} was made for another model: {name} is {list(site.shape)} here and {entry['shape']} there"
+            )
         indices, delta = file.entries(name)
-        check_same_base(str(folder), site, indices.to(site.device), entry)
+        check_same_base(str(file.path), site, indices.to(site.device), entry)
         changes.append(_collected(site, indices.long(), delta))
     return changes
 
@@ -216,26 +195,14 @@ def _rounded_like_supertuning(change: Change) -> Change:
     return replace(change, values=merged.float() - change.base.float())
 
 
-def _settings(folder: Path) -> dict[str, object]:
-    file = folder / "adapter_config.json"
-    try:
-        settings = parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        OBJECT("the configuration", settings)
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    return settings
+def _settings(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    return read_json(file) if file.is_file() else {}
 
 
-def _is_native(folder: Path) -> bool:
-    """Whether an adapter was written by `sprand.save`; its weights tell, beside which another's configuration may lie."""
-    file = folder / WEIGHTS
-    if not file.is_file():
-        return "peft_type" not in _settings(folder)
-    try:
-        with safe_open(file, framework="pt") as content:
-            return KEY in (content.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from error
+def _is_own(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether an adapter is one of sprand; the header of its weights tells, beside which another's configuration may lie."""
+    return settings.get("peft_type") == PEFT_TYPE or KEY in contents(folder / WEIGHTS, "adapter")[0]
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:

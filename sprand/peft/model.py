@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from ..adapters.layout import VERSIONS
 from ..kernels import native
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
@@ -22,6 +23,7 @@ from .combine import combined, rule_of
 from .config import SprandConfig
 from .hosted import AdapterTarget
 from .layer import SprandLayer
+from .loading import check_loadable
 from .plan import Plan, check_same_base, describe, make_plan
 from .quantized import QuantizedLayer
 
@@ -57,6 +59,9 @@ class SprandModel(BaseTuner):
             sharding.refuse(model, "get_peft_model", "add and load all adapters first, then shard the model")
         _check_name(adapter_name)
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
+        if config.targets is not None:
+            check_loadable(config, model, adapter_name)
         plan: dict[int, Plan] = {}  # by the identity of the module that holds the weights
         for site, indices in make_plan(model, config, adapter_name, get_quantization_kwargs(model)):
             plan.setdefault(id(site.module), []).append((site, indices))
@@ -240,7 +245,7 @@ class SprandModel(BaseTuner):
         result = _gathered(model, result)
         heads = {name: value for name, value in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
         state_dict.update(_gathered(model, heads))  # PEFT takes them from there
-        config.targets, config.indices_saved = {}, not config.drawn
+        config.targets, config.indices_saved, config.versions = {}, not config.drawn, dict(VERSIONS)
         for key, layer in model.named_modules():
             if not isinstance(layer, SprandLayer):
                 continue

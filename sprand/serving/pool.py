@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..adapters.file import AdapterFile
 from ..adapters.frozen import Frozen
 from ..adapters.save_and_load import prove
+from ..adapters.state import whole_tensors
 from ..kernels import ops
 from ..layers import sharding
 from .gate import ANY, Gate, guard, unguard
@@ -89,7 +90,7 @@ class AdapterPool:
                 "are used where they are, so leave it out"
             )
         self.model = model
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._parameters = whole_tensors(model)
         self._adapters: dict[str, Resident] = {}
         self._library = Library()
         self._cache = DeviceCache(device_bytes)

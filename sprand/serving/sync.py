@@ -217,7 +217,7 @@ def _of_applied(model: nn.Module) -> list[TensorPatch]:
             patch = replace(patch, indices=folded.indices, values=folded.values, base=folded.base)
         patches.append(patch)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name in state.current.saved:
+    for name in (name for name in state.current.saved if name in parameters):
         whole = sharding.whole(parameters[name])
         patches.append(TensorPatch(name, tuple(whole.shape), whole.dtype, None, whole, state.base_saved[name]))
     return patches

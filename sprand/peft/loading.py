@@ -1,0 +1,43 @@
+"""Loading a saved adapter through PEFT: what must hold before the model is touched."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..adapters.layout import check_target, check_versions, refuse_newer
+from ..files.forms import table_of
+from .config import SprandConfig
+
+
+def check_loadable(config: SprandConfig, model: nn.Module, adapter_name: str) -> None:
+    """Prove that PEFT's door can hold a saved adapter.
+
+    Raises:
+        ValueError: The adapter was written by a newer sprand, its configuration is damaged, it keeps entries as values, or it
+            trained a parameter in full that this model ties to another one.
+    """
+    called = f"adapter {adapter_name!r}"
+    table_of(check_target)(f"{called}: targets", config.targets)
+    if config.versions is not None:
+        check_versions(f"{called}: versions", config.versions)
+        refuse_newer(called, config.versions)
+    if any("frozen" in target for target in config.targets.values()):
+        raise ValueError(
+            f"{called} keeps entries as values (of a redrawn mask, or sprand diff), which PEFT has no place for; load it by "
+            "sprand.load(model, path), or merge it into the files of its base by `sprand merge`"
+        )
+    if config.sparse_config is not None and config.modules_to_save:
+        _refuse_tied(config, model, called)
+
+
+def _refuse_tied(config: SprandConfig, model: nn.Module, called: str) -> None:
+    """PEFT trains copies of modules: what is tied to one in the base would stay as it was."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    for tied in names.values():
+        if len(tied) > 1 and any(name.startswith(f"{module}.") for name in tied for module in config.modules_to_save):
+            raise ValueError(
+                f"{called} trained {tied[0]} in full, which this model ties to {tied[1]}, and PEFT would change one of them; "
+                "load it by sprand.load(model, path)"
+            )
