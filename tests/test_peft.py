@@ -332,3 +332,55 @@ def test_an_adapter_is_copied_by_its_parameter_names():
             model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(p.data)
     model.set_adapter("ref")
     assert torch.equal(logits(model), trained)
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+
+
+def applied(model: nn.Module) -> nn.Module:
+    return sprand.apply(model, density=0.1, target_modules=["linear1"])
+
+
+def wrapped_twice(model: nn.Module) -> nn.Module:
+    wrapped = peft.get_peft_model(model, SprandConfig(density=0.1, target_modules=["linear1"]))
+    wrapped.add_adapter("second", SprandConfig(density=0.2, target_modules=["linear2"]))
+    return wrapped
+
+
+def accelerated(model: nn.Module) -> nn.Module:
+    return sprand.peft.accelerate(peft.get_peft_model(model, peft.ShiraConfig(r=2, target_modules=["linear1"])))
+
+
+@pytest.mark.parametrize("closed_by_hand", [False, True])
+@pytest.mark.parametrize(
+    "enter, leave",
+    [
+        (applied, sprand.unmerge),
+        (applied, sprand.merge),
+        (wrapped_twice, lambda model: model.unload()),
+        (wrapped_twice, lambda model: model.merge_and_unload()),
+        (wrapped_twice, lambda model: copy.deepcopy(model).unload()),
+        (accelerated, lambda model: model.unload()),
+    ],
+)
+def test_a_model_has_its_fast_paths_again_when_it_is_left(enter, leave, closed_by_hand, monkeypatch):
+    """They read weights without calling the layers that write them."""
+    model, x, taken = encoder(), torch.randn(2, 3, 16), []
+    if closed_by_hand:
+        model[0].activation_relu_or_gelu = 0
+    fast = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: taken.append("fast") or fast(*args))
+
+    def called(model: nn.Module) -> list[str]:
+        taken.clear()
+        with torch.no_grad():
+            model.eval()(x)
+        return list(taken)
+
+    before = called(model)
+    assert before == ([] if closed_by_hand else ["fast"])
+    entered = enter(model)
+    assert called(entered) == []
+    assert called(leave(entered)) == before

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.attached import attach, detach, write_now
-from ..layers.module import sparse_modules
+from ..layers.module import close_fast_paths, open_fast_paths, sparse_modules
 from ..layers.sites import Site, sites_of
 from ..layers.writable import check_writable
 from ..selection import pattern
@@ -56,10 +56,7 @@ def _freeze(model: nn.Module) -> State:
     state = State(trained_before={name for name, p in model.named_parameters() if p.requires_grad})
     for p in model.parameters():
         p.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):  # its inference path reads weights without calling the layers
-            state.fast_paths.append((module, module.activation_relu_or_gelu))
-            module.activation_relu_or_gelu = 0
+    close_fast_paths(model)
     model._sprand = state
     optimizer_order.watch(model)
     return state
@@ -167,8 +164,7 @@ def release(model: nn.Module, state: State) -> None:
         del model._ddp_params_and_buffers_to_ignore
         if kept:
             model._ddp_params_and_buffers_to_ignore = kept
-    for module, activation in state.fast_paths:
-        module.activation_relu_or_gelu = activation
+    open_fast_paths(model)
     for name, p in model.named_parameters():
         p.requires_grad_(name in state.trained_before)
 

@@ -45,7 +45,6 @@ class State:
     mixed: Adapter | None = None
     trained_before: set[str] = field(default_factory=set)
     base_saved: dict[str, Tensor] = field(default_factory=dict)
-    fast_paths: list[tuple[nn.Module, int]] = field(default_factory=list)
 
     @property
     def current(self) -> Adapter | None:

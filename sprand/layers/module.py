@@ -20,6 +20,8 @@ from . import functional, sharding
 from .entries import Entries, write_all
 from .sites import Site
 
+_FAST_PATH = "_sprand_fast_path"  # where a layer keeps the setting that opens its fast path
+
 _live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -233,3 +235,18 @@ def track(module: nn.Module) -> None:
 def untrack(module: nn.Module) -> None:
     """The inverse of `track`."""
     _live.discard(module)
+
+
+def close_fast_paths(model: nn.Module) -> None:
+    """Keep a model off the inference path of `torch.nn.TransformerEncoderLayer`, which reads weights without calling layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _FAST_PATH not in module.__dict__:
+            module.__dict__[_FAST_PATH] = module.activation_relu_or_gelu
+            module.activation_relu_or_gelu = 0
+
+
+def open_fast_paths(model: nn.Module) -> None:
+    """Undo `close_fast_paths`: a path that was open before is open again."""
+    for module in model.modules():
+        if _FAST_PATH in module.__dict__:
+            module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)

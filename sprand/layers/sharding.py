@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -167,21 +168,55 @@ def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, 
         scale: factor on `delta`.
 
     Raises:
-        ValueError: a weight that is sharded along more than one dimension.
+        ValueError: The weight is sharded along more than one dimension.
     """
     if not is_dtensor(weight):
-        return ops.patch_(weight.data, indices, base, delta, scale)
-    local, shape = weight.detach().to_local(), weight.shape
-    mesh, shards = weight.device_mesh, [(i, p) for i, p in enumerate(weight.placements) if not p.is_replicate()]
-    if len(shards) > 1 or not all(p.is_shard() for _, p in shards):
-        raise ValueError(f"expected a weight sharded along at most one dimension, got {weight.placements} for {list(shape)}")
-    if shards:
-        axis, placement = shards[0]
-        after, rows = math.prod(shape[placement.dim + 1 :]), local.shape[placement.dim]
-        first = mesh.get_local_rank(axis) * -(-shape[placement.dim] // mesh.size(axis))
-        row = indices // after % shape[placement.dim] - first
-        here = ((row >= 0) & (row < rows)).nonzero().flatten()
-        row, indices = row[here], indices[here]
-        indices = (indices // (after * shape[placement.dim]) * rows + row) * after + indices % after
+        ops.patch_(weight.data, indices, base, delta, scale)
+        return
+    part = _slice_of(weight)
+    if part is not None:
+        indices, here = part.positions(indices)
         base, delta = base[here], None if delta is None else delta[here]
-    ops.patch_(local, indices, base, delta, scale)
+    ops.patch_(weight.detach().to_local(), indices, base, delta, scale)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """The part of a weight that a rank holds: consecutive rows along one dimension.
+
+    Attributes:
+        first: the first of these rows.
+        rows: how many there are.
+        all_rows: how many the whole weight has.
+        row_numel: entries between a row and the next one: the product of the sizes of the dimensions after.
+    """
+
+    first: int
+    rows: int
+    all_rows: int
+    row_numel: int
+
+    def positions(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Flat positions in the slice, of those entries of the whole weight that lie in it; and which entries these are."""
+        row = indices // self.row_numel % self.all_rows - self.first
+        here = ((row >= 0) & (row < self.rows)).nonzero().flatten()
+        indices, row = indices[here], row[here]
+        block, offset = indices // (self.all_rows * self.row_numel), indices % self.row_numel
+        return (block * self.rows + row) * self.row_numel + offset, here
+
+
+def _slice_of(weight: Tensor) -> _Slice | None:
+    """The part of a DTensor that this rank holds; None where it holds the whole."""
+    sharded = [axis for axis, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    if not sharded:
+        return None
+    axis = sharded[0]
+    placement, ranks = weight.placements[axis], weight.device_mesh.size(axis)
+    if len(sharded) > 1 or not placement.is_shard():
+        raise ValueError(
+            f"expected a weight sharded along at most one dimension, got {weight.placements} for {list(weight.shape)}"
+        )
+    all_rows = weight.shape[placement.dim]
+    first = weight.device_mesh.get_local_rank(axis) * math.ceil(all_rows / ranks)
+    row_numel = math.prod(weight.shape[placement.dim + 1 :])
+    return _Slice(first, weight.to_local().shape[placement.dim], all_rows, row_numel)

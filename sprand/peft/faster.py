@@ -14,6 +14,7 @@ from peft.tuners.supertuning.layer import Linear as SupertuningLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..layers.module import close_fast_paths, open_fast_paths
 from ..layers.writable import check_writable
 from ..selection import pattern
 from .hosted import AdapterTarget, Positions, host, unhost
@@ -133,6 +134,7 @@ class FastTuner:
             if not merge:
                 layer._sprand_target.activate(layer.base_layer.weight, ())
             unhost(layer.base_layer)
+        open_fast_paths(model)
         return model
 
 
@@ -185,6 +187,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         layer._sprand_target, layer._sprand_sources = target, {}
         host(layer.base_layer, "weight", target)
         layer._follow()
+    close_fast_paths(model)
     tuner = getattr(model, "base_model", None)
     if type(tuner) in FAST_TUNERS:
         tuner.__class__ = FAST_TUNERS[type(tuner)]

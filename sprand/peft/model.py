@@ -17,6 +17,7 @@ from ..adapters.layout import VERSIONS
 from ..kernels import native
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
+from ..layers.module import close_fast_paths, open_fast_paths
 from ..layers.sites import Site
 from ..selection import pattern
 from .combine import combined, rule_of
@@ -70,9 +71,7 @@ class SprandModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, None)
         finally:
             del self.__dict__["_plan"], self.__dict__["_low_cpu_mem_usage"]
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoderLayer):  # its inference path reads weights without calling the layers
-                module.activation_relu_or_gelu = 0
+        close_fast_paths(model)
 
     def add_weighted_adapter(
         self,
@@ -226,6 +225,7 @@ class SprandModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for layer in layers:
             layer.leave(keep=merge or layer.merged)
+        open_fast_paths(model)
         return model
 
     @classmethod
