@@ -67,7 +67,7 @@ def state_of(model: nn.Module) -> State:
     """What sprand keeps with a model.
 
     Raises:
-        ValueError: nothing was applied to or loaded into this model.
+        ValueError: Nothing was applied to or loaded into this model.
     """
     state = getattr(model, "_sprand", None)
     if state is None:

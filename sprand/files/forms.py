@@ -22,7 +22,7 @@ def simple(what: str, holds: Callable[[Any], bool]) -> Form:
 
 
 def optional(form: Form) -> Form:
-    """The same, or null."""
+    """The form of a value that has another form, or is null."""
 
     def check(place: str, value: Any) -> None:
         if value is not None:

@@ -26,7 +26,7 @@ def write(file: Path, kind: str, state: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: The file cannot be written; one that was there is untouched.
-        TypeError: the state holds something else.
+        TypeError: The state holds something else.
     """
     tensors: dict[str, Tensor] = {}
     described.write(file, KEY, {"kind": kind, "state": _packed(state, tensors)}, tensors)

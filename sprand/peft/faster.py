@@ -38,12 +38,12 @@ class FastLayer:
         return self.base_layer(x, *args, **kwargs)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT."""
+        """Make other adapters the active ones, as in PEFT; the weight follows."""
         super().set_adapter(*args, **kwargs)
         self._follow()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As in PEFT."""
+        """Turn all adapters on or off, as in PEFT; the weight follows."""
         super().enable_adapters(enabled)
         self._follow()
 
@@ -72,7 +72,7 @@ class FastLayer:
         self._follow()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT."""
+        """Delete an adapter, as in PEFT; one that is active leaves the weight first."""
         target = self._sprand_target
         target.activate(self.base_layer.weight, [name for name in target.active if name != adapter_name])
         super().delete_adapter(adapter_name)

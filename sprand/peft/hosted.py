@@ -334,7 +334,7 @@ def host(module: nn.Module, parameter: str, target: AdapterTarget) -> None:
     """Let a module use the entries of `target` wherever it uses `parameter`.
 
     Raises:
-        ValueError: another tool has replaced the module's forward.
+        ValueError: Another tool has replaced the module's forward.
     """
     if not isinstance(module, HostedModule):
         cls = sparse_class(HostedModule, type(module))

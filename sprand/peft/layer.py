@@ -97,7 +97,7 @@ class SprandLayer(nn.Module, BaseTunerLayer):
             adapter_names: which; by default the active ones.
 
         Raises:
-            ValueError: safe_merge found an entry that is not finite; the weights are as they were.
+            ValueError: `safe_merge` is asked for and an entry is not finite; the weights are as they were.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or () if self.trains(name)]
         if not names:

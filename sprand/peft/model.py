@@ -52,7 +52,7 @@ class SprandModel(BaseTuner):
         """Add an adapter. Everything is proven before the model is touched.
 
         Raises:
-            ValueError: nothing matches, the counts do not fit, the model is not the one the adapter was trained on, or it is
+            ValueError: Nothing matches, the counts do not fit, the model is not the one the adapter was trained on, or it is
                 sharded already; one that `deepspeed.zero.Init` made in parts may be, and every rank calls this.
         """
         native.warn_if_slow()
@@ -97,7 +97,7 @@ class SprandModel(BaseTuner):
             seed: for dare: of the draw, which is the same on every machine.
 
         Raises:
-            ValueError: an unknown adapter, a name that is taken, or options that do not fit.
+            ValueError: An adapter is unknown, the name is taken, or an option does not fit.
         """
         rule = rule_of(combination_type, density, majority_sign_method, seed)
         config, values = combined(self, adapters, weights, adapter_name, rule)
@@ -116,7 +116,7 @@ class SprandModel(BaseTuner):
         """As in PEFT, and exact: `unmerge_adapter` gives the base back bit for bit.
 
         Raises:
-            ValueError: the model is sharded, or quantized.
+            ValueError: The model is sharded, or quantized.
         """
         sharding.refuse(self.model, "merge_adapter", ELSEWHERE)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -125,7 +125,7 @@ class SprandModel(BaseTuner):
         """Put the base back.
 
         Raises:
-            ValueError: the model is sharded.
+            ValueError: The model is sharded.
         """
         sharding.refuse(self.model, "unmerge_adapter", ELSEWHERE)
         super().unmerge_adapter()
@@ -134,14 +134,14 @@ class SprandModel(BaseTuner):
         """Use the base alone, bit for bit.
 
         Raises:
-            ValueError: the model is sharded, and has merged adapters, which cannot be taken out of it.
+            ValueError: The model is sharded, and has merged adapters, which cannot be taken out of it.
         """
         if any(layer.merged for layer in self.layers()):
             sharding.refuse(self.model, "disable_adapter", "unmerge the adapters before the model is sharded")
         super().disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT.
+        """Delete an adapter, as in PEFT; one that is active leaves its weights first.
 
         Raises:
             ValueError: No adapter has that name, or the model is sharded.

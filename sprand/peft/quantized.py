@@ -79,7 +79,7 @@ class QuantizedLayer(SprandLayer):
         """Refused: what was trained would be quantized anew, and be another thing.
 
         Raises:
-            ValueError: always.
+            ValueError: The weight is quantized.
         """
         raise ValueError(
             f"{self.hosted['weight'].name} is quantized ({self.quantization_backend.backend_name}); merging would quantize it "

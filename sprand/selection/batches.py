@@ -25,7 +25,7 @@ class Batches:
         passes: how often it will be read.
 
     Raises:
-        ValueError: no data, or an iterator where several passes are needed.
+        ValueError: No data is given, or an iterator where several passes are needed.
     """
 
     def __init__(self, model: nn.Module, data: Iterable[Any] | None, examples: int | None, passes: int) -> None:
@@ -99,7 +99,7 @@ def scaled_logits(model: nn.Module, temperature: float, own_loss: bool) -> Itera
     """Divide the logits by `temperature`: what the model returns, or, for its own loss, what its head gives.
 
     Raises:
-        ValueError: the model computes its own loss and has no known head, or does not call it.
+        ValueError: The model computes its own loss and has no known head, or does not call it.
     """
     if temperature == 1.0:
         yield
@@ -134,7 +134,7 @@ def _head_of(model: nn.Module) -> nn.Module | None:
 
 
 def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with every tensor changed."""
+    """A batch whose tensors are those of `batch`, each changed."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):

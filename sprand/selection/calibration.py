@@ -84,7 +84,7 @@ class Sums:
             yield
 
     def add(self, name: str, grad: Tensor) -> None:
-        """Add one gradient."""
+        """Add a gradient to the sum of its target, a chunk at a time."""
         grad = grad.detach()
         if grad.is_sparse:
             grad = grad.to_dense()

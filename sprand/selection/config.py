@@ -53,7 +53,7 @@ class SparseConfig:
         seed: of the random draw.
 
     Raises:
-        ValueError: a value outside of what is allowed, named with what was expected.
+        ValueError: A value is outside of what is allowed; the message names it and what was expected.
     """
 
     density: float | None = None
@@ -105,7 +105,7 @@ class SparseConfig:
             **fields: any field of `SparseConfig`, for example `target_modules` for a model with other names.
 
         Raises:
-            ValueError: sparsity outside of [0, 1), or another field out of range.
+            ValueError: `sparsity` is outside of [0, 1), or another field is out of range.
         """
         if not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
             raise ValueError(f"sparsity: expected a fraction in [0, 1), got {sparsity!r}")
@@ -122,7 +122,7 @@ class SparseConfig:
             **fields: any field of `SparseConfig`, for example `budget`, or `target_modules` for a model with other names.
 
         Raises:
-            ValueError: a field out of range.
+            ValueError: A field is out of range.
         """
         amount = {} if "budget" in fields else {"density": density}
         return cls(**amount | {"strategy": "gradient", "scope": "global", "target_modules": SPEFT_TARGETS} | fields)
@@ -139,13 +139,13 @@ class SparseConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SparseConfig:
-        """The inverse of `to_dict`.
+        """The configuration of which `to_dict` gave the fields.
 
         Args:
             fields: JSON types by field name.
 
         Raises:
-            ValueError: an unknown field, or a value out of range.
+            ValueError: A field is unknown, or a value is out of range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
@@ -157,13 +157,13 @@ class SparseConfig:
 
     @classmethod
     def from_json(cls, text: str) -> SparseConfig:
-        """The inverse of `to_json`.
+        """The configuration of which `to_json` gave the text.
 
         Args:
             text: a JSON object.
 
         Raises:
-            ValueError: no JSON object, an unknown field, or a value out of range.
+            ValueError: The text is no JSON object, a field is unknown, or a value is out of range.
         """
         fields = json.loads(text)
         if not isinstance(fields, dict):

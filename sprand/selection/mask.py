@@ -69,7 +69,7 @@ class Mask(dict[str, Tensor]):
 
     @property
     def nnz(self) -> int:
-        """Chosen entries in all."""
+        """The number of chosen entries, of all parameters together."""
         return sum(indices.numel() for indices in self.values())
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -33,7 +33,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to rank entries.
+    """A way to rank the entries of a weight.
 
     Attributes:
         score: `score(weight, stats, **options)` gives a tensor of the weight's shape; the largest scores are chosen.
@@ -72,7 +72,7 @@ def strategy_of(asked: str | Callable[..., Tensor], name: str, has_data: bool) -
     A callable says what it reads by an attribute `needs`; without one it gets the mean gradient where there is data.
 
     Raises:
-        ValueError: a callable needs what there is not.
+        ValueError: A callable needs what calibration does not find out.
     """
     if isinstance(asked, str):
         return STRATEGIES[asked]
@@ -81,11 +81,14 @@ def strategy_of(asked: str | Callable[..., Tensor], name: str, has_data: bool) -
         raise ValueError(f"strategy: expected `needs` of the callable to be None or one of {', '.join(NEEDS)}, got {needs!r}")
 
     def score(weight: Tensor, stats: Stats, **options: Any) -> Tensor:
-        given = asked(name, weight, stats, **options)
-        if not isinstance(given, Tensor) or given.shape != weight.shape or given.is_complex():
-            got = f"{list(given.shape)} of {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
-            raise ValueError(f"strategy: expected a score of shape {list(weight.shape)} for {name}, got {got}")
-        return given
+        values = asked(name, weight, stats, **options)
+        if not isinstance(values, Tensor):
+            got = type(values).__name__
+        elif values.shape != weight.shape or values.is_complex():
+            got = f"{list(values.shape)} of {values.dtype}"
+        else:
+            return values
+        raise ValueError(f"strategy: expected a score of shape {list(weight.shape)} for {name}, got {got}")
 
     return Strategy(score, needs)
 
@@ -141,10 +144,13 @@ def synflow(weight: Tensor, stats: Stats) -> Tensor:
 @strategy(rank=128)
 def lift(weight: Tensor, stats: Stats, rank: int) -> Tensor:
     """|entries of the best approximation of rank `rank`| of the weight as a matrix `[shape[0], everything else]`."""
-    if weight.dim() < 2 or weight.numel() == 0 or rank >= min(weight.shape[0], weight[0].numel()):
+    if weight.dim() < 2 or weight.numel() == 0:
         return weight.abs()
     matrix = weight.reshape(weight.shape[0], -1)
-    wide = matrix.shape[0] <= matrix.shape[1]
+    rows, cols = matrix.shape
+    if rank >= min(rows, cols):
+        return weight.abs()
+    wide = rows <= cols
     exact = matrix.double() if wide else matrix.double().T
     _, vectors = torch.linalg.eigh(exact @ exact.T)
     top = vectors[:, -int(rank) :]

@@ -119,7 +119,8 @@ class Candidates:
         values = self.active.new_zeros((self.count,), dtype=self.dtype)
         if self.positions is not None:
             number = self.positions.numel()
-            positions[:number], values[:number] = self.positions, self.fresh
+            positions[:number] = self.positions
+            values[:number] = self.fresh
         ranks = zip(_gathered(positions), _gathered(values), strict=True)
         return [(places[places >= 0], part[places >= 0]) for places, part in ranks]
 
@@ -154,10 +155,12 @@ def _embedding_chunks(
     """Chunks of the rows of tokens that occur; a row without a token has no gradient."""
     features = grad_output.shape[1]
     height = schedule.chunk_rows(features)
-    for part in (tokens.unique() // height).unique().tolist():
-        first, end = part * height * features, min((part + 1) * height, vocabulary) * features
-        positions = torch.arange(first, end, dtype=dtype, device=tokens.device)
-        yield first, ops.embedding_grad(grad_output, tokens, positions, padding_idx)
+    occurring = (tokens.unique() // height).unique()
+    for number in occurring.tolist():
+        row = number * height
+        end = min(row + height, vocabulary)
+        positions = torch.arange(row * features, end * features, dtype=dtype, device=tokens.device)
+        yield row * features, ops.embedding_grad(grad_output, tokens, positions, padding_idx)
 
 
 def _dense_chunks(grad: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -129,9 +129,9 @@ class DynamicMask:
             Whether the mask was changed.
 
         Raises:
-            RuntimeError: no optimizer is bound, another adapter was made active, an optimizer state that cannot be moved, or no
-                gradient since the last change that could say what to grow. The model is as it was then.
-            ValueError: a mask of `strategy` that does not fit.
+            RuntimeError: No optimizer is bound, another adapter was made active, an optimizer state cannot be moved, or no
+                gradient was seen that could say what to grow. The model is as it was then.
+            ValueError: A mask that `strategy` gives does not fit its weight.
         """
         if self.optimizer is None:
             raise RuntimeError("DynamicMask: no optimizer; give it when the mask is made, or by bind(optimizer)")
@@ -264,7 +264,7 @@ class DynamicMask:
         self._disarm()
 
     def _grown(self, site: Site, count: int) -> Tensor:
-        """The positions to grow, sorted."""
+        """The positions that a weight grows now, sorted; at most `count`."""
         indices, weight = site.entries.indices, site.weight
         if self.options.grow == "gradient":
             candidates = self._candidates.get(site.name)

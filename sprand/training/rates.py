@@ -39,7 +39,7 @@ def suggest_lr(
         The rate, to two digits.
 
     Raises:
-        ValueError: density and width are neither given nor known by the model, or out of range.
+        ValueError: Density and width are neither given nor known by the model, or out of range.
     """
     if model is not None:
         known, chosen = _known_of(model)
@@ -82,7 +82,7 @@ def width_of(model: nn.Module) -> int:
     """The hidden size of a Hugging Face model; of another, the most frequent width of its linears' inputs.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: The model has neither a hidden size nor a linear layer.
     """
     config = getattr(model, "config", None)
     named = getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or getattr(config, "d_model", 0)
