@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 import sprand
 from hostile import assert_untouched, outcome, same, state_of, written
 from models import MLP, assert_same_bits, built
-from sprand.adapters.file import KEY, WEIGHTS_FILE, AdapterFile
+from sprand.adapters import layout
+from sprand.adapters.file import CONFIG_FILE, KEY, WEIGHTS_FILE, AdapterFile
 from sprand.adapters.layout import head_key, key
 from sprand.checkpoint.export import export
 from sprand.checkpoint.inspect import inspect
@@ -172,6 +173,31 @@ def test_fields_of_other_types_are_refused_in_a_sentence(folder, tmp_path, kind)
                 outcome(lambda hostile=hostile: export(hostile, "dense-delta", tmp_path / "out"))
                 shutil.rmtree(tmp_path / "merged", ignore_errors=True)
                 outcome(lambda hostile=hostile: merge(folder / "base", [(hostile, 1.0)], tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("kind", ["peft_drawn", "peft_given"])
+def test_fields_of_a_configuration_of_peft_are_refused_in_a_sentence(tmp_path, kind):
+    """Where PEFT wrote the adapter, its configuration is all that describes it, and has no checksum."""
+    hostile = Path(shutil.copytree(Path(__file__).parent / "adapters_of_0_1_0" / kind, tmp_path / kind))
+    model, source = built(MLP), random.Random(0)
+    settings, before, refused = json.loads((hostile / CONFIG_FILE).read_text()), state_of(model), 0
+    settings |= {"selection": {"strategy": "snip", "density": 0.1}, "sparse_config": {"seed": 3}, "versions": layout.VERSIONS}
+    for path in places(settings):
+        for wrong in source.sample(WRONG, 5):
+            changed = copy.deepcopy(settings)
+            inner = changed
+            for part in path[:-1]:
+                inner = inner[part]
+            inner[path[-1]] = wrong
+            (hostile / CONFIG_FILE).write_text(json.dumps(changed))
+            loaded = outcome(lambda: sprand.load(model, hostile))
+            refused += loaded is None
+            if loaded is not None:
+                sprand.unmerge(model)
+            assert_untouched(model, before), (path, wrong)
+            outcome(lambda: inspect(hostile))
+            outcome(lambda: sprand.select(model, density=0.1, disjoint=hostile))
+    assert refused > 50
 
 
 def indices(values):

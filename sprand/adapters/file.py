@@ -100,7 +100,9 @@ class AdapterFile:
         file = Path(path)
         file = file / WEIGHTS_FILE if file.is_dir() else file
         if not file.is_file():
-            raise FileNotFoundError(f"no adapter at {path}: expected {WEIGHTS_FILE} there, as written by sprand.save")
+            raise FileNotFoundError(
+                f"no adapter at {path}: expected {WEIGHTS_FILE} there, as sprand.save and save_pretrained write it"
+            )
         metadata, tensors = described.contents(file, "adapter")
         if KEY in metadata:
             description = described.proven(file, metadata[KEY], tensors, "adapter", layout.check_versions)
@@ -112,7 +114,8 @@ class AdapterFile:
             if description["format_version"] <= layout.OWN_NAMES and KEY in metadata:
                 tensors = layout.renamed(description, tensors)
             adapter = cls(Path(path), description, tensors, float(weight))
-            adapter.config  # noqa: B018
+            if adapter.config.strategy not in (GIVEN, *pattern.RANDOM_STRATEGIES):
+                raise ValueError(f"expected a strategy that draws, or given entries, got {adapter.config.strategy!r}")
             adapter._check_heads()
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {error}; take another copy of the adapter") from error

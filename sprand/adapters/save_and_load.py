@@ -1,8 +1,9 @@
 """Adapters on disk: values, a seed or indices, and a fingerprint of the base they were trained on.
 
 A folder holds `adapter_model.safetensors`, which is complete by itself (its header carries the description as JSON),
-and `adapter_config.json`, a copy of that description for people and tools. Saving replaces the first file in one
-atomic step, so that a crash or a full disk leaves the old adapter. Loading proves everything before it changes a weight.
+and `adapter_config.json`, by which PEFT loads it. What PEFT's `save_pretrained` writes is loaded alike. Saving replaces the
+first file in one atomic step, so that a crash or a full disk leaves the old adapter. Loading proves everything before it
+changes a weight.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     Args:
         model: the base model, or one that holds other adapters. If adapter `name` is there with the same entries, its
             values are replaced (an optimizer stays valid).
-        path: folder written by `save`, or its safetensors file.
+        path: folder of the adapter, or its safetensors file.
         name: what to call it in `switch`.
 
     Returns:

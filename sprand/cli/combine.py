@@ -29,7 +29,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             sprand combine both --base base --remove second -o first-again
         """,
     )
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders written by sprand.save")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders of adapters")
     parser.add_argument("--base", required=True, metavar="BASE", help="their checkpoint: a folder, a file, or a name on the Hub")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the new adapter")
     parser.add_argument("--method", choices=METHODS, help="default sum")

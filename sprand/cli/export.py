@@ -30,7 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             sprand export adapter --to vllm-patch -o patch --base base
         """,
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="a folder written by sprand.save")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
     parser.add_argument("--to", required=True, choices=known, help="the form")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of what is written")
     parser.add_argument("--base", metavar="BASE", help="base checkpoint: a folder, a .safetensors file, or a name on the Hub")

@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             sprand inspect adapter --base base --plot adapter.png
         """,
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="a folder written by sprand.save")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
     parser.add_argument("--base", metavar="BASE", help="its base checkpoint: proves it, and counts changes that bfloat16 shows")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many of the largest changes to name (default 5)")
     parser.add_argument("--json", action="store_true", help="print it as JSON, with the stored description")

@@ -30,7 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         """,
     )
     parser.add_argument("base", metavar="BASE", help="checkpoint folder, a .safetensors file, or a name on the Hub")
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[:WEIGHT]", help="folders written by sprand.save")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[:WEIGHT]", help="folders of adapters")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument("--verify", action="store_true", help="read both again, and prove every byte")
     parser.add_argument("--revert", action="store_true", help="BASE is a merged checkpoint: write what it was merged from to OUT")

@@ -79,7 +79,7 @@ def patches(
     """What an adapter changes in a checkpoint, for `load_checkpoint_weight_patches(model, patches)`.
 
     Args:
-        adapter: folder written by `sprand.save`.
+        adapter: folder of the adapter.
         base: folder of the checkpoint that the engine has loaded. Only tensors that change are read, one at a time.
         revert: the same entries with the values of the checkpoint, which take the adapter out again.
 

@@ -22,7 +22,7 @@ def export_adapter(path_in: str | os.PathLike[str], path_out: str | os.PathLike[
     """Write a saved adapter as one that stock PEFT loads, with the same merged weights.
 
     Args:
-        path_in: folder written by `save_pretrained` or `sprand.save`.
+        path_in: folder of the adapter.
         path_out: folder to write; made if it is not there.
         base_model: the model it was trained on; it is read, not changed.
         to: `"shira"` (12 bytes per entry, and padding to the layer with the most) or `"supertuning"` (8, and padding to the

@@ -107,7 +107,7 @@ class AdapterPool:
 
         Args:
             name: what to call it.
-            path: folder written by `sprand.save`, or its safetensors file.
+            path: folder of the adapter, or its safetensors file.
 
         Raises:
             FileNotFoundError: there is no adapter.
