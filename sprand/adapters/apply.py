@@ -19,7 +19,7 @@ from ..selection.mask import Mask
 from ..selection.targets import Targets, find_targets, view_of
 from .attaching import add, detached
 from .disjoint import Disjoint, avoided, selection_without, taken_by
-from .state import Adapter, State
+from .state import Adapter, known_state
 
 
 def apply(
@@ -63,7 +63,7 @@ def apply(
         TypeError: A keyword is no field of `SparseConfig`.
     """
     config = _config_of(config, fields)
-    state: State | None = getattr(model, "_sprand", None)
+    state = known_state(model)
     if state is not None and name in state.adapters:
         raise ValueError(
             f"this model already trains entries, as adapter {name!r}; give another name (name=), or call sprand.merge(model) or "
@@ -127,7 +127,7 @@ def select(
     """
     config = _config_of(config, fields)
     run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
-    if hasattr(model, "_sprand") and not disjoint:
+    if known_state(model) is not None and not disjoint:
         raise ValueError(
             "this model trains entries already; call sprand.merge(model) or sprand.unmerge(model) first, or give disjoint="
         )

@@ -19,7 +19,7 @@ from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.targets import sites_named
 from . import optimizer_order
-from .state import Adapter, State, tensor_names, whole_tensors
+from .state import Adapter, State, known_state, tensor_names, whole_tensors
 
 
 def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
@@ -39,7 +39,7 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     """
     sites = sites_named(model, adapter.indices)
     check_writable({name: site.weight for name, site in sites.items()})
-    state = getattr(model, "_sprand", None)
+    state = known_state(model)
     if state is None:
         state = _freeze(model)
     take_off(model, state, keep=False)
@@ -142,7 +142,7 @@ def detached(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: The model has adapters and is sharded.
     """
-    state = getattr(model, "_sprand", None)
+    state = known_state(model)
     if state is None:
         yield
         return

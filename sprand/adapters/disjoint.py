@@ -16,7 +16,7 @@ from ..selection.config import SparseConfig
 from ..selection.mask import selection_of
 from ..selection.targets import Targets, View
 from .file import AdapterFile
-from .state import State
+from .state import known_state
 
 Entries = Mapping[str, Tensor] | str | os.PathLike[str]  # a mask, or indices by parameter name; or the folder of an adapter
 Disjoint = bool | Entries | Sequence[Entries] | None
@@ -67,9 +67,14 @@ def avoided(view: View, targets: Targets, taken: Sequence[Taken]) -> dict[str, T
     lists: dict[str, list[Tensor]] = {}
     for other in taken:
         for name, indices in other.indices.items():
-            lists.setdefault(view.weights[name].name, []).append(indices.cpu())
-    sites = [site for site in targets.sites if site.name in lists]
-    return {site.name: host.merge_indices(lists[site.name])[0].to(site.device) for site in sites}
+            first_name = view.weights[name].name
+            lists.setdefault(first_name, []).append(indices.cpu())
+    unions = {}
+    for site in targets.sites:
+        if site.name in lists:
+            union, _ = host.merge_indices(lists[site.name])
+            unions[site.name] = union.to(site.device)
+    return unions
 
 
 def selection_without(config: SparseConfig, taken: Sequence[Taken]) -> dict[str, Any] | None:
@@ -86,7 +91,7 @@ def selection_without(config: SparseConfig, taken: Sequence[Taken]) -> dict[str,
 
 def _taken_in(model: nn.Module) -> list[Taken]:
     """What the adapters of the model train."""
-    state: State | None = getattr(model, "_sprand", None)
+    state = known_state(model)
     if state is None:
         return []
     taken = []

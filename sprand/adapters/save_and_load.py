@@ -28,7 +28,7 @@ from .file import AdapterFile, Trained, draw, finite
 from .fingerprint import DTYPES
 from .frozen import Frozen
 from .model import disabled, switch, write
-from .state import Adapter, State, state_of, whole_tensors
+from .state import Adapter, State, known_state, state_of, whole_tensors
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -111,7 +111,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     """
     sharding.refuse(model, "load", "load the adapter first, then shard the model")
     file = AdapterFile.read(path)
-    state = getattr(model, "_sprand", None)
+    state = known_state(model)
     with contextlib.nullcontext() if state is None else disabled(model):
         adapter = prove(model, file)
     if state is not None and name in state.adapters:

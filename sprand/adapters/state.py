@@ -63,13 +63,18 @@ def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | buffers
 
 
+def known_state(model: nn.Module) -> State | None:
+    """What sprand keeps with a model; None of a model that no adapter was put on."""
+    return getattr(model, "_sprand", None)
+
+
 def state_of(model: nn.Module) -> State:
     """What sprand keeps with a model.
 
     Raises:
         ValueError: Nothing was applied to or loaded into this model.
     """
-    state = getattr(model, "_sprand", None)
+    state = known_state(model)
     if state is None:
         raise ValueError(
             "this model has no trained entries; call sprand.apply(model, ...) or sprand.load(model, path) first (and pass the "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapters.file import AdapterFile
 from ..adapters.frozen import Frozen
 from ..adapters.save_and_load import prove
-from ..adapters.state import whole_tensors
+from ..adapters.state import known_state, whole_tensors
 from ..kernels import ops
 from ..layers import sharding
 from .gate import ANY, Gate, guard, unguard
@@ -77,7 +77,7 @@ class AdapterPool:
     """
 
     def __init__(self, model: nn.Module, device_bytes: int | None = None) -> None:
-        if hasattr(model, "_sprand"):
+        if known_state(model) is not None:
             raise ValueError("AdapterPool: this model trains entries; call sprand.merge(model) or sprand.unmerge(model) first")
         sharding.refuse(model, "AdapterPool", "use it in a process that holds the whole model")
         devices = {p.device for p in model.parameters()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.fingerprint import check_base
 from ..adapters.frozen import Frozen
+from ..adapters.state import known_state
 from ..kernels import ops
 from ..layers import sharding
 from .gate import ANY, Gate, guard, unguard
@@ -51,7 +52,7 @@ class DeltaReceiver:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if hasattr(model, "_sprand"):
+        if known_state(model) is not None:
             raise ValueError("DeltaReceiver: this model trains entries; call sprand.unmerge(model) first")
         sharding.refuse(model, "DeltaReceiver", "use it in a process that holds the whole model")
         self.model = model
