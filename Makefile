@@ -9,6 +9,8 @@ CPU_BUILD := --no-deps --quiet --extra-index-url https://download.pytorch.org/wh
 NATIVE_SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cuh %.inl %.cpp %.cu,$(NATIVE_SOURCES))
 RUNS := runs
+# A test process for each core (tests/conftest.py), which takes whole files: what a file builds, it builds once.
+TESTS := -n auto --dist loadfile --no-loadscope-reorder --durations 10
 # Without a GPU here the CUDA kernels are compiled only where their targets are named.
 CUDA := $(or $(SPRAND_CUDA),$(if $(TORCH_CUDA_ARCH_LIST),auto,$(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)))
 
@@ -22,7 +24,7 @@ demo: $(VENV)/.made-demo $(VENV)/.made-native ## fine-tune a real sentence model
 	$(BIN)/sprand finetune --compare lora,full,head --out $(RUNS)/demo
 
 test: $(VENV)/.made-test $(VENV)/.made-native ## run the tests (PYTEST="-k host -x" to choose)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(TESTS) $(PYTEST)
 
 build: $(VENV)/.made-native ## compile the native modules in place
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from plots import figure_saved, figure_with
 from quality.merging import Case, combinations, measure, train_all
 from quality.training import TaskPlan
-from report import RESULTS, command_line, markdown, progress, write_csv, write_markdown
+from report import RESULTS, command_line, markdown, one_thread, progress, write_csv, write_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = {
@@ -37,6 +37,7 @@ LABELS = {
 COLUMNS = ("kind", "seed", "combination", "task", "test", "trained", "shared")
 
 
+@one_thread()
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     file = options.out / "combine.csv"

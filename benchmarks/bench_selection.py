@@ -65,11 +65,11 @@ class Case:
     memory: int
 
 
+@end_as_by_ctrl_c()
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     methods = ["one pass", *options.methods]
     rows: list[dict[str, object]] = []
-    end_as_by_ctrl_c()
     try:
         with progress(len(methods), "selection") as bar:
             for method in methods:

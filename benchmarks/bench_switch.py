@@ -59,11 +59,11 @@ class Contestant:
     base: Callable[[], dict[str, Tensor]]
 
 
+@end_as_by_ctrl_c()
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     command = command_line(__file__, sys.argv[1:] if argv is None else argv)
     rows: list[Row] = []
-    end_as_by_ctrl_c()
     try:
         with progress(len(options.widths) * len(options.dtypes), "switching") as bar, tempfile.TemporaryDirectory() as folder:
             for dtype in options.dtypes:

@@ -38,9 +38,27 @@ def machine() -> dict[str, str]:
     return facts
 
 
-def end_as_by_ctrl_c() -> None:
-    """Let `timeout` end a script by a KeyboardInterrupt, so that what was measured until then is written."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: runs side by side do not slow each other down, and sums round as on any other machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def end_as_by_ctrl_c() -> Iterator[None]:
+    """Let `timeout` end what is inside by a KeyboardInterrupt, so that what was measured until then is written."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def instruction_sets() -> str:

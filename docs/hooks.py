@@ -37,6 +37,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links that leave docs/ to the pages above, drop blocks that only the tests see, and put in the command line's help."""
     if page.file.src_uri.startswith("benchmarks/"):
         markdown = markdown.replace("../docs/", "../")
+    elif page.file.src_uri in {f"{name}.md" for name in TOP}:
+        markdown = markdown.replace("](docs/", "](")
     else:
         markdown = OUTSIDE.sub(lambda found: f"]({EXAMPLE.sub('.md', found[1])})", markdown)
     markdown = HIDDEN.sub("", markdown)

@@ -1,9 +1,11 @@
-"""What all tests share: the import path of the problem table, fixed seeds, devices, thread counts, the emulated operators."""
+"""What all tests share: one environment on any machine, fixed seeds, devices, thread counts, the emulated operators."""
 
 from __future__ import annotations
 
+import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,38 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import leftovers
+
+MOST_PROCESSES = 8  # each has torch and transformers in memory
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torch-threads", type=int, default=1, help="threads of torch, here and in the processes that tests start")
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    """The same threads and settings in every test process and in the processes that tests start, whatever the caller's are."""
+    threads = config.getoption("--torch-threads")
+    torch.set_num_threads(threads)
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes `-n auto` starts: one for each core that is ours."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails a test that leaves the process other than it found it; the next one finds it as it was."""
+    before = leftovers.state()
+    yield
+    changes = leftovers.changes(before)
+    leftovers.put_back(before)
+    if changes:
+        pytest.fail("the test has left changed: " + "; ".join(changes))
 
 
 @pytest.fixture(autouse=True)

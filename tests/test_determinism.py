@@ -72,13 +72,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("strategy", ["random", "snip"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_threads_change_nothing(tmp_path, threads, dtype, strategy):

@@ -15,11 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from methods import Trainer, build, expand, fresh, random_tokens
-from report import RESULTS, instruction_sets, machine
+from report import RESULTS, instruction_sets, machine, one_thread
 
 WIDTH, LAYERS, TOKENS, DENSITY = 384, 1, 512, 0.01
 ROUNDS, WARMUP = 15, 3
@@ -27,17 +25,13 @@ MAY_WORSEN = 0.15
 TRIES = 3
 
 
+@one_thread()
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     committed = json.loads(options.file.read_text(encoding="utf-8")) if options.file.exists() else {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if options.write:
-            return write(options.file, committed)
-        return check(committed.get(instruction_sets(), {}).get("ratio"))
-    finally:
-        torch.set_num_threads(threads)
+    if options.write:
+        return write(options.file, committed)
+    return check(committed.get(instruction_sets(), {}).get("ratio"))
 
 
 def measure() -> tuple[float, float]:

@@ -316,11 +316,11 @@ def line(row: Row) -> Row:
     return shown
 
 
+@end_as_by_ctrl_c()
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     bench = Bench(options)
     parts: dict[str, list[Row]] = {part: [] for part in options.parts}
-    end_as_by_ctrl_c()
     try:
         with progress(len(parts), "gpu ops") as bar, torch.no_grad():
             for part, rows in parts.items():

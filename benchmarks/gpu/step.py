@@ -260,12 +260,12 @@ def line(row: Row) -> Row:
     return shown
 
 
+@end_as_by_ctrl_c()
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     clock, budget = Clock(options.device, options.samples), Budget(options.budget)
     measured: dict[int, list[Row]] = {tokens: [] for tokens in options.tokens}
     chosen = methods(options)
-    end_as_by_ctrl_c()
     try:
         with progress(len(measured) * len(chosen), "gpu step") as bar:
             for tokens, row in compare(chosen, options, clock, budget, bar):

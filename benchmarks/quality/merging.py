@@ -165,7 +165,6 @@ class _Lora:
 
 
 def _train(run: Run, plan: TaskPlan, shared: Path, folder: Path, others: tuple[str, ...]) -> None:
-    torch.set_num_threads(1)
     settings, dataset = _task(run, plan, shared, folder)
     settings = dataclasses.replace(settings, disjoint=others)
     model, tokenizer = load(settings, dataset)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quality import peers, variants
+from report import one_thread
 from sprand.cli import TrainingFailed
 from sprand.cli.finetune import data, methods, models, tasks, training
 from sprand.cli.finetune.progress import Log
@@ -53,6 +54,7 @@ class Run:
     seed: int
 
 
+@one_thread()
 def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> tuple[Outcome, Tensor]:
     """Train, and measure on the dev and the test rows.
 
@@ -66,7 +68,6 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> tuple[Outcom
         A line (`trained`, `metric`, `dev`, `test`, `old`, `train_loss`, `seconds`, `calibration_seconds`, `steps`, `device`,
         `note`), and of each test row whether it was right (classification) or its mean loss (language model), float64 [rows].
     """
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(run, plan, shared, Path(folder))
         dataset = data.load(settings)
