@@ -13,6 +13,7 @@ from models import MLP, assert_same_bits, built
 from peft_models import deltas, llama, logits, peft, positions, train, trainable
 from sprand.peft import SprandConfig
 from sprand.peft.quantized import QuantizedLayer
+from sprand.serving import DeltaSync
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes quantizes the base")
 FORMATS = ["nf4", "int8"]
@@ -252,4 +253,4 @@ def test_a_format_that_cannot_be_dequantized_gains_a_sparse_product(monkeypatch)
 def test_the_values_of_a_packed_weight_are_not_sent():
     model = peft.get_peft_model(quantized("nf4"), SprandConfig(density=0.2, target_modules=["down_proj"]))
     with pytest.raises(ValueError, match=r"down_proj.weight is stored quantized.*; train a base in 16 or 32 bits"):
-        sprand.serving.DeltaSync(model)
+        DeltaSync(model)

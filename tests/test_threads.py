@@ -198,7 +198,7 @@ def test_a_forward_that_fails_leaves_no_alias_behind(cls):
 def test_first_forwards_read_the_base_before_any_of_them_writes(monkeypatch):
     """Through PEFT the base is read when an adapter is first used: never from a weight that another thread has written."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    from sprand.peft import SprandConfig, hosted
+    from sprand.peft import SprandConfig, adapter_target
 
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(16, 16))
@@ -208,13 +208,13 @@ def test_first_forwards_read_the_base_before_any_of_them_writes(monkeypatch):
         p.data.normal_()
     (target,) = (target for layer in model.base_model.layers() for _, _, target in layer.weights())
     target.forget_base()
-    gather, readers = hosted._gather, []
+    gather, readers = adapter_target._gather, []
 
     def slow_gather(*args):
         readers.append(threading.get_ident())
         time.sleep(0.1 * len(readers))  # a second reader is later than the first one's forward
         return gather(*args)
 
-    monkeypatch.setattr(hosted, "_gather", slow_gather)
+    monkeypatch.setattr(adapter_target, "_gather", slow_gather)
     together(*[lambda: output_alone(model, torch.ones(1, 16))] * 3)
     assert torch.equal(model.unload()[0].weight, before)

@@ -94,7 +94,7 @@ class SparseModule(nn.Module):
 
     def _aliases(self) -> dict[str, Any]:
         """What the forward reads instead of the module's own attributes."""
-        return {name: self._value(name) for name in self._sprand_targets}
+        return {name: self._alias(name) for name in self._sprand_targets}
 
     def _write_in_backward(self, output: Any) -> None:
         """Where weights are gathered anew for backward, have them written there too."""
@@ -104,14 +104,11 @@ class SparseModule(nn.Module):
             if gathered or sharding.is_of_zero3(weight):
                 functional.written_in_backward(output, weight, self.sparse_entries(name))
 
-    def _value(self, parameter: str) -> Tensor | None:
-        """The parameter as the forward pass must see it."""
-        value = self._parameters[parameter]
-        if parameter not in self._sprand_targets:
-            return value
+    def _alias(self, parameter: str) -> Tensor:
+        """A targeted parameter as the forward must see it."""
         # a compiled backward reads the memory that forward read, and nothing can write entries there in between
         copy = torch.compiler.is_compiling() and sharding.is_gathered(self)
-        return functional.alias(value, self.sparse_entries(parameter), copy)
+        return functional.alias(self._parameters[parameter], self.sparse_entries(parameter), copy)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -128,9 +125,12 @@ class _SparseLinear(SparseModule):
     _transposed = False
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._sprand_active or "weight" not in self._sprand_targets:
+        targets = self._sprand_targets if self._sprand_active else ()
+        if "weight" not in targets:
             return super().forward(input)
-        weight, bias = self._parameters["weight"], self._value("bias")
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if "bias" in targets:
+            bias = self._alias("bias")
         return functional.linear(input, weight, bias, self.sparse_entries(), self._transposed)
 
 
@@ -154,7 +154,8 @@ class _SparseRecurrent(SparseModule):
     def _aliases(self) -> dict[str, Any]:
         aliases = super()._aliases()
         own = zip(self._flat_weights_names, self.__dict__["_flat_weights"], strict=True)
-        return aliases | {"_flat_weights": [aliases.get(name, weight) for name, weight in own]}
+        aliases["_flat_weights"] = [aliases.get(name, weight) for name, weight in own]
+        return aliases
 
 
 class _SparseEmbedding(SparseModule):

@@ -12,8 +12,8 @@ from ..adapters.combining import SIGNS, Part, Rule
 from ..adapters.combining import combined as combined_parts
 from ..kernels import ops
 from ..selection.config import GIVEN
+from .adapter_target import AdapterTarget
 from .config import SprandConfig
-from .hosted import AdapterTarget
 
 COMBINATIONS = {"linear": "sum", "ties": "ties", "dare_linear": "dare"}  # PEFT's names, and ours
 

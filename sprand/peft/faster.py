@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..layers.module import close_fast_paths, open_fast_paths
 from ..layers.writable import check_writable
 from ..selection import pattern
-from .hosted import AdapterTarget, Positions, host, unhost
+from .adapter_target import AdapterTarget, Positions
+from .hosted import host, unhost
 from .plan import base_modules
 
 

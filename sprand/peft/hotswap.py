@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.file import AdapterFile
-from .hosted import AdapterTarget
+from .adapter_target import AdapterTarget
 from .layer import SprandLayer
 from .plan import check_same_base
 

@@ -16,8 +16,9 @@ from ..kernels import ops
 from ..layers import sharding
 from ..layers.attached import BASE, DELTA, INDICES
 from ..layers.sites import Owner, Site, site_of
+from .adapter_target import AdapterTarget, Delta, Deltas, Positions
 from .config import SprandConfig
-from .hosted import AdapterTarget, Delta, Deltas, Positions, host, unhost
+from .hosted import host, unhost
 
 
 class SprandLayer(nn.Module, BaseTunerLayer):

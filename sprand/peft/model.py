@@ -20,9 +20,9 @@ from ..layers.attached import DELTA, INDICES
 from ..layers.module import close_fast_paths, open_fast_paths
 from ..layers.sites import Site
 from ..selection import pattern
+from .adapter_target import AdapterTarget
 from .combine import combined, rule_of
 from .config import SprandConfig
-from .hosted import AdapterTarget
 from .layer import SprandLayer
 from .loading import check_loadable
 from .plan import Plan, check_same_base, describe, make_plan

@@ -16,8 +16,8 @@ from ..kernels import ops
 from ..layers.entries import Entries
 from ..layers.module import track, untrack
 from ..layers.sites import Site
+from .adapter_target import AdapterTarget
 from .cpu_packing import keep_stored_layout, set_may_pack
-from .hosted import AdapterTarget, union_of
 from .layer import SprandLayer
 from .plan import packed_site
 
@@ -127,23 +127,25 @@ class QuantizedLayer(SprandLayer):
         """Indices and summed delta of the active adapters, float32."""
         names = target.active
         for name in names:
-            indices, device = target.indices[name], target.deltas[name].device
-            if indices.device != device:
-                target.indices._buffers[name] = indices.to(device)
-            target.indices.replaced.discard(name)
+            _settle(target, name)
         if len(names) == 1:
             return target.indices[names[0]], target.deltas[names[0]].float()
-        union, positions = union_of([target.indices[name] for name in names])
-        delta = torch.zeros(union.shape, dtype=torch.float32, device=union.device)
-        for name, position in zip(names, positions, strict=True):
-            delta = delta.index_add(0, position, target.deltas[name].float())
-        return union, delta
+        return target.union(names)[0], target.summed(names, torch.float32)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for target in self.hosted.values():
             if adapter_name in target.deltas and not target.deltas[adapter_name].is_meta:
                 delta = target.deltas[adapter_name]
                 delta.data = delta.data.to(device or self.site("weight").device)
+
+
+def _settle(target: AdapterTarget, name: str) -> None:
+    """Have the indices of an adapter where its delta is; what was derived from others is dropped."""
+    indices, device = target.indices[name], target.deltas[name].device
+    if indices.device != device or name in target.indices.replaced:
+        target.indices._buffers[name] = indices.to(device)
+        target.indices.replaced.discard(name)
+        target.forget()
 
 
 def _patched(read: Callable[[nn.Module], Tensor], layer: nn.Module, indices: Tensor, delta: Tensor) -> Tensor:

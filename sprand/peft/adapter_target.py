@@ -1,0 +1,314 @@
+"""One parameter of a base model, and what the adapters of a PEFT layer train of it: deltas, positions and base, by adapter."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from ..kernels import ops
+from ..kernels.host import merge_indices
+from ..layers import sharding
+from ..layers.entries import Entries, Schedules, Written
+
+Names = tuple[str, ...]  # of adapters, in their order
+
+_settling = threading.RLock()
+
+
+class Delta(nn.Module):
+    """One adapter's delta `[nnz]`, as `weight`: it follows its module to a device, and keeps its dtype where that is cast.
+
+    It is a module of its own so that its name ends in `.default.weight`, by which TRL copies an adapter into its reference.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = self.weight.data
+        super()._apply(fn, recurse)
+        if before.is_meta and not self.weight.is_meta:
+            self.weight.data.zero_()
+        elif self.weight.dtype != before.dtype:
+            self.weight.data = before.to(self.weight.device)
+        return self
+
+
+class Deltas(Mapping[str, nn.Parameter]):
+    """The parameters of a dict of `Delta`s, by adapter."""
+
+    def __init__(self, modules: nn.ModuleDict) -> None:
+        self.modules = modules
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self.modules[name].weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+
+class Positions(BufferDict):
+    """Flat indices by adapter; remembers which of them were replaced by others, as a checkpoint does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replaced: set[str] = set()
+
+    def put(self, name: str, indices: Tensor, persistent: bool) -> None:
+        """Keep the indices of an adapter; in `state_dict` if persistent."""
+        self._buffers.pop(name, None)
+        self.register_buffer(name, indices, persistent=persistent)
+        self.replaced.add(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.replaced.add(name)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.replaced |= {name for name in self if prefix + name in state_dict}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for name, indices in self._buffers.items():
+            device = fn(indices).device
+            if device.type != "meta":  # they cannot be made again from nothing
+                self._buffers[name] = indices.to(device)
+        return self
+
+
+class AdapterTarget:
+    """One parameter of a base model, and the entries that each adapter trains of it.
+
+    Attributes:
+        name: the parameter's name in the base model.
+        deltas, indices, bases: by adapter; the containers of the PEFT layer.
+        scales: factor on each adapter's delta; 1 where it says nothing.
+        active: adapters that a forward uses now, in their order.
+        merged: adapters that are merged into the weight.
+        written: whether the weight holds the delta of the one active adapter already.
+        candidates, folded: as in a model of `sprand.apply` whose mask changes, which that of a PEFT model does not.
+    """
+
+    candidates = None
+    folded = False
+
+    def __init__(
+        self,
+        name: str,
+        deltas: Mapping[str, Tensor],
+        indices: Positions,
+        bases: BufferDict,
+        scales: Mapping[str, float] | None = None,
+    ) -> None:
+        self.name, self.deltas, self.indices, self.bases = name, deltas, indices, bases
+        self.scales = {} if scales is None else scales
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.written = Written()
+        self._ordered: dict[str, bool] = {}
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_unions": {}, "_union_bases": {}, "_schedules": {}}
+
+    def forget(self) -> None:
+        """Drop what was derived from indices, base or the weight's place."""
+        self.written.forget()
+        self._unions: dict[Names, tuple[Tensor, list[Tensor]]] = {}
+        self._union_bases: dict[Names, Tensor] = {}
+        self._schedules: dict[tuple[Names, torch.device], Schedules | None] = {}
+
+    def forget_base(self) -> None:
+        """The weight holds a new base: read it anew before the next use."""
+        self.indices.replaced |= set(self.indices)
+        self.forget()
+
+    def read_base(self, weight: Tensor) -> None:
+        """Read every base that is not known; of a sharded weight every rank must call this."""
+        with torch.no_grad():
+            for name in self.indices:
+                self._settle(weight, name)
+
+    def cast_base(self, weight: Tensor) -> None:
+        """Let each base have the dtype of the weight, which a module's own cast changes, and FSDP2's mixed precision does not."""
+        for name, base in self.bases._buffers.items():
+            self.bases._buffers[name] = base.to(weight.dtype)
+        self.forget()
+
+    def entries(self, weight: Tensor, names: Sequence[str] | None = None) -> Entries:
+        """The entries of the given adapters, by default those in effect."""
+        names = self.in_effect if names is None else tuple(names)
+        for name in names:
+            self._settle(weight, name)
+        indices, base = self._indices_and_base(names)
+        delta, scale = self._delta_and_scale(names, base)
+        return Entries(delta, indices, base, scale, self.written, self._schedules_of(weight, names, indices))
+
+    @property
+    def in_effect(self) -> tuple[str, ...]:
+        """The merged adapters, or else the active ones."""
+        return self.merged or self.active
+
+    def in_order(self, name: str) -> bool:
+        """Whether an adapter's indices ascend, so that its delta can be used as it is."""
+        if name not in self._ordered:
+            self._ordered[name] = _ascends(self.indices[name])
+        return self._ordered[name]
+
+    def union(self, names: Names) -> tuple[Tensor, list[Tensor]]:
+        """The sorted union of adapters' indices, and where the entries of each adapter stand in it."""
+        if names not in self._unions:
+            self._unions[names] = _union_of([self.indices[name] for name in names])
+        return self._unions[names]
+
+    def summed(self, names: Names, dtype: torch.dtype) -> Tensor:
+        """The sum of scale * delta over adapters, in a dtype, at the entries of their union."""
+        indices, positions = self.union(names)
+        delta = torch.zeros(indices.shape, dtype=dtype, device=indices.device)
+        for name, position in zip(names, positions, strict=True):
+            delta = delta.index_add(0, position, self.deltas[name].to(delta) * self._scale(name))
+        return delta
+
+    def write(self, weight: Tensor) -> None:
+        """Make the weight hold the merged adapters, or the active ones."""
+        deltas = [self.deltas[name] for name in self.in_effect]
+        if deltas and all(map(_is_whole, (weight, *deltas))):
+            with torch.no_grad():
+                self.entries(weight).write(weight)
+
+    def restore(self, weight: Tensor) -> None:
+        """Put the base back, bit for bit."""
+        self.written.forget()
+        known = [name for name in self.in_effect if name in self.bases and name not in self.indices.replaced]
+        if known and _is_whole(weight) and not self.bases[known[0]].is_meta:
+            self._restore(weight, known)
+
+    @contextmanager
+    def pristine(self, weight: Tensor) -> Iterator[None]:
+        """The weight holds its base inside of a `with` block."""
+        self.restore(weight)
+        try:
+            yield
+        finally:
+            self.write(weight)
+
+    def activate(self, weight: Tensor, names: Sequence[str]) -> None:
+        """Let other adapters be in effect."""
+        names = tuple(name for name in names if name in self.deltas)
+        if names == self.active:
+            return
+        if not self.merged:
+            self.restore(weight)
+        self.active = names
+        if not self.merged:
+            self.write(weight)
+
+    def merge(self, weight: Tensor, names: Sequence[str]) -> None:
+        """Write the sum of these adapters for good, until `unmerge`."""
+        self.restore(weight)
+        self.merged, self.active = tuple(names), ()
+        self.write(weight)
+
+    def unmerge(self, weight: Tensor) -> None:
+        """Put the base back."""
+        self.restore(weight)
+        self.merged = ()
+
+    def _settle(self, weight: Tensor, name: str) -> None:
+        """Have indices and base of an adapter on the weight's device, read from the weight where they are not known yet."""
+        if self._is_settled(weight, name):
+            return
+        with _settling:  # a second thread must not read a base from what the first one has written
+            if self.indices[name].device != weight.device:
+                self.indices._buffers[name] = self.indices[name].to(weight.device)
+                self.forget()
+            if self._is_base_known(weight, name):
+                self.bases._buffers[name] = self.bases[name].to(weight.device)
+            else:
+                self._read_base(weight, name)
+
+    def _is_settled(self, weight: Tensor, name: str) -> bool:
+        if not self._is_base_known(weight, name):
+            return False
+        return self.indices[name].device == self.bases[name].device == weight.device
+
+    def _is_base_known(self, weight: Tensor, name: str) -> bool:
+        base = self.bases._buffers.get(name)
+        return base is not None and name not in self.indices.replaced and base.is_meta == weight.is_meta
+
+    def _read_base(self, weight: Tensor, name: str) -> None:
+        self.bases._buffers.pop(name, None)
+        others = [other for other in self.in_effect if other != name and other in self.bases]
+        if others and _is_whole(weight):
+            self._restore(weight, others)
+        self._ordered.pop(name, None)
+        self.bases[name] = _gather(sharding.whole(weight), self.indices[name], self.in_order(name))
+        self.indices.replaced.discard(name)
+        self.forget()
+
+    def _restore(self, weight: Tensor, names: Sequence[str]) -> None:
+        for name in names:
+            self._settle(weight, name)
+        indices, base = self._indices_and_base(tuple(names))
+        ops.patch_(weight.data, indices, base.to(weight.dtype), None)
+
+    def _is_one(self, names: Names) -> bool:
+        """Whether the entries are those of one adapter as it holds them; others are put together."""
+        return len(names) == 1 and self.in_order(names[0])
+
+    def _indices_and_base(self, names: Names) -> tuple[Tensor, Tensor]:
+        if self._is_one(names):
+            return self.indices[names[0]], self.bases[names[0]]
+        indices, positions = self.union(names)
+        if names not in self._union_bases:
+            base = torch.empty(indices.shape, dtype=self.bases[names[0]].dtype, device=indices.device)
+            for name, position in zip(names, positions, strict=True):
+                base[position] = self.bases[name]
+            self._union_bases[names] = base
+        return indices, self._union_bases[names]
+
+    def _delta_and_scale(self, names: Names, base: Tensor) -> tuple[Tensor, float]:
+        if self._is_one(names):
+            return self.deltas[names[0]], self._scale(names[0])
+        return self.summed(names, ops.accumulation_dtype(base.dtype)), 1.0
+
+    def _scale(self, name: str) -> float:
+        return float(self.scales.get(name, 1.0))
+
+    def _schedules_of(self, weight: Tensor, names: Names, indices: Tensor) -> Schedules | None:
+        key = names, weight.device
+        if key not in self._schedules and not torch.compiler.is_compiling():
+            self._schedules[key] = Schedules.on_gpu(weight, indices)
+        return self._schedules.get(key)
+
+
+def _union_of(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The sorted union of index lists in any order, on their device, and where the entries of each list stand in it."""
+    ascending, orders = zip(*(indices.sort() for indices in lists), strict=True)
+    union, positions = merge_indices(ascending)
+    return union, [
+        torch.empty_like(position).index_copy_(0, order, position) for position, order in zip(positions, orders, strict=True)
+    ]
+
+
+def _ascends(indices: Tensor) -> bool:
+    return indices.is_meta or bool((indices[1:] > indices[:-1]).all())
+
+
+def _gather(weight: Tensor, indices: Tensor, in_order: bool) -> Tensor:
+    return ops.gather(weight.contiguous(), indices) if in_order else weight.flatten()[indices.long()]
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return type(tensor.data) is Tensor and not tensor.is_meta and tensor.numel() > 0
