@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kEntryThreads)
   out[quad] = sum;
 }
 
-// f(rows, columns): the shapes of sprand/kernels/schedule_run8.py, by number.
+// f(rows, columns): the shapes of sprand/kernels/run8_units.py, by number.
 template <class F>
 cudaError_t with_shape(int64_t shape, F&& f) {
   switch (shape) {

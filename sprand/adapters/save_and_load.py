@@ -23,7 +23,6 @@ from ..layers import sharding
 from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from ..selection.config import SparseConfig
-from ..selection.targets import sites_named
 from .attaching import add
 from .file import AdapterFile, Trained, draw, finite
 from .fingerprint import DTYPES
@@ -46,8 +45,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model has no trained entries, a value is not finite, or the path is that of a file.
-        OSError: the folder cannot be written; an adapter that was there is untouched.
+        ValueError: The model has no trained entries, a value is not finite, or the path is that of a file.
+        OSError: The folder cannot be written; an adapter that was there is untouched.
     """
     state = state_of(model)
     adapter = state.current
@@ -106,16 +105,15 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         The same object.
 
     Raises:
-        FileNotFoundError: there is no adapter.
-        ValueError: it is damaged, made by a newer sprand, or for another base; or the model is sharded. The model is as it
-            was then.
+        FileNotFoundError: No adapter is at that path.
+        ValueError: The adapter is damaged, made by a newer sprand, or for another base; or the model is sharded. The model is as
+            it was then.
     """
     sharding.refuse(model, "load", "load the adapter first, then shard the model")
     file = AdapterFile.read(path)
     state = known_state(model)
     with contextlib.nullcontext() if state is None else disabled(model):
         adapter = prove(model, file)
-        sites_named(model, adapter.indices)  # raises before anything is changed
     if state is not None and name in state.adapters:
         return _replace_values(model, state, name, adapter)
     return add(model, name, adapter)
