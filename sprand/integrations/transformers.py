@@ -28,7 +28,7 @@ from ..adapters.state import state_of, tensor_names
 from ..adapters.summary import visible_share
 from ..files import described, states
 from ..kernels import ops
-from ..kernels.ops import patched
+from ..layers.entries import Entries
 from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from ..training.dynamic import DynamicMask
@@ -122,8 +122,8 @@ class SparseCheckpointCallback(TrainerCallback):
         model = kwargs["model"]
         self.on_init_end(args, state, control, model=model)
         if state.global_step:
-            found = _of_resumed(args, state, f"{ADAPTER_FOLDER}/{ENTRIES_FILE}", type(self).__name__)
-            _restore(model, [file.parent for file in found])
+            files = _of_resumed(args, state, f"{ADAPTER_FOLDER}/{ENTRIES_FILE}", type(self).__name__)
+            _restore(model, [file.parent for file in files])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the adapter, and what a resume needs, into the checkpoint that the trainer has just written.
@@ -201,27 +201,24 @@ def _of_resumed(args: TrainingArguments, state: TrainerState, name: str, callbac
     folders = [_folder(args, state)]
     if isinstance(args.resume_from_checkpoint, str):
         folders.append(Path(args.resume_from_checkpoint))
-    found = [folder / name for folder in folders if (folder / name).is_file()]
-    if not found:
+    files = [folder / name for folder in folders if (folder / name).is_file()]
+    if not files:
         raise FileNotFoundError(
             f"{callback}: training goes on from step {state.global_step}, but there is no {name} in "
             f"{' or '.join(map(str, folders))}; if the checkpoint is elsewhere, set args.resume_from_checkpoint to it"
         )
-    return found
+    return files
 
 
 def _restore(model: nn.Module, folders: list[Path]) -> None:
     """Give the model the entries of the folder whose trained values its weights hold."""
+    sites = sites_of(model)
     for folder in folders:
-        adapter, tensors = AdapterFile.read(folder), described.read(folder / ENTRIES_FILE, KEY, "checkpoint")[1]
-        sites = sites_of(model)
-        values = [_values_of(site, adapter, tensors) for site in sites]
-        if all(_holds(site, *entries) for site, entries in zip(sites, values, strict=True)):
-            for site, entries in zip(sites, values, strict=True):
-                for module, parameter in site.owners:
-                    target = module.sparse_target(parameter)
-                    names = target.delta, target.indices, target.base
-                    module.load_state_dict(dict(zip(names, entries, strict=True)), strict=False)
+        adapter, (_, tensors) = AdapterFile.read(folder), described.read(folder / ENTRIES_FILE, KEY, "checkpoint")
+        stored = [_stored(site, adapter, tensors) for site in sites]
+        if all(_holds(site, entries) for site, entries in zip(sites, stored, strict=True)):
+            for site, entries in zip(sites, stored, strict=True):
+                _take(site, entries)
             write(model)
             return
     raise ValueError(
@@ -230,21 +227,34 @@ def _restore(model: nn.Module, folders: list[Path]) -> None:
     )
 
 
-def _values_of(site: Site, adapter: AdapterFile, tensors: dict[str, Tensor]) -> list[Tensor]:
-    """Delta, indices and base `[nnz]` of a weight."""
-    folder, own = adapter.path, site.entries
-    values = [adapter.delta(site.name), *(tensors.get(f"{kind}.{site.name}") for kind in ("indices", "base"))]
-    nnz, dtypes = own.delta.numel(), [own.delta.dtype, own.indices.dtype, own.base.dtype]
-    if any(value is None or list(value.shape) != [nnz] for value in values) or [value.dtype for value in values] != dtypes:
+def _stored(site: Site, adapter: AdapterFile, tensors: dict[str, Tensor]) -> Entries:
+    """The entries of a weight in a checkpoint, on the weight's device.
+
+    Raises:
+        ValueError: They are not as many as the weight trains, or of other dtypes.
+    """
+    own, name = site.entries, site.name
+    values = (adapter.delta(name), tensors.get(f"indices.{name}"), tensors.get(f"base.{name}"))
+    kinds = [None if value is None else (list(value.shape), value.dtype) for value in values]
+    nnz = own.delta.numel()
+    if kinds != [([nnz], value.dtype) for value in (own.delta, own.indices, own.base)]:
         raise ValueError(
-            f"SparseCheckpointCallback: expected {nnz} entries of {site.name} in {folder}, got "
-            f"{[None if value is None else (list(value.shape), value.dtype) for value in values]}; make the model by the same "
-            "sprand.apply"
+            f"SparseCheckpointCallback: expected {nnz} entries of {name} in {adapter.path}, got {kinds}; make the model by the "
+            "same sprand.apply"
         )
-    pattern.check_indices(f"{folder}: {site.name}", values[1], site.numel)
-    return [value.to(site.weight.device) for value in values]
+    delta, indices, base = (value.to(site.weight.device) for value in values)
+    pattern.check_indices(f"{adapter.path}: {name}", indices, site.numel)
+    return Entries(delta, indices, base, own.scale)
 
 
-def _holds(site: Site, delta: Tensor, indices: Tensor, base: Tensor) -> bool:
+def _take(site: Site, entries: Entries) -> None:
+    """Let every module that holds a weight have these entries."""
+    for module, parameter in site.owners:
+        target = module.sparse_target(parameter)
+        tensors = {target.delta: entries.delta, target.indices: entries.indices, target.base: entries.base}
+        module.load_state_dict(tensors, strict=False)
+
+
+def _holds(site: Site, entries: Entries) -> bool:
     """Whether a weight holds the trained values of these entries."""
-    return torch.equal(ops.gather(site.weight.data, indices), patched(base, delta, site.entries.scale))
+    return torch.equal(ops.gather(site.weight.data, entries.indices), entries.values())
