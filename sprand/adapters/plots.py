@@ -35,8 +35,8 @@ def plot_selection(
         The path.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        ValueError: the model trains nothing, or the two have no weight in common or one of another shape.
+        ModuleNotFoundError: Matplotlib is not installed.
+        ValueError: The model trains nothing, or the two have no weight in common or one of another shape.
     """
     mask = chosen if isinstance(chosen, Mask) else mask_of(chosen)
     sizes = {name: math.prod(shape) for name, shape in mask.shapes.items()}
@@ -60,7 +60,7 @@ def draw(panels: Sequence[tuple[Cells, str, str, str]], path: str | os.PathLike[
         The path.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        ModuleNotFoundError: Matplotlib is not installed.
     """
     pyplot = _pyplot()
     first = panels[0][0]
@@ -100,7 +100,7 @@ def overlaps(one: Mask, two: Mask) -> tuple[dict[str, float], float]:
     """The share of the smaller choice that both chose, of each common weight; and what independent draws would have in all.
 
     Raises:
-        ValueError: no weight in common, or one of another shape.
+        ValueError: The two choices have no weight in common, or one of another shape.
     """
     least = {name: min(one[name].numel(), two[name].numel()) for name in one if name in two}
     common = [name for name, count in least.items() if count]

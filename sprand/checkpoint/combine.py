@@ -66,9 +66,9 @@ def combine(
         progress: called with the number of bytes of the base that were read.
 
     Raises:
-        FileNotFoundError: there is no adapter or no checkpoint.
-        ValueError: an adapter is damaged, of another base, or cannot be combined, or an option does not fit. Nothing is written.
-        OSError: the adapter cannot be written.
+        FileNotFoundError: There is no adapter or no checkpoint.
+        ValueError: An adapter is damaged, of another base, or cannot be combined, or an option does not fit. Nothing is written.
+        OSError: The adapter cannot be written.
     """
     rule, pairs = Rule(method, density, seed, signs), list(adapters)
     _refuse_overwriting(out, [path for path, _ in pairs])
@@ -116,9 +116,9 @@ def remove(
         progress: called with the number of bytes of the base that were read.
 
     Raises:
-        FileNotFoundError: there is no adapter or no checkpoint.
-        ValueError: it is no sum, the adapter is not in it, shares entries, or is all of it. Nothing is written then.
-        OSError: the adapter cannot be written.
+        FileNotFoundError: There is no adapter or no checkpoint.
+        ValueError: The whole is no sum, or the adapter is not in it, shares entries, or is all of it. Nothing is written then.
+        OSError: The adapter cannot be written.
     """
     _refuse_overwriting(out, [whole, adapter])
     combination, taken = _combinable(AdapterFile.read(whole), False), _combinable(AdapterFile.read(adapter), True)

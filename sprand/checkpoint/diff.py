@@ -70,9 +70,9 @@ def diff(
         progress: called with the number of bytes that are done.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: nothing differs, dtypes differ, or a tuned value is not finite. Nothing is written then.
-        OSError: the adapter cannot be written.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: Nothing differs, dtypes differ, or a tuned value is not finite. Nothing is written then.
+        OSError: The adapter cannot be written.
     """
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density: expected a fraction in (0, 1], got {density}")

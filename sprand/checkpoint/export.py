@@ -67,8 +67,8 @@ def export(
         The files.
 
     Raises:
-        FileNotFoundError: there is no adapter or no checkpoint.
-        ValueError: an unknown form, one that needs the base, a wrong base, or an adapter that the form cannot hold.
+        FileNotFoundError: There is no adapter or no checkpoint.
+        ValueError: The form is unknown, needs the base or cannot hold the adapter, or the base is a wrong one.
     """
     if to not in FORMS:
         raise ValueError(f"to: expected one of {', '.join(FORMS)}, got {to!r}")

@@ -115,8 +115,8 @@ def inspect(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = 
         top: how many of the largest changes to name.
 
     Raises:
-        FileNotFoundError: there is no adapter or no checkpoint.
-        ValueError: the adapter is damaged, or of another base.
+        FileNotFoundError: There is no adapter or no checkpoint.
+        ValueError: The adapter is damaged, or of another base.
     """
     (adapter,) = open_adapters([(path, 1.0)])
     bases = {}
@@ -168,7 +168,7 @@ def plot(report: Report, path: str | os.PathLike[str]) -> Path:
     """Draw density and size of the change, a row per layer and a column per kind of module.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        ModuleNotFoundError: Matplotlib is not installed.
     """
     from ..adapters.plots import averaged, draw
 

@@ -62,10 +62,10 @@ def merge(
         progress: called with the number of bytes that are done.
 
     Raises:
-        FileNotFoundError: there is no checkpoint or no adapter.
-        FileExistsError: `out` is there.
-        ValueError: an adapter is of another base or damaged. `out` is not there then.
-        OSError: it cannot be written. `out` is not there then.
+        FileNotFoundError: There is no checkpoint or no adapter.
+        FileExistsError: A file `out` is there, or a folder that is not empty.
+        ValueError: An adapter is of another base or damaged. `out` is not there then.
+        OSError: The folder cannot be written. `out` is not there then.
     """
     checkpoint, opened = open_checkpoint(base), open_adapters(adapters)
     made = NewFolder(out, identity_of(checkpoint, adapters=adapters_of(opened)))
@@ -101,7 +101,7 @@ def verify(
     """Read a merged checkpoint and its base again, and prove every byte: changed entries, and all that must not change.
 
     Raises:
-        ValueError: something is different; the message names the tensor.
+        ValueError: Something is different; the message names the tensor.
     """
     checkpoint = open_checkpoint(base)
     edits = edits_of(checkpoint, open_adapters(adapters))

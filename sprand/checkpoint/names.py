@@ -33,7 +33,7 @@ def resolve(checkpoint: Checkpoint, shapes: Shapes, others: Iterable[str] = ()) 
         for each of the others its name in the checkpoint, with the same change of prefix.
 
     Raises:
-        ValueError: a parameter is not there, has another shape, or could be several tensors.
+        ValueError: A parameter is not there, has another shape, or could be several tensors.
     """
     places = _under(checkpoint, shapes, "", "")
     if places is not None:

@@ -37,7 +37,7 @@ def patches_of(adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits) -> It
     """What an adapter changes in a checkpoint, tensor by tensor; once all were given, its base is proven to be the adapter's.
 
     Raises:
-        ValueError: it was trained on another base, has tensors that the checkpoint does not have, or meets a NaN.
+        ValueError: The adapter was trained on another base, has tensors that the checkpoint does not have, or meets a NaN.
     """
     if edits.added:
         raise ValueError(

@@ -103,7 +103,7 @@ def plan(
         checkpointing: activations are computed again in backward.
 
     Raises:
-        ValueError: there is no linear weight, a density is out of range, or the memory is too small for any entry.
+        ValueError: There is no linear weight, a density is out of range, or the memory is too small for any entry.
     """
     targets = [weight for weight in weights if weight.is_linear]
     if not targets:

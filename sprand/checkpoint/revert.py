@@ -45,10 +45,10 @@ def revert(
         progress: called with the number of bytes that are done.
 
     Raises:
-        FileNotFoundError: there is no merged checkpoint, no adapter, or no base values.
-        FileExistsError: `out` is there.
-        ValueError: other adapters were merged, or the checkpoint was changed since. `out` is not there then.
-        OSError: it cannot be written. `out` is not there then.
+        FileNotFoundError: There is no merged checkpoint, no adapter, or no base values.
+        FileExistsError: A file `out` is there, or a folder that is not empty.
+        ValueError: Other adapters were merged, or the checkpoint was changed since. `out` is not there then.
+        OSError: The folder cannot be written. `out` is not there then.
     """
     opened = open_adapters(adapters)
     folder = Path(merged)

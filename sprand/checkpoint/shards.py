@@ -121,7 +121,7 @@ def read_range(handle: int, buffer: bytearray, begin: int, end: int) -> Iterator
     """The bytes of a file from `begin` to `end`, as views of a buffer that each next one overwrites, with their positions.
 
     Raises:
-        OSError: the file ends before.
+        OSError: The file ends before.
     """
     view = memoryview(buffer)
     while begin < end:
@@ -144,8 +144,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             `.safetensors` file.
 
     Raises:
-        FileNotFoundError: there is none, or a file of the index is missing.
-        ValueError: a file is damaged, or the index and the files do not agree.
+        FileNotFoundError: There is no checkpoint, or a file of the index is missing.
+        ValueError: A file is damaged, or the index and the files do not agree.
     """
     given = Path(path)
     folder = given if given.is_dir() else given.parent
@@ -206,7 +206,7 @@ def read_header(path: Path) -> Shard:
     """The header of one safetensors file, proven to describe the bytes that follow it.
 
     Raises:
-        ValueError: it is damaged, or another kind of file.
+        ValueError: The file is damaged, or of another kind.
     """
     size = path.stat().st_size
     try:

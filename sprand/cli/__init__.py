@@ -53,7 +53,7 @@ def require(module: str) -> ModuleType:
         module: dotted name, its first part a key of `EXTRAS`.
 
     Raises:
-        CliError: it is not installed; the message has the pip command.
+        CliError: The package is not installed; the message has the pip command.
     """
     package = module.partition(".")[0]
     try:

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     """Combine or remove, and say what was written.
 
     Raises:
-        CliError: there is no such checkpoint or adapter, they do not fit, or the result cannot be written.
+        CliError: There is no such checkpoint or adapter, they do not fit, or the result cannot be written.
     """
     weights = options.weights or [1.0] * len(options.adapters)
     if len(weights) != len(options.adapters):

@@ -31,7 +31,7 @@ def run(parser: argparse.ArgumentParser, shell: str) -> int:
     """Print the completion of a parser.
 
     Raises:
-        CliError: shtab is not installed.
+        CliError: Shtab is not installed.
     """
     shtab = require("shtab")
     complete_files(parser, shtab)

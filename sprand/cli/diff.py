@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     """Write the difference, and say how large it is.
 
     Raises:
-        CliError: there is no such checkpoint, they do not fit or are equal, or the adapter cannot be written.
+        CliError: There is no such checkpoint, they do not fit or are equal, or the adapter cannot be written.
     """
     with failing_in_words():
         base, tuned = folder_of(options.base), folder_of(options.tuned)

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     """Write it, and say where.
 
     Raises:
-        CliError: there is no adapter, the base is missing or another one, or the form cannot hold the adapter.
+        CliError: There is no adapter, the base is missing or another one, or the form cannot hold the adapter.
     """
     if options.to in OF_PEFT:
         require("peft")

@@ -48,7 +48,7 @@ def folder_of(name: str, patterns: tuple[str, ...] | None = None) -> Path:
         patterns: which files of the Hub are wanted; all of them by default.
 
     Raises:
-        CliError: it is neither.
+        CliError: The name is neither.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -60,7 +60,7 @@ def from_hub(name: str, fetch: Callable[[Any], T]) -> T:
     """What `fetch` gets of a model on the Hub, by its client.
 
     Raises:
-        CliError: this is no name on the Hub, or nothing could be fetched.
+        CliError: The name is none of the Hub's, or nothing could be fetched.
     """
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise CliError(f"No file or folder {name}.")

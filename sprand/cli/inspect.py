@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     """Print what the adapter holds.
 
     Raises:
-        CliError: there is no adapter, it is damaged, or it is of another base.
+        CliError: There is no adapter, it is damaged, or it is of another base.
     """
     if options.top < 0:
         raise CliError(f"--top: expected a count, got {options.top}.")

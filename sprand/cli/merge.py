@@ -43,9 +43,9 @@ def run(options: argparse.Namespace) -> int:
     """Merge or revert, and say what was written.
 
     Raises:
-        CliError: there is no such checkpoint or adapter, or they do not fit.
+        CliError: There is no such checkpoint or adapter, or they do not fit.
         WorkFailed: OUT cannot be written, or is not what it should be.
-        Stopped: by Ctrl-C; the same command goes on.
+        Stopped: Ctrl-C stopped the work; the same command goes on.
     """
     if options.revert and options.no_base_values:
         raise CliError("--no-base-values is for merging; leave it out with --revert.")

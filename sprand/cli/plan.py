@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     """Print what training needs.
 
     Raises:
-        CliError: there is no such model, it has no linear weights, or the memory is too small.
+        CliError: There is no such model, it has no linear weights, or the memory is too small.
     """
     if options.tokens < 1:
         raise CliError(f"--tokens: expected at least 1, got {options.tokens}.")

@@ -78,7 +78,7 @@ def load_run(folder: Path, device: str = "auto") -> Tuned:
         device: "auto", or as torch has it.
 
     Raises:
-        CliError: there is no run, it has not ended, or its base is not there or another one.
+        CliError: There is no run, it has not ended, or its base is not there or another one.
     """
     file = folder / "task.json"
     if not file.is_file():
@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
     """Print a line for each text: its class, the probability of that, and the text; or the text and its continuation.
 
     Raises:
-        CliError: there is no such run, or no text.
+        CliError: There is no such run, or no text.
     """
     for name in ("batch_size", "max_new_tokens"):
         if getattr(options, name) < 1:
@@ -151,7 +151,7 @@ def texts_of(file: str, column: str = "text", second: str | None = None) -> list
     """The texts of a table, of a file with a text a line, or of standard input.
 
     Raises:
-        CliError: the file cannot be read, lacks a column, or holds no text.
+        CliError: The file cannot be read, lacks a column, or holds no text.
     """
     path = Path(file)
     if file == "-" or path.suffix not in data.TABLES:

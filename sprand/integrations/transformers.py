@@ -52,7 +52,7 @@ def sparse_adamw(args: TrainingArguments, **options: Any) -> tuple[type[SparseAd
         The optimizer's class and its keywords.
 
     Raises:
-        ValueError: an option that comes from `args`.
+        ValueError: An option is given that comes from `args`.
     """
     given = {"lr": "learning_rate", "betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
     for name in options.keys() & given.keys():
@@ -99,7 +99,7 @@ class SparseCheckpointCallback(TrainerCallback):
         """Keep the tensors of sprand out of what the model saves.
 
         Raises:
-            ValueError: the model has no trained entries, or its checkpoints hold them already.
+            ValueError: The model has no trained entries, or its checkpoints hold them already.
         """
         model = kwargs["model"]
         if hasattr(model, "peft_config"):
@@ -116,7 +116,7 @@ class SparseCheckpointCallback(TrainerCallback):
         """Where a training is resumed, give the model the entries of the checkpoint that the trainer has just loaded.
 
         Raises:
-            FileNotFoundError: the checkpoint has no entries.
+            FileNotFoundError: The checkpoint has no entries.
             ValueError: The files are of another checkpoint, or of other weights than the model trains.
         """
         model = kwargs["model"]
@@ -169,7 +169,7 @@ class DynamicMaskCallback(TrainerCallback):
         """Take the trainer's optimizer and, where a training is resumed, look for the mask's progress.
 
         Raises:
-            FileNotFoundError: the checkpoint has no mask.
+            FileNotFoundError: The checkpoint has no mask.
         """
         self.mask.bind(kwargs["optimizer"])
         self._resumed = _of_resumed(args, state, MASK_FILE, type(self).__name__)[0] if state.global_step else None

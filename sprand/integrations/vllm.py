@@ -85,7 +85,7 @@ def patches(
 
     Raises:
         FileNotFoundError: No adapter or no checkpoint is at a path.
-        ValueError: the adapter is damaged, for another base (known after the last patch), or has tensors that the base has not.
+        ValueError: The adapter is damaged, for another base (known after the last patch), or has tensors that the base has not.
     """
     file, checkpoint = AdapterFile.read(adapter), open_checkpoint(base)
     for patch in patches_of(file, checkpoint, edits_of(checkpoint, [file])):
@@ -99,7 +99,7 @@ def sparse_patches(given: Iterable[CheckpointWeightPatch | TensorPatch]) -> list
         given: from `patches`, or a `sprand.serving.DeltaSync`'s `patches()`.
 
     Raises:
-        ValueError: a tensor has 2**31 entries or more; that backend sends int32 indices.
+        ValueError: A tensor has 2**31 entries or more; that backend sends int32 indices.
     """
     made = []
     for patch in given:
@@ -122,7 +122,7 @@ def switch(llm: Any, folder: str | os.PathLike[str] | None) -> None:
     Raises:
         FileNotFoundError: The folder holds no patches.
         ValueError: The patches are damaged, or of another format. The engine is as it was.
-        RuntimeError: requests are running, or the workers hold different adapters. Also when vLLM's loader fails, which leaves
+        RuntimeError: Requests are running, or the workers hold different adapters. Also when vLLM's loader fails, which leaves
             a worker in between: restart the engine then, as vLLM asks for.
     """
     if folder is not None:

@@ -56,7 +56,7 @@ class Gate:
         A thread that is inside already enters again at once.
 
         Raises:
-            RuntimeError: this thread holds another state.
+            RuntimeError: This thread holds another state.
         """
         depth = getattr(self._own, "depth", 0)
         if not depth:
@@ -156,7 +156,7 @@ def guard(model: nn.Module, gate: Gate, what: str) -> GuardedForward:
     """Let every forward of `model` go through a gate.
 
     Raises:
-        ValueError: it does already.
+        ValueError: Another pool or receiver guards its forward already.
     """
     if isinstance(model.__dict__.get("forward"), GuardedForward):
         raise ValueError(f"{what}: another pool or receiver holds this model; close it first")

@@ -73,7 +73,7 @@ class AdapterPool:
             None for no limit, and on the CPU, where nothing is copied.
 
     Raises:
-        ValueError: the model has trained entries, is sharded, is in another pool, or is on the CPU and `device_bytes` was given.
+        ValueError: The model has trained entries, is sharded, is in another pool, or is on the CPU and `device_bytes` was given.
     """
 
     def __init__(self, model: nn.Module, device_bytes: int | None = None) -> None:
@@ -110,8 +110,8 @@ class AdapterPool:
             path: folder of the adapter, or its safetensors file.
 
         Raises:
-            FileNotFoundError: there is no adapter.
-            ValueError: the name is taken, or the adapter is damaged, or for another base. The pool is as it was then.
+            FileNotFoundError: There is no adapter.
+            ValueError: The name is taken, or the adapter is damaged, or for another base. The pool is as it was then.
         """
         if self._closed:
             raise ValueError("add: this pool is closed; make another one")
@@ -134,8 +134,8 @@ class AdapterPool:
             name: the adapter.
 
         Raises:
-            ValueError: there is none of that name.
-            RuntimeError: this thread uses it.
+            ValueError: There is no adapter of that name.
+            RuntimeError: This thread uses the adapter.
         """
         self._resident(name)
         with self._gate.hold(ANY):
@@ -154,8 +154,8 @@ class AdapterPool:
             name: the adapter, or None.
 
         Raises:
-            ValueError: there is no adapter of that name.
-            RuntimeError: this thread uses another one.
+            ValueError: There is no adapter of that name.
+            RuntimeError: This thread uses another one.
         """
         self._resident(name)
         with self._gate.hold(name):
@@ -168,8 +168,8 @@ class AdapterPool:
             name: the adapter, or None.
 
         Raises:
-            ValueError: there is no adapter of that name.
-            RuntimeError: this thread uses another one.
+            ValueError: There is no adapter of that name.
+            RuntimeError: This thread uses another one.
         """
         with self.use(name):
             pass

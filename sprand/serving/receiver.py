@@ -48,7 +48,7 @@ class DeltaReceiver:
         model: holds the base weights of the training model, in the same dtype, whole.
 
     Raises:
-        ValueError: the model trains entries itself, is sharded, or is in a pool or another receiver.
+        ValueError: The model trains entries itself, is sharded, or is in a pool or another receiver.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,8 +78,8 @@ class DeltaReceiver:
             The version of the values that the weights hold.
 
         Raises:
-            ValueError: it is truncated, damaged or of other positions, not newer than what the weights hold, or of another base.
-                The model is as it was then.
+            ValueError: The message is truncated, damaged, of other positions or another base, or not newer than what the weights
+                hold. The model is as it was then.
         """
         message = as_bytes(message)
         with self._mutex, torch.no_grad():

@@ -32,7 +32,7 @@ def check_writable(path: object, parameters: Mapping[str, nn.Parameter], names: 
     """Prove that entries of these parameters can be set, each weight under one name.
 
     Raises:
-        ValueError: the memory of one is not contiguous, or two are one (tied) weight.
+        ValueError: The memory of a weight is not contiguous, or two are one (tied) weight.
     """
     seen: dict[int, str] = {}
     for name in names:

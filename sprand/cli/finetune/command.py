@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     """Fine-tune on the files that are given; without any, run the demo.
 
     Raises:
-        CliError: wrong options or data; see `pipeline.finetune` for what else may go wrong.
+        CliError: Options or data are wrong; see `pipeline.finetune` for what else may go wrong.
     """
     from . import demo, pipeline
 

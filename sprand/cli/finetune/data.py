@@ -49,7 +49,7 @@ def load(settings: Settings) -> Dataset:
     """Read the files that the options name; without `--eval`, hold out a seeded share.
 
     Raises:
-        CliError: a file is missing, empty, not UTF-8, malformed, lacks a column, or its labels do not fit.
+        CliError: A file is missing, empty, not UTF-8, malformed, lacks a column, or its labels do not fit.
     """
     task = settings.task if settings.task != "auto" else guess_task(settings)
     train = _read(settings.train, task, settings)
@@ -95,7 +95,7 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
         Names of the columns, and one dict per row.
 
     Raises:
-        CliError: the file cannot be read as such.
+        CliError: The file cannot be read as such.
     """
     text = read_text(path)
     if path.suffix in (".jsonl", ".json"):
@@ -129,7 +129,7 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file that is not empty.
 
     Raises:
-        CliError: no such file, not readable, not UTF-8, or nothing in it.
+        CliError: There is no such file, or it is not readable, not UTF-8, or empty.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -199,7 +199,7 @@ def check_columns(path: Path, columns: Sequence[str], wanted: Mapping[str, str |
     """Prove that a table has the columns that are wanted, by the option that names each.
 
     Raises:
-        CliError: one is not there.
+        CliError: A column is not there.
     """
     for option, name in wanted.items():
         if name is not None and name not in columns:

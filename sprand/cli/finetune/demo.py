@@ -28,7 +28,7 @@ def settings(given: dict[str, Any]) -> Settings:
         given: fields of `Settings`, `out` among them; what they say of the data is passed over.
 
     Raises:
-        CliError: an option is wrong, or the model's package is not installed.
+        CliError: An option is wrong, or the model's package is not installed.
     """
     folder = given["out"] / "data"
     data = {"train": folder / "train.tsv", "eval": folder / "eval.tsv", "task": "classification", "verify": True}
@@ -61,7 +61,7 @@ def docstrings(library: Path) -> list[tuple[str, str]]:
         (text, package) in a fixed order.
 
     Raises:
-        CliError: it holds too few.
+        CliError: The library holds too few of them.
     """
     packages = [path for path in library.iterdir() if (path / "__init__.py").is_file() and path.name not in NOT_THEIR_OWN]
     texts = {package.name: _of_package(package, library) for package in sorted(packages)}

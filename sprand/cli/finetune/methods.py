@@ -64,7 +64,7 @@ def chosen(model: nn.Module, settings: Settings, task: Task, kept: Path | None =
         kept: the mask of the run that is resumed.
 
     Raises:
-        CliError: the options fit no weight of this model, or the mask is another run's.
+        CliError: The options fit no weight of this model, or the mask is another run's.
     """
     try:
         if settings.mask is not None:
@@ -92,7 +92,7 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
         mask: the entries, or None for a random draw.
 
     Raises:
-        CliError: the options fit no weight of this model.
+        CliError: The options fit no weight of this model.
     """
     heads = head_names(model) or None
     try:
@@ -123,7 +123,7 @@ def sparse_config(settings: Settings, heads: list[str] | None) -> sprand.SparseC
     """What the options ask to train.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: An option is out of range.
     """
     fields = settings.sparse_fields() | {"modules_to_save": heads}
     if not settings.sparta:

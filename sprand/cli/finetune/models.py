@@ -52,7 +52,7 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
         seed: of the new head.
 
     Raises:
-        CliError: there is no such model, or it has not what the task needs.
+        CliError: There is no such model, or it lacks what the task needs.
     """
     transformers = require("transformers")
     transformers.utils.logging.set_verbosity_error()
@@ -86,7 +86,7 @@ def task_of(name: str) -> str:
     """What a model was made for, by its configuration: "causal-lm", or else "classification".
 
     Raises:
-        CliError: there is no such model.
+        CliError: There is no such model.
     """
     try:
         made_for = require("transformers").AutoConfig.from_pretrained(name).architectures or []

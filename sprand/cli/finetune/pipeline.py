@@ -36,9 +36,9 @@ def finetune(settings: Settings, as_json: bool = False) -> list[report.Result]:
         The rows of the final table, sprand's first.
 
     Raises:
-        CliError: wrong options or data.
-        TrainingFailed: the training went wrong.
-        Stopped: by a signal; the error says how to go on.
+        CliError: Options or data are wrong.
+        TrainingFailed: The training went wrong.
+        Stopped: A signal stopped the run; the error says how to go on.
     """
     for package in (*PACKAGES, "peft") if "lora" in settings.compare else PACKAGES:
         require(package)
@@ -200,7 +200,7 @@ def going_on_from(checkpoints: TrainingCheckpoints) -> Iterator[None]:
     """Say, where a signal stops what is done inside, from which checkpoint the same command goes on.
 
     Raises:
-        Stopped: in place of KeyboardInterrupt, and of the training's own.
+        Stopped: A signal stopped the run: in place of KeyboardInterrupt, and of the training's own error.
     """
     try:
         yield
@@ -213,7 +213,7 @@ def refuse_to_overwrite(settings: Settings) -> None:
     """A run that is in the output folder is not overwritten unasked.
 
     Raises:
-        CliError: there is one and no word on what to do, or none to resume.
+        CliError: There is a run and no word on what to do with it, or none to resume.
     """
     out, checkpoints = settings.out, TrainingCheckpoints(settings.out / "checkpoints", {})
     if settings.resume is None and not settings.overwrite:

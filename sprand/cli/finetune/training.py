@@ -171,7 +171,7 @@ def pick_device(name: str) -> torch.device:
     """The device of an option: "auto" takes a GPU if there is one.
 
     Raises:
-        CliError: this torch does not have it.
+        CliError: This torch does not have the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -48,7 +48,7 @@ class TrainingCheckpoints:
         """Write the state after `step` steps; a crash meanwhile leaves the older ones as they are.
 
         Raises:
-            TrainingFailed: a trained value is not finite, or the disk is full.
+            TrainingFailed: A trained value is not finite, or the disk is full.
         """
         if not all(bool(torch.isfinite(p).all()) for p in method.trained.values()):
             raise diverged("a trained value is no finite number", step, method, self)
@@ -82,7 +82,7 @@ class TrainingCheckpoints:
             How many steps are done, the metrics so far, and on how many of torch's threads; None where an older version wrote it.
 
         Raises:
-            CliError: no checkpoint, a damaged one, or one of another run (the first difference is named).
+            CliError: There is no checkpoint, or it is damaged, or of another run (the first difference is named).
         """
         state = self._read(path)
         for key, here in self.identity.items():

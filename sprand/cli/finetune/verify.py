@@ -27,7 +27,7 @@ def check(trained: nn.Module, fresh: nn.Module, adapter: Path, task: Task, devic
         What held, a sentence each.
 
     Raises:
-        TrainingFailed: one of them does not hold, which is a bug in sprand.
+        TrainingFailed: One of the promises does not hold, which is a bug in sprand.
     """
     batch = {k: v.to(device) for k, v in task.collate(task.eval[:32]).items() if k != "labels"}
     base = {name: value.clone() for name, value in fresh.state_dict().items()}
