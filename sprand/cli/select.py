@@ -16,7 +16,7 @@ from ..adapters.plots import densities
 from ..selection.pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from . import CliError, require
-from .files import prepare_folder
+from .files import failing_in_words, prepare_folder
 from .finetune import data, methods, models, tasks
 from .finetune import options as shared
 from .finetune.settings import Settings
@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
         prepare_folder(folder)
     model, task = _loaded(settings)
     started = time.perf_counter()
-    mask = _chosen(model, settings, task)
+    with failing_in_words():
+        mask = methods.selected(model, settings, task)
     seconds = time.perf_counter() - started
     mask.save(options.out)
     if options.plot is not None:
@@ -107,16 +108,6 @@ def _loaded(settings: Settings) -> tuple[nn.Module, tasks.Task | None]:
         kind, classes = settings.task if settings.task != "auto" else models.task_of(settings.model), 2
     model, tokenizer = models.load(settings.model, kind, classes, settings.dtype, settings.pooling, settings.seed)
     return model.to(device), tasks.make(dataset, tokenizer, settings) if dataset is not None else None
-
-
-def _chosen(model: nn.Module, settings: Settings, task: tasks.Task | None) -> sprand.Mask:
-    try:
-        config = methods.sparse_config(settings, models.head_names(model) or None)
-        scored = settings.strategy in STRATEGIES and task is not None
-        rows = methods.calibration(settings, task) if scored else {}
-        return sprand.select(model, config, disjoint=settings.disjoint or None, **rows)
-    except (ValueError, FileNotFoundError) as error:
-        raise CliError(f"{error}.") from None
 
 
 def _read(path: Path) -> sprand.Mask:

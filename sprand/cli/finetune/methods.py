@@ -19,9 +19,12 @@ from ...adapters.disjoint import selection_without, taken_by
 from ...adapters.state import mask_of
 from ...layers.module import sparse_modules
 from ...selection.pattern import RANDOM_STRATEGIES
+from ...selection.rules import DEFAULT_DENSITY
+from ...selection.strategies import STRATEGIES
 from ...selection.targets import find_targets, view_of
 from ...training.rates import suggest_lr, width_of
 from .. import CliError, require
+from ..files import failing_in_words
 from .data import limited
 from .models import head_names
 from .settings import Settings, peer_rate
@@ -66,21 +69,36 @@ def chosen(model: nn.Module, settings: Settings, task: Task, kept: Path | None =
     Raises:
         CliError: The options fit no weight of this model, or the mask is another run's.
     """
-    try:
+    drawn = settings.strategy in RANDOM_STRATEGIES
+    with failing_in_words():
         if settings.mask is not None:
             return sprand.Mask.load(settings.mask)
-        drawn = settings.strategy in RANDOM_STRATEGIES
         if drawn and not settings.disjoint:
             return None
-        config = sparse_config(settings, head_names(model) or None)
         if kept is None:
-            fields = {} if drawn else calibration(settings, task)
-            return sprand.select(model, config, disjoint=settings.disjoint or None, **fields)
-        mask = sprand.Mask.load(kept)
-        _prove_same(mask, selection_without(config, taken_by(model, settings.disjoint or None)), kept)
-        return mask
-    except (ValueError, FileNotFoundError) as error:
-        raise CliError(f"{error}.") from None
+            return selected(model, settings, task)
+        mask, config = sprand.Mask.load(kept), sparse_config(settings, head_names(model) or None)
+        asked = selection_without(config, taken_by(model, settings.disjoint or None))
+    _prove_same(mask, asked, kept)
+    return mask
+
+
+def selected(model: nn.Module, settings: Settings, task: Task | None) -> sprand.Mask:
+    """The entries that the options choose.
+
+    Args:
+        model: as it was loaded; it is left as it is.
+        settings: the options.
+        task: its training rows are what strategies calibrate on; None where no rows are given.
+
+    Raises:
+        ValueError: The options fit no weight of this model.
+        FileNotFoundError: There is no adapter of those to keep apart from.
+    """
+    config = sparse_config(settings, head_names(model) or None)
+    scored = settings.strategy in STRATEGIES and task is not None
+    rows = calibration(settings, task) if scored else {}
+    return sprand.select(model, config, disjoint=settings.disjoint or None, **rows)
 
 
 def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Method:
@@ -95,7 +113,7 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
         CliError: The options fit no weight of this model.
     """
     heads = head_names(model) or None
-    try:
+    with failing_in_words():
         if mask is None:
             config = sparse_config(settings, heads)
             size = sum(site.numel for site in find_targets(view_of(model), config).sites)
@@ -103,8 +121,6 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
             config = sprand.SparseConfig(strategy=mask, modules_to_save=heads, seed=settings.seed)
             size = sum(math.prod(shape) for shape in mask.shapes.values())
         sprand.apply(model, config, disjoint=settings.disjoint or None)
-    except (ValueError, FileNotFoundError) as error:
-        raise CliError(f"{error}.") from None
     density = mask_of(model).nnz / size
     lr = settings.lr or suggest_lr(model, density=density)
     optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
@@ -128,7 +144,7 @@ def sparse_config(settings: Settings, heads: list[str] | None) -> sprand.SparseC
     fields = settings.sparse_fields() | {"modules_to_save": heads}
     if not settings.sparta:
         return sprand.SparseConfig(**fields)
-    density = fields.pop("density", 0.01)
+    density = fields.pop("density", DEFAULT_DENSITY)
     return sprand.SparseConfig.sparta(1 - density, **fields)
 
 
@@ -194,11 +210,6 @@ def adapter_bytes(method: Method, directory: Path) -> int:
             method.model.save_pretrained(folder, save_embedding_layers=False)
             return sum(path.stat().st_size for path in Path(folder).glob("adapter_*"))
     return sum(p.numel() * p.element_size() for p in method.trained.values())
-
-
-def values(method: Method) -> dict[str, Tensor]:
-    """The values that a method trains, by name."""
-    return {name: p.data for name, p in method.trained.items()}
 
 
 def _with_lora(model: nn.Module, targets: list[str], count: int, heads: list[str]) -> tuple[nn.Module, str]:
