@@ -101,8 +101,9 @@ def collected(sites: Iterable[Site]) -> dict[str, Site]:
     first: dict[int, Site] = {}
     for site in sites:
         key = id(site.module if site.weight is None else site.weight)
-        named[site.name] = first.setdefault(key, site)
-        named[site.name].share(site)
+        named[site.name] = shared = first.setdefault(key, site)
+        if shared is not site:
+            shared.share(site)
     return named
 
 
