@@ -83,6 +83,7 @@ SAME = [
     ("mlp", {"density": 0.2, "exclude_modules": ["second"]}),
     ("mlp", {"density": 0.2, "target_modules": r".*", "exclude_modules": r".*ir.*"}),
     ("mlp", {"density": 0.2, "target_modules": None, "target_parameters": ["second.weight", "third.bias"]}),
+    ("mlp", {"density": 0.2, "target_parameters": ["third.weight"], "exclude_modules": ["third"]}),
     ("mlp", {"strategy": MASKS}),
     ("mlp", {"strategy": MASKS, "modules_to_save": ["second"]}),
     ("mlp", {"layout": "run8", "budget": 100}),
@@ -91,8 +92,10 @@ SAME = [
     ("tied", {"density": 0.2, "target_modules": ["out"]}),
     ("tied", {"density": 0.2, "target_modules": ["embed", "mix", "out"]}),
     ("tied", {"density": 0.2, "target_modules": None, "target_parameters": ["out.weight"]}),
+    ("tied", {"density": 0.2, "exclude_modules": ["embed"]}),
     ("tied", {"strategy": {"out.weight": torch.tensor([5, 3])}}),
     ("twice", {"density": 0.2, "target_modules": ["again"]}),
+    ("twice", {"density": 0.2, "exclude_modules": ["first"]}),
     ("twice", {"density": 0.2, "target_modules": None, "target_parameters": ["again.weight"]}),
     ("headed", {"budget": 0.05, "target_modules": ["body.0", "body.2"], "modules_to_save": ["out"]}),
     ("headed", {"density": 0.1, "modules_to_save": ["out"]}),
@@ -231,6 +234,28 @@ def test_both_doors_refuse_the_same_memory(made, tmp_path):
             model.second.weight.data = model.second.weight.data.clone(memory_format=torch.contiguous_format)
             door(model)
     assert said[0] == said[1]
+
+
+class Scaled(nn.Module):
+    """A module with a weight of its own around a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+def test_a_second_adapter_trains_what_lies_inside_of_a_module_of_the_first():
+    outer = {"density": 1.0, "target_modules": None, "target_parameters": ["scale"]}
+    inner = {"density": 0.5, "target_modules": ["linear"], "exclude_modules": ["scaled"]}
+    theirs = peft.get_peft_model(nn.ModuleDict({"scaled": Scaled()}), SprandConfig(**outer))
+    theirs.add_adapter("second", SprandConfig(**inner))
+    ours = sprand.apply(nn.ModuleDict({"scaled": Scaled()}), **inner)
+    assert_same_bits(positions(theirs, "second"), dict(ours._sprand.current.indices))
+    assert list(positions(theirs)) == ["scaled.scale"]
 
 
 def test_a_task_of_peft_trains_its_head_in_full_and_draws_nothing_there():

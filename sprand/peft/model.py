@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -66,11 +66,15 @@ class SprandModel(BaseTuner):
         plan: dict[int, Plan] = {}  # by the identity of the module that holds the weights
         for site, indices in make_plan(model, config, adapter_name, get_quantization_kwargs(model)):
             plan.setdefault(id(site.module), []).append((site, indices))
-        self.__dict__["_plan"], self.__dict__["_low_cpu_mem_usage"] = plan, low_cpu_mem_usage
+        keys = _keys_of(model, plan)
+        out_of_reach = [own[0][0].name for module, own in plan.items() if module not in keys.values()]
+        if out_of_reach:
+            config.target_parameters = sorted({*(config.target_parameters or ()), *out_of_reach})
+        self.__dict__.update(_plan=plan, _planned=keys.keys(), _low_cpu_mem_usage=low_cpu_mem_usage)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, None)
         finally:
-            del self.__dict__["_plan"], self.__dict__["_low_cpu_mem_usage"]
+            del self.__dict__["_plan"], self.__dict__["_planned"], self.__dict__["_low_cpu_mem_usage"]
         close_fast_paths(model)
 
     def add_weighted_adapter(
@@ -162,6 +166,15 @@ class SprandModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
 
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        """Whether a module gets an adapter. While one is added, its plan says so, which follows PEFT's rules for modules."""
+        by_name, planned = check_target_module_exists(peft_config, key), self.__dict__.get("_planned")
+        if planned is None:
+            return by_name
+        if key in planned:
+            return True
+        return False if by_name else by_name  # PEFT tells what is left out from what does not match
+
     def _create_and_replace(
         self,
         config: SprandConfig,
@@ -188,7 +201,7 @@ class SprandModel(BaseTuner):
     def _inject_parameters(
         self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """The weights that no targeted module stood for."""
+        """Weights in modules that PEFT's walk does not come to, since they are inside of a layer of PEFT."""
         places = {id(module): name for name, module in model.named_modules()}
         for key in list(self._plan):
             site = self._plan[key][0][0]
@@ -312,6 +325,21 @@ def _gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 def _suffix(parameter: str) -> str:
     return "" if parameter == "weight" else f"_{parameter}"
+
+
+def _keys_of(model: nn.Module, plan: Container[int]) -> dict[str, int]:
+    """The modules of a plan that PEFT's walk comes to, by name: it does not enter a layer of PEFT."""
+    keys: dict[str, int] = {}
+    layer = None
+    for key, module in model.named_modules():
+        if layer is not None and key.startswith(f"{layer}."):
+            continue
+        base = module
+        if isinstance(module, BaseTunerLayer):
+            layer, base = key, module.get_base_layer()
+        if id(base) in plan:
+            keys[key] = id(base)
+    return keys
 
 
 def _has_engine(model: nn.Module) -> bool:
