@@ -48,7 +48,7 @@ def changed(model, seed: int = 0):
 
 
 def redrawn(model):
-    """Draw another mask, so that what was trained stays behind as folded entries, and change what trains then."""
+    """Draw another mask, so that what was trained stays behind as frozen entries, and change what trains then."""
     optimizer = torch.optim.SGD(sprand.parameters(model), lr=0.0)
 
     def other(model):

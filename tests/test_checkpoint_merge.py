@@ -225,7 +225,7 @@ def test_weights_in_another_form_are_not_carried_over(sharded, tmp_path):
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("folded", [False, True], ids=["head", "head and folded entries"])
+@pytest.mark.parametrize("folded", [False, True], ids=["head", "head and frozen entries"])
 def test_a_classifier_on_an_encoder_gains_its_head(tmp_path, folded):
     """Names lose the prefix `bert.`, the head is added, and a mask that was redrawn left entries behind."""
     base = bert(tmp_path)

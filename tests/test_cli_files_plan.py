@@ -102,7 +102,7 @@ def sparse(tmp_path):
     return model, base
 
 
-@pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded entries"])
+@pytest.mark.parametrize("folded", [False, True], ids=["plain", "frozen entries"])
 def test_vllm_patches_give_the_trained_weights(sparse, tmp_path, folded, capsys):
     model, base = sparse
     if folded:

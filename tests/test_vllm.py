@@ -112,7 +112,7 @@ def installed(monkeypatch):
 
 @pytest.fixture
 def adapters(tmp_path) -> tuple[Path, dict[str, Path]]:
-    """A bf16 checkpoint and adapters of it: two that overlap, and one with folded entries and a norm trained in full."""
+    """A bf16 checkpoint and adapters of it: two that overlap, and one with frozen entries and a norm trained in full."""
     transformers = pytest.importorskip("transformers")
     base, made = llama(tmp_path, torch.bfloat16), {}
     for name, fields in {"a": {"seed": 0}, "b": {"seed": 1}, "c": {"seed": 2, "modules_to_save": ["norm"]}}.items():

@@ -91,7 +91,7 @@ def _attach_entries(adapter: Adapter, name: str, site: Site) -> None:
         delta.data = delta.data.to(site.device)
     for module, parameter in site.owners:
         entries = attach(module, parameter, indices, delta, base, redraw=redraw, written=written)
-        module.sparse_target(parameter).folded = name in adapter.frozen
+        module.sparse_target(parameter).frozen = name in adapter.frozen
         delta, base, written = entries.delta, entries.base, entries.written
     adapter.deltas[name] = delta
 
@@ -176,7 +176,7 @@ def put_saved(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def put_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> None:
-    """Make weights hold their folded values, or what was there before any training; attached entries start from there."""
+    """Make weights hold their frozen values, or what was there before any training; attached entries start from there."""
     if adapter is None or not adapter.frozen:
         return
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -96,8 +96,8 @@ def _taken_in(model: nn.Module) -> list[Taken]:
         return []
     taken = []
     for name, adapter in state.adapters.items():
-        folded = {key: frozen.indices for key, frozen in adapter.frozen.items()}
-        taken.append(Taken(name, _joined(adapter.indices, folded)))
+        frozen = {key: entries.indices for key, entries in adapter.frozen.items()}
+        taken.append(Taken(name, _joined(adapter.indices, frozen)))
     return taken
 
 
@@ -107,13 +107,14 @@ def _taken(item: Entries, shapes: Shapes) -> Taken:
     if not isinstance(item, (str, os.PathLike)):
         raise ValueError(f"disjoint: expected True, folders of adapters, masks or indices by name, got {type(item).__name__}")
     file = AdapterFile.read(item)
-    own, folded = {}, {}
+    own, frozen = {}, {}
     for name, target in file.targets.items():
         _check_shape(str(file.path), name, tuple(target["shape"]), shapes)
-        own[name], frozen = file.entries(name)[0], file.frozen(name)
-        if frozen is not None:
-            folded[name] = frozen[0]
-    return Taken(described.label(file.path), _joined(own, folded))
+        own[name], _ = file.entries(name)
+        left = file.frozen(name)
+        if left is not None:
+            frozen[name], _ = left
+    return Taken(described.label(file.path), _joined(own, frozen))
 
 
 def _taken_by_mask(mask: Mapping[str, Tensor], shapes: Shapes) -> Taken:
@@ -131,10 +132,10 @@ def _check_shape(what: str, name: str, shape: tuple[int, ...] | None, shapes: Sh
         raise ValueError(f"{what} was made for another model: {name} is {list(here)} here and {list(shape)} there")
 
 
-def _joined(own: Mapping[str, Tensor], folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ascending indices by name, of entries that train and of folded ones."""
+def _joined(own: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Ascending indices by name, of entries that train and of frozen ones."""
     joined = {name: indices.cpu() for name, indices in own.items()}
-    for name, indices in folded.items():
+    for name, indices in frozen.items():
         lists = [indices.cpu()]
         if name in joined:
             lists.append(joined[name])

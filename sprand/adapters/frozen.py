@@ -12,10 +12,10 @@ from ..kernels import host, ops
 
 @dataclass
 class Frozen:
-    """The folded entries of one weight.
+    """The frozen entries of one weight.
 
-    Values are kept as they stand in the weight, not as a change: a change that is rounded once when it is folded could not
-    bring back the same bits.
+    Values are kept as they stand in the weight, not as a change: a change that was rounded once could not bring back the
+    same bits.
 
     Attributes:
         indices: `[n]`, flat positions, sorted.
@@ -28,7 +28,7 @@ class Frozen:
     base: Tensor
 
     def write(self, weight: Tensor) -> None:
-        """Make `weight` hold the folded values."""
+        """Make `weight` hold the frozen values."""
         self._put(weight, self.values)
 
     def restore(self, weight: Tensor) -> None:
@@ -36,20 +36,20 @@ class Frozen:
         self._put(weight, self.base)
 
     def pristine(self, indices: Tensor, base: Tensor) -> Tensor:
-        """`base` `[nnz]` at `indices`, with what was there before any training where an entry was folded."""
+        """`base` `[nnz]` at `indices`, with what was there before any training where an entry is frozen."""
         if not self.indices.numel():
             return base
         own = self.indices.to(indices.device)
         place = torch.searchsorted(own, indices).clamp_(max=own.numel() - 1)
         return torch.where(own[place] == indices, self.base.to(base)[place], base)
 
-    def fold(self, indices: Tensor, values: Tensor, base: Tensor) -> Frozen:
-        """These entries and further ones, whose values replace those of an entry that was folded before.
+    def extended(self, indices: Tensor, values: Tensor, base: Tensor) -> Frozen:
+        """These entries and further ones, whose values replace those of an entry that is frozen already.
 
         Args:
             indices: `[nnz]`, flat positions, sorted.
             values: `[nnz]`, what the weight holds there.
-            base: `[nnz]`, what the weight would hold without the deltas that are folded now.
+            base: `[nnz]`, what the weight would hold without the deltas in these values.
         """
         base = self.pristine(indices, base)
         own = self.indices.to(indices.device)

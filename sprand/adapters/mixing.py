@@ -40,7 +40,7 @@ def mix(
         recorded: let the result say what it was made of.
 
     Raises:
-        ValueError: An adapter holds more than entries: modules trained in full, or entries folded by a redrawn mask.
+        ValueError: An adapter holds more than entries: modules trained in full, or entries frozen by a redrawn mask.
     """
     for name in weights:
         _check_mixable(name, state.adapters[name], drop_heads)
@@ -66,7 +66,7 @@ def _check_mixable(name: str, adapter: Adapter, drop_heads: bool) -> None:
             "mixed; sprand.combine(model, weights, drop_heads=True) leaves them out"
         )
     if adapter.frozen:
-        raise ValueError(f"switch: adapter {name!r} has entries folded by a redrawn mask, which cannot be mixed")
+        raise ValueError(f"switch: adapter {name!r} has entries frozen by a redrawn mask, which cannot be mixed")
 
 
 def _parts(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[Part]]:

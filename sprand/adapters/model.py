@@ -109,7 +109,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         model: a model with trained entries. The block gets it, too: `with sprand.disabled(model) as base`.
 
     Raises:
-        ValueError: The model has no trained entries, or is sharded and cannot be put back: one with folded entries of a
+        ValueError: The model has no trained entries, or is sharded and cannot be put back: one with frozen entries of a
             redrawn mask, or with modules trained in full under ZeRO-3.
     """
     state = state_of(model)
@@ -158,7 +158,7 @@ def _refuse_to_disable(model: nn.Module, state: State) -> None:
     if kind is None:
         return
     if state.current is not None and state.current.frozen:
-        what = "folded entries of a redrawn mask"
+        what = "frozen entries of a redrawn mask"
     elif kind == "zero3" and state.base_saved:
         what = "modules trained in full"
     else:

@@ -35,7 +35,7 @@ class Target:
         written: whether the weight holds its delta already.
         schedules: how a GPU samples the gradient of a linear layer.
         candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
-        folded: whether an earlier mask left trained values in the weight, which a new base would lose.
+        frozen: whether an earlier mask left trained values in the weight, which a new base would lose.
         delta, indices, base: names of the module's tensors for this parameter.
     """
 
@@ -46,7 +46,7 @@ class Target:
     written: Written = field(default_factory=Written)
     schedules: Schedules | None = None
     candidates: Candidates | None = None
-    folded: bool = False
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         suffix = "" if self.parameter == "weight" else f"_{self.parameter}"
@@ -126,7 +126,7 @@ class AttachedModule(SparseModule):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint with the entries is taken as it is; one without them is a new base, if nothing is folded into the old."""
+        """A checkpoint with the entries is taken as it is; one without them is a new base, if nothing is frozen in the old."""
         on_meta = [name for name in self._sprand_targets if self.sparse_entries(name).indices.is_meta]
         if on_meta:
             args[-1].append(
@@ -135,7 +135,7 @@ class AttachedModule(SparseModule):
             )
             return
         with_new_base = self._with_new_base(state_dict, prefix)
-        lost = [name for name in with_new_base if self._sprand_targets[name].folded]
+        lost = [name for name in with_new_base if self._sprand_targets[name].frozen]
         if lost:
             args[-1].append(
                 f"{prefix}{lost[0]} holds values that an earlier mask trained, and a new base would lose them: save the adapter "

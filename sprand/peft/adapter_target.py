@@ -97,11 +97,11 @@ class AdapterTarget:
         active: adapters that a forward uses now, in their order.
         merged: adapters that are merged into the weight.
         written: whether the weight holds the delta of the one active adapter already.
-        candidates, folded: as in a model of `sprand.apply` whose mask changes, which that of a PEFT model does not.
+        candidates, frozen: as in a model of `sprand.apply` whose mask changes, which that of a PEFT model does not.
     """
 
     candidates = None
-    folded = False
+    frozen = False
 
     def __init__(
         self,

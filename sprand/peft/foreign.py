@@ -72,10 +72,10 @@ def content_of_own(file: AdapterFile, sites: Sites) -> Content:
     """What is in an adapter of sprand.
 
     Raises:
-        ValueError: The adapter is damaged, for another base, or holds entries folded by a redrawn mask.
+        ValueError: The adapter is damaged, for another base, or holds entries frozen by a redrawn mask.
     """
     if file.has_frozen:
-        raise ValueError(f"{file.path}: it holds folded entries; use sprand.load(model, path) for it")
+        raise ValueError(f"{file.path}: it holds frozen entries; use sprand.load(model, path) for it")
     changes = []
     for name, entry in file.targets.items():
         site = _site(file.path, sites, name)

@@ -43,7 +43,7 @@ def hotswap(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = 
         raise ValueError(f"hotswap: {path} trains other weights than {adapter_name!r} ({other}); load it under a name of its own")
     if file.heads or file.has_frozen:
         raise ValueError(
-            f"hotswap: {path} also holds whole modules or folded entries; load it under a name of its own, or by sprand.load"
+            f"hotswap: {path} also holds whole modules or frozen entries; load it under a name of its own, or by sprand.load"
         )
     values = {name: _proven(file, adapter_name, *place) for name, place in live.items()}
     for name, (layer, parameter, target) in live.items():

@@ -111,7 +111,7 @@ def _held(adapter: Adapter, name: str, base: Tensor) -> Frozen:
     if frozen is None:
         return Frozen(indices, ops.patched(base, delta), base)
     start = Frozen(frozen.indices, frozen.values, frozen.values).pristine(indices, base)
-    return frozen.fold(indices, ops.patched(start, delta), base)
+    return frozen.extended(indices, ops.patched(start, delta), base)
 
 
 @dataclass

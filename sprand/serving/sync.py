@@ -206,15 +206,15 @@ def _cuts(target: TensorPatch, tensors: Sequence[tuple[str, tuple[int, ...]]]) -
 
 
 def _of_applied(model: nn.Module) -> list[TensorPatch]:
-    """The trained and folded entries of the active adapter, and the tensors that it trains in full."""
+    """The trained and frozen entries of the active adapter, and the tensors that it trains in full."""
     state = state_of(model)
     if state.current is None:
         raise ValueError("DeltaSync: no adapter is active; call sprand.switch(model, name) first")
     patches = []
     for patch in map(_patch, sites_of(model)):
         if patch.name in state.current.frozen:
-            folded = state.current.frozen[patch.name].fold(patch.indices, patch.values, patch.base)
-            patch = replace(patch, indices=folded.indices, values=folded.values, base=folded.base)
+            union = state.current.frozen[patch.name].extended(patch.indices, patch.values, patch.base)
+            patch = replace(patch, indices=union.indices, values=union.values, base=union.base)
         patches.append(patch)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in (name for name in state.current.saved if name in parameters):

@@ -18,7 +18,7 @@ from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from ..selection.config import AS_GIVEN
 from .candidates import Candidates
-from .exchange import mark_folded, moments, redraw, regrow, watch
+from .exchange import mark_frozen, moments, redraw, regrow, watch
 from .mask_options import Options, Strategy
 
 WATCHED = 4  # candidates per entry to grow: the first gradient chooses them, all gradients of `steps` decide among them
@@ -30,7 +30,7 @@ class DynamicMask:
     `mode="regrow"` (SpIEL, arXiv 2401.16405, and RigL, arXiv 1911.11134): every `every` steps a fraction of each weight's
     entries is dropped and as many are grown among the positions that do not train. A dropped entry goes back to its base
     value. `mode="recompute"` (SPEFT, arXiv 2412.13488): what was trained stays in the weights, and `strategy` draws the mask
-    anew; the adapter keeps the entries left behind (positions, folded and base values), and `sprand.save` writes them. In
+    anew; the adapter keeps the entries left behind (positions, values and base), and `sprand.save` writes them. In
     both modes the number of entries of each weight stays, entries that stay keep the optimizer's moments, and new ones
     start from zero. Parameters and optimizer state are changed in place.
 
@@ -174,7 +174,7 @@ class DynamicMask:
         for name, parts in state["frozen"].items():
             device = sites[name].device
             self._adapter.frozen[name] = Frozen(*(parts[part].to(device) for part in ("indices", "values", "base")))
-            mark_folded(sites[name])
+            mark_frozen(sites[name])
         if self.changes:
             self._adapter.config = dataclasses.replace(self._adapter.config, **AS_GIVEN)
         self._disarm()

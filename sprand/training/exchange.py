@@ -51,13 +51,13 @@ def redraw(site: Site, indices: Tensor, frozen: Frozen, optimizer: torch.optim.O
         The entries of the weight that are left behind.
     """
     entries, weight = site.entries, site.weight.data
-    folded = frozen.fold(entries.indices, ops.gather(weight, entries.indices), entries.base)
-    mark_folded(site)
+    left = frozen.extended(entries.indices, ops.gather(weight, entries.indices), entries.base)
+    mark_frozen(site)
     nearest = torch.searchsorted(entries.indices, indices).clamp_(max=indices.numel() - 1)
     source = torch.where(entries.indices[nearest] == indices, nearest, NEW)
     base = ops.gather(weight, indices)
     replace(site, indices, base, torch.zeros_like(entries.delta), source, optimizer)
-    return folded
+    return left
 
 
 def watch(site: Site, candidates: Candidates | None) -> None:
@@ -66,10 +66,10 @@ def watch(site: Site, candidates: Candidates | None) -> None:
         module.sparse_target(parameter).candidates = candidates
 
 
-def mark_folded(site: Site) -> None:
+def mark_frozen(site: Site) -> None:
     """Remember that trained values of an earlier mask lie in the weight."""
     for module, parameter in site.owners:
-        module.sparse_target(parameter).folded = True
+        module.sparse_target(parameter).frozen = True
 
 
 def moments(site: Site, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
