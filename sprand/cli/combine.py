@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapters.combining import METHODS
-from ..checkpoint.combine import combine, remove
+from ..checkpoint.combine import Combined, combine, remove
 from ..checkpoint.shards import open_checkpoint
 from . import CliError
 from .files import bar, failing_in_words, folder_of, print_json
@@ -51,38 +52,50 @@ def run(options: argparse.Namespace) -> int:
         CliError: There is no such checkpoint or adapter, they do not fit, or the result cannot be written.
     """
     weights = options.weights or [1.0] * len(options.adapters)
-    if len(weights) != len(options.adapters):
-        raise CliError(f"--weights: expected one for each of {len(options.adapters)} adapters, got {len(weights)}.")
-    if options.seed is not None and options.method != "dare":
-        raise CliError("--seed: only --method dare draws at random; leave it out.")
-    fields = {"method": options.method, "weights": options.weights, "density": options.density, "drop-heads": options.drop_heads}
-    given = [name for name, value in fields.items() if value]
-    if options.remove and (given or len(options.adapters) != 1):
-        wrong = f"leave out --{given[0]}" if given else f"got {len(options.adapters)}"
-        raise CliError(f"--remove: expected one combined adapter and no other option of combining; {wrong}.")
+    _check(options, weights)
     with failing_in_words():
         base, adapters = folder_of(options.base), [folder_of(text) for text in options.adapters]
         size = sum(shard.size for shard in open_checkpoint(base).shards.values())
         with bar("read", size) as progress:
             if options.remove:
-                said = remove(adapters[0], folder_of(options.remove), base, options.out, progress=progress)
+                written = remove(adapters[0], folder_of(options.remove), base, options.out, progress=progress)
             else:
-                said = combine(
+                written = combine(
                     list(zip(adapters, weights, strict=True)), base, options.out, method=options.method or "sum",
                     density=options.density, seed=options.seed or 0, drop_heads=options.drop_heads, progress=progress,
                 )  # fmt: skip
     if options.json:
-        print_json(said)
-        return 0
-    for source in said.sources:
-        shared = (
-            f"{source['shared']:,} of its entries in others as well" if source["shared"] else "no entry in common with others"
-        )
-        print(f"{source['weight']:g} x {source['name']}: {shared}")
-    if said.left_out:
-        print(f"left out: {', '.join(said.left_out)}")
-    print(f"{said.entries:,} entries written: {options.out}")
+        print_json(written)
+    else:
+        _print(written)
     return 0
+
+
+def _check(options: argparse.Namespace, weights: Sequence[float]) -> None:
+    """Refuse options that would do nothing, and weights that are not as many as the adapters.
+
+    Raises:
+        CliError: The options do not go together.
+    """
+    count = len(options.adapters)
+    if len(weights) != count:
+        raise CliError(f"--weights: expected one for each of {count} adapters, got {len(weights)}.")
+    if options.seed is not None and options.method != "dare":
+        raise CliError("--seed: only --method dare draws at random; leave it out.")
+    given = [name for name in ("method", "weights", "density", "drop_heads") if getattr(options, name)]
+    if options.remove and (given or count != 1):
+        wrong = f"leave out --{given[0].replace('_', '-')}" if given else f"got {count}"
+        raise CliError(f"--remove: expected one combined adapter and no other option of combining; {wrong}.")
+
+
+def _print(written: Combined) -> None:
+    for source in written.sources:
+        others = f"{source['shared']:,} of its entries in others as well"
+        shared = others if source["shared"] else "no entry in common with others"
+        print(f"{source['weight']:g} x {source['name']}: {shared}")
+    if written.left_out:
+        print(f"left out: {', '.join(written.left_out)}")
+    print(f"{written.entries:,} entries written: {written.folder}")
 
 
 def _numbers(text: str) -> list[float]:

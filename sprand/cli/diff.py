@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..adapters.file import WEIGHTS_FILE
-from ..checkpoint.diff import diff
+from ..checkpoint.diff import Difference, diff
 from ..checkpoint.shards import open_checkpoint
 from .files import bar, failing_in_words, folder_of, print_json
 
@@ -41,18 +41,23 @@ def run(options: argparse.Namespace) -> int:
         base, tuned = folder_of(options.base), folder_of(options.tuned)
         checkpoint = open_checkpoint(base)
         with bar("diff", sum(shard.size for shard in checkpoint.shards.values())) as progress:
-            said = diff(base, tuned, options.out, density=options.density, progress=progress)
+            difference = diff(base, tuned, options.out, density=options.density, progress=progress)
     total = sum(stored.numel for stored in checkpoint.tensors.values())
     size = (options.out / WEIGHTS_FILE).stat().st_size
     if options.json:
-        print_json(said, entries=total, bytes=size)
-        return 0
-    print(f"{said.changed:,} of {total:,} entries differ ({said.changed / max(1, total):.4%}), in {said.tensors} tensors")
-    exactly = f"{said.values:,} of them as values, where no delta rounds to the same bits" if said.values else "all as deltas"
-    print(f"{said.kept:,} kept, {exactly}; {size:,} bytes")
-    if said.added:
-        print(f"kept whole, not in BASE: {', '.join(said.added)}")
-    if said.missing:
-        print(f"not in TUNED, left as they are: {', '.join(said.missing)}")
-    print(f"written: {options.out}")
+        print_json(difference, entries=total, bytes=size)
+    else:
+        _print(difference, total, size)
     return 0
+
+
+def _print(difference: Difference, total: int, size: int) -> None:
+    share = difference.changed / max(1, total)
+    print(f"{difference.changed:,} of {total:,} entries differ ({share:.4%}), in {difference.tensors} tensors")
+    as_values = f"{difference.values:,} of them as values, where no delta rounds to the same bits"
+    print(f"{difference.kept:,} kept, {as_values if difference.values else 'all as deltas'}; {size:,} bytes")
+    if difference.added:
+        print(f"kept whole, not in BASE: {', '.join(difference.added)}")
+    if difference.missing:
+        print(f"not in TUNED, left as they are: {', '.join(difference.missing)}")
+    print(f"written: {difference.folder}")

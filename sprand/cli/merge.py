@@ -53,36 +53,44 @@ def run(options: argparse.Namespace) -> int:
         base, adapters = folder_of(options.base), [adapter_and_weight(text) for text in options.adapters]
         size = sum(shard.size for shard in open_checkpoint(base).shards.values())
         started = time.perf_counter()
-        try:
-            with bar("revert" if options.revert else "merge", size) as progress:
-                if options.revert:
-                    said = revert.revert(base, adapters, options.out, progress=progress)
-                else:
-                    keep = not options.no_base_values
-                    said = merge.merge(base, adapters, options.out, revertible=keep, progress=progress)
-        except OSError as error:
-            if isinstance(error, (FileNotFoundError, FileExistsError)):
-                raise
-            raise WorkFailed(
-                f"{options.out} is not written: {error}. What was written so far is beside it; run the same again."
-            ) from error
-        except KeyboardInterrupt:
-            raise Stopped(f"Stopped; {options.out} is not there yet. What is done so far is kept beside it.", go_on=()) from None
+        written = _write(base, adapters, options, size)
         seconds = time.perf_counter() - started
         if options.verify:
             _verify(base, adapters, options, size)
     if options.json:
-        print_json(said, seconds=round(seconds, 3), reverted=options.revert, verified=options.verify)
-        return 0
-    print(f"{said.entries:,} entries of {said.tensors} tensors {'put back' if options.revert else 'set'} in {seconds:.1f} s")
-    if said.added:
-        print(f"{'taken out' if options.revert else 'added'}: {', '.join(said.added)}")
-    if said.left_out:
-        print(f"left out, weights in another form: {', '.join(said.left_out)}")
+        print_json(written, seconds=round(seconds, 3), reverted=options.revert, verified=options.verify)
+    else:
+        _print(written, options, seconds)
+    return 0
+
+
+def _write(base: Path, adapters: list[tuple[Path, float]], options: argparse.Namespace, size: int) -> merge.Merged:
+    try:
+        with bar("revert" if options.revert else "merge", size) as progress:
+            if options.revert:
+                return revert.revert(base, adapters, options.out, progress=progress)
+            keep = not options.no_base_values
+            return merge.merge(base, adapters, options.out, revertible=keep, progress=progress)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        raise WorkFailed(
+            f"{options.out} is not written: {error}. What was written so far is beside it; run the same again."
+        ) from error
+    except KeyboardInterrupt:
+        raise Stopped(f"Stopped; {options.out} is not there yet. What is done so far is kept beside it.", go_on=()) from None
+
+
+def _print(written: merge.Merged, options: argparse.Namespace, seconds: float) -> None:
+    done = "put back" if options.revert else "set"
+    print(f"{written.entries:,} entries of {written.tensors} tensors {done} in {seconds:.1f} s")
+    if written.added:
+        print(f"{'taken out' if options.revert else 'added'}: {', '.join(written.added)}")
+    if written.left_out:
+        print(f"left out, weights in another form: {', '.join(written.left_out)}")
     if options.verify:
         print("verified: every byte read again is the base's, or the entry that the adapters give")
     print(f"written: {options.out}")
-    return 0
 
 
 def _verify(base: Path, adapters: list[tuple[Path, float]], options: argparse.Namespace, size: int) -> None:
