@@ -137,26 +137,29 @@ def _advice() -> list[str]:
 
 def _print_report(report: dict[str, Any]) -> None:
     kernels, results = report["kernels"], report["self_test"]
-    rows = []
-    for op, served in kernels.items():
-        mine = [result for result in results if result["op"] == op]
-        tested = sorted({result["device"] for result in mine})
-        verdict = ", ".join(
-            f"{device} {'ok' if all(r['ok'] for r in mine if r['device'] == device) else 'FAILED'}" for device in tested
-        )
-        rows.append((op, *served.values(), verdict))
     devices = next(iter(kernels.values()))
-    rows = [("operator", *devices, "self test"), *rows]
+    rows = [("operator", *devices, "self test")]
+    rows += [(op, *served.values(), _verdict(op, results)) for op, served in kernels.items()]
     print_table(rows, left=len(rows[0]), title="Which kernel serves which operator")
     print()
     for sentence in report["advice"]:
         print(sentence, end="\n\n")
-
     print("To report a bug, paste this:\n\n```")
-    print("\n".join(f"{name}: {text}" for name, text in {**report["versions"], **report["machine"]}.items()))
+    for name, text in {**report["versions"], **report["machine"]}.items():
+        print(f"{name}: {text}")
     print("kernels:", "; ".join(f"{op} {'/'.join(served.values())}" for op, served in kernels.items()))
     failures = [result for result in results if not result["ok"]]
-    print(f"self test: {len(results) - len(failures)} of {len(results)} passed, {sum(r['seconds'] for r in results):.1f} s")
+    seconds = sum(result["seconds"] for result in results)
+    print(f"self test: {len(results) - len(failures)} of {len(results)} passed, {seconds:.1f} s")
     for result in failures:
         print(f"  {result['op']} {result['dtype']} on {result['device']} ({result['kernel']}): {result['problem']}")
     print("```")
+
+
+def _verdict(op: str, results: Sequence[dict[str, Any]]) -> str:
+    """What the self test says of an operator on each device."""
+    passed: dict[str, bool] = {}
+    for result in results:
+        if result["op"] == op:
+            passed[result["device"]] = passed.get(result["device"], True) and result["ok"]
+    return ", ".join(f"{device} {'ok' if passed[device] else 'FAILED'}" for device in sorted(passed))

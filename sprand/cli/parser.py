@@ -18,11 +18,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, examples: str = "", brief: Collection[str] = (), **keywords: Any) -> None:
-        notes = keywords.pop("epilog", None)
-        shown = "examples:\n" + "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines()) if examples else ""
-        keywords["epilog"] = "\n\n".join(filter(None, [notes, shown]))
+        lines = [line.strip() for line in examples.strip().splitlines()]
+        shown = "\n  ".join(["examples:", *lines]) if lines else None
+        keywords["epilog"] = "\n\n".join(filter(None, [keywords.get("epilog"), shown]))
         super().__init__(formatter_class=Paragraphs, add_help=False, allow_abbrev=False, **keywords)
-        self.examples = [line.partition("#")[0].strip() for line in examples.strip().splitlines()]
+        self.examples = [line.partition("#")[0].strip() for line in lines]
         self.brief = frozenset(brief)
         self.add_argument("-h", "--help", action="help", help="show this help" + (", the options most used" if brief else ""))
         if brief:

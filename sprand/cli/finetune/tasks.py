@@ -162,16 +162,20 @@ class CausalLM(Task):
             tokens = self.tokenizer(example.text, verbose=False)["input_ids"]
             labels = list(tokens)
             if example.text2 is not None:
-                end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-                completion = self.tokenizer(example.text2, add_special_tokens=False)["input_ids"] + end
-                prompt = tokens[: max(1, self.max_length - len(completion))]
-                tokens, labels = prompt + completion, [IGNORED] * len(prompt) + completion
-                tokens, labels = tokens[: self.max_length], labels[: self.max_length]
+                tokens, labels = self._completed(tokens, example.text2)
             for start in range(0, len(tokens), self.max_length):
                 block = slice(start, start + self.max_length)
                 if len(tokens[block]) > 1:
                     rows.append({"input_ids": tokens[block], "labels": labels[block]})
         return rows
+
+    def _completed(self, prompt: list[int], completion: str) -> tuple[list[int], list[int]]:
+        """Tokens and labels of a prompt with its completion, which alone has labels; a long prompt loses its end."""
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        learned = self.tokenizer(completion, add_special_tokens=False)["input_ids"] + end
+        prompt = prompt[: max(1, self.max_length - len(learned))]
+        labels = [IGNORED] * len(prompt) + learned
+        return (prompt + learned)[: self.max_length], labels[: self.max_length]
 
     def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:
         return padded([row["labels"] for row in rows], width, IGNORED)
