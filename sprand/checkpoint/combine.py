@@ -28,7 +28,7 @@ Listed = dict[str, tuple[Tensor, Tensor]]  # indices and deltas by parameter nam
 
 @dataclass(frozen=True)
 class Combined:
-    """What was written.
+    """What combining wrote.
 
     Attributes:
         folder: the adapter.

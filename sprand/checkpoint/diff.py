@@ -152,7 +152,7 @@ class _Differing:
 
     @property
     def count(self) -> int:
-        """How many they are."""
+        """How many entries differ."""
         return self.indices.numel()
 
     def largest(self, density: float | None) -> _Differing:

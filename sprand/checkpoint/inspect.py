@@ -97,7 +97,7 @@ class Report:
         return sum(line.visible * line.nnz for line in self.lines) / max(1, self.nnz)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types."""
+        """The report as JSON types."""
         return {
             "path": str(self.path), "chosen": self.chosen, "nnz": self.nnz, "density": self.density, "rms": self.rms,
             "visible": self.visible, "targets": [asdict(line) for line in self.lines],

@@ -23,7 +23,7 @@ Adapters = Iterable[tuple[str | os.PathLike[str], float]]
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written.
+    """What a merge wrote, or a revert.
 
     Attributes:
         folder: the new checkpoint.

@@ -39,7 +39,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write it, and say where.
+    """Write an adapter in the asked form, and say where.
 
     Raises:
         CliError: There is no adapter, the base is missing or another one, or the form cannot hold the adapter.

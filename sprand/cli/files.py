@@ -75,7 +75,7 @@ def from_hub(name: str, fetch: Callable[[Any], T]) -> T:
 
 
 def adapter_and_weight(text: str) -> tuple[Path, float]:
-    """`PATH`, or `PATH:WEIGHT`."""
+    """The folder and the weight of a text `PATH:WEIGHT`, or of a path, whose weight is 1."""
     path, colon, number = text.rpartition(":")
     if colon and not Path(text).exists():
         try:

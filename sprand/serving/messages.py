@@ -108,7 +108,7 @@ def as_bytes(message: Tensor | bytes | bytearray | memoryview) -> Tensor:
 
 
 def kind_of(message: Tensor) -> bytes:
-    """`INDICES` or `VALUES`.
+    """The mark of a message: `INDICES` or `VALUES`.
 
     Raises:
         ValueError: The message is none of sprand's.

@@ -100,12 +100,12 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names that commas part."""
+    """The names in a text that lists them with commas between."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def named_number(text: str, example: str) -> tuple[str, float]:
-    """`NAME=NUMBER`; the error shows the example."""
+    """A name and a number of a text `NAME=NUMBER`; the error shows the example."""
     name, _, value = text.partition("=")
     try:
         return name, float(value)

@@ -30,11 +30,11 @@ class Log:
         self.console = require("rich.console").Console(highlight=False, soft_wrap=True, stderr=to_stderr)
 
     def say(self, text: str) -> None:
-        """A line for the reader."""
+        """Show a line to the reader."""
         self.console.print(text, markup=False)
 
     def table(self, rows: Rows, title: str) -> None:
-        """A table, its first row the header."""
+        """Show a table, whose first row is the header."""
         print_table(rows, title=title, file=self.console.file)
 
     def restart(self, method: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -71,32 +71,32 @@ class Log:
 
 
 class Bar:
-    """A live bar of rich."""
+    """Shows a live bar, made by rich."""
 
     def __init__(self, log: Log, shown: Any, task: Any) -> None:
         self.log, self.shown, self.task, self.smooth = log, shown, task, None
 
     def advance(self, step: int, loss: float) -> None:
-        """A step is done."""
+        """Take note of a step that is done."""
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         self.shown.update(self.task, completed=step, loss=f"{self.smooth:.3f}")
 
     def measured(self, value: float) -> None:
-        """An evaluation is done."""
+        """Show the metric of an evaluation."""
         self.shown.update(self.task, measure=f"{self.log.metric} {value:.4g}")
 
 
 class Lines:
-    """A plain line every so often."""
+    """Shows a plain line every so many steps."""
 
     def __init__(self, log: Log, name: str, steps: int) -> None:
         self.log, self.name, self.steps, self.started = log, name, steps, time.perf_counter()
 
     def advance(self, step: int, loss: float) -> None:
-        """A step is done."""
+        """Take note of a step that is done."""
         if step == self.steps or step % max(1, self.steps // PLAIN_LINES) == 0:
             self.log.say(f"{self.name}: step {step}/{self.steps}, loss {loss:.3f}, {time.perf_counter() - self.started:.1f} s")
 
     def measured(self, value: float) -> None:
-        """An evaluation is done."""
+        """Show the metric of an evaluation."""
         self.log.say(f"{self.name}: {self.log.metric} {value:.4g}")
