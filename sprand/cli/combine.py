@@ -11,6 +11,7 @@ from ..checkpoint.combine import Combined, combine, remove
 from ..checkpoint.shards import open_checkpoint
 from . import CliError
 from .files import bar, failing_in_words, folder_of, print_json
+from .parser import option_of
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -84,7 +85,7 @@ def _check(options: argparse.Namespace, weights: Sequence[float]) -> None:
         raise CliError("--seed: only --method dare draws at random; leave it out.")
     given = [name for name in ("method", "weights", "density", "drop_heads") if getattr(options, name)]
     if options.remove and (given or count != 1):
-        wrong = f"leave out --{given[0].replace('_', '-')}" if given else f"got {count}"
+        wrong = f"leave out {option_of(given[0])}" if given else f"got {count}"
         raise CliError(f"--remove: expected one combined adapter and no other option of combining; {wrong}.")
 
 

@@ -62,3 +62,8 @@ class Paragraphs(argparse.HelpFormatter):
             paragraph if "\n  " in paragraph else super(Paragraphs, self)._fill_text(paragraph, width, indent)
             for paragraph in paragraphs
         )
+
+
+def option_of(name: str) -> str:
+    """The option that sets an attribute of the parsed options: `--batch-size` for `batch_size`."""
+    return f"--{name.replace('_', '-')}"

@@ -19,6 +19,7 @@ from . import CliError
 from .files import failing_in_words
 from .finetune import data, models, tasks
 from .finetune.training import pick_device
+from .parser import option_of
 
 
 @dataclasses.dataclass
@@ -124,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     """
     for name in ("batch_size", "max_new_tokens"):
         if getattr(options, name) < 1:
-            raise CliError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}.")
+            raise CliError(f"{option_of(name)}: expected at least 1, got {getattr(options, name)}.")
     texts = texts_of(options.file, options.text_column, options.text2_column)
     tuned = load_run(options.run, options.device)
     if tuned.labels:

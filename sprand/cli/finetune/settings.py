@@ -10,6 +10,7 @@ from typing import Any
 
 from ...training.rates import two_digits, width_factor
 from .. import CliError
+from ..parser import option_of
 
 TASKS = ("auto", "classification", "causal-lm")
 POOLINGS = ("auto", "mean", "model")
@@ -19,6 +20,10 @@ DTYPES = ("float32", "bfloat16")
 
 FIXED_BY_MASK = (
     "density", "budget", "target_modules", "strategy", "strategy_option", "scope", "preserve_zeros", "layout", "sparta",
+)  # fmt: skip
+POSITIVE = (
+    "lr", "epochs", "max_steps", "batch_size", "grad_accumulation", "max_length", "max_grad_norm", "eval_every",
+    "checkpoint_every", "keep", "limit_train", "limit_eval", "calibration_examples",
 )  # fmt: skip
 PEER_RATES = {"lora": 2e-3, "full": 3e-4, "head": 1e-2}
 
@@ -83,49 +88,39 @@ class Settings:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        positive = {
-            "--lr": self.lr,
-            "--epochs": self.epochs,
-            "--max-steps": self.max_steps,
-            "--batch-size": self.batch_size,
-            "--grad-accumulation": self.grad_accumulation,
-            "--max-length": self.max_length,
-            "--max-grad-norm": self.max_grad_norm,
-            "--eval-every": self.eval_every,
-            "--checkpoint-every": self.checkpoint_every,
-            "--keep": self.keep,
-            "--limit-train": self.limit_train,
-            "--limit-eval": self.limit_eval,
-            "--calibration-examples": self.calibration_examples,
-            **{f"--compare-lr {name}": rate for name, rate in self.compare_lr},
-        }
-        for option, value in positive.items():
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise CliError(f"{option}: expected a positive number, got {value}.")
-        for option, value in {"--warmup": self.warmup, "--weight-decay": self.weight_decay}.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise CliError(f"{option}: expected a number of at least 0, got {value}.")
-        if not 0 < self.eval_share < 1:
-            raise CliError(f"--eval-share: expected a fraction between 0 and 1, got {self.eval_share}.")
-        if self.max_length < 2:
-            raise CliError("--max-length: expected at least 2 tokens, got 1.")
-        if not 0 <= self.seed < 2**63:
-            raise CliError(f"--seed: expected a whole number from 0 up, got {self.seed}.")
-        if self.calibration_memory != "auto" and not self.calibration_memory.isdigit():
-            raise CliError(f"--calibration-memory: expected auto or a number of bytes, got {self.calibration_memory!r}.")
+        self._check_numbers()
         if self.sparta and self.budget is not None:
             raise CliError("--sparta: its count is --density of the whole model; leave out --budget.")
         if self.mask is not None:
             self._check_mask()
-        unknown = [name for name in (*self.compare, *(name for name, _ in self.compare_lr)) if name not in COMPARABLE]
+        asked = (*self.compare, *dict(self.compare_lr))
+        unknown = [name for name in asked if name not in COMPARABLE]
         if unknown:
             raise CliError(f"--compare: expected some of {', '.join(COMPARABLE)}, got {unknown[0]!r}.")
+
+    def _check_numbers(self) -> None:
+        given = {option_of(name): getattr(self, name) for name in POSITIVE if getattr(self, name) is not None}
+        given |= {f"--compare-lr {name}": rate for name, rate in self.compare_lr}
+        for option, value in given.items():
+            if not math.isfinite(value) or value <= 0:
+                raise CliError(f"{option}: expected a positive number, got {value}.")
+        for option, value in {"--warmup": self.warmup, "--weight-decay": self.weight_decay}.items():
+            if not math.isfinite(value) or value < 0:
+                raise CliError(f"{option}: expected a number of at least 0, got {value}.")
+        if not 0 < self.eval_share < 1:
+            raise CliError(f"--eval-share: expected a fraction between 0 and 1, got {self.eval_share}.")
+        if self.max_length < 2:
+            raise CliError(f"--max-length: expected at least 2 tokens, got {self.max_length}.")
+        if not 0 <= self.seed < 2**63:
+            raise CliError(f"--seed: expected a whole number from 0 up, got {self.seed}.")
+        if self.calibration_memory != "auto" and not self.calibration_memory.isdecimal():
+            raise CliError(f"--calibration-memory: expected auto or a number of bytes, got {self.calibration_memory!r}.")
 
     def _check_mask(self) -> None:
         own = {field.name: field.default for field in dataclasses.fields(self) if field.name in FIXED_BY_MASK}
         given = [name for name, default in own.items() if getattr(self, name) != default]
         if given:
-            raise CliError(f"--mask: the file fixes which entries train; leave out --{given[0].replace('_', '-')}.")
+            raise CliError(f"--mask: the file fixes which entries train; leave out {option_of(given[0])}.")
         if not self.mask.is_file():
             raise CliError(f"--mask: no file {self.mask}; sprand select writes one.")
 
