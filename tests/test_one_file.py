@@ -207,6 +207,15 @@ def test_inspect_says_the_same_of_both(base, tmp_path, door, capsys):
     assert f"{report.nnz:,} trained entries" in said and "base: llama-base" in said
 
 
+@pytest.mark.parametrize("door", ["save", "save_pretrained_with_a_mask"])
+def test_others_leave_out_what_either_trained(base, tmp_path, door):
+    WRITERS[door](base, tmp_path / "adapter")
+    mask = sprand.select(loaded(base), strategy="magnitude", density=0.9, disjoint=tmp_path / "adapter")
+    adapter = AdapterFile.read(tmp_path / "adapter")
+    for name in adapter.targets:
+        assert not torch.isin(mask[name], adapter.entries(name)[0]).any()
+
+
 def test_no_path_of_the_machine_is_in_the_files(base, tmp_path):
     for writer in (by_save, by_save_pretrained, by_save_pretrained_with_a_mask):
         writer(base, tmp_path / writer.__name__)

@@ -13,7 +13,7 @@ from torch import nn
 import sprand
 from checkpoints import redrawn
 from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels
-from peft_models import peft, trainable
+from peft_models import llama, peft, trainable
 from sprand.adapters.file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
 from sprand.checkpoint.inspect import inspect
 from sprand.checkpoint.merge import merge
@@ -202,6 +202,42 @@ def test_a_copied_head_is_not_put_where_it_is_tied(tmp_path):
     untied = built(Tied)
     untied.out.weight = nn.Parameter(untied.out.weight.detach().clone())
     assert torch.equal(outputs(sprand.load(untied, tmp_path)), outputs(model))
+
+
+def test_a_copied_head_is_not_merged_where_the_checkpoint_ties_it(tmp_path):
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    fields = {"density": 0.2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    by_peft(llama(tie_word_embeddings=True), fields).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="trained a copy of lm_head.weight through PEFT, and .*base ties it"):
+        merge(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_over_a_quantized_base_goes_on_the_dense_one(tmp_path):
+    """The values that it started from are in no checkpoint, so that nothing tells its base; what it has no excuse for, does."""
+    model = trained_further(by_peft(built(MLP), {"density": 0.2}))
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / CONFIG_FILE).read_text())
+    for target in settings["targets"].values():
+        target["fingerprint"] = {}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="expected hashes by dtype, got none"):
+        sprand.load(built(MLP), tmp_path)
+    for target in settings["targets"].values():
+        target["quantized"] = "bitsandbytes_4bit"
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
+    for loaded in (sprand.load(built(MLP), tmp_path), PeftModel.from_pretrained(built(MLP), tmp_path)):
+        assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_transformers_loads_what_sprand_saved(tmp_path, monkeypatch):
+    integration = pytest.importorskip("transformers.integrations.peft", reason="transformers loads the adapter")
+    monkeypatch.setattr(integration, "check_peft_version", lambda min_version: None)  # it may want one that is not out yet
+    model = trained_further(sprand.apply(llama(), density=0.1, modules_to_save=["lm_head"]))
+    sprand.save(model, tmp_path)
+    other = llama()
+    other.load_adapter(str(tmp_path))
+    assert torch.equal(outputs(other), outputs(model))
 
 
 def test_a_base_that_differs_below_the_narrower_dtypes_is_another_base(tmp_path):

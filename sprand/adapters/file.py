@@ -228,15 +228,16 @@ class AdapterFile:
         """
         target, delta = self.targets[name], self.delta(name)
         nnz, numel = target["nnz"], math.prod(target["shape"])
-        if delta is None or list(delta.shape) != [nnz]:
-            raise ValueError(f"{self.path}: expected {nnz} values for {name}, got {None if delta is None else list(delta.shape)}")
+        if not _has_length(delta, nnz):
+            there = None if delta is None else list(delta.shape)
+            raise ValueError(f"{self.path}: expected {nnz} values for {name}, got {there}")
         if delta.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{self.path}: expected values of float32 or float64 for {name}, got {dtype_name(delta.dtype)}")
         if not finite(delta):
             raise ValueError(f"{self.path}: the values of {name} are not finite")
         if self.config.strategy == GIVEN:
             indices = self.tensors.get(layout.key("indices", name))
-            if indices is None or indices.shape != delta.shape or indices.dtype not in (torch.int32, torch.int64):
+            if not _are_indices(indices, nnz):
                 raise ValueError(f"{self.path}: expected {nnz} integer indices for {name}")
             pattern.check_indices(f"{self.path}: {name}", indices, numel)
         else:
@@ -255,10 +256,10 @@ class AdapterFile:
         target = self.targets[name]
         if "frozen" not in target:
             return None
-        indices, values = (self.tensors.get(layout.key(kind, name)) for kind in ("frozen_indices", "frozen_values"))
         nnz, numel = target["frozen"]["nnz"], math.prod(target["shape"])
-        integers = indices is not None and indices.dtype in (torch.int32, torch.int64)
-        if values is None or not integers or list(indices.shape) != [nnz] or list(values.shape) != [nnz]:
+        indices = self.tensors.get(layout.key("frozen_indices", name))
+        values = self.tensors.get(layout.key("frozen_values", name))
+        if not _are_indices(indices, nnz) or not _has_length(values, nnz):
             raise ValueError(f"{self.path}: expected {nnz} integer indices and values of frozen entries for {name}")
         if dtype_name(values.dtype) not in DTYPES or not finite(values):
             raise ValueError(f"{self.path}: the values of frozen entries of {name} are not finite numbers")
@@ -304,12 +305,13 @@ class AdapterFile:
 
     def _check_heads(self) -> None:
         for name, entry in self.description["saved"].items():
-            value = self.tensors.get(layout.head_key(name))
-            if value is None or (list(value.shape), dtype_name(value.dtype)) != (entry["shape"], entry["dtype"]):
-                raise ValueError(f"expected values of shape {entry['shape']} and dtype {entry['dtype']} for {name}")
+            value, shape, dtype = self.tensors.get(layout.head_key(name)), entry["shape"], entry["dtype"]
+            if value is None or list(value.shape) != shape or dtype_name(value.dtype) != dtype:
+                raise ValueError(f"expected values of shape {shape} and dtype {dtype} for {name}")
             if not finite(value):
                 raise ValueError(f"the values of {name} are not finite")
-        if both := self.description["saved"].keys() & self.targets.keys():
+        both = self.description["saved"].keys() & self.targets.keys()
+        if both:
             raise ValueError(f"{min(both)} is trained both in full and in part")
 
 
@@ -342,14 +344,24 @@ def finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
+def _has_length(values: Tensor | None, count: int) -> bool:
+    return values is not None and list(values.shape) == [count]
+
+
+def _are_indices(values: Tensor | None, count: int) -> bool:
+    return _has_length(values, count) and values.dtype in (torch.int32, torch.int64)
+
+
 def _described_beside(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The description of an adapter that PEFT wrote, from the configuration beside its file."""
     beside = file.parent / CONFIG_FILE
-    settings = described.read_json(beside) if beside.is_file() else {}
-    if settings.get("peft_type") != layout.PEFT_TYPE or settings.get("targets") is None:
-        kind = f"of type {settings['peft_type']}" if "peft_type" in settings else "without a type"
-        what = f"{CONFIG_FILE} beside it is {kind}" if settings else f"no {CONFIG_FILE} lies beside it"
-        raise ValueError(f"{file} is no adapter of sprand: its header has no description, and {what}")
+    none = f"{file} is no adapter of sprand: its header has no description, and"
+    if not beside.is_file():
+        raise ValueError(f"{none} no {CONFIG_FILE} lies beside it")
+    settings = described.read_json(beside)
+    kind = settings.get("peft_type", "none")
+    if kind != layout.PEFT_TYPE or settings.get("targets") is None:
+        raise ValueError(f"{none} {CONFIG_FILE} beside it is of type {kind}, expected {layout.PEFT_TYPE} with its targets")
     try:
         return layout.described_by(settings, tensors)
     except ValueError as error:

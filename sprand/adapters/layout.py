@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..files.forms import OBJECT, SHAPE, TEXT, WHOLE, optional, record, simple, table_of
 from ..kernels.dtypes import dtype_name
+from ..layers.sites import joined
 from ..selection.config import AS_GIVEN, GIVEN, SparseConfig
 from ..selection.mask import check_selection
 from ..selection.pattern import PATTERN_VERSION
@@ -39,9 +40,9 @@ _TARGET = record({"shape": SHAPE, "nnz": WHOLE, "fingerprint": _HASHES}, {"dtype
 def check_target(place: str, value: Any) -> None:
     """The form of what an adapter says of one parameter: only a quantized base has no fingerprint."""
     _TARGET(place, value)
-    for hashes in (value["fingerprint"], *([value["frozen"]["fingerprint"]] if "frozen" in value else [])):
-        if not hashes and "quantized" not in value:
-            raise ValueError(f"{place}.fingerprint: expected hashes by dtype, got none")
+    parts = [value, value["frozen"]] if "frozen" in value else [value]
+    if "quantized" not in value and not all(part["fingerprint"] for part in parts):
+        raise ValueError(f"{place}.fingerprint: expected hashes by dtype, got none")
 
 
 check_description = record(
@@ -87,8 +88,9 @@ def key(kind: str, name: str) -> str:
         name: of the parameter in the model.
     """
     module, _, parameter = name.rpartition(".")
-    own = f"sprand_{kind}" + ("" if parameter == "weight" else f"_{parameter}") + (".weight" if kind == "delta" else "")
-    return PREFIX + (f"{module}.{own}" if module else own)
+    suffix = "" if parameter == "weight" else f"_{parameter}"
+    end = ".weight" if kind == "delta" else ""
+    return PREFIX + joined(module, f"sprand_{kind}{suffix}{end}")
 
 
 def head_key(name: str) -> str:
@@ -177,17 +179,21 @@ def portable(name: str | None) -> str | None:
     """What a base is called in a file: a folder by the last part of its path, a name on the Hub as it is."""
     if not name:
         return None
-    apart = os.path.isabs(name) or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
-    if not apart and not os.path.isdir(name):
+    is_path = os.path.isabs(name) or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
+    if not is_path and not os.path.isdir(name):
         return name
-    return PureWindowsPath(os.path.abspath(os.path.expanduser(name))).name or None
+    path = os.path.abspath(os.path.expanduser(name))
+    return PureWindowsPath(path).name or None  # which takes both kinds of slashes
 
 
 def _heads(targets: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that belong to no target: parameters that PEFT trained in full. A wrapped layer's base is none."""
     own = {key(kind, name) for name in targets for kind in KINDS}
-    heads = {name: value for name, value in tensors.items() if name not in own and ".base_layer." not in name}
-    for name in heads:
+    heads = {}
+    for name in tensors.keys() - own:
+        if ".base_layer." in name:
+            continue
         if not name.startswith(PREFIX) or ".sprand_" in name:
             raise ValueError(f"its tensor {name!r} is of no parameter that its configuration names")
-    return {name.removeprefix(PREFIX): value for name, value in heads.items()}
+        heads[name.removeprefix(PREFIX)] = tensors[name]
+    return dict(sorted(heads.items()))

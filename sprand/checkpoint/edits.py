@@ -15,7 +15,7 @@ from ..adapters.combining import SUM, Rule
 from ..adapters.file import AdapterFile
 from ..kernels import ops
 from .entries import PartedEntries, PendingEntries
-from .names import resolve, twins
+from .names import is_tied, resolve, twins
 from .shards import TRAINABLE, Checkpoint, Stored
 from .stream import Progress
 
@@ -263,6 +263,8 @@ def edits_of(checkpoint: Checkpoint, adapters: Sequence[AdapterFile], rule: Rule
     """
     shapes = {name: target["shape"] for adapter in adapters for name, target in adapter.targets.items()}
     heads = {name: values for adapter in adapters for name, values in adapter.heads.items()}
+    for adapter in adapters:
+        _refuse_tied_copies(checkpoint, adapter)
     tensors, head_names = resolve(checkpoint, shapes, heads)
     edits = Edits({}, [], {})
     for name, parts in tensors.items():
@@ -340,6 +342,15 @@ def _overwrite(edits: Edits, checkpoint: Checkpoint, heads: Mapping[str, Tensor]
         for twin in twins(checkpoint, stored.name):
             if torch.equal(_bits(checkpoint.read(twin)), _bits(checkpoint.read(stored.name))):
                 edits.take(name, Overwrite(checkpoint.tensors[twin], values.flatten().to(stored.dtype)))
+
+
+def _refuse_tied_copies(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
+    for name in adapter.heads if adapter.copied_heads else ():
+        if is_tied(checkpoint, name):
+            raise ValueError(
+                f"{adapter.path} trained a copy of {name} through PEFT, and {checkpoint.folder} ties it to another weight, which "
+                "stayed as it was; merge by PeftModel.from_pretrained, or give a base that does not tie them"
+            )
 
 
 def _refuse_untrainable(stored: Stored) -> None:

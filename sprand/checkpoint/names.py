@@ -53,9 +53,14 @@ def resolve(checkpoint: Checkpoint, shapes: Shapes, others: Iterable[str] = ()) 
     raise ValueError(_reason(checkpoint, missing, shapes[missing]))
 
 
+def is_tied(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a model of this checkpoint has one weight for a parameter of this name and for another one."""
+    return checkpoint.tied and name.endswith((*INPUTS, *OUTPUTS))
+
+
 def twins(checkpoint: Checkpoint, name: str) -> list[str]:
     """Other tensors that a model with tied embeddings loads into the same weight as this one."""
-    if not checkpoint.tied or not name.endswith((*INPUTS, *OUTPUTS)):
+    if not is_tied(checkpoint, name):
         return []
     stored = checkpoint.tensors[name]
     is_input = name.endswith(INPUTS) and not name.endswith(OUTPUTS)

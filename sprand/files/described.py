@@ -65,9 +65,9 @@ def write_json(file: Path, content: Any) -> None:
 def _in_lines(content: Any, depth: int = 0) -> str:
     if not isinstance(content, dict) or not content or depth == LAST_SPREAD:
         return json.dumps(content)
-    indent = "  " * (depth + 1)
-    lines = [f"{indent}{json.dumps(name)}: {_in_lines(value, depth + 1)}" for name, value in content.items()]
-    return "{\n" + ",\n".join(lines) + "\n" + "  " * depth + "}"
+    outer = "  " * depth
+    lines = [f"{outer}  {json.dumps(name)}: {_in_lines(value, depth + 1)}" for name, value in content.items()]
+    return "\n".join(["{", ",\n".join(lines), f"{outer}}}"])
 
 
 def read_json(file: Path) -> dict[str, Any]:
