@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..adapters.file import CONFIG_FILE, AdapterFile
 from ..adapters.file import WEIGHTS_FILE as WEIGHTS
 from ..adapters.layout import PREFIX, head_key, modules_of, portable
 from ..checkpoint.diff import exact_deltas
-from ..checkpoint.edits import Edits
+from ..checkpoint.edits import EditedParameter, Edits
 from ..checkpoint.export import form
 from ..checkpoint.shards import Checkpoint
 
@@ -100,34 +100,48 @@ def supertuning(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, 
 
 
 def _of_files(to: str, adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits, folder: Path) -> list[Path]:
-    linear, changes = _linear_weights(checkpoint.folder), []
+    linear = _linear_weights(checkpoint.folder)
+    changes = []
     for parameter in edits.parameters:
-        name, tensors = parameter.name, [edit.stored.name for edit in parameter.edits]
-        called = next((tensor for tensor in tensors if tensor in linear), None)
-        if name not in linear and called is not None:
-            raise ValueError(
-                f"{name}: the model of this base calls that weight {called}, and PEFT, which goes by a model's "
-                f"own names, would not find it as {to}; merge the adapter into its base instead (sprand merge)"
-            )
-        if name not in linear or len(tensors) != 1:
-            raise ValueError(f"{name} {NOT_LINEAR.format(to)} (sprand merge)")
+        _check_linear(to, parameter, linear)
         parameter.apply(checkpoint)
-        (edit,) = parameter.edits
-        trained, frozen = edit.trained, edit.frozen
-        frozen_deltas, exact = exact_deltas(frozen.base, frozen.values)
-        if not exact.all():
+        change = _change_of(parameter)
+        if change is None:
             raise ValueError(
-                f"{adapter.path} holds entries of {name} as values that no change of the base gives exactly, and {to} "
+                f"{adapter.path} holds entries of {parameter.name} as values that no change of the base gives exactly, and {to} "
                 "stores changes; merge the adapter into its base instead (sprand merge)"
             )
-        indices, order = torch.cat([trained.indices, frozen.indices]).sort()
-        base = torch.cat([trained.base, frozen.base])[order]
-        deltas = torch.cat([trained.values, frozen_deltas])[order]
-        narrow = edit.stored.dtype in NARROW
-        changes.append(Change(name, edit.stored.shape, indices, deltas.float(), base if narrow else None))
+        changes.append(change)
     heads = {head_key(name): values for name, values in adapter.heads.items()}
     modules, base_model = modules_of(adapter.heads) or None, portable(adapter.base_model)
     return write(folder, to, changes, heads, modules_to_save=modules, base_model_name_or_path=base_model)
+
+
+def _check_linear(to: str, parameter: EditedParameter, linear: Container[str]) -> None:
+    """Prove that a parameter is the weight of a linear layer, under the name that the model itself gives it."""
+    name, tensors = parameter.name, [edit.stored.name for edit in parameter.edits]
+    called = next((tensor for tensor in tensors if tensor in linear), None)
+    if name not in linear and called is not None:
+        raise ValueError(
+            f"{name}: the model of this base calls that weight {called}, and PEFT, which goes by a model's "
+            f"own names, would not find it as {to}; merge the adapter into its base instead (sprand merge)"
+        )
+    if name not in linear or len(tensors) != 1:
+        raise ValueError(f"{name} {NOT_LINEAR.format(to)} (sprand merge)")
+
+
+def _change_of(parameter: EditedParameter) -> Change | None:
+    """The change of a weight whose entries were proven; None where a frozen value is no change of the base."""
+    (edit,) = parameter.edits
+    trained, frozen = edit.trained, edit.frozen
+    frozen_deltas, exact = exact_deltas(frozen.base, frozen.values)
+    if not exact.all():
+        return None
+    indices, order = torch.cat([trained.indices, frozen.indices]).sort()
+    base = torch.cat([trained.base, frozen.base])[order]
+    deltas = torch.cat([trained.values, frozen_deltas])[order]
+    narrow = edit.stored.dtype in NARROW
+    return Change(parameter.name, edit.stored.shape, indices, deltas.float(), base if narrow else None)
 
 
 def _linear_weights(folder: Path) -> set[str]:
