@@ -67,10 +67,10 @@ def _own_sites(name: str, module: nn.Module, kwargs: Mapping[str, Any]) -> Itera
     """The weights of a module itself; of a quantized one what its packed weight stands for."""
     backend = resolve_quantization_backend(module, **kwargs)
     if backend is None:
-        for site in own_sites(name, module):
+        for site in own_sites(name, module):  # indices cannot be made again from nothing, so they stay off the meta device
             yield dataclasses.replace(site, device=CPU) if site.weight.is_meta else site
-        return
-    yield packed_site(f"{name}.weight", module, backend)
+    else:
+        yield packed_site(f"{name}.weight", module, backend)
 
 
 def packed_site(name: str, module: nn.Module, backend: Any) -> Site:
@@ -121,24 +121,28 @@ def _as_of_apply(config: SprandConfig, view: View) -> SparseConfig:
     fields = {"density": config.density, "budget": config.budget, "strategy": config.strategy}
     if config.indices is not None:
         fields = {"strategy": Mask(config.indices, config.shapes) if config.shapes else config.indices}
-    target_modules = config.target_modules
-    by_layer = config.layers_to_transform not in (None, [])
-    if by_layer and not isinstance(target_modules, (str, type(None))):
-        names = [name for name in view.modules if name and check_target_module_exists(config, name)]
-        if not names:
-            raise ValueError(
-                f"target_modules={list(target_modules)!r} matches no module of this model in the layers "
-                f"{config.layers_to_transform!r} (layers_to_transform)"
-            )
-        target_modules = "|".join(map(re.escape, names))
+    named = config.target_modules is not None and not isinstance(config.target_modules, str)
+    by_layer = named and config.layers_to_transform not in (None, [])
     return SparseConfig(
         **fields,
-        target_modules=target_modules,
+        target_modules=_in_layers(config, view) if by_layer else config.target_modules,
         exclude_modules=config.exclude_modules,
         target_parameters=config.target_parameters,
         layout=config.layout,
         seed=config.seed,
     )
+
+
+def _in_layers(config: SprandConfig, view: View) -> str:
+    """A regular expression for the targeted modules in the layers to transform, of which PEFT has its own notion."""
+    names = [name for name in view.modules if name and check_target_module_exists(config, name)]
+    weighted = [name for name in names if f"{name}.weight" in view.weights]
+    if not weighted:
+        raise ValueError(
+            f"target_modules={list(config.target_modules)!r} matches no module of this model with a weight in the layers "
+            f"{config.layers_to_transform!r} (layers_to_transform)"
+        )
+    return "|".join(map(re.escape, weighted))
 
 
 def _in_full(model: nn.Module, config: SprandConfig, view: View) -> set[str]:
@@ -182,30 +186,27 @@ def check_same_base(adapter_name: str, site: Site, indices: Tensor, entry: Mappi
     """Prove that the weight holds what the adapter was trained on; one of the two being quantized cannot be told.
 
     Raises:
-        ValueError: it holds other values at these positions.
+        ValueError: The weight holds other values at these positions.
     """
     weight = site.weight
-    if (
-        entry.get("quantized")
-        or site.backend is not None
-        or weight.is_meta
-        or type(weight.data) is not Tensor
-        or not weight.numel()
-    ):
+    if entry.get("quantized") or site.backend is not None:
+        return
+    if weight.is_meta or type(weight.data) is not Tensor or not weight.numel():
         return
     with pristine(site):
-        check_base(f"adapter {adapter_name!r}", site.name, ops.gather(weight.data.contiguous(), indices), entry["fingerprint"])
+        held = ops.gather(weight.data.contiguous(), indices)
+    check_base(f"adapter {adapter_name!r}", site.name, held, entry["fingerprint"])
 
 
 def describe(site: Site, indices: Tensor, base: Tensor | None) -> dict[str, Any]:
     """What a saved adapter says of one target."""
     known = base is not None and not base.is_meta
-    return {
-        "shape": list(site.shape),
-        "nnz": indices.numel(),
-        "fingerprint": fingerprints(base) if known else {},
-        **({"quantized": site.backend.backend_name} if site.backend is not None else {} if known else {"quantized": "unknown"}),
-    }
+    entry = {"shape": list(site.shape), "nnz": indices.numel(), "fingerprint": fingerprints(base) if known else {}}
+    if site.backend is not None:
+        entry["quantized"] = site.backend.backend_name
+    elif not known:
+        entry["quantized"] = "unknown"
+    return entry
 
 
 def pristine(site: Site) -> AbstractContextManager[None]:
