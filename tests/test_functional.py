@@ -62,6 +62,30 @@ def test_embedding_equals_index_put(padding_idx, token_dtype):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"max_norm": 1.0}, {"max_norm": 0.5, "norm_type": 1.0}, {"scale_grad_by_freq": True}, {"max_norm": 1.0, "padding_idx": 3}],
+    ids=str,
+)
+def test_an_embedding_takes_the_options_of_pytorch(options):
+    """Whose own embedding rewrites the rows of its weight to bound their norm; here the weight keeps its values."""
+    weight = torch.randn(9, 6, dtype=torch.float64)
+    entries = entries_for(weight, 30, scale=-0.25)
+    tokens = torch.randint(8, (4, 50))
+    factor = torch.randn(4, 50, 6, dtype=torch.float64)
+    patched = dense_weight(weight, entries).detach()
+    dense = patched.clone().requires_grad_()
+    expected = F.embedding(tokens, dense, **options)
+    (expected_grad,) = torch.autograd.grad((expected * factor).sum(), dense)
+    got = functional.embedding(tokens, weight, entries, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    (grad,) = torch.autograd.grad((got * factor).sum(), entries.delta)
+    torch.testing.assert_close(grad, -0.25 * expected_grad.flatten()[entries.indices.long()], rtol=1e-6, atol=1e-12)
+    assert torch.equal(weight, patched)
+    with torch.no_grad():
+        assert torch.equal(functional.embedding(tokens, weight, entries, **options), got)
+
+
 @pytest.mark.parametrize("tokens", [torch.empty(0, dtype=torch.long), torch.empty(2, 0, dtype=torch.long)])
 def test_embedding_of_no_tokens(tokens):
     weight = torch.randn(9, 4)

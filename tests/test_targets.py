@@ -206,3 +206,25 @@ def test_what_could_be_meant_is_named_once():
 def test_an_option_of_lora_is_answered_in_its_terms():
     with pytest.raises(TypeError, match=r"no option is called 'r'; expected fields of SparseConfig, .*a rank of LoRA"):
         sprand.apply(nn.Linear(4, 4), r=16)
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}], ids=str)
+def test_an_embedding_with_options_trains_and_is_left_with_its_base(options):
+    torch.manual_seed(0)
+    layer, tokens = nn.Embedding(20, 8, **options), torch.arange(12).repeat(3)
+    base = layer.weight.detach().clone()
+    model = sprand.apply(nn.Sequential(layer), target_modules=["0"], density=0.5)
+    optimizer = sprand.SparseAdamW(model, lr=0.1)
+    with sprand.disabled(model):
+        disabled = model(tokens)
+    for _ in range(3):
+        model(tokens).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model(tokens), disabled)
+    with sprand.disabled(model):
+        assert torch.equal(model(tokens), disabled)
+    if "max_norm" in options:
+        assert model(tokens).norm(dim=-1).max() <= 1.0 + 1e-6
+    assert torch.equal(sprand.unmerge(model)[0].weight, base)
+    torch.testing.assert_close(model(tokens), disabled)

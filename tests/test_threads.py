@@ -67,6 +67,7 @@ KINDS = {
     "Conv1D": (transposed, ("0.weight", "0.bias"), features),
     "embedding": (lambda: nn.Sequential(nn.Embedding(9, 5, padding_idx=2)), ("0.weight",), tokens),
     "embedding by frequency": (lambda: nn.Sequential(nn.Embedding(9, 5, scale_grad_by_freq=True)), ("0.weight",), tokens),
+    "embedding of bounded norm": (lambda: nn.Sequential(nn.Embedding(9, 5, max_norm=1.0)), ("0.weight",), tokens),
     "convolution": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3)), ("0.weight", "0.bias"), features),
     "convolution in two dimensions": (
         lambda: nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Conv2d(4, 6, (1, 3))), ("1.weight",), features,

@@ -200,20 +200,7 @@ def attach(
         ValueError: The module has no such parameter, it is attached already, its memory is not contiguous, or its indices are
             on the meta device and nothing can redraw them.
     """
-    weight = module._parameters.get(parameter)
-    if weight is None:
-        raise ValueError(
-            f"expected a parameter {parameter!r} in {type(module).__name__}, found {', '.join(module._parameters) or 'none'}"
-        )
-    if isinstance(module, SparseModule) and parameter in module._sprand_targets:
-        raise ValueError(
-            f"{parameter!r} of this {type(module).__name__} already has trained entries; unmerge or merge them first"
-        )
-    if not weight.is_contiguous():
-        raise ValueError(
-            f"{parameter!r} of {type(module).__name__}: expected contiguous memory, got strides {weight.stride()} for shape "
-            f"{list(weight.shape)}; call model.to(memory_format=torch.contiguous_format) first"
-        )
+    weight = _checked_weight(module, parameter)
     target = Target(parameter, scale, redraw, written=Written() if written is None else written)
     if weight.is_meta:
         target.enter_meta(indices)
@@ -240,18 +227,37 @@ def attach(
     return module.sparse_entries(parameter)
 
 
+def _checked_weight(module: nn.Module, parameter: str) -> nn.Parameter:
+    """The parameter of a module, to which entries can be attached."""
+    weight = module._parameters.get(parameter)
+    if weight is None:
+        raise ValueError(
+            f"expected a parameter {parameter!r} in {type(module).__name__}, found {', '.join(module._parameters) or 'none'}"
+        )
+    if isinstance(module, SparseModule) and parameter in module._sprand_targets:
+        raise ValueError(
+            f"{parameter!r} of this {type(module).__name__} already has trained entries; unmerge or merge them first"
+        )
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"{parameter!r} of {type(module).__name__}: expected contiguous memory, got strides {weight.stride()} for shape "
+            f"{list(weight.shape)}; call model.to(memory_format=torch.contiguous_format) first"
+        )
+    return weight
+
+
 def set_active(modules: Sequence[SparseModule], active: Sequence[bool]) -> None:
     """Switch the trained entries of each module on or off, and write all weights accordingly, in one pass per device.
 
     A sharded weight gets its base, which needs nothing from other ranks: its layer writes what it uses in any case.
     """
+    items = []
     for module, on in zip(modules, active, strict=True):
         module._sprand_active = on
-        for target in module._sprand_targets.values():
+        for name, target in module._sprand_targets.items():
             target.written.forget()
-    items = [(module, name) for module in modules for name in module._sprand_targets]
-    whole = [not sharding.is_sharded(module._parameters[name]) for module, name in items]
-    write_parameters([(*item, item[0]._sprand_active and here) for item, here in zip(items, whole, strict=True)])
+            items.append((module, name, on and not sharding.is_sharded(module._parameters[name])))
+    write_parameters(items)
 
 
 def write_now(modules: Sequence[SparseModule]) -> None:

@@ -21,25 +21,26 @@ from .entries import Candidates, Entries, Written
 
 
 class Use(NamedTuple):
-    """How a function uses a weight and its entries: all that is no tensor of its own.
+    """How a function uses the entries of a weight: all but their tensors, which autograd must see.
 
     Attributes:
         scale: factor on delta.
         written: as in `Entries`; None in a graph that is compiled.
         candidates: as in `Entries`; None in a graph that is compiled.
-        schedule: how a GPU samples the gradient of a product.
-        cast: dtype of a product under autocast.
-        transposed: whether the weight of a product is `[in, out]`.
-        padding_idx: the token of an embedding that gives no gradient.
     """
 
     scale: float
     written: Written | None
     candidates: Candidates | None
-    schedule: Schedule | None = None
-    cast: torch.dtype | None = None
-    transposed: bool = False
-    padding_idx: int | None = None
+
+    @classmethod
+    def of(cls, entries: Entries) -> Use:
+        """The use of these entries by a function that is called now."""
+        if torch.compiler.is_compiling():
+            return cls(entries.scale, None, None)
+        if entries.written is not None and not torch.is_grad_enabled():
+            entries.written.forget()
+        return cls(entries.scale, entries.written, entries.candidates)
 
     def write(self, weight: Tensor, delta: Tensor, indices: Tensor, base: Tensor) -> None:
         """Make the weight hold these entries, unless it is known to."""
@@ -54,6 +55,55 @@ class Use(NamedTuple):
         """The gradient of delta, from that of the chosen entries."""
         sampled = sampled.to(ops.accumulation_dtype(sampled.dtype))
         return (sampled if self.scale == 1.0 else sampled * self.scale).to(delta.dtype)
+
+
+class Product(NamedTuple):
+    """A product with a weight.
+
+    Attributes:
+        cast: the dtype that autocast gives it, or None.
+        transposed: whether the weight is `[in, out]`.
+        schedule: how a GPU samples its gradient, or None.
+    """
+
+    cast: torch.dtype | None
+    transposed: bool
+    schedule: Schedule | None = None
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`[..., out]` of an input `[..., in]`."""
+        return F.linear(input, self.rows_of(weight), bias)
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """The weight as `[out, in]`, in the product's dtype."""
+        used = weight if self.cast is None else weight.to(self.cast)
+        return used.t() if self.transposed else used
+
+
+class Lookup(NamedTuple):
+    """A lookup in an embedding; the options are those of `torch.nn.functional.embedding`."""
+
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+    scale_grad_by_freq: bool
+
+    def __call__(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """`[*tokens.shape, features]`. Rows are scaled down to `max_norm` here, where PyTorch rewrites them in the weight."""
+        rows = F.embedding(tokens, weight)
+        if self.max_norm is None:
+            return rows
+        norms = rows.norm(self.norm_type, dim=-1, keepdim=True)
+        return torch.where(norms > self.max_norm, rows * (self.max_norm / (norms + 1e-7)), rows)
+
+    def grad_of_rows(self, grad_output: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+        """What each token gives to the row it looked up, `[T, features]`; the scaling counts as constant, as in PyTorch."""
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        if not self.scale_grad_by_freq:
+            return rows
+        ones = torch.ones(tokens.shape, device=tokens.device)
+        counts = torch.zeros(vocabulary, device=tokens.device).index_add(0, tokens, ones)
+        return rows / counts[tokens, None]
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, transposed: bool = False) -> Tensor:
@@ -76,18 +126,26 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         input = input.to(cast)
         bias = None if bias is None else bias.to(cast)
     if _is_written_without_autograd(weight, entries):
-        return _product(input, weight, bias, cast, transposed)
+        return Product(cast, transposed)(input, weight, bias)
     leading = None
     if bias is not None and input.dim() > 2 and input.is_contiguous():
         # F.linear computes so too, but the view of a result that it returns may not be changed in place
         leading, input = input.shape[:-1], input.flatten(0, -2)
     schedule = None if entries.schedules is None else entries.schedules.of(input.dtype)
-    use = Use(entries.scale, _written(entries), _candidates(entries), schedule, cast, transposed)
-    output = _Linear.apply(input, weight, bias, entries.delta, entries.indices, entries.base, use)
+    product = Product(cast, transposed, schedule)
+    output = _Linear.apply(input, weight, bias, entries.delta, entries.indices, entries.base, Use.of(entries), product)
     return output if leading is None else output.unflatten(0, leading)
 
 
-def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int | None = None) -> Tensor:
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    entries: Entries,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
     """`torch.nn.functional.embedding` with a patched weight; the gradient walks the tokens, never the vocabulary.
 
     Args:
@@ -95,16 +153,19 @@ def embedding(input: Tensor, weight: Tensor, entries: Entries, padding_idx: int 
         weight: `[vocabulary, features]`, frozen.
         entries: the chosen entries of weight.
         padding_idx: this token gives no gradient.
+        max_norm: rows of a larger norm are scaled down to it; weight keeps its values.
+        norm_type: the p of that norm.
+        scale_grad_by_freq: divide the gradient of a row by the number of its tokens.
 
     Returns:
         `[*input.shape, features]`.
     """
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
+    lookup = Lookup(padding_idx, max_norm, norm_type, scale_grad_by_freq)
     if _is_written_without_autograd(weight, entries):
-        return F.embedding(input, weight)
-    use = Use(entries.scale, _written(entries), _candidates(entries), padding_idx=padding_idx)
-    return _Embedding.apply(input, weight, entries.delta, entries.indices, entries.base, use)
+        return lookup(input, weight)
+    return _Embedding.apply(input, weight, entries.delta, entries.indices, entries.base, Use.of(entries), lookup)
 
 
 def alias(weight: Tensor, entries: Entries, copy: bool = False) -> Tensor:
@@ -120,8 +181,7 @@ def alias(weight: Tensor, entries: Entries, copy: bool = False) -> Tensor:
     """
     if copy:
         weight = weight.clone()
-    use = Use(entries.scale, _written(entries), _candidates(entries))
-    return _Alias.apply(weight, entries.delta, entries.indices, entries.base, use)
+    return _Alias.apply(weight, entries.delta, entries.indices, entries.base, Use.of(entries))
 
 
 def written_in_backward(output: Any, weight: Tensor, entries: Entries) -> None:
@@ -138,18 +198,6 @@ def written_in_backward(output: Any, weight: Tensor, entries: Entries) -> None:
         node.register_prehook(lambda grads: entries.ensure(weight))
 
 
-def _written(entries: Entries) -> Written | None:
-    if torch.compiler.is_compiling():
-        return None
-    if entries.written is not None and not torch.is_grad_enabled():
-        entries.written.forget()
-    return entries.written
-
-
-def _candidates(entries: Entries) -> Candidates | None:
-    return None if torch.compiler.is_compiling() else entries.candidates
-
-
 def _is_written_without_autograd(weight: Tensor, entries: Entries) -> bool:
     """Whether no gradient is wanted; the weight is written then. An autograd function costs more than a small product."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -160,11 +208,6 @@ def _is_written_without_autograd(weight: Tensor, entries: Entries) -> bool:
     return True
 
 
-def _product(input: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None, transposed: bool) -> Tensor:
-    used = weight if cast is None else weight.to(cast)
-    return F.linear(input, used.t() if transposed else used, bias)
-
-
 class _Linear(torch.autograd.Function):
     """Forward: y = x W^T + b.  Backward: dx = dy W, ddelta = scale * (dy^T x)[indices] (SDDMM), db = sum dy.
 
@@ -172,33 +215,32 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, delta, indices, base, use):
+    def forward(ctx, input, weight, bias, delta, indices, base, use, product):
         use.write(weight, delta, indices, base)
         ctx.save_for_backward(input, weight, delta, indices, base)
-        ctx.use = use
-        return _product(input, weight, bias, use.cast, use.transposed)
+        ctx.use, ctx.product = use, product
+        return product(input, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         input, weight, delta, indices, base = ctx.saved_tensors
-        use = ctx.use
+        use, product = ctx.use, ctx.product
         use.write(weight, delta, indices, base)
         use.forget()
         grad_input = grad_bias = grad_delta = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[0]:
-            used = weight if use.cast is None else weight.to(use.cast)
-            grad_input = (rows @ (used.t() if use.transposed else used)).view(input.shape)
+            grad_input = (rows @ product.rows_of(weight)).view(input.shape)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         if ctx.needs_input_grad[3]:
             columns = input.reshape(-1, input.shape[-1])
-            left, right = (columns, rows) if use.transposed else (rows, columns)
-            grad_delta = use.to_delta(ops.sddmm(left, right, indices, use.schedule), delta)
+            left, right = (columns, rows) if product.transposed else (rows, columns)
+            grad_delta = use.to_delta(ops.sddmm(left, right, indices, product.schedule), delta)
             if use.candidates is not None:
                 use.candidates.add_linear(left, right)
-        return grad_input, None, grad_bias, grad_delta, None, None, None
+        return grad_input, None, grad_bias, grad_delta, None, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -208,25 +250,26 @@ class _Embedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tokens, weight, delta, indices, base, use):
+    def forward(ctx, tokens, weight, delta, indices, base, use, lookup):
         use.write(weight, delta, indices, base)
         ctx.save_for_backward(tokens, delta, indices)
-        ctx.use, ctx.vocabulary = use, weight.shape[0]
-        return F.embedding(tokens, weight)
+        ctx.use, ctx.lookup, ctx.vocabulary = use, lookup, weight.shape[0]
+        return lookup(tokens, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         tokens, delta, indices = ctx.saved_tensors
-        use = ctx.use
+        use, lookup = ctx.use, ctx.lookup
         use.forget()
         grad_delta = None
         if ctx.needs_input_grad[2]:
-            rows, tokens = grad_output.reshape(-1, grad_output.shape[-1]), tokens.flatten()
-            grad_delta = use.to_delta(ops.embedding_grad(rows, tokens, indices, use.padding_idx), delta)
+            tokens = tokens.flatten()
+            rows = lookup.grad_of_rows(grad_output, tokens, ctx.vocabulary)
+            grad_delta = use.to_delta(ops.embedding_grad(rows, tokens, indices, lookup.padding_idx), delta)
             if use.candidates is not None:
-                use.candidates.add_embedding(rows, tokens, ctx.vocabulary, use.padding_idx)
-        return None, None, grad_delta, None, None, None
+                use.candidates.add_embedding(rows, tokens, ctx.vocabulary, lookup.padding_idx)
+        return None, None, grad_delta, None, None, None, None
 
 
 class _Alias(torch.autograd.Function):

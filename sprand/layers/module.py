@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -159,13 +159,20 @@ class _SparseRecurrent(SparseModule):
 
 
 class _SparseEmbedding(SparseModule):
-    """An embedding: the gradient of the chosen entries walks the tokens, no gradient of the vocabulary exists."""
+    """An embedding: the gradient of the chosen entries walks the tokens, no gradient of the vocabulary exists.
+
+    With `max_norm`, rows are scaled as they are looked up, so that the weight keeps its base.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
-        if not self._sprand_active or not plain:
+        weight = self._parameters["weight"]
+        options = self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq
+        if self._sprand_active:
+            return functional.embedding(input, weight, self.sparse_entries(), *options)
+        if self.max_norm is None:
             return super().forward(input)
-        return functional.embedding(input, self._parameters["weight"], self.sparse_entries(), self.padding_idx)
+        self.write_weights()
+        return functional.Lookup(*options)(input, weight)
 
 
 def _kind_of(cls: type[nn.Module]) -> type[SparseModule]:
@@ -199,23 +206,46 @@ def write_parameters(items: Sequence[tuple[SparseModule, str, bool]]) -> None:
     One call of an operator for all parameters of a device; a parameter of several modules is written by each, in their order.
     Of a DTensor each rank writes its part; what ZeRO-3 has put away is left alone, it is written where it is used.
     """
-    calls: dict[tuple[int, torch.device, bool], list[tuple[Tensor, Entries]]] = {}
+    calls: dict[tuple[int, torch.device, bool], list[_Write]] = {}
     met: Counter[int] = Counter()
     for module, name, trained in items:
-        weight, entries = module._parameters[name], module.sparse_entries(name)
+        write = _Write(module._parameters[name], module.sparse_entries(name), trained)
+        if not write.is_plain:
+            write.alone()
+            continue
+        turn = met[id(write.weight)]
+        met[id(write.weight)] += 1
+        calls.setdefault((turn, write.weight.device, trained), []).append(write)
+    for (_, _, trained), writes in sorted(calls.items(), key=lambda call: call[0][0]):
+        write_all([write.weight for write in writes], [write.entries for write in writes], trained)
+
+
+class _Write(NamedTuple):
+    """One parameter that is to hold its trained values or, bit for bit, its base."""
+
+    weight: Tensor
+    entries: Entries
+    trained: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it can be written by one call together with others."""
+        tensors = self.weight.data, self.entries.delta.data
+        at_hand = not sharding.is_partition(self.weight) and all(type(tensor) is Tensor for tensor in tensors)
+        return at_hand and self.weight.dtype == self.entries.base.dtype
+
+    def alone(self) -> None:
+        """Write it by a call of its own, or as much of it as this rank holds."""
+        weight, entries = self.weight, self.entries
         if sharding.is_partition(weight) or (weight.is_meta and sharding.is_dtensor(weight)):
-            continue
+            return
         if sharding.is_dtensor(weight):
-            delta = sharding.whole(entries.delta) if trained else None
+            delta = sharding.whole(entries.delta) if self.trained else None
             sharding.patch_(weight, entries.indices, entries.base, delta, entries.scale)
-            continue
-        if type(weight.data) is not Tensor or type(entries.delta.data) is not Tensor or weight.dtype != entries.base.dtype:
-            entries.write(weight) if trained else entries.restore(weight)
-            continue
-        calls.setdefault((met[id(weight)], weight.device, trained), []).append((weight, entries))
-        met[id(weight)] += 1
-    for (_, _, trained), targets in sorted(calls.items(), key=lambda call: call[0][0]):
-        write_all(*zip(*targets, strict=True), trained)
+        elif self.trained:
+            entries.write(weight)
+        else:
+            entries.restore(weight)
 
 
 def targets_by_delta() -> dict[int, tuple[SparseModule, str]]:
