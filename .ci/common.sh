@@ -1,7 +1,7 @@
 # What .ci/run and .ci/packages share: where things are, a folder to work in, clean sources, and Python with another sprand.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-unset PYTHONPATH SPRAND_CPU SPRAND_CUDA SPRAND_HOST
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+unset PYTHONPATH SPRAND_CPU SPRAND_CUDA SPRAND_HOST TORCH_CUDA_ARCH_LIST
 
 ROOT=$PWD
 PYTHON=$ROOT/.venv/bin/python

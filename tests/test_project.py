@@ -73,6 +73,15 @@ def test_workflows_call_what_a_developer_calls(workflow):
         assert (program == "make" and arguments[0] in TARGETS) or (ROOT / program).is_file(), command
 
 
+def test_the_checks_run_the_commands_of_the_readme_as_printed():
+    """An environment or options that only the checks have would hide what fails for a reader."""
+    printed = re.findall(r"^(make (?:test|demo))\b", read("README.md"), re.M)
+    assert sorted(printed) == ["make demo", "make test"]
+    called = [line.strip() for line in read(".ci/run").splitlines() if re.search(r"\bmake (test|demo)\b", line)]
+    assert 'section "Tests" make test' in called
+    assert [line for line in called if re.search(r"(env|\w+=\S*) +make (test|demo)", line)] == []
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.name)
 def test_issue_forms_ask_for_the_doctor(form):
     fields = yaml.safe_load(form.read_text())["body"]
