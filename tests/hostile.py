@@ -24,7 +24,7 @@ def written(root: Path) -> Path:
     for name, make in {
         "drawn": lambda: sprand.apply(built(MLP), density=0.05),
         "given": lambda: sprand.apply(built(MLP), strategy={"second.weight": torch.arange(0, 99, 7)}, modules_to_save=["third"]),
-        "folded": lambda: redrawn(sprand.apply(built(MLP), density=0.02, target_modules=["second"])),
+        "frozen": lambda: redrawn(sprand.apply(built(MLP), density=0.02, target_modules=["second"])),
     }.items():
         model = make()
         for p in sprand.parameters(model):

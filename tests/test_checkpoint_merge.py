@@ -225,14 +225,14 @@ def test_weights_in_another_form_are_not_carried_over(sharded, tmp_path):
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("folded", [False, True], ids=["head", "head and frozen entries"])
-def test_a_classifier_on_an_encoder_gains_its_head(tmp_path, folded):
+@pytest.mark.parametrize("frozen", [False, True], ids=["head", "head and frozen entries"])
+def test_a_classifier_on_an_encoder_gains_its_head(tmp_path, frozen):
     """Names lose the prefix `bert.`, the head is added, and a mask that was redrawn left entries behind."""
     base = bert(tmp_path)
     make = transformers.AutoModelForSequenceClassification.from_pretrained
     model = make(base, num_labels=3)
     changed(sprand.apply(model, density=0.05, modules_to_save=["classifier"]))
-    if folded:
+    if frozen:
         redrawn(model)
     sprand.save(model, tmp_path / "adapter")
     said = merge(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")

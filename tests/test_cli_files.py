@@ -91,7 +91,7 @@ def tuned(tmp_path):
 def test_diff_gives_an_adapter_that_merges_to_the_tuned_checkpoint(base, tuned, tmp_path, capsys):
     assert run("diff", base, tuned, "-o", tmp_path / "made") == 0
     said = capsys.readouterr().out
-    assert "513 of 3,152 entries differ (16.2754%), in 2 tensors" in said and "1 of them as values" in said
+    assert "513 of 3,152 entries differ (16.2754%), in 2 tensors" in said and "1 of them as frozen values" in said
     assert run("merge", base, tmp_path / "made", tmp_path / "out", "--no-base-values") == 0
     assert content_of(tmp_path / "out")["model.safetensors"] == content_of(tuned)["model.safetensors"]
     assert run("diff", base, base, "-o", tmp_path / "none") == 2

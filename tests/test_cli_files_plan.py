@@ -102,10 +102,10 @@ def sparse(tmp_path):
     return model, base
 
 
-@pytest.mark.parametrize("folded", [False, True], ids=["plain", "frozen entries"])
-def test_vllm_patches_give_the_trained_weights(sparse, tmp_path, folded, capsys):
+@pytest.mark.parametrize("frozen", [False, True], ids=["plain", "frozen entries"])
+def test_vllm_patches_give_the_trained_weights(sparse, tmp_path, frozen, capsys):
     model, base = sparse
-    if folded:
+    if frozen:
         redrawn(model)
     sprand.save(model, tmp_path / "adapter")
     assert run("export", tmp_path / "adapter", "--to", "vllm-patch", "-o", tmp_path / "out") == 2

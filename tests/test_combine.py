@@ -177,7 +177,7 @@ def test_a_combined_adapter_trains_on_and_is_told_of(three):
 def test_what_cannot_be_combined_or_taken_out(three):
     a, b, c, base, out = (three / name for name in ("a", "b", "c", "base", "out"))
     sprand.save(redrawn(changed(sprand.apply(built(MLP), density=0.1))), three / "moved")
-    with pytest.raises(ValueError, match="stored as values"):
+    with pytest.raises(ValueError, match="has frozen entries"):
         combine([(a, 1.0), (three / "moved", 1.0)], base, out)
     with pytest.raises(ValueError, match="weights: expected finite numbers, got nan"):
         combine([(a, float("nan"))], base, out)

@@ -146,10 +146,10 @@ def test_entries_that_a_redrawn_mask_left_behind_are_avoided(tmp_path):
     model = redrawn(changed(sprand.apply(built(MLP), density=0.3)))
     sprand.save(model, tmp_path)
     adapter = model._sprand.adapters["default"]
-    folded = {name: frozen.indices for name, frozen in adapter.frozen.items()}
-    assert any(indices.numel() for indices in folded.values())
+    frozen = {name: frozen.indices for name, frozen in adapter.frozen.items()}
+    assert any(indices.numel() for indices in frozen.values())
     for mask in (sprand.select(built(MLP), density=0.3, disjoint=tmp_path), sprand.select(model, density=0.3, disjoint=True)):
-        assert apart(folded, mask) and apart(adapter.indices, mask)
+        assert apart(frozen, mask) and apart(adapter.indices, mask)
 
 
 def test_tied_weights_are_one_under_every_name():

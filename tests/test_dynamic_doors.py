@@ -222,7 +222,7 @@ def test_the_example_runs(capsys):
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_new_base_under_folded_entries_is_refused(tmp_path, loaded):
+def test_a_new_base_under_frozen_entries_is_refused(tmp_path, loaded):
     model = saved(tmp_path, "recompute")
     model = sprand.load(built(MLP), tmp_path) if loaded else model
     before = bits(model)

@@ -52,7 +52,7 @@ def contents(path):
 READERS = {
     "drawn": (f"drawn/{WEIGHTS_FILE}", lambda root: contents(root / "drawn")),
     "given": (f"given/{WEIGHTS_FILE}", lambda root: contents(root / "given")),
-    "folded": (f"folded/{WEIGHTS_FILE}", lambda root: contents(root / "folded")),
+    "frozen": (f"frozen/{WEIGHTS_FILE}", lambda root: contents(root / "frozen")),
     "mask": ("mask.safetensors", lambda root: dict(sprand.Mask.load(root / "mask.safetensors"))),
     "state": ("state.safetensors", lambda root: states.read(root / "state.safetensors", "test")),
 }
@@ -145,7 +145,7 @@ def resealed(folder: Path, out: Path, change) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", ["drawn", "given", "folded"])
+@pytest.mark.parametrize("kind", ["drawn", "given", "frozen"])
 def test_fields_of_other_types_are_refused_in_a_sentence(folder, tmp_path, kind):
     """Whoever makes such a file makes its checksum, too: types and ranges are checked all the same."""
     model, description = built(MLP), AdapterFile.read(folder / kind).description

@@ -179,10 +179,10 @@ def test_adapters_of_the_first_version_stay_readable(tmp_path, folder):
 
 
 def test_peft_says_in_a_sentence_what_it_cannot_hold(tmp_path):
-    sprand.save(redrawn(sprand.apply(built(MLP), density=0.05, target_modules=["second"])), tmp_path / "folded")
+    sprand.save(redrawn(sprand.apply(built(MLP), density=0.05, target_modules=["second"])), tmp_path / "frozen")
     sprand.save(trained_further(sprand.apply(built(Tied), density=0.2, modules_to_save=["embed"])), tmp_path / "tied")
     for cls, name, match in (
-        (MLP, "folded", "keeps entries as values .*sprand.load"),
+        (MLP, "frozen", "has frozen entries .*sprand.load"),
         (Tied, "tied", "trained embed.weight in full, which this model ties to out.weight.*sprand.load"),
     ):
         model = built(cls)

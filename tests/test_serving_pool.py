@@ -53,7 +53,7 @@ def test_a_bf16_base_serves_what_loading_an_fp32_adapter_into_it_gives(four):
         assert_same_bits(bits(model), merged(cast(), path))
 
 
-def test_folded_entries_of_a_redrawn_mask_are_served(tmp_path):
+def test_frozen_entries_of_a_redrawn_mask_are_served(tmp_path):
     model = sprand.apply(built(MLP), density=0.2)
     optimizer = sprand.SparseAdamW(model, lr=1e-2)
     mask = sprand.DynamicMask(model, optimizer, every=2, fraction=0.5)
@@ -63,11 +63,11 @@ def test_folded_entries_of_a_redrawn_mask_are_served(tmp_path):
         optimizer.step()
         mask.step()
         optimizer.zero_grad()
-    folded, plain = sprand.save(model, tmp_path / "folded"), trained(built(MLP), tmp_path / "plain")
+    frozen, plain = sprand.save(model, tmp_path / "frozen"), trained(built(MLP), tmp_path / "plain")
     pool = AdapterPool(served := built(MLP))
-    pool.add("folded", folded)
-    pool.switch("folded")
-    assert_same_bits(bits(served), merged(built(MLP), folded))
+    pool.add("frozen", frozen)
+    pool.switch("frozen")
+    assert_same_bits(bits(served), merged(built(MLP), frozen))
     pool.add("plain", plain)
     pool.switch("plain")
     assert_same_bits(bits(served), merged(built(MLP), plain))

@@ -33,7 +33,7 @@ class Trained:
         delta: `[nnz]`, float32 or float64.
         base: `[nnz]`, what the parameter held there before any training, in its dtype.
         indices: `[nnz]`, flat, sorted; None where a seed draws them.
-        frozen: entries that are kept as values, under the deltas; None where there are none.
+        frozen: its frozen entries, which are kept as values under the deltas; None where there are none.
     """
 
     shape: tuple[int, ...]
@@ -210,7 +210,7 @@ class AdapterFile:
 
     @property
     def has_frozen(self) -> bool:
-        """Whether it keeps entries as values: those of a redrawn mask, or what `sprand diff` could not hold as deltas."""
+        """Whether it has frozen entries: those of a redrawn mask, or what `sprand diff` could not hold as deltas."""
         return any("frozen" in target for target in self.targets.values())
 
     def delta(self, name: str) -> Tensor | None:
@@ -245,7 +245,7 @@ class AdapterFile:
         return indices.to(pattern.index_dtype(numel)), delta
 
     def frozen(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The entries of a parameter that are kept as values, proven; None where there are none.
+        """The frozen entries of a parameter, proven; None where there are none.
 
         Returns:
             Their indices `[n]`, flat and sorted, and their values `[n]`.
@@ -278,7 +278,7 @@ class AdapterFile:
             check_base(self.path, name, base, self.targets[name]["fingerprint"])
 
     def check_frozen_base(self, name: str, base: Tensor) -> None:
-        """Prove that `base` `[n]` is what the entries that are kept as values started from.
+        """Prove that `base` `[n]` is what the frozen entries of a parameter started from.
 
         Raises:
             ValueError: The adapter was trained on another base.
@@ -299,7 +299,7 @@ class AdapterFile:
             raise ValueError(f"{self.path} trained whole modules ({', '.join(self.heads)}), which cannot be mixed; {instead}")
         if self.has_frozen:
             raise ValueError(
-                f"{self.path} has entries that are stored as values (of a redrawn mask, or sprand diff), which cannot be "
+                f"{self.path} has frozen entries (of a redrawn mask, or sprand diff), which cannot be "
                 "mixed; merge it alone, with weight 1"
             )
 

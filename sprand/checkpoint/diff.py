@@ -31,7 +31,7 @@ class Difference:
         folder: the adapter.
         changed: how many entries differ.
         kept: how many of them the adapter holds.
-        values: how many of those as values, because no delta gives them exactly.
+        values: how many of those as frozen values, because no delta gives them exactly.
         tensors: how many tensors they are in, of `compared`.
         compared: tensors that both have.
         added: tensors that only the tuned checkpoint has, or in another shape; kept whole.
@@ -60,7 +60,7 @@ def diff(
 
     Every entry that differs, in any bit, is kept as the float32 delta that gives the tuned value when it is added to the base
     value and rounded, and that is proven. The few for which there is none (a value far smaller than the change that led to it,
-    or a zero that changed its sign) are kept as values. So merging the adapter into the base gives the tuned checkpoint.
+    or a zero that changed its sign) are kept as frozen values. So merging the adapter into the base gives the tuned checkpoint.
 
     Args:
         base: folder of the base checkpoint, or one safetensors file.
@@ -166,7 +166,7 @@ class _Differing:
         return _Differing(self.stored, *(values[places] for values in lists))
 
     def trained(self) -> Trained:
-        """The entries as an adapter holds them: deltas, and values where no delta is exact."""
+        """The entries as an adapter holds them: deltas, and frozen values where no delta is exact."""
         exact, indices = self.exact, self.indices.to(pattern.index_dtype(self.stored.numel))
         frozen = None if exact.all() else Frozen(indices[~exact], self.tuned[~exact], self.base[~exact])
         return Trained(self.stored.shape, self.deltas[exact], self.base[exact], indices[exact], frozen)

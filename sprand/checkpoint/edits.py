@@ -21,7 +21,7 @@ from .stream import Progress
 
 
 class Edit:
-    """The entries of one tensor that adapters change: `cast(base + delta)`, rounded once, over values that are set.
+    """The entries of one tensor that adapters change: `cast(base + delta)`, rounded once, over frozen entries.
 
     Args:
         stored: the tensor.
@@ -45,7 +45,7 @@ class Edit:
 
     @property
     def frozen(self) -> PartedEntries:
-        """The entries that are given as values, under the deltas, and these values.
+        """The frozen entries, which lie under the deltas, and their values.
 
         Raises:
             ValueError: An adapter is damaged.
@@ -213,7 +213,7 @@ class Edits:
             parameter.prove()
 
     def base_values(self) -> dict[str, Tensor]:
-        """What the changed tensors held before, by `base.`, `set.` and `whole.` and their names."""
+        """What the changed tensors held before, by their names after `base.`, `set.` (frozen entries) and `whole.`."""
         values: dict[str, Tensor] = {}
         for name, edit in self.by_tensor.items():
             if isinstance(edit, Overwrite):

@@ -23,7 +23,7 @@ class ParameterEntries:
     Attributes:
         indices: `[n]`, flat, sorted.
         deltas: `[n]`, float32 (float64 for float64 tensors).
-        frozen_indices, frozen_values: entries that are given as values, under the deltas; flat, sorted.
+        frozen_indices, frozen_values: the frozen entries, which lie under the deltas; flat, sorted.
         positions: where the entries of each adapter stand in `indices`; None for all of them in order.
     """
 

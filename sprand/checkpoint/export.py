@@ -114,7 +114,9 @@ def dense_delta(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, 
     """`delta.safetensors`, zero where nothing was trained, and `delta.json`; of frozen entries, the difference to the base."""
     whole = [*adapter.heads, *(name for name, target in adapter.targets.items() if "frozen" in target)]
     if applied is None and whole:
-        raise ValueError(f"{adapter.path} holds {whole[0]} as values, whose change is known with the base only; give --base")
+        raise ValueError(
+            f"{adapter.path} holds {whole[0]} in full or frozen, whose change is known with the base only; give --base"
+        )
     if applied is None:
         return _write(folder, "delta", _dense(adapter, folder), {"format": DENSE_FORMAT, "names": "of the model's parameters"})
     tensors: dict[str, Tensor] = {}

@@ -26,7 +26,7 @@ class Line:
     Attributes:
         name, shape: of the parameter.
         nnz: trained entries.
-        values: entries that are kept as values: of a redrawn mask, or of `sprand diff`.
+        values: frozen entries, of a redrawn mask or of `sprand diff`.
         density: both, over all entries.
         rms, largest: root mean square and largest size of the deltas.
         zero: share of the deltas that are zero.

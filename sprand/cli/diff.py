@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
 def _print(difference: Difference, total: int, size: int) -> None:
     share = difference.changed / max(1, total)
     print(f"{difference.changed:,} of {total:,} entries differ ({share:.4%}), in {difference.tensors} tensors")
-    as_values = f"{difference.values:,} of them as values, where no delta rounds to the same bits"
+    as_values = f"{difference.values:,} of them as frozen values, where no delta rounds to the same bits"
     print(f"{difference.kept:,} kept, {as_values if difference.values else 'all as deltas'}; {size:,} bytes")
     if difference.added:
         print(f"kept whole, not in BASE: {', '.join(difference.added)}")

@@ -81,7 +81,7 @@ def _row(line: Line) -> tuple[str, ...]:
     return (
         line.name,
         shape_text(line.shape) or "scalar",
-        f"{line.nnz:,}" + (f" + {line.values:,} values" if line.values else ""),
+        f"{line.nnz:,}" + (f" + {line.values:,} frozen" if line.values else ""),
         f"{line.density:.4%}",
         f"{line.rms:.3g}",
         f"{line.largest:.3g}",

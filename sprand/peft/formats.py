@@ -108,7 +108,7 @@ def _of_files(to: str, adapter: AdapterFile, checkpoint: Checkpoint, edits: Edit
         change = _change_of(parameter)
         if change is None:
             raise ValueError(
-                f"{adapter.path} holds entries of {parameter.name} as values that no change of the base gives exactly, and {to} "
+                f"{adapter.path} holds frozen entries of {parameter.name} that no change of the base gives exactly, and {to} "
                 "stores changes; merge the adapter into its base instead (sprand merge)"
             )
         changes.append(change)

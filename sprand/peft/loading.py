@@ -13,7 +13,7 @@ def check_loadable(config: SprandConfig, model: nn.Module, adapter_name: str) ->
     """Prove that PEFT's door can hold a saved adapter.
 
     Raises:
-        ValueError: The adapter was written by a newer sprand, its configuration is damaged, it keeps entries as values, or it
+        ValueError: The adapter was written by a newer sprand, its configuration is damaged, it has frozen entries, or it
             trained a parameter in full that this model ties to another one.
     """
     called = f"adapter {adapter_name!r}"
@@ -23,7 +23,7 @@ def check_loadable(config: SprandConfig, model: nn.Module, adapter_name: str) ->
         refuse_newer(called, config.versions)
     if any("frozen" in target for target in config.targets.values()):
         raise ValueError(
-            f"{called} keeps entries as values (of a redrawn mask, or sprand diff), which PEFT has no place for; load it by "
+            f"{called} has frozen entries (of a redrawn mask, or sprand diff), which PEFT has no place for; load it by "
             "sprand.load(model, path), or merge it into the files of its base by `sprand merge`"
         )
     if config.sparse_config is not None and config.modules_to_save:

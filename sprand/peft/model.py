@@ -21,12 +21,12 @@ from ..layers.module import close_fast_paths, open_fast_paths
 from ..layers.sites import Site
 from ..selection import pattern
 from .adapter_target import AdapterTarget
-from .combine import combined, rule_of
 from .config import SprandConfig
 from .layer import SprandLayer
 from .loading import check_loadable
 from .plan import Plan, check_same_base, describe, make_plan
 from .quantized import QuantizedLayer
+from .weighted_adapters import combined, rule_of
 
 ELSEWHERE = (
     "save the adapter by model.save_pretrained(path, is_main_process=rank == 0) on every rank, and load it into a model that is "

@@ -67,7 +67,7 @@ def watch(site: Site, candidates: Candidates | None) -> None:
 
 
 def mark_frozen(site: Site) -> None:
-    """Remember that trained values of an earlier mask lie in the weight."""
+    """Remember that frozen entries of an earlier mask lie in the weight."""
     for module, parameter in site.owners:
         module.sparse_target(parameter).frozen = True
 
