@@ -89,7 +89,8 @@ class AttachedModule(SparseModule):
 
     def make_schedule(self, parameter: str) -> None:
         """Settle how a GPU samples the gradient of this parameter; called when its indices or its device change."""
-        weight, target = self._parameters[parameter], self._sprand_targets[parameter]
+        weight = self._parameters[parameter]
+        target = self._sprand_targets[parameter]
         target.schedules = None
         if self._is_sampled and parameter == "weight":
             target.schedules = Schedules.on_gpu(weight, self._buffers[target.indices])
@@ -108,7 +109,9 @@ class AttachedModule(SparseModule):
 
     def _follow(self, parameter: str, place: tuple[torch.device, torch.dtype], delta: Tensor, indices: Tensor) -> None:
         """Let the entries of a parameter, which were `delta` and `indices`, follow it from where it was."""
-        target, weight, entries = self._sprand_targets[parameter], self._parameters[parameter], self.sparse_entries(parameter)
+        weight = self._parameters[parameter]
+        target = self._sprand_targets[parameter]
+        entries = self.sparse_entries(parameter)
         target.written.forget()
         dtype = ops.accumulation_dtype(weight.dtype)
         if entries.delta.dtype != dtype:
@@ -156,9 +159,11 @@ class AttachedModule(SparseModule):
     def _with_new_base(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """The parameters that a checkpoint has without their entries."""
 
-        def is_given(name: str) -> bool:  # torch.distributed.checkpoint adds what is missing: our own tensors themselves
+        def is_given(name: str) -> bool:
             value = state_dict.get(prefix + name)
-            return value is not None and value is not self._parameters.get(name) and value is not self._buffers.get(name)
+            own = self._parameters.get(name), self._buffers.get(name)
+            # torch.distributed.checkpoint adds what is missing: our own tensors themselves
+            return value is not None and all(value is not tensor for tensor in own)
 
         return [name for name, target in self._sprand_targets.items() if is_given(name) and not is_given(target.base)]
 

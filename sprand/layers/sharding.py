@@ -62,10 +62,10 @@ def kind_of(model: nn.Module) -> str | None:
 
 
 def refuse(model: nn.Module, what: str, instead: str) -> None:
-    """Raise if `model` is sharded.
+    """Refuse a sharded model.
 
     Raises:
-        ValueError: it is; the message says what to do instead.
+        ValueError: The model is sharded; the message says what to do instead.
     """
     kind = kind_of(model)
     if kind is not None:
@@ -73,10 +73,10 @@ def refuse(model: nn.Module, what: str, instead: str) -> None:
 
 
 def refuse_parts(model: nn.Module) -> None:
-    """Raise if positions cannot be drawn in a model, because its weights are not whole; the caller may gather those of ZeRO-3.
+    """Refuse a model in which no positions can be drawn, since its weights are not whole; the caller may gather those of ZeRO-3.
 
     Raises:
-        ValueError: it is sharded.
+        ValueError: The model is sharded.
     """
     if kind_of(model) != "zero3":
         refuse(model, "apply", "apply first, then call fully_shard (tensor parallelism is not supported)")
@@ -99,7 +99,7 @@ def first_rank(model: nn.Module) -> Iterator[bool]:
     """Whether this process is to write a file; of a sharded model only the first does, and the others wait for it.
 
     Raises:
-        RuntimeError: on the ranks that wait, when the first one failed.
+        RuntimeError: The first rank failed; raised on the ranks that wait for it.
     """
     if kind_of(model) is None:
         yield True
@@ -199,10 +199,12 @@ class _Slice:
     def positions(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Flat positions in the slice, of those entries of the whole weight that lie in it; and which entries these are."""
         row = indices // self.row_numel % self.all_rows - self.first
-        here = ((row >= 0) & (row < self.rows)).nonzero().flatten()
-        indices, row = indices[here], row[here]
-        block, offset = indices // (self.all_rows * self.row_numel), indices % self.row_numel
-        return (block * self.rows + row) * self.row_numel + offset, here
+        is_here = (row >= 0) & (row < self.rows)
+        here = is_here.nonzero().flatten()
+        indices = indices[here]
+        block = indices // (self.all_rows * self.row_numel)
+        offset = indices % self.row_numel
+        return (block * self.rows + row[here]) * self.row_numel + offset, here
 
 
 def _slice_of(weight: Tensor) -> _Slice | None:

@@ -111,7 +111,8 @@ class AdapterTarget:
         bases: BufferDict,
         scales: Mapping[str, float] | None = None,
     ) -> None:
-        self.name, self.deltas, self.indices, self.bases = name, deltas, indices, bases
+        self.name = name
+        self.deltas, self.indices, self.bases = deltas, indices, bases
         self.scales = {} if scales is None else scales
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
@@ -121,6 +122,10 @@ class AdapterTarget:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_unions": {}, "_union_bases": {}, "_schedules": {}}
+
+    def known(self, names: Sequence[str]) -> list[str]:
+        """Those of the adapters that train entries of this parameter."""
+        return [name for name in names if name in self.deltas]
 
     def forget(self) -> None:
         """Drop what was derived from indices, base or the weight's place."""
@@ -177,22 +182,24 @@ class AdapterTarget:
         indices, positions = self.union(names)
         delta = torch.zeros(indices.shape, dtype=dtype, device=indices.device)
         for name, position in zip(names, positions, strict=True):
-            delta = delta.index_add(0, position, self.deltas[name].to(delta) * self._scale(name))
+            change = self.deltas[name].to(delta) * self._scale(name)
+            delta = delta.index_add(0, position, change)
         return delta
 
     def write(self, weight: Tensor) -> None:
         """Make the weight hold the merged adapters, or the active ones."""
         deltas = [self.deltas[name] for name in self.in_effect]
-        if deltas and all(map(_is_whole, (weight, *deltas))):
+        if deltas and all(map(is_whole, (weight, *deltas))):
             with torch.no_grad():
                 self.entries(weight).write(weight)
 
     def restore(self, weight: Tensor) -> None:
         """Put the base back, bit for bit."""
         self.written.forget()
-        known = [name for name in self.in_effect if name in self.bases and name not in self.indices.replaced]
-        if known and _is_whole(weight) and not self.bases[known[0]].is_meta:
-            self._restore(weight, known)
+        with_base = [name for name in self.in_effect if name in self.bases and name not in self.indices.replaced]
+        is_at_hand = is_whole(weight) and not any(self.bases[name].is_meta for name in with_base)
+        if with_base and is_at_hand:
+            self._restore(weight, with_base)
 
     @contextmanager
     def pristine(self, weight: Tensor) -> Iterator[None]:
@@ -205,7 +212,7 @@ class AdapterTarget:
 
     def activate(self, weight: Tensor, names: Sequence[str]) -> None:
         """Let other adapters be in effect."""
-        names = tuple(name for name in names if name in self.deltas)
+        names = tuple(self.known(names))
         if names == self.active:
             return
         if not self.merged:
@@ -250,7 +257,7 @@ class AdapterTarget:
     def _read_base(self, weight: Tensor, name: str) -> None:
         self.bases._buffers.pop(name, None)
         others = [other for other in self.in_effect if other != name and other in self.bases]
-        if others and _is_whole(weight):
+        if others and is_whole(weight):
             self._restore(weight, others)
         self._ordered.pop(name, None)
         self.bases[name] = _gather(sharding.whole(weight), self.indices[name], self.in_order(name))
@@ -310,5 +317,6 @@ def _gather(weight: Tensor, indices: Tensor, in_order: bool) -> Tensor:
     return ops.gather(weight.contiguous(), indices) if in_order else weight.flatten()[indices.long()]
 
 
-def _is_whole(tensor: Tensor) -> bool:
+def is_whole(tensor: Tensor) -> bool:
+    """Whether all values of a tensor are at hand: it is an ordinary one, not on the meta device, and in no parts."""
     return type(tensor.data) is Tensor and not tensor.is_meta and tensor.numel() > 0

@@ -16,7 +16,7 @@ from ..kernels import ops
 from ..layers import sharding
 from ..layers.attached import BASE, DELTA, INDICES
 from ..layers.sites import Owner, Site, site_of
-from .adapter_target import AdapterTarget, Delta, Deltas, Positions
+from .adapter_target import AdapterTarget, Delta, Deltas, Positions, is_whole
 from .config import SprandConfig
 from .hosted import host, unhost
 
@@ -103,12 +103,13 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) or () if self.trains(name)]
         if not names:
             return
+        merged = [*self.merged_adapters, *names]
         if safe_merge:
             for _, weight, target in self.weights():
-                self._check_finite(target, weight, [name for name in (*self.merged_adapters, *names) if name in target.deltas])
+                self._check_finite(target, weight, target.known(merged))
         self.merged_adapters.extend(names)
         for _, weight, target in self.weights():
-            target.merge(weight, [name for name in self.merged_adapters if name in target.deltas])
+            target.merge(weight, target.known(merged))
 
     def unmerge(self) -> None:
         """Put the base back into the weights, bit for bit."""
@@ -140,28 +141,33 @@ class SprandLayer(nn.Module, BaseTunerLayer):
 
     def base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
         """The original entries `[nnz]` of an adapter; None where the base is quantized."""
-        target, weight = self.hosted[parameter], self.get_base_layer()._parameters[parameter]
-        if weight.is_meta or type(weight.data) is not Tensor or not weight.numel():
-            return target.bases._buffers.get(adapter_name)
-        return target.entries(weight, (adapter_name,)).base
+        target = self.hosted[parameter]
+        weight = self.get_base_layer()._parameters[parameter]
+        if is_whole(weight):
+            return target.entries(weight, (adapter_name,)).base
+        return target.bases._buffers.get(adapter_name)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The change that an adapter makes to `weight`, dense, float32."""
-        target, site = self.hosted["weight"], self.site("weight")
-        dense = torch.zeros(site.shape, dtype=target.deltas[adapter_name].dtype, device=target.deltas[adapter_name].device)
-        dense.view(-1)[target.indices[adapter_name].long()] = target.deltas[adapter_name].detach()
+        target = self.hosted["weight"]
+        delta = target.deltas[adapter_name].detach()
+        indices = target.indices[adapter_name].long()
+        dense = torch.zeros(self.site("weight").shape, dtype=delta.dtype, device=delta.device)
+        dense.view(-1)[indices] = delta
         return dense
 
     def _containers(self, parameter: str) -> tuple[nn.ModuleDict, Positions, BufferDict]:
+        """The modules that hold a parameter's deltas, indices and bases, by adapter; made when they are first asked for."""
         suffix = "" if parameter == "weight" else f"_{parameter}"
-        if not hasattr(self, DELTA + suffix):
-            self.add_module(DELTA + suffix, nn.ModuleDict())
-            self.add_module(INDICES + suffix, Positions())
-            self.add_module(BASE + suffix, BufferDict(persistent=False))
+        names = DELTA + suffix, INDICES + suffix, BASE + suffix
+        if names[0] not in self._modules:
+            for name, module in zip(names, (nn.ModuleDict(), Positions(), BufferDict(persistent=False)), strict=True):
+                self.add_module(name, module)
             if suffix:
-                self.adapter_layer_names = (*self.adapter_layer_names, DELTA + suffix)
-                self.other_param_names = (*self.other_param_names, INDICES + suffix, BASE + suffix)
-        return self._modules[DELTA + suffix], self._modules[INDICES + suffix], self._modules[BASE + suffix]
+                self.adapter_layer_names = (*self.adapter_layer_names, names[0])
+                self.other_param_names = (*self.other_param_names, *names[1:])
+        deltas, indices, bases = (self._modules[name] for name in names)
+        return deltas, indices, bases
 
     def _host(self, site: Site) -> None:
         target = self.hosted[site.parameter]
@@ -193,8 +199,8 @@ class SprandLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for _, weight, target in self.weights():
-            if adapter_name in target.deltas and not target.deltas[adapter_name].is_meta and weight is not None:
-                delta = target.deltas[adapter_name]
+            delta = target.deltas.get(adapter_name)
+            if delta is not None and weight is not None and not delta.is_meta:
                 delta.data = delta.data.to(device or weight.device)
 
     def __getattr__(self, name: str) -> Any:

@@ -25,8 +25,8 @@ class SparseAdamW(torch.optim.AdamW):
 
     Weight decay pulls a delta to zero, that is its weight back to the pre-trained value.
 
-    A step leaves every weight up to date, and the next forward does not write it again. Code that then changes a delta
-    behind autograd's back (through `delta.data`) must call `sprand.write(model)`.
+    A step leaves every weight up to date, and the next forward does not write it again, unless its delta has changed. A change
+    that neither autograd nor the delta's memory shows (in place, through `delta.data`) asks for `sprand.write(model)`.
 
     Under DistributedDataParallel the step is fused. Under FSDP2 and ZeRO deltas are sharded, dense parameters to it: the step is
     that of `torch.optim.AdamW(fused=True)`, and layers write their weights. DeepSpeed asks for `"zero_allow_untested_optimizer":
