@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,35 @@ def test_no_room_reads_what_is_private_to_another(path):
             private = [alias.name for alias in node.names if re.match("_[^_]", alias.name) and alias.name not in NATIVE]
             outside = origin.startswith("sprand") and room_of(origin.removeprefix("sprand").removeprefix(".")) != own
             assert not (private and outside), f"{called(path)} imports {', '.join(private)} of {origin}"
+
+
+OURS = re.compile(r"_sprand")  # how an attribute starts that we put on a user's model or module
+
+
+def marks_of(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+    """Our attributes that a file names, by an access or as text, and whether it is their owner: one that sets or defines them."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name, ctx=context):
+                yield name, isinstance(context, ast.Store)
+            case ast.Constant(value=str(name)):
+                yield name, False
+            case ast.AnnAssign(target=ast.Name(id=name)) | ast.FunctionDef(name=name):
+                yield name, True
+
+
+def test_only_its_room_reads_what_is_put_on_a_users_module():
+    used, owned = {}, {}
+    for path in MODULES:
+        room = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+        for name, owner in marks_of(ast.parse(path.read_text())):
+            if OURS.match(name):
+                used.setdefault(name, set()).add(room)
+                if owner:
+                    owned.setdefault(name, set()).add(room)
+    shared = {name: rooms for name, rooms in used.items() if len(rooms) > 1}
+    strangers = {name: sorted(rooms - owned.get(name, set())) for name, rooms in shared.items()}
+    assert used and not any(strangers.values()), f"private to other rooms: {strangers}"
 
 
 def test_kernels_know_tensors_only():

@@ -116,7 +116,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     _refuse_to_disable(model, state)
     sharding.reshard(model)
     modules = [module for _, module in sparse_modules(model)]
-    active = [module._sprand_active for module in modules]
+    active = [module.sparse_active for module in modules]
     trained = put_saved(model, state.base_saved)
     set_active(modules, [False] * len(modules))
     put_frozen(model, state.current, trained=False)

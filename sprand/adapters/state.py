@@ -112,5 +112,5 @@ def mask_of(model: nn.Module) -> Mask:
 def tensor_names(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """The names, in the state of a model, of delta, indices and base of every targeted parameter of every module."""
     for prefix, module in sparse_modules(model):
-        for target in module._sprand_targets.values():
-            yield joined(prefix, target.delta), joined(prefix, target.indices), joined(prefix, target.base)
+        for delta, indices, base in module.sparse_tensors():
+            yield joined(prefix, delta), joined(prefix, indices), joined(prefix, base)

@@ -84,6 +84,10 @@ class AttachedModule(SparseModule):
     def sparse_sites(self, prefix: str) -> Iterator[Site]:
         return (site_of(joined(prefix, parameter), self, parameter) for parameter in self._sprand_targets)
 
+    def sparse_tensors(self) -> Iterator[tuple[str, str, str]]:
+        """The names of the delta, the indices and the base of every targeted parameter."""
+        return ((target.delta, target.indices, target.base) for target in self._sprand_targets.values())
+
     def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
         return ((self._parameters[target.delta], name) for name, target in self._sprand_targets.items())
 
@@ -286,7 +290,7 @@ def detach(modules: Sequence[SparseModule], keep: bool) -> None:
             for name in (target.delta, target.indices, target.base):
                 delattr(module, name)
         untrack(module)
-        module.__class__ = module._sprand_class
+        module.__class__ = module.plain_class
         del module._sprand_targets, module._sprand_active
 
 

@@ -67,6 +67,16 @@ class SparseModule(nn.Module):
         """What is kept of one targeted parameter beside its tensors."""
         return self._sprand_targets[parameter]
 
+    @property
+    def sparse_active(self) -> bool:
+        """Whether the trained entries are in effect; without them the module is its base."""
+        return self._sprand_active
+
+    @property
+    def plain_class(self) -> type[nn.Module]:
+        """The module's own class, without what trains entries."""
+        return self._sprand_class
+
     def write_weights(self) -> None:
         """Make every targeted parameter hold its trained values now (its base values while disabled)."""
         write_parameters([(self, parameter, self._sprand_active) for parameter in self._sprand_targets])

@@ -98,7 +98,7 @@ def unhost(module: nn.Module) -> None:
     """Give a module its class back; its weights stay as they are."""
     if isinstance(module, HostedModule):
         untrack(module)
-        cls = module._sprand_class
+        cls = module.plain_class
         if "_old_forward" in module.__dict__:
             module._old_forward = types.MethodType(cls.forward, module)
         module.__class__ = cls

@@ -216,7 +216,7 @@ def _fusable(p: nn.Parameter, module: SparseModule, name: str) -> bool:
     if type(p.data) is not Tensor or type(weight.data) is not Tensor or not weight.is_contiguous():
         return False
     entries = module.sparse_entries(name)
-    own = entries.delta is p and module._sprand_active
+    own = entries.delta is p and module.sparse_active
     same_dtypes = entries.base.dtype == weight.dtype and p.dtype == ops.accumulation_dtype(weight.dtype)
     return own and same_dtypes and p.device == weight.device
 
