@@ -125,15 +125,15 @@ def read_range(handle: int, buffer: bytearray, begin: int, end: int) -> Iterator
     """
     view = memoryview(buffer)
     while begin < end:
-        wanted = view[: min(len(view), end - begin)]
-        got = 0
-        while got < len(wanted):
-            count = os.preadv(handle, [wanted[got:]], begin + got)
+        part = view[: min(len(view), end - begin)]
+        done = 0
+        while done < len(part):
+            count = os.preadv(handle, [part[done:]], begin + done)
             if count == 0:
-                raise OSError(f"a file became shorter while it was read: expected {end:,} bytes, got {begin + got:,}")
-            got += count
-        yield begin, wanted
-        begin += got
+                raise OSError(f"a file became shorter while it was read: expected {end:,} bytes, got {begin + done:,}")
+            done += count
+        yield begin, part
+        begin += done
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

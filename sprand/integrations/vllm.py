@@ -146,11 +146,11 @@ class WorkerExtension:
         from vllm.model_executor.model_loader.checkpoint_weight_patch import load_checkpoint_weight_patches
 
         held = getattr(self, "_sprand_held", {})
-        wanted, checksum = read_patches(folder) if folder is not None else ({}, None)
-        merged = list(exchange(held, wanted))
+        new, checksum = read_patches(folder) if folder is not None else ({}, None)
+        merged = list(exchange(held, new))
         if merged:
             load_checkpoint_weight_patches(self.get_model(), merged, validate_unique_indices=False)
-        self._sprand_held = wanted
+        self._sprand_held = new
         return checksum
 
 
@@ -167,19 +167,26 @@ def read_patches(folder: str | os.PathLike[str]) -> tuple[dict[str, TensorPatch]
             raise FileNotFoundError(f"no patches at {folder}: expected {file.name}, as `sprand export --to vllm-patch` writes it")
     try:
         about, tensors = json.loads(text.read_text(encoding="utf-8")), load_file(weights)
-        found, checksum = about["format"], about.get("checksum")
+        written_as, checksum = about["format"], about.get("checksum")
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{folder} is damaged ({error}); export the adapter again") from error
-    if found != PATCH_FORMAT:
-        raise ValueError(f"{folder} has the format {found!r}, expected {PATCH_FORMAT!r}; export the adapter again")
+    if written_as != PATCH_FORMAT:
+        raise ValueError(f"{folder} has the format {written_as!r}, expected {PATCH_FORMAT!r}; export the adapter again")
     if checksum != described.checksum(tensors):
         raise ValueError(f"{folder} is damaged: its values do not match their checksum; export the adapter again")
-    read = {}
-    for entry in about["patches"]:
-        name = entry["name"]
-        parts = (tensors[f"{what}.{name}"] for what in ("indices", "values", "base"))
-        read[name] = TensorPatch(name, tuple(entry["shape"]), getattr(torch, entry["dtype"]), *parts)
-    return read, checksum
+    return {entry["name"]: _patch(entry, tensors) for entry in about["patches"]}, checksum
+
+
+def _patch(entry: dict[str, Any], tensors: dict[str, Tensor]) -> TensorPatch:
+    name = entry["name"]
+    return TensorPatch(
+        name=name,
+        shape=tuple(entry["shape"]),
+        dtype=getattr(torch, entry["dtype"]),
+        indices=tensors[f"indices.{name}"],
+        values=tensors[f"values.{name}"],
+        base=tensors[f"base.{name}"],
+    )
 
 
 def exchange(old: dict[str, TensorPatch], new: dict[str, TensorPatch]) -> Iterator[CheckpointWeightPatch]:

@@ -19,8 +19,8 @@ ANY = object()  # the wish of a forward that takes the weights as they are
 class _Ticket:
     """One waiting thread."""
 
-    def __init__(self, wanted: Hashable) -> None:
-        self.wanted, self.inside = wanted, False
+    def __init__(self, wish: Hashable) -> None:
+        self.wish, self.inside = wish, False
 
 
 class Gate:
@@ -31,7 +31,7 @@ class Gate:
     state at that moment.
 
     Args:
-        change: makes the weights hold a wanted state, and sets `state`; called while no thread is inside.
+        change: makes the weights hold the state of a wish, and sets `state`; called while no thread is inside.
         devices: of the weights. On a GPU a change is ordered behind the kernels of forwards that left before, on any stream.
 
     Attributes:
@@ -50,8 +50,8 @@ class Gate:
         self._written: list[tuple[torch.device, torch.cuda.Event]] = []
 
     @contextmanager
-    def hold(self, wanted: Hashable) -> Iterator[None]:
-        """The weights hold `wanted` inside of the block; with `ANY` they stay what they are.
+    def hold(self, wish: Hashable) -> Iterator[None]:
+        """The weights hold `wish` inside of the block; with `ANY` they stay what they are.
 
         A thread that is inside already enters again at once.
 
@@ -60,8 +60,8 @@ class Gate:
         """
         depth = getattr(self._own, "depth", 0)
         if not depth:
-            self._enter(wanted)
-        elif wanted is not ANY and wanted != self.state:
+            self._enter(wish)
+        elif wish is not ANY and wish != self.state:
             raise RuntimeError("this thread is inside of a block or a forward that uses the weights as they are; leave it first")
         self._own.depth = depth + 1
         try:
@@ -71,8 +71,8 @@ class Gate:
             if not depth:
                 self._leave()
 
-    def _enter(self, wanted: Hashable) -> None:
-        ticket = _Ticket(wanted)
+    def _enter(self, wish: Hashable) -> None:
+        ticket = _Ticket(wish)
         with self._changed:
             self._waiting.append(ticket)
             try:
@@ -104,16 +104,16 @@ class Gate:
         """Change the state, which nobody uses, and let in all that wait for it."""
         for (device, _), event in self._used.items():
             torch.cuda.current_stream(device).wait_event(event)
-        self._change(ticket.wanted)
+        self._change(ticket.wish)
         self._used.clear()
         self._written = [(device, torch.cuda.current_stream(device).record_event()) for device in self._devices]
-        for other in [other for other in self._waiting if other.wanted == ticket.wanted]:
+        for other in [other for other in self._waiting if other.wish == ticket.wish]:
             self._let_in(other)
         self._admit()
 
     def _admit(self) -> None:
         """Let in those at the head of the queue whom the state suits, and wake all others to look whether it is their turn."""
-        while self._waiting and (self._waiting[0].wanted is ANY or self._waiting[0].wanted == self.state):
+        while self._waiting and (self._waiting[0].wish is ANY or self._waiting[0].wish == self.state):
             self._let_in(self._waiting[0])
         self._changed.notify_all()
 

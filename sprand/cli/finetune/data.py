@@ -195,13 +195,13 @@ def _columns(task: str, columns: Sequence[str], settings: Settings) -> dict[str,
     }
 
 
-def check_columns(path: Path, columns: Sequence[str], wanted: Mapping[str, str | None]) -> None:
-    """Prove that a table has the columns that are wanted, by the option that names each.
+def check_columns(path: Path, columns: Sequence[str], names: Mapping[str, str | None]) -> None:
+    """Prove that a table has the columns of these names, each given by the option that names it.
 
     Raises:
         CliError: A column is not there.
     """
-    for option, name in wanted.items():
+    for option, name in names.items():
         if name is not None and name not in columns:
             raise CliError(f"{path}: no column {name!r}, only {_listed(columns)}. Name it with {option}.")
 
