@@ -166,6 +166,7 @@ def combined_by_the_command(base, folder, out):
     assert not combined.heads
     for name in own.targets:
         assert all(map(torch.equal, combined.entries(name), own.entries(name)))
+    assert_same_bits(from_pretrained(base, out / "one", out), load(base, out / "one", out))
     return load(base, folder, out)
 
 
