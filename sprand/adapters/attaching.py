@@ -47,7 +47,8 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     for key in adapter.saved.keys() - state.base_saved.keys():
         state.base_saved[key] = tensors[key].data.clone()
     state.adapters[name] = adapter
-    activate(model, state, name)
+    state.active, state.mixed = name, None
+    _attach(model, adapter, sites)
     return model
 
 
@@ -66,11 +67,10 @@ def activate(model: nn.Module, state: State, active: str | None, mixed: Adapter 
     """Attach an adapter, a mixture of several, or nothing, to a model that has none attached."""
     state.active, state.mixed = active, mixed
     if state.current is not None:
-        _attach(model, state.current)
+        _attach(model, state.current, sites_named(model, state.current.indices))
 
 
-def _attach(model: nn.Module, adapter: Adapter) -> None:
-    sites = sites_named(model, adapter.indices)
+def _attach(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> None:
     put_frozen(model, adapter, trained=True)
     for name, site in sites.items():
         _attach_entries(adapter, name, site)

@@ -86,7 +86,8 @@ def find_targets(view: View, config: SparseConfig, in_full: Collection[str] | No
     whole = _inside(view, _modules_in_full(view, config) if in_full is None else in_full)
     saved = [site for site in view.sites() if any(id(module) in whole for module, _ in site.owners)]
     apart = {site.name for site in saved}
-    sites = [site for site in view.sites() if site.name in names - apart]
+    in_part = names - apart
+    sites = [site for site in view.sites() if site.name in in_part]
     if names and not sites:
         raise ValueError(f"modules_to_save: it trains all targets in full, {', '.join(sorted(names)[:5])}; target more")
     for site in sites:
