@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,8 @@ from ..selection.config import SparseConfig
 from ..selection.targets import sites_named
 from . import optimizer_order
 from .state import Adapter, State, known_state, tensor_names, whole_tensors
+
+Redraw = Callable[[torch.device], Tensor]  # draws indices anew, on a device
 
 
 def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
@@ -82,13 +84,10 @@ def _attach(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> No
 
 def _attach_entries(adapter: Adapter, name: str, site: Site) -> None:
     """Let the adapter's entries of one weight train, in every module that holds it."""
-    indices, delta, base, written = adapter.indices[name], adapter.deltas.get(name), None, None
-    redraw = _redraw_of(adapter.config, name, site, indices.numel())
-    if site.device.type != "meta":
-        indices = adapter.indices[name] = redraw(site.device) if indices.is_meta else indices.to(site.device)
-        delta = None if delta is None or delta.is_meta else delta  # it has left the meta device, as a delta of zeros
-    if delta is not None and delta.device != site.device:
-        delta.data = delta.data.to(site.device)
+    redraw = _redraw_of(adapter.config, name, site, adapter.indices[name].numel())
+    _bring(adapter, name, site.device, redraw)
+    indices, delta = adapter.indices[name], adapter.deltas.get(name)
+    base = written = None
     for module, parameter in site.owners:
         entries = attach(module, parameter, indices, delta, base, redraw=redraw, written=written)
         module.sparse_target(parameter).frozen = name in adapter.frozen
@@ -96,7 +95,19 @@ def _attach_entries(adapter: Adapter, name: str, site: Site) -> None:
     adapter.deltas[name] = delta
 
 
-def _redraw_of(config: SparseConfig, name: str, site: Site, nnz: int) -> Callable[[torch.device], Tensor] | None:
+def _bring(adapter: Adapter, name: str, device: torch.device, redraw: Redraw | None) -> None:
+    """Bring the adapter's tensors of one weight to its device; those on the meta device are made anew, deltas as zeros."""
+    indices, delta = adapter.indices[name], adapter.deltas.get(name)
+    if device.type != "meta":
+        adapter.indices[name] = redraw(device) if indices.is_meta else indices.to(device)
+        if delta is not None and delta.is_meta:
+            del adapter.deltas[name]
+            return
+    if delta is not None and delta.device != device:
+        delta.data = delta.data.to(device)
+
+
+def _redraw_of(config: SparseConfig, name: str, site: Site, nnz: int) -> Redraw | None:
     """What draws the entries anew on another device, where they follow from the seed."""
     if config.strategy not in pattern.RANDOM_STRATEGIES or config.preserve_zeros:
         return None
@@ -129,8 +140,8 @@ def write_all(model: nn.Module) -> None:
     write_now([module for _, module in sparse_modules(model)])
 
 
-def _require_grad(model: nn.Module, names: Container[str], flag: bool) -> None:
-    for name, p in model.named_parameters():
+def _require_grad(model: nn.Module, names: Collection[str], flag: bool) -> None:
+    for name, p in model.named_parameters() if names else ():
         if name in names:
             p.requires_grad_(flag)
 
