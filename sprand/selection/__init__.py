@@ -1,1 +1,1 @@
-"""Choosing which entries of a model train: strategies, calibration on data, exact top-k."""
+"""Which entries of a model train: the configuration, what it targets, random draws, scores and masks."""
