@@ -58,13 +58,11 @@ class Run:
             return result
 
         training._step = counted
-        done, history, _ = checkpoints.restore(newest, method) if newest else (0, [], None)
+        resumed = checkpoints.restore(newest, method) if newest else training.ANEW
         out.mkdir(exist_ok=True)
         log = Log(out / "metrics.jsonl", self.task.metric)
         log.console.quiet = True
-        training.train(
-            method, self.task, self.settings, torch.device("cpu"), log, checkpoints=checkpoints, done=done, history=history
-        )
+        training.train(method, self.task, self.settings, torch.device("cpu"), log, checkpoints=checkpoints, resumed=resumed)
         sprand.save(method.model, out / "adapter")
 
 

@@ -19,8 +19,8 @@ from ..files import prepare_folder
 from . import data, methods, models, report, tasks, verify
 from .progress import Log
 from .settings import Resume, Settings
-from .training import Outcome, pick_device, total_steps, train
-from .training_checkpoints import TrainingCheckpoints, identity
+from .training import ANEW, Outcome, pick_device, total_steps, train
+from .training_checkpoints import Resumed, TrainingCheckpoints, identity
 
 PACKAGES = ("rich", "matplotlib", "transformers")
 
@@ -95,10 +95,8 @@ class Run:
         """Train the model's chosen entries, from a checkpoint if one is asked for, and save and prove the adapter."""
         settings, method, adapter = self.settings, self.method, self.out / "adapter"
         torch.manual_seed(settings.seed)
-        done, history = self._resumed()
-        outcome = train(
-            method, self.task, settings, self.device, self.log, checkpoints=self.checkpoints, done=done, history=history
-        )
+        resumed = self._resumed()
+        outcome = train(method, self.task, settings, self.device, self.log, checkpoints=self.checkpoints, resumed=resumed)
         sprand.save(method.model, adapter)
         self._keep(method, outcome)
         if settings.verify:
@@ -147,11 +145,8 @@ class Run:
         trained = f"{self.count:,} of {weights:,} weights ({self.count / weights:.2%})"
         self.log.say(f"training {trained}, {self.steps} steps, lr {method.lr:g}")
 
-    def _resumed(self) -> tuple[int, list[dict[str, Any]]]:
+    def _resumed(self) -> Resumed:
         """Go on from the checkpoint that the options name, or begin anew.
-
-        Returns:
-            Steps done, and the metrics so far.
 
         Raises:
             CliError: There is no such checkpoint, or it is of another run.
@@ -159,13 +154,13 @@ class Run:
         if self.settings.resume is None:
             self.checkpoints.clear()
             (self.out / "results.json").unlink(missing_ok=True)
-            return 0, []
+            return ANEW
         newest = self.settings.resume is Resume.NEWEST
         path = self.checkpoints.newest() if newest else self.settings.resume
-        done, history, threads = self.checkpoints.restore(path, self.method)
-        self.log.say(f"resumed from {path}, {done} steps done")
-        self._warn_of_threads(threads)
-        return done, history
+        resumed = self.checkpoints.restore(path, self.method)
+        self.log.say(f"resumed from {path}, {resumed.done} steps done")
+        self._warn_of_threads(resumed.threads)
+        return resumed
 
     def _warn_of_threads(self, before: int | None) -> None:
         """Say that PyTorch's sums on a CPU may round otherwise than before, where the number of its threads is another one."""

@@ -21,8 +21,9 @@ from .peak_memory import PeakMemory
 from .progress import Log
 from .settings import Settings
 from .tasks import Task, batches
-from .training_checkpoints import TrainingCheckpoints, diverged
+from .training_checkpoints import Resumed, TrainingCheckpoints, diverged
 
+ANEW = Resumed()
 UNTIMED_STEPS = 2  # the first steps make buffers and warm caches
 
 
@@ -70,7 +71,7 @@ def rate_factor(settings: Settings, step: int, steps: int) -> float:
 
 def train(
     method: Method, task: Task, settings: Settings, device: torch.device, log: Log, before: dict[str, float] | None = None,
-    checkpoints: TrainingCheckpoints | None = None, done: int = 0, history: list[dict[str, Any]] | None = None,
+    checkpoints: TrainingCheckpoints | None = None, resumed: Resumed = ANEW,
 ) -> Outcome:  # fmt: skip
     """Train a method to its end.
 
@@ -82,8 +83,7 @@ def train(
         log: takes the metrics, and shows progress.
         before: measured already, on an equal model.
         checkpoints: where to write them; None for none.
-        done: steps done before, by the run that is resumed.
-        history: its metrics.
+        resumed: how far the run has come that is gone on with.
 
     Raises:
         TrainingFailed: The loss or the gradient is no finite number.
@@ -92,7 +92,7 @@ def train(
     steps = total_steps(settings, len(task.train))
     evaluate_every = settings.eval_every or math.ceil(steps / 3)
     checkpoint_every = settings.checkpoint_every or steps_per_epoch(settings, len(task.train))
-    history = log.restart(method.name, history or [])
+    history, done = log.restart(method.name, resumed.history), resumed.done
     if not history:
         before = before or task.evaluate(method.model, settings.batch_size, device)
         log.write(history, method=method.name, step=0, **_of_evaluation(before))

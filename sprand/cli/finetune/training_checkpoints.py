@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ from .settings import Settings
 NAME = re.compile(r"step-(\d+)\.safetensors")
 KIND = "sprand finetune checkpoint 2"  # 1 was a file of torch.save
 PARTS = {"identity": dict, "step": int, "history": list, "trained": dict, "optimizer": dict, "rng": Tensor, "cuda_rng": list}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """How far the run has come that is gone on with.
+
+    Attributes:
+        done: how many steps.
+        history: the metrics so far.
+        threads: how many threads of torch it used; None where nothing says so.
+    """
+
+    done: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    threads: int | None = None
 
 
 class TrainingCheckpoints:
@@ -75,11 +91,8 @@ class TrainingCheckpoints:
         for path in self.all()[: -self.keep]:
             path.unlink()
 
-    def restore(self, path: Path, method: Method) -> tuple[int, list[dict[str, Any]], int | None]:
+    def restore(self, path: Path, method: Method) -> Resumed:
         """Put a checkpoint's state into a method made from the same options.
-
-        Returns:
-            How many steps are done, the metrics so far, and on how many of torch's threads; None where an older version wrote it.
 
         Raises:
             CliError: There is no checkpoint, or it is damaged, or of another run (the first difference is named).
@@ -103,7 +116,7 @@ class TrainingCheckpoints:
         with torch.no_grad():
             for name, p in method.trained.items():
                 p.copy_(state["trained"][name])
-        return state["step"], state["history"], state.get("threads")
+        return Resumed(state["step"], state["history"], state.get("threads"))
 
     def _read(self, path: Path) -> dict[str, Any]:
         """The state in a checkpoint, all parts of it there.
