@@ -48,7 +48,8 @@ class Written:
 
     def declare(self, weight: Tensor, delta: Tensor, scale: float) -> None:
         """The weight holds `base + scale * delta` now."""
-        self._declared = (weakref.ref(weight), weakref.ref(delta), *_state_of(weight, delta, scale))
+        state = weight.data_ptr(), weight._version, delta.data_ptr(), delta._version, scale
+        self._declared = weakref.ref(weight), weakref.ref(delta), state
 
     def forget(self) -> None:
         """The weight may hold anything."""
@@ -56,14 +57,13 @@ class Written:
 
     def holds(self, weight: Tensor, delta: Tensor, scale: float) -> bool:
         """Whether the weight is known to hold `base + scale * delta`."""
-        declared = self._declared
-        if declared is None or declared[0]() is not weight or declared[1]() is not delta:
+        declared = self._declared  # once: another thread may end it
+        if declared is None:
             return False
-        return declared[2:] == _state_of(weight, delta, scale)
-
-
-def _state_of(weight: Tensor, delta: Tensor, scale: float) -> tuple[Any, ...]:
-    return weight.data_ptr(), weight._version, delta.data_ptr(), delta._version, scale
+        its_weight, its_delta, state = declared
+        if its_weight() is not weight or its_delta() is not delta:
+            return False
+        return state == (weight.data_ptr(), weight._version, delta.data_ptr(), delta._version, scale)
 
 
 class Schedules:

@@ -44,7 +44,8 @@ class Use(NamedTuple):
 
     def write(self, weight: Tensor, delta: Tensor, indices: Tensor, base: Tensor) -> None:
         """Make the weight hold these entries, unless it is known to."""
-        Entries(delta, indices, base, self.scale, self.written).ensure(weight)
+        if self.written is None or not self.written.holds(weight, delta, self.scale):
+            Entries(delta, indices, base, self.scale, self.written).ensure(weight)
 
     def forget(self) -> None:
         """From backward on the weight may hold anything."""
