@@ -32,7 +32,7 @@ import sprand
 from quality.math_answers import Question, accuracy, load
 from quality.peers import sparse_shira
 from report import RESULTS, progress, write_csv
-from sprand.cli.finetune.training import pick_device
+from sprand.cli.finetune.models import pick_device
 
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
 MOST_CHARACTERS = 1300

@@ -78,7 +78,7 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> tuple[Outcom
             name: tasks.make(data.load(dataclasses.replace(settings, eval=shared / "data" / file)), tokenizer, settings)
             for name, file in others.items()
         }
-        device = training.pick_device(settings.device)
+        device = models.pick_device(settings.device)
         model, started, head = model.to(device), time.perf_counter(), peers.head_size(model)
         if run.method == "untrained":
             line, rows = measures(model, held_out, settings, device)

@@ -18,7 +18,6 @@ import sprand
 from . import CliError
 from .files import failing_in_words
 from .finetune import data, models, tasks
-from .finetune.training import pick_device
 from .parser import option_of
 
 
@@ -89,7 +88,7 @@ def load_run(folder: Path, device: str = "auto") -> Tuned:
         labels = tuple(made["labels"])
         model, tokenizer = models.load(made["model"], made["task"], len(labels), made["dtype"], made["pooling"], made["seed"])
         sprand.load(model, folder / "adapter")
-    return Tuned(model.to(pick_device(device)).eval(), tokenizer, labels, made["max_length"])
+    return Tuned(model.to(models.pick_device(device)).eval(), tokenizer, labels, made["max_length"])
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -17,10 +17,9 @@ from ..selection.pattern import RANDOM_STRATEGIES
 from ..selection.strategies import STRATEGIES
 from . import CliError, require
 from .files import failing_in_words, prepare_folder
-from .finetune import data, methods, models, tasks
+from .finetune import data, models, tasks
 from .finetune import options as shared
 from .finetune.settings import Settings
-from .finetune.training import pick_device
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -60,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CliError: Options or data are wrong, or a file cannot be written.
     """
+    from .finetune import methods
+
     given = shared.given(options) | {"train": options.data, "eval": options.data, "compare": ()}
     settings = Settings(**given)
     require("transformers")
@@ -100,7 +101,7 @@ def _check(settings: Settings, options: argparse.Namespace) -> None:
 
 def _loaded(settings: Settings) -> tuple[nn.Module, tasks.Task | None]:
     """The model on its device, and the task that its rows are for, where some are given."""
-    device = pick_device(settings.device)
+    device = models.pick_device(settings.device)
     dataset = data.load(settings) if settings.train is not None else None
     if dataset is not None:
         kind, classes = dataset.task, len(dataset.labels)

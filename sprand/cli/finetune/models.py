@@ -1,4 +1,4 @@
-"""Loads the model and tokenizer that a run starts from, from a directory or the Hub, and says in a sentence why it cannot."""
+"""Loads the model and tokenizer that a run starts from, from a directory or the Hub, and picks the device they go to."""
 
 from __future__ import annotations
 
@@ -94,6 +94,22 @@ def task_of(name: str) -> str:
         raise CliError(f"--model {name}: no configuration could be loaded: {' '.join(str(error).split())[:300]}.") from None
     generates = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in made_for)
     return "causal-lm" if generates else "classification"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of an option: "auto" takes a GPU if there is one.
+
+    Raises:
+        CliError: This torch does not have the device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CliError(f"--device {name}: {str(error).splitlines()[0]}.") from None
+    return device
 
 
 def head_names(model: nn.Module) -> list[str]:

@@ -19,7 +19,7 @@ from ..files import prepare_folder
 from . import data, methods, models, report, tasks, verify
 from .progress import Log
 from .settings import Resume, Settings
-from .training import ANEW, Outcome, pick_device, total_steps, train
+from .training import ANEW, Outcome, total_steps, train
 from .training_checkpoints import Resumed, TrainingCheckpoints, identity
 
 PACKAGES = ("rich", "matplotlib", "transformers")
@@ -66,7 +66,7 @@ class Run:
 
     def __init__(self, settings: Settings, to_stderr: bool) -> None:
         self.settings, self.out = settings, settings.out
-        self.device = pick_device(settings.device)
+        self.device = models.pick_device(settings.device)
         self.dataset = data.load(settings)
         refuse_to_overwrite(settings)
         prepare_folder(self.out)

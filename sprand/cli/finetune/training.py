@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import CliError, Stopped
+from .. import Stopped
 from .methods import Method
 from .peak_memory import PeakMemory
 from .progress import Log
@@ -165,22 +165,6 @@ def _prove_finite(loss: float, norm: float, step: int, method: Method, checkpoin
     for what, value in (("loss", loss), ("gradient's norm", norm)):
         if not math.isfinite(value):
             raise diverged(f"the {what} became {value}", step, method, checkpoints)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of an option: "auto" takes a GPU if there is one.
-
-    Raises:
-        CliError: This torch does not have the device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CliError(f"--device {name}: {str(error).splitlines()[0]}.") from None
-    return device
 
 
 @contextmanager
