@@ -155,7 +155,7 @@ REFUSED = [
     ("mlp", {"target_modules": None}, "target_modules=None matches no module"),
     ("mlp", {"exclude_modules": ["first", "second", "third"]}, "matches no module of this model"),
     ("mlp", {"target_parameters": ["frist.bias"]}, "'frist.bias' matches nothing in this model; the closest names are"),
-    ("mlp", {"modules_to_save": ["thir"]}, "modules_to_save: 'thir' matches nothing in this model; the closest names are"),
+    ("mlp", {"modules_to_save": ["fourth"]}, "modules_to_save: 'fourth' matches nothing in this model; the closest names are"),
     ("mlp", {"target_modules": ["third"], "modules_to_save": ["third"]}, "it trains all targets in full, third.weight"),
     ("mlp", {"density": 1e-9}, "of the 1,056 targeted entries rounds to no entry; raise it, or target more"),
     ("mlp", {"budget": 10**6}, "1,000,000 entries were asked for, but the targets hold 1,056"),
