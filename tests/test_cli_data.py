@@ -61,6 +61,11 @@ def test_labels_of_digits_sort_as_numbers(tmp_path):
     assert data.load(settings(path, eval=path)).labels == tuple(map(str, range(11)))
 
 
+def test_labels_that_only_look_like_numbers_sort_as_names(tmp_path):
+    path = write(tmp_path, "a.tsv", "text\tlabel\n" + "".join(f"t{i}\t{label}\n" for i, label in enumerate(["10", "²", "9"] * 4)))
+    assert data.load(settings(path, eval=path)).labels == ("9", "10", "²")
+
+
 def test_held_out_rows_are_disjoint_and_seeded(tmp_path):
     path = write(tmp_path, "a.tsv", rows(50))
     first, again, other = (data.load(settings(path, seed=seed)) for seed in (1, 1, 2))
