@@ -126,6 +126,7 @@ def select(
             score is NaN.
     """
     config = _config_of(config, fields)
+    sharding.refuse_wrapper(model, "select")
     run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
     if known_state(model) is not None and not disjoint:
         raise ValueError(

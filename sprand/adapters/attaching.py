@@ -13,7 +13,7 @@ from ..kernels import ops
 from ..layers import sharding
 from ..layers.attached import attach, detach, write_now
 from ..layers.module import close_fast_paths, open_fast_paths, sparse_modules
-from ..layers.sites import Site, sites_of
+from ..layers.sites import Site, named_parameters, sites_of
 from ..layers.writable import check_writable
 from ..selection import pattern
 from ..selection.config import SparseConfig
@@ -56,7 +56,7 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
 
 def _freeze(model: nn.Module) -> State:
     """Let a model train nothing, and remember what it was before."""
-    state = State(trained_before={name for name, p in model.named_parameters() if p.requires_grad})
+    state = State(trained_before={name for name, p in named_parameters(model) if p.requires_grad})
     for p in model.parameters():
         p.requires_grad_(False)
     close_fast_paths(model)
@@ -141,7 +141,7 @@ def write_all(model: nn.Module) -> None:
 
 
 def _require_grad(model: nn.Module, names: Collection[str], flag: bool) -> None:
-    for name, p in model.named_parameters() if names else ():
+    for name, p in named_parameters(model) if names else ():
         if name in names:
             p.requires_grad_(flag)
 
@@ -176,7 +176,7 @@ def release(model: nn.Module, state: State) -> None:
         if kept:
             model._ddp_params_and_buffers_to_ignore = kept
     open_fast_paths(model)
-    for name, p in model.named_parameters():
+    for name, p in named_parameters(model):
         p.requires_grad_(name in state.trained_before)
 
 
@@ -190,7 +190,7 @@ def put_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> None
     """Make weights hold their frozen values, or what was there before any training; attached entries start from there."""
     if adapter is None or not adapter.frozen:
         return
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     for name, frozen in adapter.frozen.items():
         if trained:
             frozen.write(parameters[name])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..files import described
 from ..kernels import host
+from ..layers.sites import named_parameters
 from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.mask import selection_of
@@ -58,7 +59,7 @@ def taken_by(model: nn.Module, disjoint: Disjoint) -> list[Taken]:
     if disjoint is True:
         return _taken_in(model)
     given = [disjoint] if isinstance(disjoint, (str, os.PathLike, Mapping)) else list(disjoint)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    shapes = {name: tuple(p.shape) for name, p in named_parameters(model, remove_duplicate=False)}
     return [_taken(item, shapes) for item in given]
 
 

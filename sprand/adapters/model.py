@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..layers import sharding
+from ..layers import sharding, sites
 from ..layers.attached import set_active
 from ..layers.module import sparse_modules
 from ..selection.config import AS_GIVEN, SparseConfig
@@ -30,7 +30,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         ValueError: The model trains nothing.
     """
     state_of(model)
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return ((name, p) for name, p in sites.named_parameters(model) if p.requires_grad)
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:

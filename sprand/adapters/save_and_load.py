@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..kernels.dtypes import dtype_name
 from ..layers import sharding
-from ..layers.sites import Site, sites_of
+from ..layers.sites import Site, named_parameters, sites_of
 from ..selection import pattern
 from ..selection.config import SparseConfig
 from .attaching import add
@@ -82,7 +82,7 @@ def _heads(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         for name, value in whole_tensors(model).items()
         if not isinstance(value, nn.Parameter) and name.rpartition(".")[0] in modules
     }
-    return {name: p for name, p in model.named_parameters() if name in adapter.saved} | buffers
+    return {name: p for name, p in named_parameters(model) if name in adapter.saved} | buffers
 
 
 def _is_drawn(config: SparseConfig, name: str, part: Trained) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.module import sparse_modules
-from ..layers.sites import Site, joined, sites_of
+from ..layers.sites import Site, joined, named_modules, named_parameters, sites_of
 from ..selection.config import SparseConfig
 from ..selection.mask import Mask
 from .frozen import Frozen
@@ -56,11 +56,11 @@ def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What an adapter may hold in full, by every name: a model's parameters, and the buffers that it saves."""
     buffers = {
         joined(prefix, name): buffer
-        for prefix, module in model.named_modules(remove_duplicate=False)
+        for prefix, module in named_modules(model)
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
-    return dict(model.named_parameters(remove_duplicate=False)) | buffers
+    return dict(named_parameters(model, remove_duplicate=False)) | buffers
 
 
 def known_state(model: nn.Module) -> State | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..layers.sites import Site, sites_of
+from ..layers.sites import Site, named_parameters, sites_of
 from .state import active_sites, state_of
 
 
@@ -40,7 +40,7 @@ def summary(model: nn.Module) -> str:
     rows = [("target", "shape", "trained", "density", "rms delta")]
     rows += [_row(site) for site in sites_of(model)]
     rows += [
-        (name, shape_text(p.shape), f"{p.numel():,}", "in full", "-") for name, p in model.named_parameters() if name in saved
+        (name, shape_text(p.shape), f"{p.numel():,}", "in full", "-") for name, p in named_parameters(model) if name in saved
     ]
     trained, total = _counts(model)
     active = "a mixture" if state.mixed else state.active or "none, the base"

@@ -118,6 +118,12 @@ class Entries:
     schedules: Schedules | None = None
     candidates: Candidates | None = None
 
+    def on(self, device: torch.device) -> Entries:
+        """The same entries on a device; their gradient comes back from there."""
+        if self.delta.device == device:
+            return self
+        return Entries(self.delta.to(device), self.indices.to(device), self.base.to(device), self.scale)
+
     def values(self) -> Tensor:
         """What the weight holds at the chosen entries, `[nnz]` in its dtype: cast(base + scale * delta)."""
         return ops.patched(self.base, self._change(), self.scale)

@@ -120,6 +120,24 @@ class SparseModule(nn.Module):
         copy = torch.compiler.is_compiling() and sharding.is_gathered(self)
         return functional.alias(self._parameters[parameter], self.sparse_entries(parameter), copy)
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """What `nn.DataParallel` takes to each GPU for one forward.
+
+        Raises:
+            ValueError: Candidates for a new mask are looked for, of which each replica would see its own rows only.
+        """
+        entries = {name: self.sparse_entries(name) for name in self._sprand_targets}
+        if any(own.candidates is not None for own in entries.values()):
+            raise ValueError(
+                "DynamicMask: it does not see whole gradients under torch.nn.DataParallel; use DistributedDataParallel (torchrun "
+                "or accelerate launch starts a process for each GPU), or let one GPU be visible by CUDA_VISIBLE_DEVICES=0"
+            )
+        replica = super()._replicate_for_data_parallel()
+        state = {"_sprand_targets": entries, "_sprand_active": self._sprand_active, "_sprand_held": frozenset(self._parameters)}
+        replica.__dict__.update(state)
+        replica.__class__ = sparse_class(_Replica, self.plain_class)
+        return replica
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         track(self)
@@ -183,6 +201,22 @@ class _SparseEmbedding(SparseModule):
             return super().forward(input)
         self.write_weights()
         return functional.Lookup(*options)(input, weight)
+
+
+class _Replica(SparseModule):
+    """A copy of a sparse module that `nn.DataParallel` makes for one forward: it uses the entries of the original."""
+
+    _sprand_targets: Mapping[str, Entries]
+    _sprand_held: frozenset[str]  # the names of the original's parameters
+
+    def sparse_entries(self, parameter: str = "weight") -> Entries:
+        return self._sprand_targets[parameter].on(self._parameters[parameter].device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """PyTorch gives a replica plain attributes for parameters; they are where any sparse module looks for its own."""
+        super().__setattr__(name, value)
+        if name in self._sprand_held and name in self.__dict__:
+            self._parameters[name] = self.__dict__.pop(name)
 
 
 def _kind_of(cls: type[nn.Module]) -> type[SparseModule]:

@@ -61,12 +61,26 @@ def kind_of(model: nn.Module) -> str | None:
     return "dtensor" if any(map(is_dtensor, parameters)) else None
 
 
+def refuse_wrapper(model: nn.Module, what: str) -> None:
+    """Refuse a wrapper that gives every parameter another name, and may know only those that trained when it was made.
+
+    Raises:
+        ValueError: This is `DistributedDataParallel` or `DataParallel`, not the model in it.
+    """
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(
+            f"{what}: expected the model itself, got its {type(model).__name__} wrapper; give {what} the model, and wrap it "
+            "afterwards"
+        )
+
+
 def refuse(model: nn.Module, what: str, instead: str) -> None:
     """Refuse a sharded model.
 
     Raises:
-        ValueError: The model is sharded; the message says what to do instead.
+        ValueError: The model is sharded, or a wrapper; the message says what to do instead.
     """
+    refuse_wrapper(model, what)
     kind = kind_of(model)
     if kind is not None:
         raise ValueError(f"{what}: expected a model whose parameters are whole, got one sharded by {KINDS[kind]}; {instead}")

@@ -15,6 +15,8 @@ from .entries import Entries
 
 Owner = tuple[nn.Module, str]
 
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # by torch.compile, checkpoint_wrapper, FSDP1
+
 
 @dataclass
 class Site:
@@ -78,14 +80,28 @@ def site_of(name: str, module: nn.Module, parameter: str) -> Site:
 
 def sites_of(model: nn.Module) -> list[Site]:
     """Every weight with trained entries, in the order of the model, tied ones once; also of a PEFT model."""
-    sparse = ((prefix, module) for prefix, module in model.named_modules() if hasattr(type(module), "sparse_sites"))
+    sparse = ((prefix, module) for prefix, module in named_modules(model) if hasattr(type(module), "sparse_sites"))
     return distinct(collected(site for prefix, module in sparse for site in module.sparse_sites(prefix)))
 
 
 def weights_of(model: nn.Module) -> dict[str, Site]:
     """Every parameter of a model, by each name that it has there; a tied one is one site, under its first name."""
-    named = model.named_modules(remove_duplicate=False)
-    return collected(site for prefix, module in named for site in own_sites(prefix, module))
+    return collected(site for prefix, module in named_modules(model) for site in own_sites(prefix, module))
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model by every name that they have; a wrapper has the name of the module in it, and comes first."""
+    return ((plain_name(name), module) for name, module in model.named_modules(remove_duplicate=False))
+
+
+def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model by their names without wrappers."""
+    return ((plain_name(name), p) for name, p in model.named_parameters(remove_duplicate=remove_duplicate))
+
+
+def plain_name(name: str) -> str:
+    """A name in a model as it is without the wrappers of `WRAPPED` in it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def own_sites(prefix: str, module: nn.Module) -> Iterator[Site]:

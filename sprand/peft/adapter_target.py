@@ -75,6 +75,12 @@ class Positions(BufferDict):
             self.replaced.add(name)
         super().__setattr__(name, value)
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """A replica is given copies of its buffers, which replace nothing."""
+        replica = super()._replicate_for_data_parallel()
+        replica.replaced = set()
+        return replica
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.replaced |= {name for name in self if prefix + name in state_dict}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.sites import Site, distinct, joined, weights_of
+from ..layers.sites import Site, distinct, joined, named_modules, weights_of
 from .config import SparseConfig
 
 HEADS = ("score", "classifier")  # how Hugging Face names classification heads
@@ -62,7 +62,7 @@ class Targets:
 
 def view_of(model: nn.Module) -> View:
     """A model as it is."""
-    return View(model, dict(model.named_modules(remove_duplicate=False)), weights_of(model), output_of(model))
+    return View(model, dict(named_modules(model)), weights_of(model), output_of(model))
 
 
 def output_of(model: nn.Module) -> nn.Module | None:

@@ -20,7 +20,7 @@ from ..kernels import ops
 from ..kernels.dtypes import dtype_name
 from ..layers import sharding
 from ..layers.module import targets_by_delta
-from ..layers.sites import Site, sites_of
+from ..layers.sites import Site, named_parameters, sites_of
 from ..selection import pattern
 from .messages import Layout, Piece
 
@@ -216,7 +216,7 @@ def _of_applied(model: nn.Module) -> list[TensorPatch]:
             union = state.current.frozen[patch.name].extended(patch.indices, patch.values, patch.base)
             patch = replace(patch, indices=union.indices, values=union.values, base=union.base)
         patches.append(patch)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     for name in (name for name in state.current.saved if name in parameters):
         whole = sharding.whole(parameters[name])
         patches.append(TensorPatch(name, tuple(whole.shape), whole.dtype, None, whole, state.base_saved[name]))

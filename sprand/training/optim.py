@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.module import SparseModule, targets_by_delta
+from ..layers.sites import named_parameters
 
 Target = tuple[nn.Parameter, SparseModule, str]  # a delta, and the module and name of its weight
 Targets = Mapping[int, tuple[SparseModule, str]]  # the same by the identity of the delta
@@ -73,7 +74,7 @@ class SparseAdamW(torch.optim.AdamW):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm!r}")
         if isinstance(params, nn.Module):
-            params = [item for item in params.named_parameters() if item[1].requires_grad]
+            params = [item for item in named_parameters(params) if item[1].requires_grad]
             if not params:
                 raise ValueError("SparseAdamW: this model trains nothing; call sprand.apply(model, ...) first")
         self.max_grad_norm, self.grad_norm = max_grad_norm, None
