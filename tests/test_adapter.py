@@ -81,7 +81,7 @@ def test_a_random_pattern_stores_its_seed_and_values_alone(tmp_path):
         assert list(content.keys()) == ["base_model.model.0.sprand_delta.weight"]
     description = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert description["seed"] == 0
-    assert description["targets"]["0.weight"]["nnz"] == sprand.parameters(model)[0].numel()
+    assert description["targets"]["0.weight"].startswith(f"1024x1024 {sprand.parameters(model)[0].numel()} float32 ")
 
 
 def test_loading_replaces_values_and_keeps_parameters(saved):
@@ -122,9 +122,9 @@ def edited(path, change):
 
 def with_indices(indices):
     def change(tensors, description):
-        description["config"] |= {"strategy": "given", "density": None}
-        for name, target in description["targets"].items():
-            tensors[key("indices", name)] = torch.arange(target["nnz"], dtype=torch.int32)
+        description |= {"strategy": "given", "indices_saved": True, "density": None}
+        for name in description["targets"]:
+            tensors[key("indices", name)] = torch.arange(tensors[key("delta", name)].numel(), dtype=torch.int32)
         name = next(iter(description["targets"]))
         indices(tensors[key("indices", name)])
 
@@ -136,7 +136,7 @@ def setting(position, value):
 
 
 def shape(tensors, description):
-    description["targets"]["second.weight"]["shape"] = [24, 25]
+    description["targets"]["second.weight"] = description["targets"]["second.weight"].replace("24x24", "24x25")
 
 
 def count(tensors, description):
@@ -149,6 +149,7 @@ def not_finite(tensors, description):
 
 def renamed(tensors, description):
     description["targets"]["fourth.weight"] = description["targets"].pop("second.weight")
+    tensors[key("delta", "fourth.weight")] = tensors.pop(key("delta", "second.weight"))
 
 
 def newer(tensors, description):

@@ -141,4 +141,4 @@ def test_the_adapter_says_where_it_comes_from(tmp_path):
     diff(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter")
     description = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert description["selection"] == {"strategy": "diff", "density": None}
-    assert description["versions"]["format_version"] == 3
+    assert description["versions"]["format_version"] == 4

@@ -116,7 +116,7 @@ def test_an_adapter_says_where_it_keeps_entries_as_values(tmp_path, mode, frozen
     """Whatever it holds, an earlier sprand refuses it: its tensors have other names since."""
     saved(tmp_path, mode)
     description = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert description["versions"]["format_version"] == 3
+    assert description["versions"]["format_version"] == 4
     assert ("frozen" in description["targets"]["second.weight"]) == frozen
 
 

@@ -43,6 +43,13 @@ def hasty(monkeypatch):
 DELTA, INDICES, HEAD = key("delta", "second.weight"), key("indices", "second.weight"), head_key("third.bias")
 
 
+def header_and_tensors(path):
+    """What the bytes of an adapter file say and hold."""
+    with safe_open(path / WEIGHTS_FILE, framework="pt") as content:
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        return json.loads(content.metadata()[KEY]), tensors
+
+
 def contents(path):
     """What an adapter file says and holds."""
     adapter = AdapterFile.read(path)
@@ -137,9 +144,7 @@ def places(value, path=()):
 
 def resealed(folder: Path, out: Path, change) -> Path:
     """The same adapter with its description changed, and checksums that are right."""
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as content:
-        description = json.loads(content.metadata()[KEY])
-        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    description, tensors = header_and_tensors(folder)
     change(description, tensors)
     described.write(out / WEIGHTS_FILE, KEY, description, tensors)
     return out
@@ -148,7 +153,7 @@ def resealed(folder: Path, out: Path, change) -> Path:
 @pytest.mark.parametrize("kind", ["drawn", "given", "frozen"])
 def test_fields_of_other_types_are_refused_in_a_sentence(folder, tmp_path, kind):
     """Whoever makes such a file makes its checksum, too: types and ranges are checked all the same."""
-    model, description = built(MLP), AdapterFile.read(folder / kind).description
+    model, (description, _) = built(MLP), header_and_tensors(folder / kind)
     before, commands, source = state_of(model), 0, random.Random(0)
     for path in places(description):
         if path[0] in ("checksum", "header_checksum", "sealed"):
@@ -208,8 +213,13 @@ def value(name, number):
     return lambda d, t: t[name].view(-1).__setitem__(0, number)
 
 
-def renamed(d, t):
-    d["targets"]["first.weight"] = d["targets"].pop("second.weight")
+def renamed(name):
+    def change(d, t):
+        d["targets"][name] = d["targets"].pop("second.weight")
+        for kind in ("delta", "indices"):
+            t[key(kind, name)] = t.pop(key(kind, "second.weight"))
+
+    return change
 
 
 COUNT = 15
@@ -224,19 +234,13 @@ CONTENT = {
     "inf": (value(DELTA, float("inf")), "not finite"),
     "nan in a head": (value(HEAD, float("nan")), "not finite"),
     "integer values": (lambda d, t: t.update({DELTA: torch.arange(COUNT)}), "float32 or float64"),
-    "head of another dtype": (lambda d, t: t.update({HEAD: torch.zeros(4).half()}), "dtype float32"),
-    "no head": (lambda d, t: t.pop(HEAD), "expected values of shape"),
-    "head and target": (
-        lambda d, t: (
-            d["saved"].update({"second.weight": {"shape": [1], "dtype": "float32"}}),
-            t.update({head_key("second.weight"): torch.zeros(1)}),
-        ),
-        "both in full and in part",
-    ),
+    "head of another shape": (lambda d, t: t.update({HEAD: torch.zeros(5)}), "third.bias is .* here and .* there"),
+    "head and target": (lambda d, t: t.update({head_key("second.weight"): torch.zeros(1)}), "both in full and in part"),
+    "tensor of nothing": (lambda d, t: t.update({"extra": torch.zeros(1)}), "of no parameter that it names"),
     "no tensor": (lambda d, t: t.pop(DELTA), "expected 15 values"),
-    "another parameter": (renamed, "is .* here and .* there"),
-    "..": (lambda d, t: d["targets"].update({"../../etc/passwd": d["targets"].pop("second.weight")}), "no parameter"),
-    "deep": (lambda d, t: d["config"].update(strategy_options=json.loads("[" * 400 + "]" * 400)), "strategy_options"),
+    "another parameter": (renamed("first.weight"), "is .* here and .* there"),
+    "..": (renamed("../../etc/passwd"), "no parameter"),
+    "deep": (lambda d, t: d["sparse_config"].update(strategy_options=json.loads("[" * 400 + "]" * 400)), "strategy_options"),
 }
 
 
@@ -284,7 +288,7 @@ def test_what_was_loaded_does_not_change_with_the_file(folder, tmp_path):
 
 def test_files_of_earlier_versions_load(folder, tmp_path):
     """They have a checksum of their tensors alone."""
-    description, tensors = contents(folder / "given")
+    description, tensors = header_and_tensors(folder / "given")
     del description["header_checksum"], description["sealed"]
     save_file(tensors, tmp_path / WEIGHTS_FILE, metadata={KEY: json.dumps(description)})
     assert_same_bits(sprand.load(built(MLP), tmp_path).state_dict(), sprand.load(built(MLP), folder / "given").state_dict())

@@ -18,7 +18,7 @@ from ..kernels.dtypes import dtype_name
 from ..selection import pattern
 from ..selection.config import AS_GIVEN, GIVEN, SparseConfig
 from . import layout
-from .fingerprint import DTYPES, check_base, fingerprints
+from .fingerprint import DTYPES, check_base, described_target, fingerprints
 from .frozen import Frozen
 
 WEIGHTS_FILE, CONFIG_FILE, KEY = "adapter_model.safetensors", "adapter_config.json", "sprand"
@@ -44,15 +44,10 @@ class Trained:
 
     def describe(self) -> dict[str, Any]:
         """What the file says of the parameter."""
-        described_as = {
-            "shape": list(self.shape),
-            "dtype": dtype_name(self.base.dtype),
-            "nnz": self.delta.numel(),
-            "fingerprint": fingerprints(self.base),
-        }
+        target = described_target(self.shape, self.base)
         if self.frozen is not None:
-            described_as["frozen"] = {"nnz": self.frozen.indices.numel(), "fingerprint": fingerprints(self.frozen.base)}
-        return described_as
+            target["frozen"] = {"nnz": self.frozen.indices.numel(), "fingerprint": fingerprints(self.frozen.base)}
+        return target
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What the file holds of the parameter of this name."""
@@ -105,15 +100,12 @@ class AdapterFile:
             )
         metadata, tensors = described.contents(file, "adapter")
         if KEY in metadata:
-            description = described.proven(file, metadata[KEY], tensors, "adapter", layout.check_versions)
+            said = described.proven(file, metadata[KEY], tensors, "adapter", layout.check_versions)
         else:
-            description = _described_beside(file, tensors) | {"checksum": described.checksum(tensors)}
-        layout.refuse_newer(file, description)
+            said = _said_beside(file) | {"checksum": described.checksum(tensors)}
+        layout.refuse_newer(file, said)
         try:
-            layout.check_description("its description", description)
-            if description["format_version"] <= layout.OWN_NAMES and KEY in metadata:
-                tensors = layout.renamed(description, tensors)
-            adapter = cls(Path(path), description, tensors, float(weight))
+            adapter = cls(Path(path), *layout.opened(said, tensors), float(weight))
             if adapter.config.strategy not in (GIVEN, *pattern.RANDOM_STRATEGIES):
                 raise ValueError(f"expected a strategy that draws, or given entries, got {adapter.config.strategy!r}")
             adapter._check_heads()
@@ -147,9 +139,9 @@ class AdapterFile:
             **layout.VERSIONS,
             "base_model": layout.portable(base_model),
             "config": config.to_dict() | (AS_GIVEN if given else {}),
-            **({} if selection is None else {"selection": selection}),
+            "selection": selection,
             "targets": {name: part.describe() for name, part in trained.items()},
-            "saved": layout.heads_of(heads),
+            "saved": sorted(heads),
         }
         tensors = {key: value for name, part in trained.items() for key, value in part.tensors(name).items()}
         return cls(Path(path), description, tensors | {layout.head_key(name): value for name, value in heads.items()})
@@ -169,8 +161,9 @@ class AdapterFile:
                 f"an adapter is a folder, and {self.path} is the name of a file; give a folder, which is made where none is"
             )
         tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in self.tensors.items()}
-        described.write(self.path / WEIGHTS_FILE, KEY, self.description, tensors)
-        described.write_json(self.path / CONFIG_FILE, layout.settings_of(self.description))
+        settings = layout.settings_of(self.description)
+        described.write(self.path / WEIGHTS_FILE, KEY, layout.VERSIONS | settings, tensors)
+        described.write_json(self.path / CONFIG_FILE, {"versions": layout.VERSIONS | {layout.SEALED: True}} | settings)
         return self.path
 
     @cached_property
@@ -287,7 +280,7 @@ class AdapterFile:
 
     def without_heads(self) -> AdapterFile:
         """The same adapter without the parameters that were trained in full."""
-        return replace(self, description=self.description | {"saved": {}})
+        return replace(self, description=self.description | {"saved": []})
 
     def refuse_unmixable(self, instead: str) -> None:
         """Prove that all an adapter changes are deltas.
@@ -304,15 +297,11 @@ class AdapterFile:
             )
 
     def _check_heads(self) -> None:
-        for name, entry in self.description["saved"].items():
-            value, shape, dtype = self.tensors.get(layout.head_key(name)), entry["shape"], entry["dtype"]
-            if value is None or list(value.shape) != shape or dtype_name(value.dtype) != dtype:
-                raise ValueError(f"expected values of shape {shape} and dtype {dtype} for {name}")
+        for name, value in self.heads.items():
+            if name in self.targets:
+                raise ValueError(f"{name} is trained both in full and in part")
             if not finite(value):
                 raise ValueError(f"the values of {name} are not finite")
-        both = self.description["saved"].keys() & self.targets.keys()
-        if both:
-            raise ValueError(f"{min(both)} is trained both in full and in part")
 
 
 def open_adapters(adapters: Iterable[tuple[str | os.PathLike[str], float]]) -> list[AdapterFile]:
@@ -352,8 +341,8 @@ def _are_indices(values: Tensor | None, count: int) -> bool:
     return _has_length(values, count) and values.dtype in (torch.int32, torch.int64)
 
 
-def _described_beside(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The description of an adapter that PEFT wrote, from the configuration beside its file."""
+def _said_beside(file: Path) -> dict[str, Any]:
+    """What the configuration beside a file that PEFT wrote says, with its versions."""
     beside = file.parent / CONFIG_FILE
     none = f"{file} is no adapter of sprand: its header has no description, and"
     if not beside.is_file():
@@ -363,6 +352,6 @@ def _described_beside(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, An
     if kind != layout.PEFT_TYPE or settings.get("targets") is None:
         raise ValueError(f"{none} {CONFIG_FILE} beside it is of type {kind}, expected {layout.PEFT_TYPE} with its targets")
     try:
-        return layout.described_by(settings, tensors)
+        return settings | layout.versions_of(settings)
     except ValueError as error:
         raise ValueError(f"{beside} is damaged: {error}; take another copy of the adapter") from error

@@ -1,25 +1,76 @@
-"""Fingerprints of base entries: by them an adapter knows the model that it was trained on, also in another dtype."""
+"""What an adapter's files say of a weight: shape, count, and a fingerprint, by which it knows the base it was trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..files import described
+from ..files.forms import SHAPE, TEXT, WHOLE, record, table_of
 from ..kernels.dtypes import dtype_name
 
 DTYPES = {_name: getattr(torch, _name) for _name in ("float64", "float32", "bfloat16", "float16")}
-DIGITS = 16  # 64 bits tell bases apart; sprand 0.1.0 wrote twice as many
-NARROWER = {torch.float64: (torch.float32, torch.bfloat16, torch.float16), torch.float32: (torch.bfloat16, torch.float16)}
+DIGITS = 8  # 32 bits for each weight tell bases apart; files of earlier formats have up to four times as many
+NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16", "float16")}
+LINE = re.compile(rf"(\d{{1,19}}(?:x\d{{1,19}})*)? (\d{{1,19}}) ({'|'.join(DTYPES)}) ((?:[0-9a-f]{{{DIGITS}}})+)", re.ASCII)
+
+_HASHES = table_of(TEXT)
+_FROZEN = record({"nnz": WHOLE, "fingerprint": _HASHES})
+_TARGET = record({"shape": SHAPE, "nnz": WHOLE, "fingerprint": _HASHES}, {"quantized": TEXT, "frozen": _FROZEN})
+
+
+def _check_target(place: str, value: Any) -> None:
+    """The form of what an adapter says of one weight: only a quantized base has no fingerprint."""
+    _TARGET(place, value)
+    parts = [value, value["frozen"]] if "frozen" in value else [value]
+    if "quantized" not in value and not all(part["fingerprint"] for part in parts):
+        raise ValueError(f"{place}.fingerprint: expected hashes by dtype, got none")
+
+
+check_targets = table_of(_check_target)
+
+
+def described_target(shape: Iterable[int], base: Tensor) -> dict[str, Any]:
+    """What an adapter says of a weight of this shape, of which it trains entries that hold `base` `[nnz]`."""
+    return {"shape": list(shape), "nnz": base.numel(), "fingerprint": fingerprints(base)}
+
+
+def line_of(target: Mapping[str, Any]) -> Any:
+    """What is said of a weight as one text: shape, count, dtype and fingerprint. Where there is more to say it stays as it is."""
+    shape, hashes = "x".join(map(str, target["shape"])), target["fingerprint"]
+    dtypes = [dtype for dtype in DTYPES if dtype in hashes]  # widest first
+    line = f"{shape} {target['nnz']} {''.join(dtypes[:1])} {''.join(hashes[dtype] for dtype in dtypes)}"
+    return line if _target_of(line) == target else target
+
+
+def in_full(targets: Any) -> Any:
+    """What a file says of each weight, as `check_targets` knows it; what is no text of `line_of` stays as it is."""
+    return {name: _target_of(line) for name, line in targets.items()} if isinstance(targets, dict) else targets
+
+
+def _target_of(line: Any) -> Any:
+    found = LINE.fullmatch(line) if isinstance(line, str) else None
+    if found is None:
+        return line
+    shape, nnz, dtype, digits = found.groups()
+    names, hashes = (dtype, *NARROWER.get(dtype, ())), re.findall("." * DIGITS, digits)
+    return {
+        "shape": [int(size) for size in shape.split("x")] if shape else [],
+        "nnz": int(nnz),
+        "fingerprint": dict(zip(names, hashes, strict=False)),
+    }
 
 
 def fingerprints(base: Tensor) -> dict[str, str]:
     """Hashes of base entries, in their dtype and as they would be in narrower ones, so that a base may be cast."""
-    dtypes = base.dtype, *NARROWER.get(base.dtype, ())
-    return {dtype_name(dtype): described.digest([base.to(dtype)])[:DIGITS] for dtype in dtypes}
+    widest = dtype_name(base.dtype)
+    names = widest, *NARROWER.get(widest, ())
+    return {name: described.digest([base.to(getattr(torch, name))])[:DIGITS] for name in names}
 
 
 def check_base(path: str | Path, name: str, base: Tensor, stored: Mapping[str, str]) -> None:

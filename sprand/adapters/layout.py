@@ -9,61 +9,40 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files.forms import OBJECT, SHAPE, TEXT, WHOLE, optional, record, simple, table_of
-from ..kernels.dtypes import dtype_name
+from ..files.forms import OBJECT, TEXT, WHOLE, optional, record, simple
 from ..layers.sites import joined
-from ..selection.config import AS_GIVEN, GIVEN, SparseConfig
+from ..selection.config import AS_GIVEN, GIVEN
 from ..selection.mask import check_selection
 from ..selection.pattern import PATTERN_VERSION
 from ..version import __version__
-from .fingerprint import DTYPES
+from .fingerprint import check_targets, in_full, line_of
 
 PEFT_TYPE, PREFIX = "SPRAND", "base_model.model."
-FORMAT_VERSION, OWN_NAMES = 3, 2  # up to 2 sprand.save had names of its own
+FORMAT_VERSION, OWN_NAMES = 4, 2  # up to 3 the header had fields of its own, up to 2 the tensors had names of their own
 VERSIONS = {"format_version": FORMAT_VERSION, "pattern_version": PATTERN_VERSION, "sprand_version": __version__}
 FIRST_VERSIONS = {"format_version": OWN_NAMES, "pattern_version": 1, "sprand_version": "0.1.0"}  # of PEFT's door at first
 SEALED = "sealed"  # of the versions: whether the header of the file must hold the description as well
 KINDS = ("delta", "indices", "frozen_indices", "frozen_values")
-SHARED = (
-    "density", "budget", "target_modules", "exclude_modules", "modules_to_save", "target_parameters", "strategy", "layout",
-    "seed",
-)  # fmt: skip
+SHARED = ("density", "budget", "exclude_modules", "modules_to_save", "strategy", "layout", "seed")  # with SprandConfig
+UNSAID = AS_GIVEN | dict.fromkeys(("exclude_modules", "modules_to_save"))  # what a field says that is left out
 
 check_versions = record({"format_version": WHOLE, "pattern_version": WHOLE, "sprand_version": TEXT})
 _FLAG = simple("true or false", lambda value: isinstance(value, bool))
-_DTYPE = simple(f"one of {', '.join(DTYPES)}", lambda value: isinstance(value, str) and value in DTYPES)
-_HASHES = table_of(TEXT)
-_FROZEN = record({"nnz": WHOLE, "fingerprint": _HASHES})
-_TARGET = record({"shape": SHAPE, "nnz": WHOLE, "fingerprint": _HASHES}, {"dtype": _DTYPE, "quantized": TEXT, "frozen": _FROZEN})
+_check_config = record({"base_model": optional(TEXT), "config": OBJECT}, {"selection": optional(check_selection)})
+_check_settings = record({"indices_saved": _FLAG}, {"sparse_config": optional(OBJECT)})
 
 
-def check_target(place: str, value: Any) -> None:
-    """The form of what an adapter says of one parameter: only a quantized base has no fingerprint."""
-    _TARGET(place, value)
-    parts = [value, value["frozen"]] if "frozen" in value else [value]
-    if "quantized" not in value and not all(part["fingerprint"] for part in parts):
-        raise ValueError(f"{place}.fingerprint: expected hashes by dtype, got none")
+def versions_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The versions in a configuration that PEFT wrote.
 
-
-check_description = record(
-    {
-        "base_model": optional(TEXT),
-        "config": OBJECT,
-        "targets": table_of(check_target),
-        "saved": table_of(record({"shape": SHAPE, "dtype": TEXT})),
-        "sprand_version": TEXT,
-    },
-    {"selection": optional(check_selection), "copied_heads": _FLAG},
-)
-_check_settings = record(
-    {"targets": table_of(check_target), "indices_saved": _FLAG},
-    {
-        "base_model_name_or_path": optional(TEXT),
-        "selection": optional(check_selection),
-        "sparse_config": optional(OBJECT),
-        "versions": optional(check_versions),
-    },
-)
+    Raises:
+        ValueError: The versions are damaged, or sprand.save wrote the configuration.
+    """
+    versions = settings.get("versions") or FIRST_VERSIONS
+    check_versions("its versions", versions)
+    if versions.get(SEALED):
+        raise ValueError("the header of its file has lost the description that sprand.save wrote there")
+    return {name: versions[name] for name in VERSIONS}
 
 
 def refuse_newer(what: str | Path, versions: Mapping[str, Any]) -> None:
@@ -98,75 +77,89 @@ def head_key(name: str) -> str:
     return PREFIX + name
 
 
-def renamed(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file of sprand 0.1.0 under the names of today."""
-    names = {f"{kind}.{name}": key(kind, name) for name in description["targets"] for kind in KINDS}
-    names |= {f"saved.{name}": head_key(name) for name in description["saved"]}
-    return {names.get(name, name): value for name, value in tensors.items()}
-
-
 def settings_of(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration by which PEFT loads an adapter: the fields of `SprandConfig` that say something.
+    """What the files say of an adapter: the fields of `SprandConfig` by which PEFT loads it, without the versions.
 
     What PEFT reads otherwise than `SparseConfig` does (modules are named in full, the strategy is the one that a mask came
     from) or not at all is kept in `sparse_config`.
     """
-    config, targets = description["config"], description["targets"]
-    given, selection = config["strategy"] == GIVEN, description.get("selection")
-    weights = [name for name in targets if name.endswith(".weight")]
-    shared = {name: config[name] for name in SHARED} | {
-        "strategy": (selection or {}).get("strategy", GIVEN) if given else config["strategy"],
-        "target_modules": sorted(name.removesuffix(".weight") for name in weights),
-        "target_parameters": sorted(targets.keys() - set(weights)) or None,
-        "modules_to_save": modules_of(description["saved"]) or None,
-    }
-    defaults = SparseConfig().to_dict() | shared
-    return {
+    config, selection = description["config"], description.get("selection")
+    given = config["strategy"] == GIVEN
+    settings = {
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": description["base_model"],
         "inference_mode": True,
-        **shared,
+        **{name: config[name] for name in SHARED},
+        "strategy": (selection or {}).get("strategy", GIVEN) if given else config["strategy"],
+        "modules_to_save": modules_of(description["saved"]) or None,
         "indices_saved": given,
         "selection": selection,
-        "sparse_config": {name: value for name, value in config.items() if value != defaults[name]},
-        "versions": {name: description[name] for name in VERSIONS} | {SEALED: True},
-        "targets": targets,
+        "targets": description["targets"],
     }
+    read = _config_of(settings)
+    return in_short(settings | {"sparse_config": {name: value for name, value in config.items() if value != read[name]}})
 
 
-def described_by(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What PEFT's configuration says of an adapter, as `sprand.save` describes one.
+def in_short(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same configuration with a text for each target, and without what says nothing or follows from the targets."""
+    targets = settings["targets"]
+    left_out = ("target_modules", "target_parameters", "targets")
+    said = {name: value for name, value in settings.items() if value is not None and name not in left_out}
+    return said | {"targets": {name: line_of(target) for name, target in targets.items()}}
+
+
+def targeted(targets: Iterable[str]) -> dict[str, list[str] | None]:
+    """What PEFT calls parameters that are targeted: modules for their weights, and all others by their names."""
+    names = sorted(targets)
+    weights = [name for name in names if name.endswith(".weight")]
+    others = [name for name in names if not name.endswith(".weight")]
+    return {"target_modules": [name.removesuffix(".weight") for name in weights], "target_parameters": others or None}
+
+
+def opened(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description of an adapter and its tensors, in the form and under the names of today.
 
     Args:
-        settings: the content of `adapter_config.json`.
-        tensors: those of the file beside it.
+        said: what its file says, or the configuration beside one that PEFT wrote, with versions and checksum.
+        tensors: those of the file.
 
     Raises:
-        ValueError: The configuration is damaged, or the tensors are not those of its adapter.
+        ValueError: What it says is damaged, or the tensors are not those of its adapter.
     """
+    targets, names = in_full(said.get("targets")), {}
+    check_targets("its targets", targets)
+    if "peft_type" in said:
+        config = _described_by({**said, "targets": targets})
+    else:  # sprand.save, up to format 3
+        config = {name: said.get(name) for name in ("base_model", "config", "selection")}
+        if said["format_version"] <= OWN_NAMES:
+            names = {f"{kind}.{name}": key(kind, name) for name in targets for kind in KINDS}
+            names |= {name: head_key(name[6:]) for name in tensors if name.startswith("saved.")}
+    _check_config("its description", config)
+    tensors = {names.get(name, name): value for name, value in tensors.items()}
+    versions = {name: said[name] for name in (*VERSIONS, "checksum")}
+    return {**versions, **config, "targets": targets, "saved": _heads(targets, tensors)}, tensors
+
+
+def _described_by(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How the entries of an adapter were chosen, by the fields of `SprandConfig`."""
     _check_settings("its configuration", settings)
-    if (settings.get("versions") or {}).get(SEALED):
-        raise ValueError("the header of its file has lost the description that sprand.save wrote there")
     given, own = settings["indices_saved"], settings.get("sparse_config")
-    config = SparseConfig().to_dict() | {name: settings[name] for name in SHARED if name in settings}
-    config |= own if own is not None else AS_GIVEN if given else {}
+    config = _config_of(settings) | (own if own is not None else AS_GIVEN if given else {})
     selection = settings.get("selection")
     if selection is None and config["strategy"] == GIVEN and settings.get("strategy", GIVEN) != GIVEN:
         selection = {"strategy": settings["strategy"]}
     return {
-        **(settings.get("versions") or FIRST_VERSIONS),
         "base_model": settings.get("base_model_name_or_path"),
         "config": config,
         "selection": selection,
-        "targets": settings["targets"],
-        "saved": heads_of(_heads(settings["targets"], tensors)),
         "copied_heads": own is None,
     }
 
 
-def heads_of(heads: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """What an adapter says of the parameters that it trained in full."""
-    return {name: {"shape": list(value.shape), "dtype": dtype_name(value.dtype)} for name, value in heads.items()}
+def _config_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `SparseConfig` that PEFT has, too."""
+    return UNSAID | targeted(settings["targets"]) | {name: settings[name] for name in SHARED if name in settings}
 
 
 def modules_of(parameters: Iterable[str]) -> list[str]:
@@ -186,14 +179,11 @@ def portable(name: str | None) -> str | None:
     return PureWindowsPath(path).name or None  # which takes both kinds of slashes
 
 
-def _heads(targets: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that belong to no target: parameters that PEFT trained in full. A wrapped layer's base is none."""
+def _heads(targets: Iterable[str], tensors: Iterable[str]) -> list[str]:
+    """The tensors that belong to no target: parameters that were trained in full. A wrapped layer's base is none."""
     own = {key(kind, name) for name in targets for kind in KINDS}
-    heads = {}
-    for name in tensors.keys() - own:
-        if ".base_layer." in name:
-            continue
+    others = sorted(name for name in tensors if name not in own and ".base_layer." not in name)
+    for name in others:
         if not name.startswith(PREFIX) or ".sprand_" in name:
-            raise ValueError(f"its tensor {name!r} is of no parameter that its configuration names")
-        heads[name.removeprefix(PREFIX)] = tensors[name]
-    return dict(sorted(heads.items()))
+            raise ValueError(f"its tensor {name!r} is of no parameter that it names")
+    return [name.removeprefix(PREFIX) for name in others]

@@ -14,7 +14,8 @@ from peft.config import PeftConfig
 from torch import Tensor
 
 from ..adapters.file import CONFIG_FILE
-from ..adapters.layout import portable
+from ..adapters.fingerprint import in_full
+from ..adapters.layout import in_short, portable
 from ..files import described
 from ..selection.config import GIVEN, SparseConfig
 from ..selection.mask import Mask
@@ -92,6 +93,7 @@ class SprandConfig(PeftConfig):
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = list(HEADS) if self.modules_to_save == "auto" else [self.modules_to_save]
         if self.targets is not None:
+            self.targets = in_full(self.targets)
             return
         if self.mask is not None:
             self._take_mask()
@@ -140,7 +142,8 @@ class SprandConfig(PeftConfig):
         """Write `adapter_config.json`, as in PEFT, in one step and with a line for each target."""
         super().save_pretrained(save_directory, **kwargs)
         file = Path(save_directory) / CONFIG_FILE
-        described.write_json(file, described.read_json(file))
+        settings = described.read_json(file)
+        described.write_json(file, settings if self.targets is None else in_short(settings))
 
     @property
     def drawn(self) -> bool:

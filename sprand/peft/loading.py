@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..adapters.layout import check_target, check_versions, refuse_newer
-from ..files.forms import table_of
+from ..adapters.fingerprint import check_targets
+from ..adapters.layout import check_versions, refuse_newer
 from .config import SprandConfig
 
 
@@ -17,7 +17,7 @@ def check_loadable(config: SprandConfig, model: nn.Module, adapter_name: str) ->
             trained a parameter in full that this model ties to another one.
     """
     called = f"adapter {adapter_name!r}"
-    table_of(check_target)(f"{called}: targets", config.targets)
+    check_targets(f"{called}: targets", config.targets)
     if config.versions is not None:
         check_versions(f"{called}: versions", config.versions)
         refuse_newer(called, config.versions)

@@ -14,7 +14,8 @@ from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..adapters.fingerprint import check_base, fingerprints
+from ..adapters.fingerprint import check_base, described_target
+from ..adapters.layout import targeted
 from ..kernels import ops
 from ..layers.sites import Site, collected, distinct, own_sites
 from ..layers.writable import check_writable
@@ -99,8 +100,7 @@ def make_plan(model: nn.Module, config: SprandConfig, adapter_name: str, kwargs:
     for site in sites:
         _check_usable(site)
     check_writable({site.name: site.weight for site in sites if site.backend is None})
-    config.target_modules = sorted({site.module_name for site in sites if site.parameter == "weight" and site.module_name})
-    config.target_parameters = sorted({site.name for site in sites if site.parameter != "weight"}) or None
+    vars(config).update(targeted(site.name for site in sites))
     return plan
 
 
@@ -200,13 +200,10 @@ def check_same_base(adapter_name: str, site: Site, indices: Tensor, entry: Mappi
 
 def describe(site: Site, indices: Tensor, base: Tensor | None) -> dict[str, Any]:
     """What a saved adapter says of one target."""
-    known = base is not None and not base.is_meta
-    entry = {"shape": list(site.shape), "nnz": indices.numel(), "fingerprint": fingerprints(base) if known else {}}
-    if site.backend is not None:
-        entry["quantized"] = site.backend.backend_name
-    elif not known:
-        entry["quantized"] = "unknown"
-    return entry
+    if site.backend is None and base is not None and not base.is_meta:
+        return described_target(site.shape, base)
+    backend = "unknown" if site.backend is None else site.backend.backend_name
+    return {"shape": list(site.shape), "nnz": indices.numel(), "fingerprint": {}, "quantized": backend}
 
 
 def pristine(site: Site) -> AbstractContextManager[None]:
