@@ -135,6 +135,22 @@ def test_what_cannot_be_kept_is_refused_and_nothing_is_written(tmp_path, change,
     assert not (tmp_path / "adapter").exists()
 
 
+OTHERS = {
+    "other names": {"a.x": torch.ones(3, 4), "b.y": torch.ones(5)},
+    "other shapes": {"w": torch.ones(4, 4), "v": torch.ones(6)},
+    "some behind a prefix": {"bert.w": torch.ones(3, 4), "bert.u": torch.ones(5)},
+}
+
+
+@pytest.mark.parametrize("tensors", OTHERS.values(), ids=OTHERS)
+def test_models_that_have_nothing_in_common_are_refused(tmp_path, tensors):
+    plain(tmp_path / "base", {"w": torch.zeros(3, 4), "v": torch.zeros(5)})
+    plain(tmp_path / "tuned", tensors)
+    with pytest.raises(ValueError, match="base and .*tuned have nothing in common"):
+        diff(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_the_adapter_says_where_it_comes_from(tmp_path):
     plain(tmp_path / "base", {"w": torch.zeros(4)})
     plain(tmp_path / "tuned", {"w": torch.ones(4)})

@@ -43,7 +43,8 @@ def test_merge_verify_and_revert(base, adapter, tmp_path, capsys):
 
 
 def test_weights(base, adapter, tmp_path, capsys):
-    assert run("merge", base, f"{adapter}:0.5", f"{adapter}:0.5", tmp_path / "halves", "--verify") == 0
+    with pytest.warns(UserWarning, match="are one adapter"):
+        assert run("merge", base, f"{adapter}:0.5", f"{adapter}:0.5", tmp_path / "halves", "--verify") == 0
     assert run("merge", base, adapter, tmp_path / "whole", "--no-base-values") == 0
     halves, whole = content_of(tmp_path / "halves"), content_of(tmp_path / "whole")
     assert halves.pop("sprand_revert.dat")

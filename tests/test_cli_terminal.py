@@ -278,6 +278,43 @@ def test_a_mistyped_option_gets_the_usage_of_its_command_and_a_hint(capsys):
     assert "expected a fraction, got '1%'; write 0.01 for 1 %" in capsys.readouterr().err
 
 
+HINTS = {
+    "finetune": {
+        "--learning-rate": "--lr", "--lr_scheduler_type": "--schedule", "--output": "--out", "--output_dir": "--out",
+        "--outt": "--out", "-out": "--out", "--num-train-epochs": "--epochs", "--batch_size": "--batch-size",
+        "--per-device-train-batch-size": "--batch-size", "--sparsity": "--density", "--data": "--train", "--max-seq-len":
+        "--max-length", "--strateg": "--strategy", "--save-steps": "--checkpoint-every", "--cpu": "--device", "--label":
+        "--label-column", "--model_name_or_path": "--model", "--overwrit": "--overwrite",
+        "--quiet": None, "--rank": None, "--dropout": None, "--lora-r": None, "--alpha": None, "-v": None,
+    },
+    "merge": {"--verif": "--verify", "--weights": None, "--density": None},
+    "combine": {"--basee": "--base", "--weight": "--weights", "--output": "--out"},
+    "export": {"--form": "--to", "--too": "--to"},
+    "inspect": {"--tpo": "--top", "--plots": "--plot"},
+    "predict": {"--max-tokens": "--max-new-tokens"},
+    "plan": {"--mem": "--memory"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", HINTS)
+def test_a_near_miss_gets_its_option_whatever_else_is_missing(command, capsys):
+    for option, meant in HINTS[command].items():
+        with pytest.raises(SystemExit) as stopped:
+            run(command, option, "3")
+        said = capsys.readouterr().err.splitlines()[-1]
+        hint = f"; did you mean {meant}?" if meant else ""
+        assert stopped.value.code == 2 and said == f"sprand {command}: error: unrecognized arguments: {option} 3{hint}"
+
+
+def test_what_only_looks_like_an_option_is_taken(base, tmp_path, capsys):
+    assert run("inspect", "--", "-x") == 2
+    assert "No file or folder -x." in capsys.readouterr().err
+    assert run("inspect", "x", "--top", "-1") == 2
+    assert "--top: expected a count, got -1." in capsys.readouterr().err
+    adapter = adapter_of(base, tmp_path / "adapter", 0.1)
+    assert run("merge", base, adapter, f"-o{tmp_path / 'merged'}") == 0 and (tmp_path / "merged").is_dir()
+
+
 def test_the_way_on_names_a_program_that_the_shell_finds(tmp_path, monkeypatch):
     program = tmp_path / "bin" / "sprand"
     program.parent.mkdir()

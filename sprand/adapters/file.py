@@ -22,6 +22,7 @@ from .fingerprint import DTYPES, check_base, described_target, fingerprints
 from .frozen import Frozen
 
 WEIGHTS_FILE, CONFIG_FILE, KEY = "adapter_model.safetensors", "adapter_config.json", "sprand"
+FOLDER_OF_RUN = "adapter"  # in the folder of a run of `sprand finetune`
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +86,15 @@ class AdapterFile:
         """Read a saved adapter and prove that it is undamaged.
 
         Args:
-            path: folder of the adapter, or its safetensors file.
+            path: folder of the adapter, its safetensors file, or the folder of a run of `sprand finetune`.
             weight: its factor where adapters are combined.
 
         Raises:
             FileNotFoundError: There is no adapter.
             ValueError: The file is damaged, no adapter of sprand, or of a newer format.
         """
-        file = Path(path)
-        file = file / WEIGHTS_FILE if file.is_dir() else file
+        place = _place(Path(path))
+        file = place / WEIGHTS_FILE if place.is_dir() else place
         if not file.is_file():
             raise FileNotFoundError(
                 f"no adapter at {path}: expected {WEIGHTS_FILE} there, as sprand.save and save_pretrained write it"
@@ -105,7 +106,7 @@ class AdapterFile:
             said = _said_beside(file) | {"checksum": described.checksum(tensors)}
         layout.refuse_newer(file, said)
         try:
-            adapter = cls(Path(path), *layout.opened(said, tensors), float(weight))
+            adapter = cls(place, *layout.opened(said, tensors), float(weight))
             if adapter.config.strategy not in (GIVEN, *pattern.RANDOM_STRATEGIES):
                 raise ValueError(f"expected a strategy that draws, or given entries, got {adapter.config.strategy!r}")
             adapter._check_heads()
@@ -331,6 +332,12 @@ def draw(config: SparseConfig, name: str, shape: Iterable[int], nnz: int) -> Ten
 def finite(values: Tensor) -> bool:
     """Whether all values are finite."""
     return bool(torch.isfinite(values).all())
+
+
+def _place(path: Path) -> Path:
+    """Where an adapter lies: of the folder of a run, in its folder `adapter`."""
+    inner = path / FOLDER_OF_RUN
+    return inner if not (path / WEIGHTS_FILE).is_file() and (inner / WEIGHTS_FILE).is_file() else path
 
 
 def _has_length(values: Tensor | None, count: int) -> bool:

@@ -18,7 +18,7 @@ from ..files import described
 from ..selection import pattern
 from ..selection.config import GIVEN, SparseConfig
 from .edits import edits_of, read_bases
-from .merge import Adapters
+from .merge import Adapters, warn_of_twins
 from .shards import Checkpoint, open_checkpoint
 from .stream import Progress
 
@@ -71,8 +71,9 @@ def combine(
         OSError: The adapter cannot be written.
     """
     rule, pairs = Rule(method, density, seed, signs), list(adapters)
-    _refuse_overwriting(out, [path for path, _ in pairs])
     opened = [AdapterFile.read(path, weight) for path, weight in pairs]
+    _refuse_overwriting(out, opened)
+    warn_of_twins(opened)
     if not opened:
         raise ValueError("expected at least one adapter, got none")
     left_out = tuple(dict.fromkeys(name for adapter in opened for name in adapter.heads)) if drop_heads else ()
@@ -120,8 +121,9 @@ def remove(
         ValueError: The whole is no sum, or the adapter is not in it, shares entries, or is all of it. Nothing is written then.
         OSError: The adapter cannot be written.
     """
-    _refuse_overwriting(out, [whole, adapter])
-    combination, taken = _combinable(AdapterFile.read(whole), False), _combinable(AdapterFile.read(adapter), True)
+    opened = [AdapterFile.read(path) for path in (whole, adapter)]
+    _refuse_overwriting(out, opened)
+    combination, taken = _combinable(opened[0], False), _combinable(opened[1], True)
     selection = combination.selection or {}
     if selection.get("strategy") != "combine" or selection["method"] != "sum":
         how = f"by {selection['method']}" if selection.get("method") else "alone"
@@ -210,9 +212,10 @@ def _checksum(listed: Listed) -> str:
     return content_checksum(*({name: pair[i] for name, pair in listed.items()} for i in range(2)))
 
 
-def _refuse_overwriting(out: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]]) -> None:
-    for path in adapters:
-        if Path(path).resolve() == Path(out).resolve():
+def _refuse_overwriting(out: str | os.PathLike[str], adapters: Sequence[AdapterFile]) -> None:
+    for adapter in adapters:
+        folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
+        if folder.resolve() == Path(out).resolve():
             raise ValueError(f"{out} is one of the adapters that are read; give another folder for the result")
 
 

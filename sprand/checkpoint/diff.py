@@ -178,10 +178,7 @@ def _names(one: Checkpoint, two: Checkpoint) -> dict[str, str]:
     Raises:
         ValueError: No tensor is in both, or one is in another dtype.
     """
-    names = {name: name for name in one.tensors if name in two.tensors}
-    if not names:
-        places, _ = resolve(two, {name: stored.shape for name, stored in one.tensors.items()})
-        names = {name: parts[0] for name, parts in places.items() if len(parts) == 1}
+    names = {name: name for name in one.tensors if name in two.tensors} or _behind_a_prefix(one, two)
     alike = {}
     for name, other in names.items():
         here, there = one.tensors[name], two.tensors[other]
@@ -190,7 +187,21 @@ def _names(one: Checkpoint, two: Checkpoint) -> dict[str, str]:
         if here.code != there.code:
             raise ValueError(f"{name} is {here.code} in {one.folder} and {there.code} in {two.folder}; save both in one dtype")
         alike[name] = other
+    if not alike:
+        raise ValueError(
+            f"{one.folder} and {two.folder} have nothing in common, no tensor of one name (or with one prefix before all names) "
+            "and shape; give a checkpoint and one that was trained from it"
+        )
     return alike
+
+
+def _behind_a_prefix(one: Checkpoint, two: Checkpoint) -> dict[str, str]:
+    """For each tensor of one checkpoint its name in the other, where all names there have one prefix more or less; or nothing."""
+    try:
+        places, _ = resolve(two, {name: stored.shape for name, stored in one.tensors.items()})
+    except ValueError:
+        return {}
+    return {name: parts[0] for name, parts in places.items() if len(parts) == 1}
 
 
 def _differing(one: Checkpoint, two: Checkpoint, name: str, other: str, progress: Progress) -> _Differing:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ def merge(
         OSError: The folder cannot be written. `out` is not there then.
     """
     checkpoint, opened = open_checkpoint(base), open_adapters(adapters)
+    warn_of_twins(opened)
     made = NewFolder(out, identity_of(checkpoint, adapters=adapters_of(opened)))
     edits = edits_of(checkpoint, opened)
     job = _Job(checkpoint, edits)
@@ -189,6 +191,20 @@ class _Job:
 
     def _rewritten(self, shard: Shard) -> RewrittenShard:
         return RewrittenShard(shard, self.rewrites, self.edits.added if shard.name == self.last else {})
+
+
+def warn_of_twins(opened: Iterable[AdapterFile]) -> None:
+    """Warn where an adapter is given more than once, under whatever path: its changes count each time."""
+    paths: dict[tuple[Any, ...], list[str]] = {}
+    for adapter in opened:
+        drawn = adapter.config.strategy, adapter.config.seed, adapter.config.layout
+        paths.setdefault((adapter.checksum, *drawn), []).append(str(adapter.path))
+    for same in paths.values():
+        if len(same) > 1:
+            warnings.warn(
+                f"{' and '.join(same)} are one adapter, whose changes count {len(same)} times; give it once if that is not meant",
+                stacklevel=3,
+            )
 
 
 def adapters_of(opened: Iterable[AdapterFile]) -> list[dict[str, Any]]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..adapters.combining import METHODS
 from ..checkpoint.combine import Combined, combine, remove
 from ..checkpoint.shards import open_checkpoint
 from . import CliError
 from .files import bar, failing_in_words, folder_of, print_json
-from .parser import option_of
+from .parser import add_json, add_out, option_of
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -33,7 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders of adapters")
     parser.add_argument("--base", required=True, metavar="BASE", help="their checkpoint: a folder, a file, or a name on the Hub")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the new adapter")
+    add_out(parser, "DIR", "folder of the new adapter")
     parser.add_argument("--method", choices=METHODS, help="default sum")
     parser.add_argument("--weights", type=_numbers, metavar="X,Y,...", help="one factor for each adapter (default 1)")
     parser.add_argument("--density", type=float, metavar="X", help="ties, dare: share of each adapter's entries that is kept")
@@ -42,7 +41,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--drop-heads", action="store_true", help="leave out modules trained in full: each task keeps its own head"
     )
     parser.add_argument("--remove", metavar="ADAPTER", help="take this one out of the one combined ADAPTER given")
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    add_json(parser)
     parser.set_defaults(command=run)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..adapters.file import WEIGHTS_FILE
 from ..checkpoint.diff import Difference, diff
 from ..checkpoint.shards import open_checkpoint
 from .files import bar, failing_in_words, folder_of, print_json
+from .parser import add_json, add_out
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -25,9 +25,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("base", metavar="BASE", help="checkpoint folder, a .safetensors file, or a name on the Hub")
     parser.add_argument("tuned", metavar="TUNED", help="the checkpoint that was trained from it, in the same dtype")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="ADAPTER", help="the adapter's folder")
+    add_out(parser, "ADAPTER", "the adapter's folder")
     parser.add_argument("--density", type=float, metavar="X", help="keep the largest changes: this share of each tensor at most")
-    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    add_json(parser, "print the counts as JSON")
     parser.set_defaults(command=run)
 
 

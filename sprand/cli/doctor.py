@@ -17,6 +17,7 @@ import torch
 
 from ..kernels import host, native, ops, selftest
 from ..version import __version__
+from .parser import add_json
 from .table import print_table
 
 PACKAGES = ("safetensors", "transformers", "peft", "numpy")
@@ -34,7 +35,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             sprand doctor --json
         """,
     )
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    add_json(parser, "print it as JSON")
     parser.set_defaults(command=run)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from pathlib import Path
 
 from ..checkpoint.export import FORMS, export
 from . import require
 from .files import failing_in_words, folder_of
+from .parser import add_json, add_out
 
 OF_PEFT = {
     "shira": "PEFT's SHiRA, 12 bytes per entry",
@@ -32,9 +32,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
     parser.add_argument("--to", required=True, choices=known, help="the form")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of what is written")
+    add_out(parser, "DIR", "folder of what is written")
     parser.add_argument("--base", metavar="BASE", help="base checkpoint: a folder, a .safetensors file, or a name on the Hub")
-    parser.add_argument("--json", action="store_true", help="print the files written as JSON")
+    add_json(parser, "print the files written as JSON")
     parser.set_defaults(command=run)
 
 

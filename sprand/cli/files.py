@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +28,11 @@ def failing_in_words() -> Iterator[None]:
     except (OSError, ValueError, ModuleNotFoundError) as error:
         kind = WorkFailed if isinstance(error, OSError) and error.errno in FAULTS_OF_A_DISK else CliError
         raise kind(f"{' '.join(str(error).split()).removesuffix('.')}.") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What another package says is wrong, in one line, to end a sentence with."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...").removesuffix(".")
 
 
 def print_json(said: Any, **more: Any) -> None:
@@ -63,15 +69,16 @@ def from_hub(name: str, fetch: Callable[[Any], T]) -> T:
         CliError: The name is none of the Hub's, or nothing could be fetched.
     """
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise CliError(f"No file or folder {name}.")
-    hub = require("huggingface_hub")
-    if not sys.stderr.isatty():
-        hub.utils.disable_progress_bars()
+        hint = "" if "/" in name else " A model on the Hub is named owner/name."
+        raise CliError(f"No file or folder {name}.{hint}")
     try:
+        hub = require("huggingface_hub")
+        require("huggingface_hub.utils")  # the package has it as an attribute only after that
+        if not sys.stderr.isatty():
+            hub.utils.disable_progress_bars()
         return fetch(hub)
-    except Exception as error:  # offline, unknown, private, gated: the Hub's client has a class for each
-        reason = " ".join(str(error).split())[:200].removesuffix(".")
-        raise CliError(f"No file or folder {name}, and it could not be fetched from the Hub: {reason}.") from None
+    except Exception as error:  # not installed, offline, unknown, private, gated: the Hub's client has a class for each
+        raise CliError(f"No file or folder {name}, and it could not be fetched from the Hub: {reason_of(error)}.") from None
 
 
 def adapter_and_weight(text: str) -> tuple[Path, float]:

@@ -113,12 +113,13 @@ def _program() -> str:
 
 @contextmanager
 def _library_lines() -> Iterator[None]:
-    """Show what the library logs, the time and memory of a calibration say, on standard error; quieten what others say."""
+    """Show what the library logs, the time and memory of a calibration say, and what it warns of, as lines on standard error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     logger, handler = logging.getLogger("sprand"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    level = logger.level
+    level, format_warning = logger.level, warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"sprand: {message}\n"
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -126,3 +127,4 @@ def _library_lines() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        warnings.formatwarning = format_warning

@@ -10,6 +10,7 @@ from ..checkpoint import merge, revert
 from ..checkpoint.shards import open_checkpoint
 from . import CliError, Stopped, WorkFailed
 from .files import adapter_and_weight, bar, failing_in_words, folder_of, print_json
+from .parser import add_json, add_out
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -28,13 +29,14 @@ def add(commands: argparse._SubParsersAction) -> None:
             sprand merge base first:0.5 second:0.5 both      # the weighted sum of their changes
             sprand merge --revert merged adapter base-again  # bit for bit
         """,
+        usage="sprand merge [options] BASE ADAPTER[:WEIGHT] ... OUT",
     )
     parser.add_argument("base", metavar="BASE", help="checkpoint folder, a .safetensors file, or a name on the Hub")
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[:WEIGHT]", help="folders of adapters")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[:WEIGHT]", help="folders of adapters; after them OUT")
+    add_out(parser, "OUT", "the folder to make, where it is not the last word", required=False)
     parser.add_argument("--verify", action="store_true", help="read both again, and prove every byte")
     parser.add_argument("--revert", action="store_true", help="BASE is a merged checkpoint: write what it was merged from to OUT")
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    add_json(parser)
     parser.add_argument("--no-base-values", action="store_true", help="do not keep sprand_revert.dat (2 or 4 bytes per entry)")
     parser.set_defaults(command=run)
 
@@ -49,6 +51,11 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.revert and options.no_base_values:
         raise CliError("--no-base-values is for merging; leave it out with --revert.")
+    if options.out is None:
+        *options.adapters, last = options.adapters
+        options.out = Path(last)
+        if not options.adapters:
+            raise CliError(f"Expected BASE ADAPTER OUT, got no OUT after {last}; give the folder to make.")
     with failing_in_words():
         base, adapters = folder_of(options.base), [adapter_and_weight(text) for text in options.adapters]
         size = sum(shard.size for shard in open_checkpoint(base).shards.values())

@@ -4,8 +4,28 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+OTHER_WORDS = {
+    "--out": ("output", "output-dir", "save", "save-to"),
+    "--lr": ("learning-rate", "rate"),
+    "--schedule": ("lr-scheduler", "lr-scheduler-type", "scheduler"),
+    "--train": ("data", "dataset"),
+    "--eval": ("validation", "valid", "dev", "test"),
+    "--density": ("sparsity",),
+    "--device": ("cpu", "cuda", "gpu"),
+    "--dtype": ("bf16", "fp16", "precision"),
+    "--checkpoint-every": ("save-every", "save-steps"),
+    "--eval-every": ("eval-steps",),
+    "--max-grad-norm": ("clip", "grad-clip", "gradient-clipping"),
+    "--grad-accumulation": ("gradient-accumulation-steps",),
+    "--overwrite": ("force",),
+    "--to": ("form", "format"),
+}  # what other programs call an option, by what it is called here
+OPTION = re.compile(r"-(?!\.?\d)\S+$")  # no negative number, and nothing with a space: as argparse tells them apart
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,15 +50,36 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The options; one that is not known is refused by the command that it was given to, with what is close to it."""
-        options, unknown = self.parse_known_args(arguments)
-        if unknown:
-            commands = next(action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
-            command = next(commands[word] for word in arguments if word in commands)
-            known = [option for action in command._actions for option in action.option_strings]
-            near = [close for word in unknown for close in difflib.get_close_matches(word.partition("=")[0], known, n=1)]
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        commands = next(action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        place = next((place for place, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+        self.refuse_unknown(arguments[:place])
+        command = commands.get(arguments[place], self) if place < len(arguments) else self
+        if command is not self:
+            command.refuse_unknown(arguments[place + 1 :])
+        options, more = self.parse_known_args(arguments)
+        if more:
+            command.error(f"unrecognized arguments: {' '.join(more)}")
         return options
+
+    def refuse_unknown(self, arguments: Sequence[str]) -> None:
+        """Refuse options that the parser does not have, before it misses others or takes `-out` for `-o ut`."""
+        unknown: list[str] = []  # options, each with its value
+        near, follows = [], False
+        for word in arguments[: arguments.index("--") if "--" in arguments else None]:
+            if OPTION.match(word) and self._knows(word.partition("=")[0]):
+                follows = False
+            elif OPTION.match(word):
+                follows = True
+                near.append(near_option(word, self._option_string_actions))
+            unknown += [word] if follows else []
+        hints = ", ".join(filter(None, near))
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {hints}?" if hints else ""))
+
+    def _knows(self, option: str) -> bool:
+        """Whether this is an option, or one of a letter with its value, -oDIR; but -out is a slip of --out."""
+        known = self._option_string_actions
+        return option in known or (option[:2] in known and f"-{option}" not in known)
 
     def show_brief(self) -> None:
         """Leave the options that are not of the brief help out of it; they are parsed as before."""
@@ -62,6 +103,33 @@ class Paragraphs(argparse.HelpFormatter):
             paragraph if "\n  " in paragraph else super(Paragraphs, self)._fill_text(paragraph, width, indent)
             for paragraph in paragraphs
         )
+
+
+def near_option(option: str, known: Iterable[str]) -> str | None:
+    """The option that one which is not known was meant for: by another program's name of it, its words, or its letters."""
+    names = [other[2:] for other in known if other.startswith("--")]
+    asked = option.partition("=")[0].lstrip("-").lower().replace("_", "-")
+    for own, words in OTHER_WORDS.items():
+        if asked in words and own[2:] in names:
+            return own
+    if len(asked) < 2:
+        return None
+    words = {*asked.split("-")}
+    shorter = [name for name in names if words >= {*name.split("-")} or (len(name) > 2 and asked.startswith(name))]
+    longer = [name for name in names if words <= {*name.split("-")} or name.startswith(asked)]
+    alike = difflib.get_close_matches(asked, [name for name in names if name[0] == asked[0]], n=1, cutoff=0.65)
+    nearest = [*sorted(shorter, key=len, reverse=True), *sorted(longer, key=len), *alike]
+    return f"--{nearest[0]}" if nearest else None
+
+
+def add_out(to: argparse._ActionsContainer, metavar: str, help: str, required: bool = True) -> None:
+    """Add where a command writes: `-o` and `--out` of every command that does."""
+    to.add_argument("-o", "--out", type=Path, required=required, metavar=metavar, help=help)
+
+
+def add_json(to: argparse._ActionsContainer, help: str = "print what was written as JSON") -> None:
+    """Add `--json` of every command that has results."""
+    to.add_argument("--json", action="store_true", help=help)
 
 
 def option_of(name: str) -> str:

@@ -12,11 +12,12 @@ from ..checkpoint.plan import Need, Weight, plan
 from ..checkpoint.shards import open_checkpoint
 from . import CliError
 from .files import failing_in_words, from_hub
+from .parser import add_json
 from .table import UNITS, print_table, size_text
 
 BYTES = UNITS | {"": 1, "B": 1, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DENSITIES = (0.001, 0.01, 0.05)
-COLUMNS = ("weights", "values", "grads", "moments", "indices", "base", "activations", "total", "file")
+STATE, ENTRIES = ("values", "grads", "moments"), ("indices", "base")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -28,9 +29,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         "fine-tuning with AdamW. Nothing is loaded; of a model on the Hub only the headers are fetched.",
         epilog="sprand: delta, gradient and two moments in float32, index, and base value of each entry. LoRA: four float32 of "
         "each of its values. Full: gradients in the weights' dtype, two float32 moments, a float32 copy of 16-bit weights. "
-        "Activations are a rough estimate, the same for all; what the GPU's kernels and libraries take comes on top.",
+        "Activations are a rough estimate, the same for all; what the GPU's kernels and libraries take comes on top. "
+        "Linear layers are those without the output head.",
         examples="""
-            sprand plan gpt2
+            sprand plan openai-community/gpt2
             sprand plan meta-llama/Llama-3.1-8B --memory 24GB --tokens 8192
         """,
     )
@@ -41,7 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     amount.add_argument("--memory", type=_bytes, metavar="24GB", help="find the largest density that fits")
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of a batch (default 2048)")
     parser.add_argument("--checkpointing", action="store_true", help="activations are computed again in backward")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    add_json(parser, "print it as JSON, each part by itself")
     parser.set_defaults(command=run)
 
 
@@ -65,14 +67,17 @@ def run(options: argparse.Namespace) -> int:
         rows = [asdict(need) | {"total": need.total} for need in needs]
         print(json.dumps({"parameters": total, "linear": targets, "tokens": options.tokens, "methods": rows}, indent=2))
         return 0
-    print(f"{total:,} parameters, {targets:,} of them in linear layers (output head not counted); {options.tokens:,} tokens\n")
-    print_table([("method", "trained", *COLUMNS), *map(_row, needs)])
+    weights, activations = size_text(needs[0].weights), size_text(needs[0].activations)
+    print(f"{total:,} parameters, {targets:,} of them in linear layers")
+    print(f"all hold {weights} of weights and about {activations} of activations ({options.tokens:,} tokens)\n")
+    print_table([("method", "trained", "state", "entries", "total", "file"), *map(_row, needs)])
+    print("\nstate: values, gradients and moments; entries: indices and base values")
     return 0
 
 
 def _row(need: Need) -> tuple[str, ...]:
-    sizes = (getattr(need, column) for column in COLUMNS)
-    return need.method, f"{need.trained:,}", *map(size_text, sizes)
+    state, entries = (sum(getattr(need, part) for part in parts) for parts in (STATE, ENTRIES))
+    return need.method, f"{need.trained:,}", *map(size_text, (state, entries, need.total, need.file))
 
 
 def _bytes(text: str) -> int:

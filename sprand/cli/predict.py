@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import sprand
 
+from ..adapters.file import FOLDER_OF_RUN
 from . import CliError
 from .files import failing_in_words
 from .finetune import data, models, tasks
-from .parser import option_of
+from .parser import add_json, option_of
 
 
 @dataclasses.dataclass
@@ -74,12 +75,14 @@ def load_run(folder: Path, device: str = "auto") -> Tuned:
     """The base model of a run with the adapter that it wrote.
 
     Args:
-        folder: `--out` of `sprand finetune`.
+        folder: `--out` of `sprand finetune`, or the folder `adapter` in it.
         device: "auto", or as torch has it.
 
     Raises:
         CliError: There is no run, it has not ended, or its base is not there or another one.
     """
+    if folder.resolve().name == FOLDER_OF_RUN and not (folder / "task.json").is_file():
+        folder = folder.resolve().parent
     file = folder / "task.json"
     if not file.is_file():
         raise CliError(f"{folder}: no task.json; expected the folder --out of a run of sprand finetune that has ended.")
@@ -87,7 +90,7 @@ def load_run(folder: Path, device: str = "auto") -> Tuned:
         made = json.loads(file.read_text())
         labels = tuple(made["labels"])
         model, tokenizer = models.load(made["model"], made["task"], len(labels), made["dtype"], made["pooling"], made["seed"])
-        sprand.load(model, folder / "adapter")
+        sprand.load(model, folder / FOLDER_OF_RUN)
     return Tuned(model.to(models.pick_device(device)).eval(), tokenizer, labels, made["max_length"])
 
 
@@ -112,7 +115,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default 32")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of a continuation (default 64)")
     parser.add_argument("--device", default="auto", help="default auto: a GPU where there is one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with every class's probability")
+    add_json(parser, "print one JSON object, with every class's probability")
     parser.set_defaults(command=run)
 
 

@@ -20,6 +20,7 @@ from .files import failing_in_words, prepare_folder
 from .finetune import data, models, tasks
 from .finetune import options as shared
 from .finetune.settings import Settings
+from .parser import add_json, add_out
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -40,11 +41,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=run)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a directory in the Hugging Face layout, or a name on the Hub")
-    add("--out", type=Path, required=True, metavar="FILE", help="the mask, a safetensors file")
+    add_out(parser, "FILE", "the mask, a safetensors file")
     add("--data", type=Path, metavar="FILE", help="rows to compute scores on: TSV (unquoted), CSV, JSONL, or plain text")
     add("--plot", type=Path, metavar="PNG", help="draw the density of each layer and kind of module")
     add("--compare", type=Path, metavar="MASK", help="draw the overlap with another mask as well (needs --plot)")
-    add("--json", action="store_true", help="print the counts as JSON")
+    add_json(parser, "print the counts as JSON")
     shared.add_amount(parser.add_argument_group("how much"))
     shared.add_choice(parser.add_argument_group("which"))
     start = parser.add_argument_group("model and data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -23,7 +24,7 @@ def size_text(count: int | None) -> str:
 
 
 def print_table(rows: Rows, left: int = 1, title: str = "", file: TextIO | None = None) -> None:
-    """Print a table.
+    """Print a table; where it is wider than the screen, the first column has lines of its own.
 
     Args:
         rows: of equal length, the first one the header; a cell that says FAILED is red on a terminal.
@@ -32,7 +33,12 @@ def print_table(rows: Rows, left: int = 1, title: str = "", file: TextIO | None 
         file: where to, standard output by default.
     """
     file = file or sys.stdout
-    if file.isatty():
+    screen = shutil.get_terminal_size((sys.maxsize, 24)).columns  # of COLUMNS, or of the terminal; a file has no end
+    text = text_table(rows, left)
+    width = max(map(len, text.splitlines()))
+    if width > screen:
+        text = _stacked(rows, left)
+    elif file.isatty() and width + len(rows[0]) + 3 <= screen:  # with rich's borders
         try:
             from rich.console import Console
             from rich.table import Table
@@ -49,4 +55,10 @@ def print_table(rows: Rows, left: int = 1, title: str = "", file: TextIO | None 
             return
     if title:
         print(title, file=file)
-    print(text_table(rows, left), file=file)
+    print(text, file=file)
+
+
+def _stacked(rows: Rows, left: int) -> str:
+    """A table whose first cells stand above the others of their rows."""
+    others = text_table([row[1:] for row in rows], left - 1).splitlines()
+    return "\n".join(f"{row[0]}\n  {line}".rstrip() for row, line in zip(rows, others, strict=True))

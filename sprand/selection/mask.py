@@ -120,6 +120,14 @@ class Mask(dict[str, Tensor]):
         return cls(indices, shapes, description.get("selection"))
 
 
+def is_mask(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a file that `Mask.save` wrote, by its header; a damaged one is none."""
+    try:
+        return KEY in described.parse(described.header_of(Path(path))).get("__metadata__", {})
+    except (OSError, ValueError):
+        return False
+
+
 def selection_of(config: SparseConfig) -> dict[str, Any] | None:
     """How the entries of a configuration are chosen, as JSON types; None for a random draw and for unnamed indices."""
     if isinstance(config.strategy, Mapping):

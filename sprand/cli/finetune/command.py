@@ -8,6 +8,7 @@ from pathlib import Path
 from ...training.rates import MEASURED_WIDTH
 from .. import CliError
 from ..files import prepare_folder
+from ..parser import add_json, add_out
 from . import options as shared
 from .settings import COMPARABLE, PEER_RATES, SCHEDULES, Resume, Settings
 
@@ -107,7 +108,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     peers = ", ".join(COMPARABLE)
     rates = ", ".join(f"{name} {PEER_RATES[name]:g}" for name in COMPARABLE)
-    add("--out", type=Path, required=True, metavar="DIR", help="adapter, checkpoints, metrics, curve and results go here")
+    add_out(group, "DIR", "adapter, checkpoints, metrics, curve and results go here")
     add("--overwrite", action="store_true", default=None, help="drop the run that is there")
     add("--compare", type=shared.names, metavar="A,B", help=f"run these beside it on the same data: {peers}")
     add(
@@ -117,7 +118,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         metavar="NAME=X",
         help=f"their learning rates (default {rates}, for {MEASURED_WIDTH} wide)",
     )
-    add("--json", action="store_true", help="print the content of results.json, and all else on standard error")
+    add_json(group, "print the content of results.json, and all else on standard error")
     add("--verify", action="store_true", default=None, help="reload, unmerge and merge at the end, and check that all is exact")
 
 

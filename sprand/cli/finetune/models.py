@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import CliError, require
+from ..files import reason_of
 
 
 class MeanPoolClassifier(nn.Module):
@@ -73,9 +74,8 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
                 name, num_labels=num_labels, ignore_mismatched_sizes=True, **options
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split()).removesuffix(".")[:300]
         place = "in that directory" if Path(name).is_dir() else "here or on the Hub (offline?)"
-        raise CliError(f"--model {name}: no model for {task} could be loaded {place}: {reason}.") from None
+        raise CliError(f"--model {name}: no model for {task} could be loaded {place}: {reason_of(error)}.") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -91,7 +91,7 @@ def task_of(name: str) -> str:
     try:
         made_for = require("transformers").AutoConfig.from_pretrained(name).architectures or []
     except (OSError, ValueError, KeyError) as error:
-        raise CliError(f"--model {name}: no configuration could be loaded: {' '.join(str(error).split())[:300]}.") from None
+        raise CliError(f"--model {name}: no configuration could be loaded: {reason_of(error)}.") from None
     generates = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in made_for)
     return "causal-lm" if generates else "classification"
 

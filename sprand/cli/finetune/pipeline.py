@@ -13,6 +13,7 @@ from torch import nn
 
 import sprand
 
+from ...adapters.file import FOLDER_OF_RUN
 from ...files import described
 from .. import CliError, Stopped, require
 from ..files import prepare_folder
@@ -93,7 +94,7 @@ class Run:
 
     def train_entries(self) -> None:
         """Train the model's chosen entries, from a checkpoint if one is asked for, and save and prove the adapter."""
-        settings, method, adapter = self.settings, self.method, self.out / "adapter"
+        settings, method, adapter = self.settings, self.method, self.out / FOLDER_OF_RUN
         torch.manual_seed(settings.seed)
         resumed = self._resumed()
         outcome = train(method, self.task, settings, self.device, self.log, checkpoints=self.checkpoints, resumed=resumed)
@@ -172,7 +173,7 @@ class Run:
             )
 
     def _keep(self, method: methods.Method, outcome: Outcome) -> None:
-        size = methods.adapter_bytes(method, self.out / "adapter")
+        size = methods.adapter_bytes(method, self.out / FOLDER_OF_RUN)
         self.results.append(report.Result.of(method, outcome, size))
         self.histories.append(outcome.history)
 
