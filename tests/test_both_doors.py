@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 import sprand
-from models import MLP, EveryLayer, Tied, assert_same_bits, bits, built
-from peft_models import llama, peft, positions
+from models import MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels
+from peft_models import llama, peft, positions, trainable
 from sprand.layers.sites import sites_of
 from sprand.peft import SprandConfig
 
@@ -26,6 +27,18 @@ class Headed(nn.Module):
 
     def forward(self, x):
         return self.out(self.body(x))
+
+
+class Embeddings(nn.Module):
+    """Holds a parameter of its own, and a layer, as the embeddings of vision models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(16))
+        self.patch = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.patch(x) + self.position
 
 
 class Twice(nn.Module):
@@ -282,3 +295,17 @@ def test_both_doors_lead_off_the_meta_device_with_the_same_entries(fields):
     expected = dict(sprand.apply(built(MLP), **fields)._sprand.current.indices)
     assert_same_bits({site.name: site.entries.indices for site in sites_of(ours)}, expected)
     assert_same_bits(positions(theirs), expected)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_layer_inside_of_a_module_with_parameters_of_its_own_is_unloaded_too(merge):
+    x, base = points_and_labels()[0], built(lambda: nn.Sequential(Embeddings(), nn.Tanh(), nn.Linear(16, 4)))
+    plain, names = copy.deepcopy(base), ["0.position", "0.patch.weight", "2.weight"]
+    model = peft.get_peft_model(base, SprandConfig(density=0.5, target_modules=None, target_parameters=names))
+    for p in trainable(model):
+        p.data.normal_()
+    expected = model(x) if merge else plain(x)
+    model.state_dict()  # the base is in the weights now
+    unloaded = model.merge_and_unload() if merge else model.unload()
+    assert torch.equal(unloaded(x), expected)
+    assert [type(module) for module in unloaded.modules()] == [type(module) for module in plain.modules()]

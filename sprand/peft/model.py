@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -232,14 +232,32 @@ class SprandModel(BaseTuner):
                 if weight is not None:
                     target.cast_base(weight)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         sharding.refuse(self.model, "unload", ELSEWHERE)
         layers = self.layers()
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for parent, name, layer in self._inner_layers():
+            if merge:
+                layer.merge(safe_merge, adapter_names)
+            self._replace_module(parent, name, layer.get_base_layer(), layer)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in layers:
             layer.leave(keep=merge or layer.merged)
         open_fast_paths(model)
         return model
+
+    def _inner_layers(self) -> Iterator[tuple[nn.Module, str, SprandLayer]]:
+        """Layers inside of another one, which PEFT's walk does not come to, from the inside out: parent, name there, and layer."""
+        named = {name: module for name, module in self.model.named_modules() if isinstance(module, SprandLayer)}
+        for name in reversed(named):
+            if any(name.startswith(f"{outer}.") for outer in named):
+                parent, _, last = name.rpartition(".")
+                yield self.model.get_submodule(parent), last, named[name]
 
     @classmethod
     def _get_adapter_state_dict(
