@@ -87,4 +87,5 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     """The same tensors to the bit: -0.0 is not 0.0."""
     assert a.keys() == b.keys()
     for name in a:
-        assert torch.equal(a[name].contiguous().view(torch.uint8), b[name].contiguous().view(torch.uint8)), name
+        one, two = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (a[name], b[name]))
+        assert torch.equal(one, two), name

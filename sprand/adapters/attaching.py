@@ -18,8 +18,9 @@ from ..layers.writable import check_writable
 from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.targets import sites_named
-from . import optimizer_order
-from .state import Adapter, State, known_state, tensor_names, whole_tensors
+from . import first_step
+from .in_full import buffers_of, copies, put_buffers
+from .state import Adapter, State, known_state, tensor_names
 
 Redraw = Callable[[torch.device], Tensor]  # draws indices anew, on a device
 
@@ -45,9 +46,9 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     if state is None:
         state = _freeze(model)
     take_off(model, state, keep=False)
-    tensors = whole_tensors(model)
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     for key in adapter.saved.keys() - state.base_saved.keys():
-        state.base_saved[key] = tensors[key].data.clone()
+        state.base_saved[key] = parameters[key].data.clone()
     state.adapters[name] = adapter
     state.active, state.mixed = name, None
     _attach(model, adapter, sites)
@@ -57,11 +58,12 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
 def _freeze(model: nn.Module) -> State:
     """Let a model train nothing, and remember what it was before."""
     state = State(trained_before={name for name, p in named_parameters(model) if p.requires_grad})
+    state.base_buffers = copies(buffers_of(model))
     for p in model.parameters():
         p.requires_grad_(False)
     close_fast_paths(model)
     model._sprand = state
-    optimizer_order.watch(model)
+    first_step.watch(model)
     return state
 
 
@@ -77,6 +79,7 @@ def _attach(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> No
     for name, site in sites.items():
         _attach_entries(adapter, name, site)
     put_saved(model, adapter.saved)
+    put_buffers(model, adapter.buffers)
     _require_grad(model, adapter.saved, True)
     _ignore_in_ddp(model)
     write_all(model)
@@ -131,6 +134,7 @@ def take_off(model: nn.Module, state: State, keep: bool) -> None:
     put_frozen(model, adapter, trained=False)
     trained = put_saved(model, state.base_saved)
     adapter.saved = {name: trained[name] for name in adapter.saved}
+    adapter.buffers = put_buffers(model, state.base_buffers)
     _require_grad(model, state.base_saved, False)
 
 
@@ -181,8 +185,8 @@ def release(model: nn.Module, state: State) -> None:
 
 
 def put_saved(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give what is trained in full other memory, and return what it had."""
-    tensors = whole_tensors(model) if values else {}
+    """Give parameters trained in full other memory, and return what they had."""
+    tensors = dict(named_parameters(model, remove_duplicate=False)) if values else {}
     return {name: sharding.put(tensors[name], value) for name, value in values.items()}
 
 

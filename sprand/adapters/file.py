@@ -279,6 +279,11 @@ class AdapterFile:
         """
         check_base(self.path, name, base, self.targets[name]["frozen"]["fingerprint"])
 
+    def beside(self, untrained: Mapping[str, Tensor]) -> AdapterFile:
+        """The same adapter with further tensors in its file, which it does not train: PEFT reads modules as a whole."""
+        tensors = self.tensors | {layout.head_key(name): value for name, value in untrained.items()}
+        return replace(self, description=self.description | {"untrained": sorted(untrained)}, tensors=tensors)
+
     def without_heads(self) -> AdapterFile:
         """The same adapter without the parameters that were trained in full."""
         return replace(self, description=self.description | {"saved": []})

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files.forms import OBJECT, TEXT, WHOLE, optional, record, simple
+from ..files.forms import OBJECT, TEXT, WHOLE, list_of, optional, record, simple
 from ..layers.sites import joined
 from ..selection.config import AS_GIVEN, GIVEN
 from ..selection.mask import check_selection
@@ -92,6 +92,7 @@ def settings_of(description: Mapping[str, Any]) -> dict[str, Any]:
         **{name: config[name] for name in SHARED},
         "strategy": (selection or {}).get("strategy", GIVEN) if given else config["strategy"],
         "modules_to_save": modules_of(description["saved"]) or None,
+        "untrained": description.get("untrained") or None,
         "indices_saved": given,
         "selection": selection,
         "targets": description["targets"],
@@ -136,9 +137,12 @@ def opened(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
             names = {f"{kind}.{name}": key(kind, name) for name in targets for kind in KINDS}
             names |= {name: head_key(name[6:]) for name in tensors if name.startswith("saved.")}
     _check_config("its description", config)
+    optional(list_of(TEXT))("its untrained", said.get("untrained"))
     tensors = {names.get(name, name): value for name, value in tensors.items()}
     versions = {name: said[name] for name in (*VERSIONS, "checksum")}
-    return {**versions, **config, "targets": targets, "saved": _heads(targets, tensors)}, tensors
+    untrained = said.get("untrained") or []
+    heads = [name for name in _heads(targets, tensors) if name not in untrained]
+    return {**versions, **config, "targets": targets, "saved": heads, "untrained": untrained}, tensors
 
 
 def _described_by(settings: Mapping[str, Any]) -> dict[str, Any]:

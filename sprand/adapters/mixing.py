@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from .combining import SUM, Origin, Part, Rule, Whole, combined, content_checksum, record, shared_counts
+from .in_full import changed
 from .state import Adapter, State
 
 
@@ -43,7 +44,7 @@ def mix(
         ValueError: An adapter holds more than entries: modules trained in full, or entries frozen by a redrawn mask.
     """
     for name in weights:
-        _check_mixable(name, state.adapters[name], drop_heads)
+        _check_mixable(name, state, drop_heads)
     adapters = [state.adapters[name] for name in weights]
     targets = _parts(adapters, list(weights.values()))
     wholes = combined(rule, len(adapters), targets)
@@ -59,10 +60,12 @@ def mix(
     return result
 
 
-def _check_mixable(name: str, adapter: Adapter, drop_heads: bool) -> None:
-    if adapter.saved and not drop_heads:
+def _check_mixable(name: str, state: State, drop_heads: bool) -> None:
+    adapter = state.adapters[name]
+    whole = [*adapter.saved, *changed(adapter.buffers, state.base_buffers)]
+    if whole and not drop_heads:
         raise ValueError(
-            f"switch: adapter {name!r} trained whole modules ({', '.join(adapter.saved)}), which cannot be "
+            f"switch: adapter {name!r} trained whole modules or buffers ({', '.join(whole)}), which cannot be "
             "mixed; sprand.combine(model, weights, drop_heads=True) leaves them out"
         )
     if adapter.frozen:

@@ -14,6 +14,7 @@ from ..layers.module import sparse_modules
 from ..selection.config import AS_GIVEN, SparseConfig
 from .attaching import activate, add, put_frozen, put_saved, release, take_off, write_all
 from .combining import Rule
+from .in_full import collect_buffers, put_buffers, take_unfrozen
 from .mixing import check_weights, mix
 from .state import State, state_of
 
@@ -24,12 +25,12 @@ ELSEWHERE = (
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that train: the deltas, and those of `modules_to_save`.
+    """Names and parameters that train: the deltas, those of `modules_to_save`, and what was unfrozen by hand.
 
     Raises:
         ValueError: The model trains nothing.
     """
-    state_of(model)
+    take_unfrozen(model, state_of(model))
     return ((name, p) for name, p in sites.named_parameters(model) if p.requires_grad)
 
 
@@ -118,6 +119,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     modules = [module for _, module in sparse_modules(model)]
     active = [module.sparse_active for module in modules]
     trained = put_saved(model, state.base_saved)
+    buffers = put_buffers(model, state.base_buffers)
     set_active(modules, [False] * len(modules))
     put_frozen(model, state.current, trained=False)
     try:
@@ -125,6 +127,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         sharding.reshard(model)
         put_saved(model, trained)
+        put_buffers(model, buffers)
         put_frozen(model, state.current, trained=any(active))
         set_active(modules, active)
 
@@ -147,6 +150,7 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
     weights = {name: 1.0} if isinstance(name, str) else name
     if weights is not None:
         check_weights("switch", state, weights)
+    collect_buffers(model, state)
     mixed = mix(state, weights) if isinstance(name, Mapping) else None
     take_off(model, state, keep=False)
     activate(model, state, name if isinstance(name, str) else None, mixed)
@@ -203,6 +207,7 @@ def combine(
     if name in state.adapters:
         raise ValueError(f"combine: adapter {name!r} is loaded already; choose another name")
     check_weights("combine", state, weights)
+    collect_buffers(model, state)
     made = mix(state, weights, rule, drop_heads, recorded=True)
     given = SparseConfig(target_modules=None, target_parameters=tuple(made.indices))
     made.config = dataclasses.replace(given, **AS_GIVEN)

@@ -27,6 +27,8 @@ from .attaching import add
 from .file import AdapterFile, Trained, draw, finite
 from .fingerprint import DTYPES
 from .frozen import Frozen
+from .in_full import buffers_of, changed, put_buffers, refuse_unknown
+from .layout import modules_of
 from .model import disabled, switch, write
 from .state import Adapter, State, known_state, state_of, whole_tensors
 
@@ -56,15 +58,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     trained = {site.name: _trained(adapter, site) for site in sites_of(model)}
     if state.mixed is None and all(_is_drawn(adapter.config, name, part) for name, part in trained.items()):
         trained = {name: dataclasses.replace(part, indices=None) for name, part in trained.items()}
-    heads = {name: sharding.whole(value).cpu() for name, value in _heads(model, adapter).items()}
+    refuse_unknown(model, adapter)
+    heads = {name: sharding.whole(value).cpu() for name, value in _heads(model, state, adapter).items()}
     for name, values in ({name: part.delta for name, part in trained.items()} | heads).items():
         if not finite(values):
             raise ValueError(f"save: the trained values of {name} are not finite; load the last good checkpoint")
+    rest = {name: sharding.whole(value).cpu() for name, value in _rest(model, heads).items()}
     base_model = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     with sharding.first_rank(model) as writes:
         if not writes:
             return Path(path)
-        return AdapterFile.made(path, adapter.config, trained, heads, base_model, adapter.selection).store()
+        file = AdapterFile.made(path, adapter.config, trained, heads, base_model, adapter.selection)
+        return file.beside(rest).store()
 
 
 def _trained(adapter: Adapter, site: Site) -> Trained:
@@ -74,15 +79,21 @@ def _trained(adapter: Adapter, site: Site) -> Trained:
     return Trained(site.shape, sharding.whole(entries.delta).cpu(), base.cpu(), entries.indices.cpu(), frozen)
 
 
-def _heads(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The parameters that were trained in full, and the buffers of their modules."""
+def _heads(model: nn.Module, state: State, adapter: Adapter) -> dict[str, Tensor]:
+    """The parameters that were trained in full, the buffers of their modules, and those that training has changed elsewhere."""
     modules = {name.rpartition(".")[0] for name in adapter.saved}
-    buffers = {
-        name: value
-        for name, value in whole_tensors(model).items()
-        if not isinstance(value, nn.Parameter) and name.rpartition(".")[0] in modules
-    }
-    return {name: p for name, p in named_parameters(model) if name in adapter.saved} | buffers
+    buffers = buffers_of(model)
+    kept = changed(buffers, state.base_buffers).keys() | {name for name in buffers if name.rpartition(".")[0] in modules}
+    parameters = {name: p for name, p in named_parameters(model) if name in adapter.saved}
+    return parameters | {name: value for name, value in buffers.items() if name in kept}
+
+
+def _rest(model: nn.Module, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What else there is in the modules of `heads`: PEFT loads whole modules. One that has entries as well it cannot hold."""
+    sparse = [site.name for site in sites_of(model)]
+    modules = [f"{module}." for module in modules_of(heads)]
+    whole = tuple(module for module in modules if not any(name.startswith(module) for name in sparse))
+    return {name: value for name, value in whole_tensors(model).items() if name.startswith(whole) and name not in heads}
 
 
 def _is_drawn(config: SparseConfig, name: str, part: Trained) -> bool:
@@ -153,7 +164,8 @@ def prove(model: nn.Module, file: AdapterFile, base_of: Callable[[str, Tensor, T
         adapter.deltas[name] = nn.Parameter(delta.to(device=weight.device, dtype=ops.accumulation_dtype(weight.dtype)))
     for name, values in file.heads.items():
         whole = _matching(file.path, tensors, name, list(values.shape))
-        adapter.saved[name] = values.to(device=whole.device, dtype=whole.dtype)
+        place = adapter.saved if isinstance(whole, nn.Parameter) else adapter.buffers
+        place[name] = values.to(device=whole.device, dtype=whole.dtype)
     _refuse_aliases(file, tensors, (*adapter.indices, *adapter.saved))
     return adapter
 
@@ -191,8 +203,7 @@ def _matching(path: Path, tensors: Mapping[str, Tensor], name: str, shape: list[
 
 def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter) -> nn.Module:
     there, tensors = state.adapters[name], whole_tensors(model)
-    heads = [{key for key in held.saved if isinstance(tensors[key], nn.Parameter)} for held in (there, adapter)]
-    same = heads[0] == heads[1] and there.indices.keys() == adapter.indices.keys()
+    same = there.saved.keys() == adapter.saved.keys() and there.indices.keys() == adapter.indices.keys()
     if not same or not all(torch.equal(there.indices[key].cpu(), adapter.indices[key].cpu()) for key in adapter.indices):
         raise ValueError(f"adapter {name!r} is loaded already, with other entries; choose another name")
     if there.frozen or adapter.frozen:
@@ -200,9 +211,10 @@ def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter)
     for key, delta in adapter.deltas.items():
         there.deltas[key].data.copy_(delta.data)
     if state.active != name:
-        there.saved, there.frozen = adapter.saved, adapter.frozen
+        there.saved, there.buffers, there.frozen = adapter.saved, adapter.buffers, adapter.frozen
         return switch(model, name)
     for key, value in adapter.saved.items():
         tensors[key].data.copy_(value)
+    put_buffers(model, state.base_buffers | adapter.buffers)
     write(model)
     return model

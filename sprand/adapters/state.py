@@ -23,7 +23,8 @@ class Adapter:
         config: what it was made from.
         indices: flat positions by parameter name.
         deltas: trained changes by parameter name.
-        saved: values of the parameters of `modules_to_save` by name.
+        saved: values of the parameters that train in full, by name: those of `modules_to_save`, and what was unfrozen by hand.
+        buffers: values of the model's buffers as its training left them, by name.
         frozen: entries that trained under an earlier mask, by parameter name.
         selection: how the entries were chosen, where not by a random draw: fields of `SparseConfig` as JSON types.
     """
@@ -32,19 +33,30 @@ class Adapter:
     indices: dict[str, Tensor] = field(default_factory=dict)
     deltas: dict[str, nn.Parameter] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
     frozen: dict[str, Frozen] = field(default_factory=dict)
     selection: dict[str, Any] | None = None
 
 
 @dataclass
 class State:
-    """What sprand keeps with a model: its adapters, which one is active, and what the model was before."""
+    """What sprand keeps with a model: its adapters, which one is active, and what the model was before.
+
+    Attributes:
+        adapters: by name.
+        active: the name of the one whose entries are attached; None for the base, or a mixture.
+        mixed: several adapters as one.
+        trained_before: the parameters that required a gradient before the first adapter.
+        base_saved: the base of parameters that an adapter trains in full, by name.
+        base_buffers: the base of buffers that training may change, by name.
+    """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: str | None = None
     mixed: Adapter | None = None
     trained_before: set[str] = field(default_factory=set)
     base_saved: dict[str, Tensor] = field(default_factory=dict)
+    base_buffers: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def current(self) -> Adapter | None:

@@ -337,7 +337,8 @@ def _overwrite(edits: Edits, checkpoint: Checkpoint, heads: Mapping[str, Tensor]
                 f"{name} was trained in full as {list(values.shape)}, and {checkpoint.folder} holds {list(stored.shape)}; give a "
                 "base without it, or one of its shape"
             )
-        _refuse_untrainable(stored)
+        if stored.dtype != values.dtype:  # a buffer may be of whole numbers in both
+            _refuse_untrainable(stored)
         edits.take(name, Overwrite(stored, values.flatten().to(stored.dtype)))
         for twin in twins(checkpoint, stored.name):
             if torch.equal(_bits(checkpoint.read(twin)), _bits(checkpoint.read(stored.name))):

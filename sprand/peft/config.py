@@ -75,6 +75,7 @@ class SprandConfig(PeftConfig):
     indices_saved: bool = field(default=False, metadata={"help": "Written by save_pretrained."})
     selection: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
     sparse_config: dict | None = field(default=None, metadata={"help": "Written by sprand.save."})
+    untrained: list[str] | None = field(default=None, metadata={"help": "Written by sprand.save."})
     versions: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
 
     def __post_init__(self) -> None:

@@ -28,6 +28,18 @@ def check_loadable(config: SprandConfig, model: nn.Module, adapter_name: str) ->
         )
     if config.sparse_config is not None and config.modules_to_save:
         _refuse_tied(config, model, called)
+        _refuse_both(config, called)
+
+
+def _refuse_both(config: SprandConfig, called: str) -> None:
+    """PEFT trains a module either in full or in part."""
+    for module in config.modules_to_save:
+        inside = [name for name in config.targets if name.startswith(f"{module}.")]
+        if inside:
+            raise ValueError(
+                f"{called} trained parameters or buffers of {module} in full, and entries of {inside[0]} inside of it, which "
+                "PEFT has no place for; load it by sprand.load(model, path)"
+            )
 
 
 def _refuse_tied(config: SprandConfig, model: nn.Module, called: str) -> None:

@@ -277,6 +277,7 @@ class SprandModel(BaseTuner):
         heads = {name: value for name, value in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
         state_dict.update(_gathered(model, heads))  # PEFT takes them from there
         config.targets, config.indices_saved, config.versions = {}, not config.drawn, dict(VERSIONS)
+        config.untrained = None  # PEFT trains whole modules
         for key, layer in model.named_modules():
             if not isinstance(layer, SprandLayer):
                 continue

@@ -102,7 +102,8 @@ class Library:
         if positions is None:
             made = Positions(indices, {name: entries.base for name, entries in held.items()})
             positions = self._known.setdefault(key, made)
-        return Resident(positions, Packed(values | adapter.saved), tuple(adapter.saved))
+        whole = adapter.saved | adapter.buffers
+        return Resident(positions, Packed(values | whole), tuple(whole))
 
 
 def _held(adapter: Adapter, name: str, base: Tensor) -> Frozen:

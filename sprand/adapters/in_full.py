@@ -1,0 +1,96 @@
+"""What training changes in full: parameters that train whole, and buffers such as a batch norm's statistics; with their base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import sharding
+from ..layers.sites import named_parameters, plain_name, sites_of
+from .state import Adapter, State, tensor_names, whole_tensors
+
+PACKED = 2**16  # a buffer of more integers than this is a packed weight, which no training changes
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that training may change: those that a model saves, each once, but no packed weights and nothing of sprand."""
+    own = {plain_name(name) for names in tensor_names(model) for name in names}
+    parameters = {id(p) for p in model.parameters()}
+    buffers: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in whole_tensors(model).items():
+        packed = not tensor.is_floating_point() and tensor.numel() > PACKED
+        if id(tensor) not in parameters and name not in own and not packed and not tensor.is_meta:
+            buffers.setdefault(id(tensor), (name, tensor))
+    return dict(buffers.values())
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors by name, in memory of their own."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def put_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write values into buffers, and return copies of what they held. One that is not in the model any more is left out."""
+    tensors = whole_tensors(model) if values else {}
+    there = {name: tensors[name] for name in values if name in tensors}
+    before = copies(there)
+    for name, buffer in there.items():
+        buffer.data.copy_(values[name])
+    return before
+
+
+def collect_buffers(model: nn.Module, state: State) -> None:
+    """Let the active adapter know the buffers as its training has left them."""
+    if state.current is not None and state.base_buffers:
+        state.current.buffers = copies(buffers_of(model))
+
+
+def changed(values: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the values that are not, bit for bit, what the base has."""
+    return {name: value for name, value in values.items() if name not in base or not _same_bits(value, base[name])}
+
+
+def unfrozen(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that train beside the entries, and do not belong to the adapter: someone called `requires_grad_`."""
+    sites = sites_of(model)
+    sparse = {id(site.weight) for site in sites} | {id(site.entries.delta) for site in sites}
+    for name, p in named_parameters(model):
+        if p.requires_grad and name not in adapter.saved and id(p) not in sparse:
+            yield name, p
+
+
+def take_unfrozen(model: nn.Module, state: State) -> None:
+    """Let parameters that were unfrozen by hand belong to the active adapter; what they hold now is their base."""
+    adapter = state.current
+    if adapter is None or state.mixed is not None:
+        return
+    for name, p in list(unfrozen(model, adapter)):
+        if p.is_meta or sharding.is_partition(p):
+            continue
+        state.base_saved.setdefault(name, p.data.clone())
+        adapter.saved[name] = p.data
+
+
+def refuse_unknown(model: nn.Module, adapter: Adapter) -> None:
+    """Prove that all that trains belongs to the adapter.
+
+    Raises:
+        ValueError: A parameter was unfrozen by hand, and no step of an optimizer has told what it was before.
+    """
+    names = [name for name, _ in unfrozen(model, adapter)]
+    if names:
+        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise ValueError(
+            f"save: {names[0]}{others} trains in full beside the adapter, and what it was before is not known, since no "
+            "torch.optim optimizer has made a step from there; name its module in modules_to_save of sprand.apply, or freeze it "
+            "(requires_grad_(False)) if it has not changed"
+        )
+
+
+def _same_bits(value: Tensor, base: Tensor) -> bool:
+    if value.shape != base.shape or value.dtype != base.dtype:
+        return False
+    value, base = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (value, base))
+    return torch.equal(value, base)
