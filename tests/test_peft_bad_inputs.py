@@ -70,18 +70,6 @@ def test_a_parameter_of_the_model_itself():
     )
 
 
-def test_attention_that_reads_a_weight_without_calling_the_layer():
-    layer = nn.Sequential(nn.MultiheadAttention(16, 2))
-    refused("target the attention's in_proj_weight by target_parameters", layer, target_modules=["out_proj"])
-
-
-def test_a_forward_that_another_tool_replaced():
-    model = built(MLP)
-    model.first.forward = lambda x: x
-    with pytest.raises(ValueError, match="another tool has replaced the forward of this Linear"):
-        peft.get_peft_model(model, SprandConfig(density=0.1))
-
-
 def test_hooks_of_accelerate_stay_in_front_of_the_trained_weight():
     accelerate = pytest.importorskip("accelerate", reason="its hooks replace the forward of a layer")
 

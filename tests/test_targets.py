@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -150,13 +148,14 @@ def test_misuse_is_refused():
         sprand.switch(model, {})
 
 
-def test_multihead_attention_output_is_refused_not_ignored():
+def test_the_output_projection_of_an_attention_is_a_linear_layer_that_trains():
+    """`torch.nn.MultiheadAttention` reads its weight and does not call it."""
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    with pytest.raises(ValueError, match="MultiheadAttention reads this weight"):
-        sprand.apply(copy.deepcopy(model), target_modules=["out_proj"])
     sprand.apply(model, target_parameters=["in_proj_weight"], density=0.2)
     model(torch.randn(2, 5, 16)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in sprand.parameters(model))
+    names = dict(sprand.named_parameters(model))
+    assert "self_attn.out_proj.sprand_delta" in names and len(names) == 4
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in names.values())
 
 
 PAPER_COUNTS = {

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.attached import attach, detach, write_now
-from ..layers.module import close_fast_paths, open_fast_paths, sparse_modules
+from ..layers.first_backward import watch
+from ..layers.module import sparse_modules
 from ..layers.sites import Site, named_parameters, sites_of
 from ..layers.writable import check_writable
 from ..selection import pattern
@@ -38,7 +39,7 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         The same object.
 
     Raises:
-        ValueError: A weight cannot be written, or is read without calling its layer; nothing has changed then.
+        ValueError: A weight cannot be written; nothing has changed then.
     """
     sites = sites_named(model, adapter.indices)
     check_writable({name: site.weight for name, site in sites.items()})
@@ -52,6 +53,7 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     state.adapters[name] = adapter
     state.active, state.mixed = name, None
     _attach(model, adapter, sites)
+    watch(model)
     return model
 
 
@@ -61,7 +63,6 @@ def _freeze(model: nn.Module) -> State:
     state.base_buffers = copies(buffers_of(model))
     for p in model.parameters():
         p.requires_grad_(False)
-    close_fast_paths(model)
     model._sprand = state
     first_step.watch(model)
     return state
@@ -93,7 +94,8 @@ def _attach_entries(adapter: Adapter, name: str, site: Site) -> None:
     base = written = None
     for module, parameter in site.owners:
         entries = attach(module, parameter, indices, delta, base, redraw=redraw, written=written)
-        module.sparse_target(parameter).frozen = name in adapter.frozen
+        target = module.sparse_target(parameter)
+        target.name, target.frozen = name, name in adapter.frozen
         delta, base, written = entries.delta, entries.base, entries.written
     adapter.deltas[name] = delta
 
@@ -179,7 +181,6 @@ def release(model: nn.Module, state: State) -> None:
         del model._ddp_params_and_buffers_to_ignore
         if kept:
             model._ddp_params_and_buffers_to_ignore = kept
-    open_fast_paths(model)
     for name, p in named_parameters(model):
         p.requires_grad_(name in state.trained_before)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..kernels import ops
 from . import sharding
 from .entries import Candidates, Entries, Schedules, Written
-from .module import SparseModule, sparse_class, track, untrack, write_parameters
+from .module import SparseModule, change_class, sparse_class, track, untrack, write_parameters
 from .sites import Site, joined, site_of
 
 DELTA, INDICES, BASE = "sprand_delta", "sprand_indices", "sprand_base"
@@ -36,6 +36,7 @@ class Target:
         schedules: how a GPU samples the gradient of a linear layer.
         candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
         frozen: whether an earlier mask left trained values in the weight, which a new base would lose.
+        name: its name in the model, for messages.
         delta, indices, base: names of the module's tensors for this parameter.
     """
 
@@ -47,6 +48,7 @@ class Target:
     schedules: Schedules | None = None
     candidates: Candidates | None = None
     frozen: bool = False
+    name: str = ""
 
     def __post_init__(self) -> None:
         suffix = "" if self.parameter == "weight" else f"_{self.parameter}"
@@ -225,7 +227,7 @@ def attach(
     if delta is None:
         delta = nn.Parameter(torch.zeros(indices.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device))
     if not isinstance(module, SparseModule):
-        module.__class__ = sparse_class(AttachedModule, type(module))
+        change_class(module, sparse_class(AttachedModule, type(module)))
         module._sprand_targets, module._sprand_active = {}, True
         track(module)
     module._sprand_targets[parameter] = target
@@ -290,7 +292,7 @@ def detach(modules: Sequence[SparseModule], keep: bool) -> None:
             for name in (target.delta, target.indices, target.base):
                 delattr(module, name)
         untrack(module)
-        module.__class__ = module.plain_class
+        change_class(module, module.plain_class)
         del module._sprand_targets, module._sprand_active
 
 

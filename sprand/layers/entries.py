@@ -36,15 +36,25 @@ class Written:
     scale, while neither tensor has changed its version or its memory. A write of anything else ends it, and so do a forward
     without gradients (an evaluation always writes) and the next backward (any other optimizer, also one that moves no version,
     is followed by a write). A copy, also one that was pickled, remembers nothing.
+
+    Attributes:
+        awaited: the last function that was recorded with the weight, as long as its gradient may come.
     """
 
-    __slots__ = ("_declared",)
+    __slots__ = ("_declared", "awaited")
 
     def __init__(self) -> None:
         self._declared: tuple[Any, ...] | None = None
+        self.awaited: weakref.ref[Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Written, ()
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the gradient of a recorded use is still to come."""
+        awaited = self.awaited  # once: another thread may end it
+        return awaited is not None and awaited() is not None
 
     def declare(self, weight: Tensor, delta: Tensor, scale: float) -> None:
         """The weight holds `base + scale * delta` now."""

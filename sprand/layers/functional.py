@@ -7,6 +7,7 @@ counter of its own: two forwards before one backward are legal. What backward ke
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -47,10 +48,16 @@ class Use(NamedTuple):
         if self.written is None or not self.written.holds(weight, delta, self.scale):
             Entries(delta, indices, base, self.scale, self.written).ensure(weight)
 
-    def forget(self) -> None:
-        """From backward on the weight may hold anything."""
+    def await_backward(self, ctx: Any) -> None:
+        """Remember that a gradient of the entries is still to come, as long as its graph is there."""
+        if self.written is not None:
+            self.written.awaited = weakref.ref(ctx)
+
+    def begin_backward(self) -> None:
+        """The gradient comes now; from backward on the weight may hold anything."""
         if self.written is not None:
             self.written.forget()
+            self.written.awaited = None
 
     def to_delta(self, sampled: Tensor, delta: Tensor) -> Tensor:
         """The gradient of delta, from that of the chosen entries."""
@@ -218,6 +225,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, delta, indices, base, use, product):
         use.write(weight, delta, indices, base)
+        use.await_backward(ctx)
         ctx.save_for_backward(input, weight, delta, indices, base)
         ctx.use, ctx.product = use, product
         return product(input, weight, bias)
@@ -228,7 +236,7 @@ class _Linear(torch.autograd.Function):
         input, weight, delta, indices, base = ctx.saved_tensors
         use, product = ctx.use, ctx.product
         use.write(weight, delta, indices, base)
-        use.forget()
+        use.begin_backward()
         grad_input = grad_bias = grad_delta = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[0]:
@@ -253,6 +261,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, weight, delta, indices, base, use, lookup):
         use.write(weight, delta, indices, base)
+        use.await_backward(ctx)
         ctx.save_for_backward(tokens, delta, indices)
         ctx.use, ctx.lookup, ctx.vocabulary = use, lookup, weight.shape[0]
         return lookup(tokens, weight)
@@ -262,7 +271,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, grad_output):
         tokens, delta, indices = ctx.saved_tensors
         use, lookup = ctx.use, ctx.lookup
-        use.forget()
+        use.begin_backward()
         grad_delta = None
         if ctx.needs_input_grad[2]:
             tokens = tokens.flatten()
@@ -279,6 +288,7 @@ class _Alias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, delta, indices, base, use):
         use.write(weight, delta, indices, base)
+        use.await_backward(ctx)
         ctx.save_for_backward(delta, indices)
         ctx.use = use
         return weight.view_as(weight)
@@ -288,7 +298,7 @@ class _Alias(torch.autograd.Function):
     def backward(ctx, grad_output):
         delta, indices = ctx.saved_tensors
         use = ctx.use
-        use.forget()
+        use.begin_backward()
         grad_output = grad_output.contiguous()
         if use.candidates is not None:
             use.candidates.add_dense(grad_output)

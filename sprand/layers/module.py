@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import types
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import functional, sharding
+from . import functional, reads, sharding
 from .entries import Entries, write_all
 from .sites import Site
-
-_FAST_PATH = "_sprand_fast_path"  # where a layer keeps the setting that opens its fast path
 
 _live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -82,6 +81,8 @@ class SparseModule(nn.Module):
         write_parameters([(self, parameter, self._sprand_active) for parameter in self._sprand_targets])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, SparseModule):  # merged since another tool took this forward from it
+            return type(self).forward(self, *args, **kwargs)
         if not self._sprand_active:
             self.write_weights()
             return super().forward(*args, **kwargs)
@@ -96,11 +97,28 @@ class SparseModule(nn.Module):
         return output
 
     def __getattr__(self, name: str) -> Any:
-        """While the forward runs, a thread that reads a targeted parameter gets its own alias, which passes gradients on."""
+        """A targeted parameter as its reader must see it; while the forward runs, each thread reads an alias of its own."""
         aliases = _running.aliases.get(id(self))
         if aliases is not None and name in aliases:
             return aliases[name]
-        return super().__getattr__(name)
+        value = super().__getattr__(name)
+        return self._as_read(name) if self._sprand_active and name in self._sprand_targets else value
+
+    def _as_read(self, parameter: str) -> Tensor:
+        """A targeted parameter for code that reads it past the forward: an alias, or written, where it is to be used.
+
+        Other code gets the parameter itself, which may be tied, replaced, moved or printed.
+        """
+        weight = self._parameters[parameter]
+        if sharding.is_sharded(weight) or weight.is_meta or reads.is_to_be_moved():
+            return weight
+        if not reads.is_to_be_used():
+            reads.tell_of_lost_gradient(self.sparse_target(parameter))
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._alias(parameter, copy=sharding.is_gathered(self) or sharding.is_of_zero3(weight))
+        else:
+            self.sparse_entries(parameter).ensure(weight)
+        return weight
 
     def _aliases(self) -> dict[str, Any]:
         """What the forward reads instead of the module's own attributes."""
@@ -114,10 +132,10 @@ class SparseModule(nn.Module):
             if gathered or sharding.is_of_zero3(weight):
                 functional.written_in_backward(output, weight, self.sparse_entries(name))
 
-    def _alias(self, parameter: str) -> Tensor:
-        """A targeted parameter as the forward must see it."""
-        # a compiled backward reads the memory that forward read, and nothing can write entries there in between
-        copy = torch.compiler.is_compiling() and sharding.is_gathered(self)
+    def _alias(self, parameter: str, copy: bool = False) -> Tensor:
+        """A targeted parameter as the forward must see it; a copy where nothing writes entries again before backward."""
+        # a compiled backward reads the memory that forward read
+        copy = copy or (torch.compiler.is_compiling() and sharding.is_gathered(self))
         return functional.alias(self._parameters[parameter], self.sparse_entries(parameter), copy)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
@@ -153,6 +171,8 @@ class _SparseLinear(SparseModule):
     _transposed = False
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, SparseModule):
+            return type(self).forward(self, input)
         targets = self._sprand_targets if self._sprand_active else ()
         if "weight" not in targets:
             return super().forward(input)
@@ -181,9 +201,13 @@ class _SparseRecurrent(SparseModule):
 
     def _aliases(self) -> dict[str, Any]:
         aliases = super()._aliases()
-        own = zip(self._flat_weights_names, self.__dict__["_flat_weights"], strict=True)
-        aliases["_flat_weights"] = [aliases.get(name, weight) for name, weight in own]
+        aliases["_flat_weights"] = [aliases.get(name, self._parameters.get(name)) for name in self._flat_weights_names]
         return aliases
+
+    def _weights_have_changed(self) -> bool:
+        """Whether a parameter was replaced, for which an alias is no reason."""
+        own = zip(self._flat_weight_refs, self._flat_weights_names, strict=True)
+        return any(ref is not None and ref() is not self._parameters.get(name) for ref, name in own)
 
 
 class _SparseEmbedding(SparseModule):
@@ -193,6 +217,8 @@ class _SparseEmbedding(SparseModule):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, SparseModule):
+            return type(self).forward(self, input)
         weight = self._parameters["weight"]
         options = self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq
         if self._sprand_active:
@@ -237,6 +263,15 @@ def sparse_class(keeper: type[SparseModule], cls: type[nn.Module]) -> type[Spars
     """The subclass of `cls` that trains entries kept by `keeper`: of `Linear` it is called `SparseLinear`."""
     own = {"_sprand_keeper": keeper, "_sprand_class": cls, "__module__": __name__}
     return type(f"Sparse{cls.__name__}", (keeper, _kind_of(cls), cls), own)
+
+
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, and so its forward where another tool keeps it on the module (accelerate's hooks do)."""
+    before = type(module).forward
+    module.__class__ = cls
+    for name, value in module.__dict__.items():
+        if isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is before:
+            module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def _new_sparse_module(keeper: type[SparseModule], cls: type[nn.Module]) -> SparseModule:
@@ -310,18 +345,3 @@ def track(module: nn.Module) -> None:
 def untrack(module: nn.Module) -> None:
     """The inverse of `track`."""
     _live.discard(module)
-
-
-def close_fast_paths(model: nn.Module) -> None:
-    """Keep a model off the inference path of `torch.nn.TransformerEncoderLayer`, which reads weights without calling layers."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _FAST_PATH not in module.__dict__:
-            module.__dict__[_FAST_PATH] = module.activation_relu_or_gelu
-            module.activation_relu_or_gelu = 0
-
-
-def open_fast_paths(model: nn.Module) -> None:
-    """Undo `close_fast_paths`: a path that was open before is open again."""
-    for module in model.modules():
-        if _FAST_PATH in module.__dict__:
-            module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)

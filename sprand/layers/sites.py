@@ -105,7 +105,16 @@ def plain_name(name: str) -> str:
 
 
 def own_sites(prefix: str, module: nn.Module) -> Iterator[Site]:
-    """The parameters of a module itself, by their names in a model that calls it `prefix`."""
+    """The parameters of a module itself, by their names in a model that calls it `prefix`.
+
+    Raises:
+        ValueError: The module is TorchScript and has parameters.
+    """
+    if isinstance(module, torch.jit.ScriptModule) and len(module._parameters):
+        raise ValueError(
+            f"{prefix or 'the model'} is TorchScript, whose code reads weights where no entries can train; give the model in "
+            "Python, and script or trace what sprand.merge makes of it"
+        )
     for parameter, weight in module._parameters.items():
         if weight is not None:
             yield site_of(joined(prefix, parameter), module, parameter)

@@ -14,7 +14,6 @@ from peft.tuners.supertuning.layer import Linear as SupertuningLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..layers.module import close_fast_paths, open_fast_paths
 from ..layers.writable import check_writable
 from ..selection import pattern
 from .adapter_target import AdapterTarget, Positions
@@ -30,6 +29,11 @@ class FastLayer:
 
     _sprand_target: AdapterTarget
     _sprand_sources: dict[str, Tensor]
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The weight itself, also while code that reads it by name would get an alias."""
+        return self.base_layer._parameters["weight"]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the active adapters in its weight."""
@@ -50,7 +54,7 @@ class FastLayer:
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT, and exact: `unmerge` gives the base back bit for bit."""
-        target, weight = self._sprand_target, self.base_layer.weight
+        target, weight = self._sprand_target, self.base_weight
         asked = check_adapters_to_merge(self, adapter_names) or ()
         names = [name for name in asked if name in target.deltas]
         if not names:
@@ -68,14 +72,14 @@ class FastLayer:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._sprand_target.unmerge(self.base_layer.weight)
+        self._sprand_target.unmerge(self.base_weight)
         self.merged_adapters.clear()
         self._follow()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, as in PEFT; one that is active leaves the weight first."""
         target = self._sprand_target
-        target.activate(self.base_layer.weight, [name for name in target.active if name != adapter_name])
+        target.activate(self.base_weight, [name for name in target.active if name != adapter_name])
         super().delete_adapter(adapter_name)
         self._sprand_sources.pop(adapter_name, None)
         target.indices._buffers.pop(adapter_name, None)
@@ -88,7 +92,7 @@ class FastLayer:
         if self._sprand_sources.get(name) is source:
             return
         self._sprand_sources[name] = source
-        target, weight = self._sprand_target, self.base_layer.weight
+        target, weight = self._sprand_target, self.base_weight
         target.activate(weight, [active for active in target.active if active != name])
         target.indices.put(name, self.flat(source).to(weight.device), persistent=False)
         target.forget()
@@ -101,7 +105,7 @@ class FastLayer:
             names = [name for name in self.active_adapters if name in target.deltas]
         for name in names:
             self._take(name)
-        target.activate(self.base_layer.weight, names)
+        target.activate(self.base_weight, names)
 
 
 class FastShira(FastLayer, ShiraLinear):
@@ -112,7 +116,7 @@ class FastShira(FastLayer, ShiraLinear):
 
     def flat(self, positions: Tensor) -> Tensor:
         rows, columns = positions.long()
-        return (rows * self.in_features + columns).to(pattern.index_dtype(self.base_layer.weight.numel()))
+        return (rows * self.in_features + columns).to(pattern.index_dtype(self.base_weight.numel()))
 
 
 class FastSupertuning(FastLayer, SupertuningLinear):
@@ -133,9 +137,8 @@ class FastTuner:
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for layer in layers:
             if not merge:
-                layer._sprand_target.activate(layer.base_layer.weight, ())
+                layer._sprand_target.activate(layer.base_weight, ())
             unhost(layer.base_layer)
-        open_fast_paths(model)
         return model
 
 
@@ -188,7 +191,6 @@ def accelerate(model: nn.Module) -> nn.Module:
         layer._sprand_target, layer._sprand_sources = target, {}
         host(layer.base_layer, "weight", target)
         layer._follow()
-    close_fast_paths(model)
     tuner = getattr(model, "base_model", None)
     if type(tuner) in FAST_TUNERS:
         tuner.__class__ = FAST_TUNERS[type(tuner)]

@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..layers.entries import Entries
-from ..layers.module import SparseModule, sparse_class, track, untrack
+from ..layers.module import SparseModule, change_class, sparse_class, track, untrack
 from ..layers.sites import Site, site_of
 from .adapter_target import AdapterTarget
 
@@ -72,22 +71,9 @@ class HostedModule(SparseModule):
 
 
 def host(module: nn.Module, parameter: str, target: AdapterTarget) -> None:
-    """Let a module use the entries of `target` wherever it uses `parameter`.
-
-    Raises:
-        ValueError: Another tool has replaced the module's forward.
-    """
+    """Let a module use the entries of `target` wherever it uses `parameter`."""
     if not isinstance(module, HostedModule):
-        cls = sparse_class(HostedModule, type(module))
-        if "forward" in module.__dict__:  # accelerate's hooks keep the method they wrap
-            wrapped = module.__dict__.get("_old_forward")
-            if getattr(wrapped, "__func__", None) is not type(module).forward:
-                raise ValueError(
-                    f"{target.name}: another tool has replaced the forward of this {type(module).__name__}, and the trained "
-                    "entries would be bypassed; apply that tool after sprand"
-                )
-            module._old_forward = types.MethodType(cls.forward, module)
-        module.__class__ = cls
+        change_class(module, sparse_class(HostedModule, type(module)))
         module.__dict__["_sprand_hosted"] = {}
         track(module)
     module._sprand_hosted[parameter] = target
@@ -98,8 +84,5 @@ def unhost(module: nn.Module) -> None:
     """Give a module its class back; its weights stay as they are."""
     if isinstance(module, HostedModule):
         untrack(module)
-        cls = module.plain_class
-        if "_old_forward" in module.__dict__:
-            module._old_forward = types.MethodType(cls.forward, module)
-        module.__class__ = cls
+        change_class(module, module.plain_class)
         del module.__dict__["_sprand_hosted"]

@@ -211,8 +211,34 @@ class SprandLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """What `torch.nn.TransformerEncoderLayer` asks of its attention."""
+        return self.base_layer._qkv_same_embed_dim
+
     def __repr__(self) -> str:
         return f"sprand.{super().__repr__()}"
+
+
+class ContainerLayer(SprandLayer):
+    """Wraps a `torch.nn.ParameterList` or `ParameterDict`, whose parameters are read as its items."""
+
+    def __len__(self) -> int:
+        return len(self.base_layer)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self.base_layer[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.base_layer)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.base_layer
+
+
+def layer_class(module: nn.Module) -> type[SprandLayer]:
+    """The layer that wraps an ordinary module."""
+    return ContainerLayer if isinstance(module, nn.ParameterList | nn.ParameterDict) else SprandLayer
 
 
 def _read_bases(layer: SprandLayer, _: Any) -> None:

@@ -17,12 +17,12 @@ from ..adapters.layout import VERSIONS
 from ..kernels import native
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
-from ..layers.module import close_fast_paths, open_fast_paths
+from ..layers.first_backward import watch
 from ..layers.sites import Site
 from ..selection import pattern
 from .adapter_target import AdapterTarget
 from .config import SprandConfig
-from .layer import SprandLayer
+from .layer import SprandLayer, layer_class
 from .loading import check_loadable
 from .plan import Plan, check_same_base, describe, make_plan
 from .quantized import QuantizedLayer
@@ -75,7 +75,7 @@ class SprandModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, None)
         finally:
             del self.__dict__["_plan"], self.__dict__["_planned"], self.__dict__["_low_cpu_mem_usage"]
-        close_fast_paths(model)
+        watch(model)
 
     def add_weighted_adapter(
         self,
@@ -191,7 +191,7 @@ class SprandModel(BaseTuner):
             return
         layer = target
         if not isinstance(target, SprandLayer):
-            layer = (SprandLayer if own[0][0].backend is None else QuantizedLayer)(target)
+            layer = (layer_class(base) if own[0][0].backend is None else QuantizedLayer)(target)
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
         layer.set_adapter(self.active_adapters)
@@ -248,7 +248,6 @@ class SprandModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in layers:
             layer.leave(keep=merge or layer.merged)
-        open_fast_paths(model)
         return model
 
     def _inner_layers(self) -> Iterator[tuple[nn.Module, str, SprandLayer]]:

@@ -23,7 +23,7 @@ from ..selection import pattern
 from ..selection.choose import choose
 from ..selection.config import SparseConfig
 from ..selection.mask import Mask
-from ..selection.targets import HEADS, View, check_called, closest, find_targets, output_of
+from ..selection.targets import HEADS, View, closest, find_targets, output_of
 from .config import SprandConfig
 
 CPU = torch.device("cpu")
@@ -213,10 +213,9 @@ def pristine(site: Site) -> AbstractContextManager[None]:
 
 
 def _check_usable(site: Site) -> None:
-    """Prove that PEFT can wrap a module that holds the weight, and that it is called where the weight is used."""
+    """Prove that PEFT can wrap a module that holds the weight."""
     if not site.module_name:
         raise ValueError(
             f"{site.name}: PEFT replaces the module that holds a weight, and the model itself holds this one; use sprand.apply, "
             "or put the model into another module"
         )
-    check_called(site)

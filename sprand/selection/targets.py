@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..layers.sites import Site, distinct, joined, named_modules, weights_of
 from .config import SparseConfig
 
 HEADS = ("score", "classifier")  # how Hugging Face names classification heads
 OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection", *HEADS)
-
-# MultiheadAttention reads the weight of this layer without calling it.
-READ_NOT_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 @dataclass(frozen=True)
@@ -90,36 +88,14 @@ def find_targets(view: View, config: SparseConfig, in_full: Collection[str] | No
     sites = [site for site in view.sites() if site.name in in_part]
     if names and not sites:
         raise ValueError(f"modules_to_save: it trains all targets in full, {', '.join(sorted(names)[:5])}; target more")
-    for site in sites:
-        check_called(site)
     numel = sum(site.numel for site in view.sites() if site.name not in apart)
     return Targets(view.model, sites, saved, numel, masks)
 
 
 def sites_named(model: nn.Module, names: Iterable[str]) -> dict[str, Site]:
-    """The weights of these names, by name.
-
-    Raises:
-        ValueError: One of them is read without calling its layer.
-    """
+    """The weights of these names, by name."""
     weights = weights_of(model)
-    sites = {name: weights[name] for name in names}
-    for site in sites.values():
-        check_called(site)
-    return sites
-
-
-def check_called(site: Site) -> None:
-    """Prove that every module which holds a weight is called when the weight is used.
-
-    Raises:
-        ValueError: One is not.
-    """
-    if any(isinstance(module, READ_NOT_CALLED) for module, _ in site.owners):
-        raise ValueError(
-            f"{site.name}: torch.nn.MultiheadAttention reads this weight without calling its layer, so it cannot be trained "
-            "sparsely; target the attention's in_proj_weight by target_parameters instead"
-        )
+    return {name: weights[name] for name in names}
 
 
 def _masks(view: View, config: SparseConfig) -> dict[str, Tensor]:
@@ -152,18 +128,45 @@ def _matching(view: View, config: SparseConfig) -> set[str]:
 
 def _matching_modules(view: View, config: SparseConfig) -> list[str]:
     wanted, weighted = config.target_modules, _with_weight(view)
+    computed = [name for name in view.modules if joined(name, "weight") not in view.weights and _sources(view.modules[name])]
+    for suffix in () if isinstance(wanted, str | None) else wanted:
+        if not any(_is_suffix(suffix, name) for name in (*weighted, *computed)):
+            _refuse(view, suffix)
+    names = [name for name in (*weighted, *computed) if _is_meant(view, wanted, name) and not _is_excluded(config, name)]
+    for name in names:
+        if name in computed:
+            _refuse_computed(view, name)
+    return names
+
+
+def _is_meant(view: View, wanted: str | Sequence[str] | None, name: str) -> bool:
+    """Whether `target_modules` means the module of this name, which has a weight."""
     if wanted is None:
-        names = []
-    elif wanted == "all-linear":
-        names = [name for name in weighted if _is_linear(view, name) and not _is_output_head(view, name)]
-    elif isinstance(wanted, str):
-        names = [name for name in weighted if re.fullmatch(wanted, name)]
-    else:
-        for suffix in wanted:
-            if not any(_is_suffix(suffix, name) for name in weighted):
-                _refuse(view, suffix)
-        names = [name for name in weighted if _any_suffix(wanted, name)]
-    return [name for name in names if not _is_excluded(config, name)]
+        return False
+    if wanted == "all-linear":
+        return _is_linear(view, name) and not _is_output_head(view, name)
+    return bool(re.fullmatch(wanted, name)) if isinstance(wanted, str) else _any_suffix(wanted, name)
+
+
+def _sources(module: nn.Module) -> list[str]:
+    """The parameters that the `weight` of a module is computed from, by their names in it, of one that has no such parameter."""
+    if parametrize.is_parametrized(module, "weight"):
+        return [f"parametrizations.weight.{name}" for name in module.parametrizations["weight"]._parameters]
+    if isinstance(module, nn.Linear) or isinstance(module.__dict__.get("weight"), Tensor):
+        return [name for name in module._parameters if name != "bias"]
+    return []
+
+
+def _refuse_computed(view: View, name: str) -> None:
+    """Say why a layer whose weight is computed from other parameters is no target, and what is."""
+    sources = _sources(view.modules[name])
+    listed = ", ".join(f"'{joined(name, source)}'" for source in sources)
+    raise ValueError(
+        f"target_modules: the weight of {name} ({type(view.modules[name]).__name__}) is computed anew in every forward, from "
+        f"{', '.join(sources)} (it is pruned, normalized or parametrized), so entries of it cannot train; make it a parameter "
+        f"again first (prune.remove, remove_weight_norm, remove_parametrizations), name what it is computed from, "
+        f"target_parameters=[{listed}], or leave the layer out by exclude_modules"
+    )
 
 
 def _is_excluded(config: SparseConfig, name: str) -> bool:
@@ -192,11 +195,11 @@ def _with_weight(view: View) -> list[str]:
 
 
 def _is_linear(view: View, name: str) -> bool:
-    """Whether a module is a linear layer that is called; MultiheadAttention reads the weight of its `out_proj` instead."""
-    module = view.modules[name]
+    """Whether a module is a linear layer."""
+    module, site = view.modules[name], view.weights.get(joined(name, "weight"))
     of_transformers = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
-    packed = view.weights[joined(name, "weight")].backend is not None
-    return (isinstance(module, nn.Linear) or of_transformers or packed) and not isinstance(module, READ_NOT_CALLED)
+    packed = site is not None and site.backend is not None
+    return isinstance(module, nn.Linear) or of_transformers or packed
 
 
 def _is_output_head(view: View, name: str) -> bool:

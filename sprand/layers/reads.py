@@ -1,0 +1,73 @@
+"""Reads of a weight past its module's forward: which of them use the weight, and what is said where they lose its gradient."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+MOVERS = "accelerate."  # its hooks read what they move from device to device, in the call of a module
+NAMED = 5  # how many weights a warning names
+_KNOWN = ("_parameters", "_buffers", "_modules", "_flat_weights")  # the last is that of recurrent layers, which we know
+_READER = 3  # how many functions lie between these and what reads a weight
+_CALL = nn.Module._call_impl.__code__
+
+
+def is_to_be_moved() -> bool:
+    """Whether a tool that moves tensors about reads a weight now, and must get the parameter itself."""
+    return not torch.compiler.is_compiling() and sys._getframe(_READER).f_globals.get("__name__", "").startswith(MOVERS)
+
+
+def is_to_be_used() -> bool:
+    """Whether what reads a weight now computes with it: in a call of any module, also when backward repeats that, or compiled."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        return True
+    return is_running(_CALL)
+
+
+def is_running(code: types.CodeType) -> bool:
+    """Whether a function runs in this thread, now or further up the stack."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
+def tell_of_holders(model: nn.Module, names: Mapping[int, str]) -> None:
+    """Warn where a module holds a targeted weight in a list or dict of its own, from where it is read past every module.
+
+    Args:
+        model: any module.
+        names: of the targeted weights, by their `id`.
+    """
+    held = {
+        names[id(value)]: f"{type(module).__name__}.{attribute}"
+        for module in model.modules()
+        for attribute, values in module.__dict__.items()
+        if isinstance(values, list | tuple | dict) and attribute not in _KNOWN
+        for value in (values.values() if isinstance(values, dict) else values)
+        if id(value) in names
+    }
+    if held:
+        listed = ", ".join(f"{name} in {place}" for name, place in list(held.items())[:NAMED])
+        warnings.warn(
+            f"sprand: weights that train are held beside their modules as well, {listed}; what is computed from them there gives "
+            "their entries no gradient. Read them from their modules, layer.weight, or keep them in a torch.nn.ParameterList",
+            stacklevel=2,
+        )
+
+
+def tell_of_lost_gradient(target: Any) -> None:
+    """Warn where a weight is read outside of any call, between its own forward and backward: a loss that uses it loses a part."""
+    if not torch.is_grad_enabled() or target.written is None or not target.written.is_awaited:
+        return
+    warnings.warn(
+        f"sprand: {target.name} is read outside of any forward while its gradient is still to come, and what a loss computes "
+        "from it there gives its entries no gradient; compute that in the forward of a module, which may be one around the loss",
+        stacklevel=4,
+    )
