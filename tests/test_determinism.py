@@ -50,6 +50,7 @@ def adapter_of(
     dtype: str = "float32",
     strategy: str = "random",
     heads: tuple[str, ...] = HEAD,
+    targets: dict = TARGETS,
     backend: str | None = None,
     device: str = "cpu",
 ) -> dict[str, bytes]:
@@ -58,7 +59,7 @@ def adapter_of(
     model = Net().to(device, getattr(torch, dtype))
     data = [(x.to(device), y.to(device)) for x, y in batches()]
     scored = {} if strategy == "random" else {"data": data[:2], "loss_fn": lambda model, batch: model(*batch)}
-    sprand.apply(model, strategy=strategy, modules_to_save=heads, **TARGETS, **scored)
+    sprand.apply(model, strategy=strategy, modules_to_save=heads, **targets, **scored)
     optimizer = sprand.SparseAdamW(model, lr=1e-2, max_grad_norm=0.5)
     called = model if backend is None else torch.compile(model, fullgraph=True, backend=backend)
     for batch in data:
@@ -75,11 +76,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("strategy", ["random", "snip"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_threads_change_nothing(tmp_path, threads, dtype, strategy):
-    """Without a module trained in full: the dense gradient of such a one is PyTorch's, and may be summed in another order."""
+    """Without targets whose dense gradient PyTorch sums: modules trained in full, convolutions."""
+    targets = TARGETS | {"target_modules": ["embed", "up"]}
     found = []
     for count in (1, 2, 8):
         threads(count)
-        found.append(adapter_of(tmp_path / str(count), dtype, strategy, heads=()))
+        found.append(adapter_of(tmp_path / str(count), dtype, strategy, heads=(), targets=targets))
     assert found[0] == found[1] == found[2]
     adapter = sprand.adapters.file.AdapterFile.read(tmp_path / "1")
     assert any(adapter.entries(name)[1].any() for name in adapter.targets)
