@@ -67,6 +67,15 @@ def change_in_place(model, x):
         model[0].sprand_delta.add_(1.0)
 
 
+def change_in_place_through_data(model, x):
+    model[0].sprand_delta.data.mul_(2.0)
+
+
+def copy_an_average(model, x):
+    """As torch_ema, EMA of diffusers and Lookahead do."""
+    torch._foreach_copy_([p.data for p in sprand.parameters(model)], [p * 0.5 for p in sprand.parameters(model)])
+
+
 def overwrite_the_weight(model, x):
     with torch.no_grad():
         model[0].weight.mul_(2.0)
@@ -82,7 +91,7 @@ def replace_the_data_of_the_weight(model, x):
 
 CHANGES = (
     call_with_other_deltas, call_with_the_same_values_elsewhere, replace_data, vector_to_parameters, change_in_place,
-    overwrite_the_weight, replace_the_weight, replace_the_data_of_the_weight,
+    change_in_place_through_data, copy_an_average, overwrite_the_weight, replace_the_weight, replace_the_data_of_the_weight,
 )  # fmt: skip
 
 
@@ -91,6 +100,20 @@ def test_a_change_after_a_fused_step_is_seen_by_the_next_forward(change):
     model, x = stepped()
     change(model, x)
     assert_uses_its_deltas(model, x)
+
+
+@pytest.mark.parametrize("change", CHANGES[2:7], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_compiled_forward_sees_it_too(change, gradients):
+    model, x = stepped()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(gradients):
+        compiled(x)
+        sprand.SparseAdamW(model, lr=0.1).step()
+        change(model, x)
+        y = compiled(x)
+    assert_uses_its_deltas(model, x)
+    assert torch.equal(y, model(x))
 
 
 def test_a_call_with_another_weight_uses_the_entries_in_it():

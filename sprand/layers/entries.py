@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import ops
 from ..kernels.schedule import Schedule
@@ -29,13 +29,35 @@ class Candidates(Protocol):
         """The gradient itself, contiguous, of the weight's shape."""
 
 
+class WatchedParameter(nn.Parameter):
+    """A parameter that counts how often its `data` was asked for: a change in place through that moves no version."""
+
+    asked = 0
+
+    @property
+    def data(self) -> Tensor:
+        """The values, as of any parameter."""
+        self.asked += 1
+        return super().data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        nn.Parameter.data.__set__(self, value)
+
+    @classmethod
+    def watch(cls, parameter: nn.Parameter) -> None:
+        """Let an ordinary parameter be a watched one."""
+        if type(parameter) is nn.Parameter:
+            parameter.__class__ = cls
+
+
 class Written:
     """Remembers that a weight holds a delta, so that a write can be left out. All uses of the weight share it.
 
     Only `SparseAdamW` declares it, since it has just written the weight. It is true of that weight, that delta and that
-    scale, while neither tensor has changed its version or its memory. A write of anything else ends it, and so do a forward
-    without gradients (an evaluation always writes) and the next backward (any other optimizer, also one that moves no version,
-    is followed by a write). A copy, also one that was pickled, remembers nothing.
+    scale, while neither tensor has changed its version or its memory, and nobody has asked for the delta's `data`. A write of
+    anything else ends it, and so do a forward without gradients (an evaluation always writes) and the next backward (any other
+    optimizer, also one that moves no version, is followed by a write). A copy, also one that was pickled, remembers nothing.
 
     Attributes:
         awaited: the last function that was recorded with the weight, as long as its gradient may come.
@@ -57,9 +79,9 @@ class Written:
         return awaited is not None and awaited() is not None
 
     def declare(self, weight: Tensor, delta: Tensor, scale: float) -> None:
-        """The weight holds `base + scale * delta` now."""
-        state = weight.data_ptr(), weight._version, delta.data_ptr(), delta._version, scale
-        self._declared = weakref.ref(weight), weakref.ref(delta), state
+        """The weight holds `base + scale * delta` now; of a delta that is not watched, nobody knows for how long."""
+        if isinstance(delta, WatchedParameter):
+            self._declared = weakref.ref(weight), weakref.ref(delta), _state_of(weight, delta, scale)
 
     def forget(self) -> None:
         """The weight may hold anything."""
@@ -73,7 +95,11 @@ class Written:
         its_weight, its_delta, state = declared
         if its_weight() is not weight or its_delta() is not delta:
             return False
-        return state == (weight.data_ptr(), weight._version, delta.data_ptr(), delta._version, scale)
+        return state == _state_of(weight, delta, scale)
+
+
+def _state_of(weight: Tensor, delta: WatchedParameter, scale: float) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight._version, delta.data_ptr(), delta._version, delta.asked, scale
 
 
 class Schedules:

@@ -251,7 +251,7 @@ class SprandModel(BaseTuner):
         return model
 
     def _inner_layers(self) -> Iterator[tuple[nn.Module, str, SprandLayer]]:
-        """Layers inside of another one, which PEFT's walk does not come to, from the inside out: parent, name there, and layer."""
+        """Layers inside of another one, which PEFT's walk does not come to, from the inside out: parent, name, layer."""
         named = {name: module for name, module in self.model.named_modules() if isinstance(module, SprandLayer)}
         for name in reversed(named):
             if any(name.startswith(f"{outer}.") for outer in named):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..layers import sharding
+from ..layers.entries import WatchedParameter
 from ..layers.module import SparseModule, targets_by_delta
 from ..layers.sites import named_parameters
 
@@ -26,8 +27,8 @@ class SparseAdamW(torch.optim.AdamW):
 
     Weight decay pulls a delta to zero, that is its weight back to the pre-trained value.
 
-    A step leaves every weight up to date, and the next forward does not write it again, unless its delta has changed. A change
-    that neither autograd nor the delta's memory shows (in place, through `delta.data`) asks for `sprand.write(model)`.
+    A step leaves every weight up to date, and the next forward does not write it again, unless its delta has changed, be it
+    through `delta.data`.
 
     Under DistributedDataParallel the step is fused. Under FSDP2 and ZeRO deltas are sharded, dense parameters to it: the step is
     that of `torch.optim.AdamW(fused=True)`, and layers write their weights. DeepSpeed asks for `"zero_allow_untested_optimizer":
@@ -93,6 +94,14 @@ class SparseAdamW(torch.optim.AdamW):
             "grad_norm": None,
             "_step_supports_amp_scaling": True,
         }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as in any optimizer."""
+        super().add_param_group(param_group)
+        deltas = targets_by_delta()
+        for p in self.param_groups[-1]["params"]:
+            if id(p) in deltas:
+                WatchedParameter.watch(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
