@@ -97,6 +97,27 @@ def test_tied_weights_are_saved_once_and_resume_to_the_bit(tmp_path):
     assert_same_bits(bits(sprand.unmerge(resumed)), bits(llama(tie_word_embeddings=True)))
 
 
+def test_tied_weights_resume_to_the_bit_without_the_callback(tmp_path):
+    """What several layers share is in a checkpoint once; one that has it twice, as sprand wrote them before, loads too."""
+
+    def tied():
+        model = llama(tie_word_embeddings=True)
+        return sprand.apply(model, density=0.05, target_modules=["embed_tokens", "q_proj"])
+
+    options = {"save_strategy": "steps", "save_steps": 3}
+    models = [tied(), tied()]
+    trainers = [trainer_of(model, tmp_path, optimizer=sparse_adamw, **options) for model in models]
+    trainers[0].train()
+    trainers[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_bits(everything(models[1], trainers[1]), everything(models[0], trainers[0]))
+    again, state = tied(), models[0].state_dict()
+    state |= {name.replace("model.embed_tokens", "lm_head"): value for name, value in state.items() if "embed_tokens" in name}
+    again.load_state_dict(state)
+    assert_same_bits(again.state_dict(), models[0].state_dict())
+    for name in ("sprand_delta", "sprand_indices", "sprand_base"):
+        assert getattr(again.lm_head, name) is getattr(again.model.embed_tokens, name)
+
+
 def test_a_saved_model_is_clean_and_its_adapter_loads_into_the_base(tmp_path):
     model, trainer = trained(tmp_path, save_strategy="steps", save_steps=6)
     trainer.save_model(tmp_path / "final")

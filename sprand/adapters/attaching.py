@@ -19,7 +19,7 @@ from ..layers.writable import check_writable
 from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.targets import sites_named
-from . import first_step
+from . import first_step, plain_states
 from .in_full import buffers_of, copies, put_buffers
 from .state import Adapter, State, known_state, tensor_names
 
@@ -65,6 +65,7 @@ def _freeze(model: nn.Module) -> State:
         p.requires_grad_(False)
     model._sprand = state
     first_step.watch(model)
+    plain_states.watch(model, state)
     return state
 
 
@@ -90,14 +91,13 @@ def _attach_entries(adapter: Adapter, name: str, site: Site) -> None:
     """Let the adapter's entries of one weight train, in every module that holds it."""
     redraw = _redraw_of(adapter.config, name, site, adapter.indices[name].numel())
     _bring(adapter, name, site.device, redraw)
-    indices, delta = adapter.indices[name], adapter.deltas.get(name)
-    base = written = None
+    indices, first = adapter.indices[name], site.owners[0]
+    adapter.deltas[name] = attach(*first, indices, adapter.deltas.get(name), redraw=redraw).delta
+    for owner in site.owners[1:]:
+        attach(*owner, indices, redraw=redraw, leader=first)
     for module, parameter in site.owners:
-        entries = attach(module, parameter, indices, delta, base, redraw=redraw, written=written)
         target = module.sparse_target(parameter)
         target.name, target.frozen = name, name in adapter.frozen
-        delta, base, written = entries.delta, entries.base, entries.written
-    adapter.deltas[name] = delta
 
 
 def _bring(adapter: Adapter, name: str, device: torch.device, redraw: Redraw | None) -> None:
@@ -176,6 +176,8 @@ def detached(model: nn.Module) -> Iterator[None]:
 def release(model: nn.Module, state: State) -> None:
     """Make a model that has no adapter attached what it was before the first one."""
     del model._sprand
+    for handle in state.handles:
+        handle.remove()
     kept = _others_ignored_in_ddp(model)
     if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
         del model._ddp_params_and_buffers_to_ignore

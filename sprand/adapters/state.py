@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..layers.module import sparse_modules
 from ..layers.sites import Site, joined, named_modules, named_parameters, sites_of
@@ -49,6 +50,8 @@ class State:
         trained_before: the parameters that required a gradient before the first adapter.
         base_saved: the base of parameters that an adapter trains in full, by name.
         base_buffers: the base of buffers that training may change, by name.
+        takes_plain_states: whether a state without entries is no error, since the caller brings them back.
+        handles: of hooks on the model.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -57,6 +60,8 @@ class State:
     trained_before: set[str] = field(default_factory=set)
     base_saved: dict[str, Tensor] = field(default_factory=dict)
     base_buffers: dict[str, Tensor] = field(default_factory=dict)
+    takes_plain_states: bool = False
+    handles: list[RemovableHandle] = field(default_factory=list)
 
     @property
     def current(self) -> Adapter | None:

@@ -13,13 +13,14 @@ Models of `sprand.peft` need no callback for their checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.file import AdapterFile
 from ..adapters.model import write
@@ -29,6 +30,7 @@ from ..adapters.summary import visible_share
 from ..files import described, states
 from ..kernels import ops
 from ..layers.entries import Entries
+from ..layers.module import sparse_modules
 from ..layers.sites import Site, sites_of
 from ..selection import pattern
 from ..training.dynamic import DynamicMask
@@ -99,18 +101,19 @@ class SparseCheckpointCallback(TrainerCallback):
         """Keep the tensors of sprand out of what the model saves.
 
         Raises:
-            ValueError: The model has no trained entries, or its checkpoints hold them already.
+            ValueError: The model has no trained entries, its checkpoints hold them already, or it could not load them.
         """
         model = kwargs["model"]
         if hasattr(model, "peft_config"):
             raise ValueError("SparseCheckpointCallback: expected a model of sprand.apply; one of PEFT needs no callback")
         if args.fsdp or args.deepspeed:
             raise ValueError("SparseCheckpointCallback: FSDP and DeepSpeed write checkpoints of their own; use sprand.peft there")
-        state_of(model)
-        if hasattr(model, "_keys_to_ignore_on_save"):
-            model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | set(
-                chain.from_iterable(tensor_names(model))
-            )
+        state_of(model).takes_plain_states = True
+        saved = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        _refuse_others(model, saved)
+        for module in saved:
+            own = chain.from_iterable(tensor_names(module))
+            module._keys_to_ignore_on_save = {*(module._keys_to_ignore_on_save or ()), *own}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Where a training is resumed, give the model the entries of the checkpoint that the trainer has just loaded.
@@ -190,6 +193,18 @@ class DynamicMaskCallback(TrainerCallback):
         if not state.is_world_process_zero or not folder.is_dir():
             return
         states.write(folder / MASK_FILE, MASK_KIND, self.mask.state_dict())
+
+
+def _refuse_others(model: nn.Module, saved: Sequence[PreTrainedModel]) -> None:
+    """Prove that a model of models (of sentence-transformers, say) saves no entries in parts of its own."""
+    inside = {id(part) for module in saved for part in module.modules()}
+    others = [name for name, module in sparse_modules(model) if id(module) not in inside]
+    if others and hasattr(model, "save_pretrained"):
+        raise ValueError(
+            f"SparseCheckpointCallback: {type(model).__name__} could not load its own checkpoints with trained entries of "
+            f"{others[0]} in them, which is in no transformers model; leave it out by exclude_modules=[{others[0]!r}], or train "
+            "it in full by modules_to_save"
+        )
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

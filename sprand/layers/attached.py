@@ -7,7 +7,7 @@ and so on). `detach` turns it back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..kernels import ops
 from . import sharding
 from .entries import Candidates, Entries, Schedules, Written
 from .module import SparseModule, change_class, sparse_class, track, untrack, write_parameters
-from .sites import Site, joined, site_of
+from .sites import Owner, Site, joined, site_of
 
 DELTA, INDICES, BASE = "sprand_delta", "sprand_indices", "sprand_base"
 
@@ -37,6 +37,7 @@ class Target:
         candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
         frozen: whether an earlier mask left trained values in the weight, which a new base would lose.
         name: its name in the model, for messages.
+        leader: the first owner of a weight that several modules share, in whose state its entries are; None for that one itself.
         delta, indices, base: names of the module's tensors for this parameter.
     """
 
@@ -49,10 +50,16 @@ class Target:
     candidates: Candidates | None = None
     frozen: bool = False
     name: str = ""
+    leader: Owner | None = None
 
     def __post_init__(self) -> None:
         suffix = "" if self.parameter == "weight" else f"_{self.parameter}"
         self.delta, self.indices, self.base = DELTA + suffix, INDICES + suffix, BASE + suffix
+
+    @property
+    def tensors(self) -> tuple[str, str, str]:
+        """The names of delta, indices and base."""
+        return self.delta, self.indices, self.base
 
     def enter_meta(self, indices: Tensor) -> None:
         """Keep the indices `[nnz]` of a module that goes to the meta device, unless they can be made anew."""
@@ -88,7 +95,7 @@ class AttachedModule(SparseModule):
 
     def sparse_tensors(self) -> Iterator[tuple[str, str, str]]:
         """The names of the delta, the indices and the base of every targeted parameter."""
-        return ((target.delta, target.indices, target.base) for target in self._sprand_targets.values())
+        return (target.tensors for target in self._sprand_targets.values())
 
     def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
         return ((self._parameters[target.delta], name) for name, target in self._sprand_targets.items())
@@ -131,8 +138,12 @@ class AttachedModule(SparseModule):
             self.make_schedule(parameter)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Entries are saved once, also those of a weight that several modules share: files hold no tensor twice."""
         self.write_weights()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for target in self._sprand_targets.values():
+            for name in target.tensors if target.leader is not None else ():
+                del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint with the entries is taken as it is; one without them is a new base, if nothing is frozen in the old."""
@@ -143,7 +154,7 @@ class AttachedModule(SparseModule):
                 "and load the checkpoint without assign."
             )
             return
-        with_new_base = self._with_new_base(state_dict, prefix)
+        with_new_base = self.without_entries(state_dict, prefix)
         lost = [name for name in with_new_base if self._sprand_targets[name].frozen]
         if lost:
             args[-1].append(
@@ -154,6 +165,9 @@ class AttachedModule(SparseModule):
         before = {name: self.sparse_entries(name).indices.clone() for name in self._sprand_targets}
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, target in self._sprand_targets.items():
+            if target.leader is not None:
+                self._follow_leader(name, prefix, args[2])
+                continue
             indices = self.sparse_entries(name).indices
             target.written.forget()
             if not torch.equal(indices, before[name]):
@@ -162,8 +176,8 @@ class AttachedModule(SparseModule):
             if name in with_new_base:
                 setattr(self, target.base, ops.gather(sharding.whole(self._parameters[name]), indices))
 
-    def _with_new_base(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        """The parameters that a checkpoint has without their entries."""
+    def without_entries(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """The parameters that a checkpoint, which calls this module by `prefix`, has without their entries."""
 
         def is_given(name: str) -> bool:
             value = state_dict.get(prefix + name)
@@ -171,7 +185,21 @@ class AttachedModule(SparseModule):
             # torch.distributed.checkpoint adds what is missing: our own tensors themselves
             return value is not None and all(value is not tensor for tensor in own)
 
-        return [name for name, target in self._sprand_targets.items() if is_given(name) and not is_given(target.base)]
+        targets = self._sprand_targets.items()
+        return [name for name, target in targets if target.leader is None and is_given(name) and not is_given(target.base)]
+
+    def _follow_leader(self, parameter: str, prefix: str, missing: list[str]) -> None:
+        """Share what the leader was given; what is saved with it is not `missing` here."""
+        target = self._sprand_targets[parameter]
+        leader, its_parameter = target.leader
+        its = leader.sparse_target(its_parameter)
+        self._parameters[target.delta] = leader._parameters[its.delta]
+        self._buffers[target.indices], self._buffers[target.base] = leader._buffers[its.indices], leader._buffers[its.base]
+        target.redraw = its.redraw
+        target.written.forget()
+        self.make_schedule(parameter)
+        own = {prefix + name for name in target.tensors}
+        missing[:] = [name for name in missing if name not in own]
 
     def extra_repr(self) -> str:
         counts = [f"{self.sparse_entries(name).indices.numel():,} of {name}" for name in self._sprand_targets]
@@ -187,10 +215,9 @@ def attach(
     parameter: str,
     indices: Tensor,
     delta: nn.Parameter | None = None,
-    base: Tensor | None = None,
     scale: float = 1.0,
     redraw: Callable[[torch.device], Tensor] | None = None,
-    written: Written | None = None,
+    leader: Owner | None = None,
 ) -> Entries:
     """Freeze a parameter of `module` and let the given entries of it train.
 
@@ -199,10 +226,9 @@ def attach(
         parameter: name of the parameter in the module.
         indices: `[nnz]`, flat, sorted, distinct, on the parameter's device; of one on the meta device they may be at hand.
         delta: `[nnz]`, kept as it is; made of zeros if None.
-        base: `[nnz]`, the original entries; read from the parameter if None.
         scale: factor between delta and weight.
         redraw: makes the indices anew when the module leaves the meta device.
-        written: of another module that holds the same parameter and delta.
+        leader: a module that holds the same parameter, by its name there, with the same entries: all share its memory.
 
     Returns:
         The entries now attached.
@@ -212,7 +238,7 @@ def attach(
             on the meta device and nothing can redraw them.
     """
     weight = _checked_weight(module, parameter)
-    target = Target(parameter, scale, redraw, written=Written() if written is None else written)
+    target = Target(parameter, scale, redraw, leader=leader)
     if weight.is_meta:
         target.enter_meta(indices)
         indices = indices.to(weight.device)
@@ -222,7 +248,10 @@ def attach(
             "on another one"
         )
     weight.requires_grad_(False)
-    if base is None:
+    if leader is not None:
+        entries = leader[0].sparse_entries(leader[1])
+        delta, base, target.written = entries.delta, entries.base, entries.written
+    else:
         base = ops.gather(weight.data, indices)
     if delta is None:
         delta = nn.Parameter(torch.zeros(indices.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device))
@@ -289,7 +318,7 @@ def detach(modules: Sequence[SparseModule], keep: bool) -> None:
     write_parameters([(module, name, keep) for module in modules for name in module._sprand_targets])
     for module in modules:
         for target in module._sprand_targets.values():
-            for name in (target.delta, target.indices, target.base):
+            for name in target.tensors:
                 delattr(module, name)
         untrack(module)
         change_class(module, module.plain_class)
