@@ -140,11 +140,11 @@ def three(tmp_path):
 
 def test_heads_are_refused_or_left_out(three):
     pairs = [(three / "a", 1.0), (three / "c", 1.0)]
-    with pytest.raises(ValueError, match=r"c trained whole modules \(third.weight, third.bias\), .* \(--drop-heads\)"):
+    with pytest.raises(ValueError, match=r"c trained whole modules \(third.bias, third.weight\), .* \(--drop-heads\)"):
         combine(pairs, three / "base", three / "out")
     assert not (three / "out").exists()
     said = combine(pairs, three / "base", three / "out", drop_heads=True)
-    assert said.left_out == ("third.weight", "third.bias")
+    assert said.left_out == ("third.bias", "third.weight")
     model = built(MLP)
     for name in "ac":
         sprand.load(model, three / name, name=name)
