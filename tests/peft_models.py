@@ -81,7 +81,7 @@ def deltas(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor
         target.name: target.deltas[adapter].detach().clone()
         for layer in model.modules()
         if isinstance(layer, SprandLayer)
-        for _, _, target in layer.weights()
+        for _, _, target in layer.sprand_weights()
         if adapter in target.deltas
     }
 
@@ -93,6 +93,6 @@ def positions(model: nn.Module, adapter: str = "default") -> dict[str, torch.Ten
         target.name: target.indices[adapter].clone()
         for layer in model.modules()
         if isinstance(layer, SprandLayer)
-        for _, _, target in layer.weights()
+        for _, _, target in layer.sprand_weights()
         if adapter in target.deltas
     }

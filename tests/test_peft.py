@@ -12,7 +12,7 @@ from torch import nn
 import sprand
 from models import MLP, EveryLayer, Tied, assert_same_bits, bits, built, points_and_labels, tokens_and_labels
 from peft_models import adapted, base_weights, deltas, llama, logits, peft, positions, train, trainable
-from sprand.peft import SprandConfig
+from sprand.peft import SprandConfig, SprandLayer
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_both_doors_train_the_same_bits(optimizer):
     first, second = optimizer(trainable(ours), lr=1e-2), optimizer(trainable(theirs), lr=1e-2)
     assert train(ours, first, 4) == train(theirs, second, 4)
     assert torch.equal(logits(ours), logits(theirs))
-    theirs.base_model.layers()[0].refresh()
+    next(m for m in theirs.modules() if isinstance(m, SprandLayer)).sprand_refresh()
     weights = bits(ours)
     assert_same_bits(
         {name: value for name, value in base_weights(theirs).items()}, {name: weights[name] for name in base_weights(theirs)}
@@ -170,7 +170,7 @@ def test_gradients_of_two_active_adapters_are_those_of_the_dense_weight():
     nn.functional.cross_entropy(model(x), y).backward()
     dense = built(MLP).double()
     nn.functional.cross_entropy(dense(x), y).backward()
-    target = model.base_model.model.second.hosted["weight"]
+    target = model.base_model.model.second.sprand_targets["weight"]
     for name in ("default", "other"):
         expected = dense.second.weight.grad.flatten()[target.indices[name].long()]
         torch.testing.assert_close(target.deltas[name].grad.double(), expected)

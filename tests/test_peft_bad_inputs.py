@@ -40,6 +40,12 @@ def refused(match: str, model: nn.Module | None = None, adapter_name: str = "def
         ({"mask": {"first.weight": torch.zeros(24, 16, dtype=torch.bool)}}, "chooses no entry at all"),
         ({"mask": {"first.weight": torch.tensor([0])}, "density": 0.5}, "leave out density, budget and layout"),
         ({"mask": 3}, "expected a sprand.Mask, a mapping of indices, or a file, got int"),
+        ({"target_modules": None}, "target_modules: expected names of modules, a regular expression or 'all-linear', got None"),
+        ({"layers_pattern": "h"}, "layers_pattern: 'h' says where layers are numbered; give their numbers"),
+        ({"layers_to_transform": [-1]}, r"layers_to_transform: expected numbers of layers from 0 on, got \[-1\]"),
+        ({"layers_to_transform": 0}, "none of the target_modules is in a layer 0; they are in no numbered layers"),
+        ({"layers_to_transform": 0, "mask": {"first.weight": torch.tensor([0])}}, "it chooses among target_modules"),
+        ({"layers_to_transform": 0, "target_modules": None, "target_parameters": ["bias"]}, "it chooses among target_modules"),
     ],
 )
 def test_a_field_that_does_not_fit(fields, match):
@@ -49,6 +55,17 @@ def test_a_field_that_does_not_fit(fields, match):
 @pytest.mark.parametrize("name", ["a.b", "", "keys", "weight.default"])
 def test_an_adapter_name_that_cannot_be_a_parameter(name):
     refused("adapter name: .* cannot be used", adapter_name=name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"layers_to_transform": [0, 7]}, "is in a layer 7; some are in the layers 0, 1"),
+        ({"layers_to_transform": 1, "layers_pattern": "h"}, r"is in a layer 1 of h \(layers_pattern\); they are in no numbered"),
+    ],
+)
+def test_a_layer_that_is_not_there(fields, match):
+    refused(match, llama(), **fields)
 
 
 def test_a_container_is_no_target():

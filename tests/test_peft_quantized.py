@@ -114,7 +114,7 @@ def test_a_base_that_was_evaluated_before_it_is_wrapped_gives_the_output_of_its_
 def test_the_gradient_is_that_of_the_dequantized_weight(kind):
     model = peft.get_peft_model(quantized(kind), SprandConfig(density=0.2, target_modules=["down_proj"]))
     layer = model.base_model.model.model.layers[0].mlp.down_proj
-    target = layer.hosted["weight"]
+    target = layer.sprand_targets["weight"]
     torch.manual_seed(0)
     delta, indices = target.deltas["default"], target.indices["default"]
     delta.data.normal_(0, 0.1)

@@ -245,7 +245,7 @@ def test_adapters_are_added_up(tmp_path):
 def test_ties_elects_signs_and_drops_small_changes():
     model = peft.get_peft_model(built(MLP), SprandConfig(mask={"first.weight": torch.tensor([0, 1, 2, 5])}))
     model.add_adapter("second", SprandConfig(mask={"first.weight": torch.tensor([1, 2, 5, 9])}))
-    target = model.base_model.model.first.hosted["weight"]
+    target = model.base_model.model.first.sprand_targets["weight"]
     target.deltas["default"].data = torch.tensor([4.0, 1.0, -3.0, 0.5])
     target.deltas["second"].data = torch.tensor([3.0, 2.0, -1.0, 0.1])
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "t", combination_type="ties", density=0.75)
@@ -275,7 +275,7 @@ def test_both_doors_combine_alike(options, ours):
         sprand.apply(plain, density=0.3, seed=seed, name=name)
         for key, delta in plain._sprand.adapters[name].deltas.items():
             delta.data.normal_()
-            target = model.base_model.model.get_submodule(key.removesuffix(".weight")).hosted["weight"]
+            target = model.base_model.model.get_submodule(key.removesuffix(".weight")).sprand_targets["weight"]
             target.deltas[name].data.copy_(delta)
     model.add_weighted_adapter(["default", "second"], [0.7, -1.3], "both", **options)
     sprand.combine(plain, {"default": 0.7, "second": -1.3}, name="both", **ours)

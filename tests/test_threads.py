@@ -200,6 +200,7 @@ def test_first_forwards_read_the_base_before_any_of_them_writes(monkeypatch):
     """Through PEFT the base is read when an adapter is first used: never from a weight that another thread has written."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     from sprand.peft import SprandConfig, adapter_target
+    from sprand.peft.layer import adapter_targets
 
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(16, 16))
@@ -207,7 +208,7 @@ def test_first_forwards_read_the_base_before_any_of_them_writes(monkeypatch):
     model = peft.get_peft_model(base, SprandConfig(density=0.5, target_modules=["0"]))
     for p in trained_parameters(model):
         p.data.normal_()
-    (target,) = (target for layer in model.base_model.layers() for _, _, target in layer.weights())
+    (target,) = (target for _, _, _, target in adapter_targets(model, "default"))
     target.forget_base()
     gather, readers = adapter_target._gather, []
 

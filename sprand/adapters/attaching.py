@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..layers import sharding
-from ..layers.attached import attach, detach, write_now
+from ..layers.attached import AttachedModule, attach, detach, write_now
 from ..layers.first_backward import watch
 from ..layers.module import sparse_modules
 from ..layers.sites import Site, named_parameters, sites_of
@@ -39,9 +39,10 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         The same object.
 
     Raises:
-        ValueError: A weight cannot be written; nothing has changed then.
+        ValueError: A weight cannot be written, or is in a layer of PEFT; nothing has changed then.
     """
     sites = sites_named(model, adapter.indices)
+    _refuse_layers_of_peft(model, sites)
     check_writable({name: site.weight for name, site in sites.items()})
     state = known_state(model)
     if state is None:
@@ -55,6 +56,23 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     _attach(model, adapter, sites)
     watch(model)
     return model
+
+
+def _refuse_layers_of_peft(model: nn.Module, sites: Mapping[str, Site]) -> None:
+    """Refuse weights into which PEFT merges: entries that train would be written over what it adds to them."""
+    if any(not isinstance(module, AttachedModule) for _, module in sparse_modules(model)):
+        raise ValueError(
+            "this model trains entries through PEFT already; call model.merge_and_unload() or model.unload() first, or add "
+            "another adapter through PEFT: model.add_adapter(name, SprandConfig(...))"
+        )
+    layers = [module for module in model.modules() if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__)]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for name, site in sites.items():
+        if any(id(module) in inside for module, _ in site.owners):
+            raise ValueError(
+                f"{name} is in a layer of PEFT, which merges into that weight and would lose there what it adds to entries that "
+                "train; call model.merge_and_unload() first, or leave its modules out (exclude_modules)"
+            )
 
 
 def _freeze(model: nn.Module) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,7 +129,7 @@ class AdapterTarget:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_unions": {}, "_union_bases": {}, "_schedules": {}}
 
-    def known(self, names: Sequence[str]) -> list[str]:
+    def known(self, names: Iterable[str]) -> list[str]:
         """Those of the adapters that train entries of this parameter."""
         return [name for name in names if name in self.deltas]
 

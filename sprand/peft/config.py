@@ -41,7 +41,7 @@ class SprandConfig(PeftConfig):
         target_parameters: further weights by name or suffix: fused 3-D experts, embeddings, biases, norms.
         modules_to_save: modules trained in full and saved with the adapter; `"auto"` takes a classification head named `score` or
             `classifier` if there is one.
-        layers_to_transform: only layers with these numbers; an int or a list. Needs a list of `target_modules`.
+        layers_to_transform: of `target_modules` only those in layers with these numbers; an int or a list.
         layers_pattern: name of the list of layers, for `layers_to_transform`; by default any.
         strategy: `"random"` (stratified) or `"uniform"`. Entries that were chosen by a score are given by `mask`.
         mask: the entries themselves: a `sprand.Mask`, a mapping `{parameter name: bool mask or flat indices}`, or the path
@@ -85,10 +85,13 @@ class SprandConfig(PeftConfig):
         self.peft_type = PeftType[NAME]
         self.indices: dict[str, Tensor] | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.saved: dict[str, Any] = {}  # what a saved adapter says otherwise
         if self.seed is None:
             self.seed = secrets.randbits(31)
         if isinstance(self.target_modules, tuple):
             self.target_modules = list(self.target_modules)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            self.target_modules = "all-linear"
         if isinstance(self.target_parameters, str):
             self.target_parameters = [self.target_parameters]
         if isinstance(self.modules_to_save, str):
@@ -96,6 +99,7 @@ class SprandConfig(PeftConfig):
         if self.targets is not None:
             self.targets = in_full(self.targets)
             return
+        self._check_targets()
         if self.mask is not None:
             self._take_mask()
         elif self.strategy not in RANDOM_STRATEGIES:
@@ -104,6 +108,26 @@ class SprandConfig(PeftConfig):
             self.density = SparseConfig(
                 density=self.density, budget=self.budget, layout=self.layout, seed=self.seed, strategy=self.strategy
             ).density
+
+    def _check_targets(self) -> None:
+        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform or []
+        if any(not isinstance(number, int) or number < 0 for number in layers):
+            raise ValueError(f"layers_to_transform: expected numbers of layers from 0 on, got {self.layers_to_transform!r}")
+        if self.layers_pattern and not layers:
+            raise ValueError(
+                f"layers_pattern: {self.layers_pattern!r} says where layers are numbered; give their numbers, too, as "
+                "layers_to_transform, or leave it out"
+            )
+        if self.target_modules is None and not self.target_parameters and self.mask is None:
+            raise ValueError(
+                "target_modules: expected names of modules, a regular expression or 'all-linear', got None; only with "
+                "target_parameters or a mask can it be left out"
+            )
+        if layers and (self.target_modules is None or self.mask is not None):
+            raise ValueError(
+                "layers_to_transform: it chooses among target_modules, and there are none beside a mask or target_parameters "
+                "alone; leave it out, or name target_modules"
+            )
 
     def _take_mask(self) -> None:
         given = self.mask
@@ -135,9 +159,9 @@ class SprandConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types, without the path of anything on this machine: a local base is named by its folder."""
-        fields = super().to_dict()
+        fields = super().to_dict() | self.saved
         fields["base_model_name_or_path"] = portable(self.base_model_name_or_path)
-        return fields if self.targets is None else fields | {"mask": None}
+        return fields if fields["targets"] is None else fields | {"mask": None}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, as in PEFT, in one step and with a line for each target."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..layers.writable import check_writable
 from ..selection import pattern
 from .adapter_target import AdapterTarget, Positions
-from .hosted import host, unhost
+from .hosted import host, refuse_applied, unhost
 from .plan import base_modules
 
 
@@ -178,6 +178,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             f"accelerate: expected a model with SHiRA or Super-Tuning layers on plain linear layers, got "
             f"{', '.join(kinds) or 'none'}"
         )
+    refuse_applied(model, "accelerate")
     if any(layer.merged for layer in layers):
         raise ValueError("accelerate: the adapters are merged; call model.unmerge_adapter() first")
     base = model.get_base_model() if isinstance(model, PeftModel) else model

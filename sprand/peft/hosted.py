@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.attached import AttachedModule
 from ..layers.entries import Entries
 from ..layers.module import SparseModule, change_class, sparse_class, track, untrack
 from ..layers.sites import Site, site_of
@@ -68,6 +69,20 @@ class HostedModule(SparseModule):
         for name, target in self._sprand_hosted.items():
             if prefix + name in state_dict:
                 target.forget_base()
+
+
+def refuse_applied(model: nn.Module, what: str) -> None:
+    """Refuse a model that trains entries of `sprand.apply`: PEFT would freeze them, and a weight can have one of the two.
+
+    Raises:
+        ValueError: It does.
+    """
+    applied = [name for name, module in model.named_modules() if isinstance(module, AttachedModule)]
+    if applied:
+        raise ValueError(
+            f"{what}: this model trains entries of sprand.apply (in {applied[0]}), which PEFT would freeze; call "
+            "sprand.merge(model) or sprand.unmerge(model) first, or train all of it by sprand.apply"
+        )
 
 
 def host(module: nn.Module, parameter: str, target: AdapterTarget) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..adapters.file import AdapterFile
 from .adapter_target import AdapterTarget
-from .layer import SprandLayer
+from .layer import SprandLayer, adapter_targets
 from .plan import check_same_base
 
 
@@ -31,13 +31,7 @@ def hotswap(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = 
     file = AdapterFile.read(path)
     if adapter_name not in model.peft_config:
         raise ValueError(f"hotswap: no adapter {adapter_name!r}; there are {', '.join(model.peft_config)}")
-    live = {
-        target.name: (layer, parameter, target)
-        for layer in model.modules()
-        if isinstance(layer, SprandLayer)
-        for parameter, _, target in layer.weights()
-        if adapter_name in target.deltas
-    }
+    live = {target.name: (layer, parameter, target) for _, layer, parameter, target in adapter_targets(model, adapter_name)}
     if live.keys() != file.targets.keys():
         other = sorted(live.keys() ^ file.targets.keys())[0]
         raise ValueError(f"hotswap: {path} trains other weights than {adapter_name!r} ({other}); load it under a name of its own")
@@ -63,5 +57,5 @@ def _proven(file: AdapterFile, adapter_name: str, layer: SprandLayer, parameter:
         raise ValueError(
             f"hotswap: {file.path} trains other entries of {name} than {adapter_name!r}; load it under a name of its own"
         )
-    check_same_base(str(file.path), layer.site(parameter), live, file.targets[name])
+    check_same_base(str(file.path), layer.sprand_site(parameter), live, file.targets[name])
     return delta

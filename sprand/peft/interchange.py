@@ -14,7 +14,7 @@ from ..adapters.layout import portable
 from .config import SprandConfig
 from .foreign import content_of, content_of_own, settings_of
 from .formats import CONFIGS, NOT_LINEAR, write
-from .layer import SprandLayer
+from .layer import adapter_targets
 from .plan import base_weights
 
 
@@ -89,10 +89,6 @@ def import_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name:
 
 def _set_values(model: nn.Module, adapter_name: str, values: Mapping[str, Tensor]) -> None:
     """Give the entries of an adapter their values, `[nnz]` by parameter name, and write them."""
-    for layer in model.modules():
-        if not isinstance(layer, SprandLayer):
-            continue
-        for _, weight, target in layer.weights():
-            if adapter_name in target.deltas:
-                target.deltas[adapter_name].data.copy_(values[target.name])
-                target.write(weight)
+    for _, layer, parameter, target in adapter_targets(model, adapter_name):
+        target.deltas[adapter_name].data.copy_(values[target.name])
+        target.write(layer.get_base_layer()._parameters[parameter])

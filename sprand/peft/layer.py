@@ -20,13 +20,16 @@ from .adapter_target import AdapterTarget, Delta, Deltas, Positions, is_whole
 from .config import SprandConfig
 from .hosted import host, unhost
 
+# What a layer counts its input and output features by: (in, out).
+FEATURES = (("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf"))
+
 
 class SprandLayer(nn.Module, BaseTunerLayer):
     """Wraps a module of any kind. For its `weight` it has `sprand_delta`, a dict of one parameter `[nnz]` per adapter,
     under the name `sprand_delta.default.weight`.
 
     For another parameter `name` that is `sprand_delta_name`. Indices are in `sprand_indices`, the original entries in
-    `sprand_base`, both by adapter too.
+    `sprand_base`, both by adapter too. Its own names begin with `sprand_`, so that they hide none of the wrapped module.
     """
 
     adapter_layer_names: tuple[str, ...] = (DELTA,)
@@ -35,21 +38,21 @@ class SprandLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.hosted: dict[str, AdapterTarget] = {}
-        self.owners: dict[str, list[Owner]] = {}
+        self.sprand_targets: dict[str, AdapterTarget] = {}
+        self._owners: dict[str, list[Owner]] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self._containers("weight")
         self.register_load_state_dict_post_hook(_read_bases)
 
-    def add(self, site: Site, indices: Tensor, adapter_name: str, config: SprandConfig, low_cpu_mem_usage: bool) -> None:
+    def sprand_add(self, site: Site, indices: Tensor, adapter_name: str, config: SprandConfig, low_cpu_mem_usage: bool) -> None:
         """Give an adapter its entries `[nnz]` of one parameter, with a delta of zero."""
         modules, positions, bases = self._containers(site.parameter)
-        if site.parameter not in self.hosted:
-            self.hosted[site.parameter] = AdapterTarget(site.name, Deltas(modules), positions, bases)
+        if site.parameter not in self.sprand_targets:
+            self.sprand_targets[site.parameter] = AdapterTarget(site.name, Deltas(modules), positions, bases)
             self._host(site)
-        target = self.hosted[site.parameter]
+        target = self.sprand_targets[site.parameter]
         delta = self._zeros(site, indices.numel())
         modules[adapter_name] = Delta(delta.to("meta") if low_cpu_mem_usage else delta)
         positions.put(adapter_name, indices, persistent=not config.drawn)
@@ -60,32 +63,32 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         """What the base layer makes of its input, with the active adapters in its weights."""
         return self.base_layer(*args, **kwargs)
 
-    def weights(self) -> Iterator[tuple[str, Tensor, AdapterTarget]]:
+    def sprand_weights(self) -> Iterator[tuple[str, Tensor, AdapterTarget]]:
         """Name, weight and target of every parameter that an adapter trains."""
         module = self.get_base_layer()
-        return ((name, module._parameters.get(name), target) for name, target in self.hosted.items())
+        return ((name, module._parameters.get(name), target) for name, target in self.sprand_targets.items())
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Let these adapters be in effect; with several, their changes are summed in float32 in this order and rounded once."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.refresh()
+        self.sprand_refresh()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Use the adapters, or the base alone, bit for bit."""
         super().enable_adapters(enabled)
         if not enabled and self.merged:
             self.unmerge()
-        self.refresh()
+        self.sprand_refresh()
 
-    def refresh(self) -> None:
+    def sprand_refresh(self) -> None:
         """Write into the weights what is in effect now."""
         names = [] if self.disable_adapters or self.merged else self.active_adapters
-        for _, weight, target in self.weights():
+        for _, weight, target in self.sprand_weights():
             target.activate(weight, names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter away."""
-        for _, weight, target in self.weights():
+        for _, weight, target in self.sprand_weights():
             target.activate(weight, [name for name in target.active if name != adapter_name])
             target.forget()
         super().delete_adapter(adapter_name)
@@ -100,48 +103,63 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` is asked for and an entry is not finite; the weights are as they were.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if self.trains(name)]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if self.sprand_trains(name)]
         if not names:
             return
-        merged = [*self.merged_adapters, *names]
         if safe_merge:
-            for _, weight, target in self.weights():
-                self._check_finite(target, weight, target.known(merged))
+            self.sprand_check_finite(names)
         self.merged_adapters.extend(names)
-        for _, weight, target in self.weights():
-            target.merge(weight, target.known(merged))
+        for _, weight, target in self.sprand_weights():
+            target.merge(weight, target.known(self.merged_adapters))
+
+    def sprand_check_finite(self, adapter_names: Sequence[str]) -> None:
+        """Prove that every entry is finite with these adapters merged.
+
+        Raises:
+            ValueError: One is not, in PEFT's words.
+        """
+        for _, weight, target in self.sprand_weights():
+            names = target.known(dict.fromkeys([*self.merged_adapters, *adapter_names]))
+            if not names:
+                continue
+            with torch.no_grad():
+                finite = torch.isfinite(target.entries(weight, names).values()).all()
+            if not finite:
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: entries of "
+                    f"{target.name} would not be finite; load the last good checkpoint"
+                )
 
     def unmerge(self) -> None:
         """Put the base back into the weights, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for _, weight, target in self.weights():
+        for _, weight, target in self.sprand_weights():
             target.unmerge(weight)
         self.merged_adapters.clear()
-        self.refresh()
+        self.sprand_refresh()
 
-    def leave(self, keep: bool) -> None:
-        """Make the base layer an ordinary module again, with the merged weights if `keep`, else with its base."""
-        for _, weight, target in self.weights():
-            if not keep:
-                target.activate(weight, ())
+    def sprand_leave(self) -> None:
+        """Make the base layer an ordinary module again, with the merged adapters in its weights, or with its base."""
+        for _, weight, target in self.sprand_weights():
+            target.activate(weight, ())
         for module in self._modules_with_entries():
             unhost(module)
-        self.hosted.clear()
+        self.sprand_targets.clear()
 
-    def trains(self, adapter_name: str) -> bool:
+    def sprand_trains(self, adapter_name: str) -> bool:
         """Whether an adapter trains anything of this module."""
-        return any(adapter_name in target.deltas for target in self.hosted.values())
+        return any(adapter_name in target.deltas for target in self.sprand_targets.values())
 
-    def site(self, parameter: str) -> Site:
+    def sprand_site(self, parameter: str) -> Site:
         """Where a parameter is in the base model."""
-        site = site_of(self.hosted[parameter].name, self.get_base_layer(), parameter)
-        return replace(site, owners=self.owners[parameter])
+        site = site_of(self.sprand_targets[parameter].name, self.get_base_layer(), parameter)
+        return replace(site, owners=self._owners[parameter])
 
-    def base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
+    def sprand_base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
         """The original entries `[nnz]` of an adapter; None where the base is quantized."""
-        target = self.hosted[parameter]
+        target = self.sprand_targets[parameter]
         weight = self.get_base_layer()._parameters[parameter]
         if is_whole(weight):
             return target.entries(weight, (adapter_name,)).base
@@ -149,10 +167,10 @@ class SprandLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The change that an adapter makes to `weight`, dense, float32."""
-        target = self.hosted["weight"]
+        target = self.sprand_targets["weight"]
         delta = target.deltas[adapter_name].detach()
         indices = target.indices[adapter_name].long()
-        dense = torch.zeros(self.site("weight").shape, dtype=delta.dtype, device=delta.device)
+        dense = torch.zeros(self.sprand_site("weight").shape, dtype=delta.dtype, device=delta.device)
         dense.view(-1)[indices] = delta
         return dense
 
@@ -170,13 +188,13 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         return deltas, indices, bases
 
     def _host(self, site: Site) -> None:
-        target = self.hosted[site.parameter]
-        self.owners[site.parameter] = site.owners
+        target = self.sprand_targets[site.parameter]
+        self._owners[site.parameter] = site.owners
         for module, parameter in site.owners:
             host(module, parameter, target)
 
     def _modules_with_entries(self) -> list[nn.Module]:
-        return [module for owners in self.owners.values() for module, _ in owners]
+        return [module for owners in self._owners.values() for module, _ in owners]
 
     def _read_base(self, site: Site, target: AdapterTarget, adapter_name: str) -> None:
         if not site.weight.is_meta:
@@ -186,19 +204,8 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         """A delta `[count]` beside the weight."""
         return torch.zeros(count, dtype=ops.accumulation_dtype(site.weight.dtype), device=site.weight.device)
 
-    def _check_finite(self, target: AdapterTarget, weight: Tensor, names: Sequence[str]) -> None:
-        if not names:
-            return
-        with torch.no_grad():
-            entries = target.entries(weight, names)
-            if not torch.isfinite(entries.values()).all():
-                raise ValueError(
-                    f"merge: entries of {target.name} would not be finite with the adapter {', '.join(names)}; load the last "
-                    "good checkpoint"
-                )
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        for _, weight, target in self.weights():
+        for _, weight, target in self.sprand_weights():
             delta = target.deltas.get(adapter_name)
             if delta is not None and weight is not None and not delta.is_meta:
                 delta.data = delta.data.to(device or weight.device)
@@ -209,6 +216,8 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         except AttributeError:
             if name.startswith("_") or name == "base_layer":
                 raise
+            if name in ("in_features", "out_features"):
+                return _features(self.base_layer)[name == "out_features"]
             return getattr(self.base_layer, name)
 
     @property
@@ -241,10 +250,28 @@ def layer_class(module: nn.Module) -> type[SprandLayer]:
     return ContainerLayer if isinstance(module, nn.ParameterList | nn.ParameterDict) else SprandLayer
 
 
+def adapter_targets(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SprandLayer, str, AdapterTarget]]:
+    """Every parameter that an adapter trains: the name of its layer, the layer, the parameter's name there, and the target."""
+    for key, layer in model.named_modules():
+        if isinstance(layer, SprandLayer):
+            for parameter, _, target in layer.sprand_weights():
+                if adapter_name in target.deltas:
+                    yield key, layer, parameter, target
+
+
+def _features(module: nn.Module) -> tuple[int | None, int | None]:
+    """The numbers of input and output features of a module of any kind, as PEFT counts them; None where it has no such thing."""
+    for names in (("in_features", "out_features"), *FEATURES):
+        if all(hasattr(module, name) for name in names):
+            return tuple(getattr(module, name) for name in names)
+    width = getattr(module, "embed_dim", None)  # of attention
+    return width, None if width is None else 3 * width
+
+
 def _read_bases(layer: SprandLayer, _: Any) -> None:
     """Read the base under the indices that a checkpoint brought: a forward may see a weight that was cast, or be compiled."""
     if layer.quantization_backend is not None:
         return
-    for _, weight, target in layer.weights():
+    for _, weight, target in layer.sprand_weights():
         if weight is not None and not weight.is_meta and not sharding.is_partition(weight):
             target.read_base(weight)

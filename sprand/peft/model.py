@@ -5,29 +5,29 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Container, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import get_quantization_kwargs
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..adapters.layout import VERSIONS
 from ..kernels import native
 from ..layers import sharding
-from ..layers.attached import DELTA, INDICES
 from ..layers.first_backward import watch
-from ..layers.sites import Site
-from ..selection import pattern
-from .adapter_target import AdapterTarget
 from .config import SprandConfig
-from .layer import SprandLayer, layer_class
+from .hosted import refuse_applied
+from .layer import SprandLayer, adapter_targets, layer_class
 from .loading import check_loadable
-from .plan import Plan, check_same_base, describe, make_plan
+from .plan import Plan, make_plan
 from .quantized import QuantizedLayer
+from .tensors import put_back, taken_out
 from .weighted_adapters import combined, rule_of
 
+HALVES = (torch.float16, torch.bfloat16)
 ELSEWHERE = (
     "save the adapter by model.save_pretrained(path, is_main_process=rank == 0) on every rank, and load it into a model that is "
     "not sharded (the base model is to be had by `with model.disable_adapter()`)"
@@ -52,15 +52,18 @@ class SprandModel(BaseTuner):
         """Add an adapter. Everything is proven before the model is touched.
 
         Raises:
-            ValueError: Nothing matches, the counts do not fit, the model is not the one the adapter was trained on, or it is
-                sharded already; one that `deepspeed.zero.Init` made in parts may be, and every rank calls this.
+            ValueError: Nothing matches, the counts do not fit, the model is not the one the adapter was trained on, it trains
+                entries of `sprand.apply`, or it is sharded already; one that `deepspeed.zero.Init` made in parts may be, and
+                every rank calls this.
         """
         native.warn_if_slow()
         if sharding.kind_of(model) != "zero3" or _has_engine(model):
             sharding.refuse(model, "get_peft_model", "add and load all adapters first, then shard the model")
+        refuse_applied(model, "get_peft_model")
         _check_name(adapter_name)
-        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
+        given = self.peft_config[adapter_name]
+        given.base_model_name_or_path = model.__dict__.get("name_or_path") or given.base_model_name_or_path
+        config = copy.deepcopy(given)  # in which targets are named in full
         if config.targets is not None:
             check_loadable(config, model, adapter_name)
         plan: dict[int, Plan] = {}  # by the identity of the module that holds the weights
@@ -71,9 +74,11 @@ class SprandModel(BaseTuner):
         if out_of_reach:
             config.target_parameters = sorted({*(config.target_parameters or ()), *out_of_reach})
         self.__dict__.update(_plan=plan, _planned=keys.keys(), _low_cpu_mem_usage=low_cpu_mem_usage)
+        self.peft_config[adapter_name] = config
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, None)
         finally:
+            self.peft_config[adapter_name] = given
             del self.__dict__["_plan"], self.__dict__["_planned"], self.__dict__["_low_cpu_mem_usage"]
         watch(model)
 
@@ -111,18 +116,18 @@ class SprandModel(BaseTuner):
         except Exception:
             del self.peft_config[adapter_name]
             raise
-        for layer in self.layers():
-            for _, _, target in layer.weights():
-                if adapter_name in target.deltas:
-                    target.deltas[adapter_name].data.copy_(values[target.name])
+        for _, _, _, target in adapter_targets(self.model, adapter_name):
+            target.deltas[adapter_name].data.copy_(values[target.name])
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in PEFT, and exact: `unmerge_adapter` gives the base back bit for bit.
 
         Raises:
-            ValueError: The model is sharded, or quantized.
+            ValueError: The model is sharded, or quantized, an adapter is unknown, or `safe_merge` finds an entry that is not
+                finite. Nothing has changed then.
         """
         sharding.refuse(self.model, "merge_adapter", ELSEWHERE)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -140,7 +145,7 @@ class SprandModel(BaseTuner):
         Raises:
             ValueError: The model is sharded, and has merged adapters, which cannot be taken out of it.
         """
-        if any(layer.merged for layer in self.layers()):
+        if any(layer.merged for layer in self._layers()):
             sharding.refuse(self.model, "disable_adapter", "unmerge the adapters before the model is sharded")
         super().disable_adapter_layers()
 
@@ -153,7 +158,7 @@ class SprandModel(BaseTuner):
         sharding.refuse(self.model, "delete_adapter", "leave it there, and make another one active with set_adapter")
         super().delete_adapter(adapter_name)
 
-    def layers(self) -> list[SprandLayer]:
+    def _layers(self) -> list[SprandLayer]:
         """The layers that hold adapters, in the order of the model."""
         return [module for module in self.model.modules() if isinstance(module, SprandLayer)]
 
@@ -196,7 +201,7 @@ class SprandModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.set_adapter(self.active_adapters)
         for site, indices in own:
-            layer.add(site, indices, adapter_name, config, self._low_cpu_mem_usage)
+            layer.sprand_add(site, indices, adapter_name, config, self._low_cpu_mem_usage)
 
     def _inject_parameters(
         self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -220,17 +225,43 @@ class SprandModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         """Tied weights merge like any other; a quantized layer refuses before any layer is merged."""
-        for layer in self.layers():
+        for layer in self._layers():
             if isinstance(layer, QuantizedLayer):
                 layer.merge()
 
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        self._check_merge_allowed()
+        are_known = isinstance(adapter_names, (list, tuple)) and set(adapter_names) <= self.peft_config.keys()
+        if adapter_names is not None and not (adapter_names and are_known):
+            known = ", ".join(self.peft_config)
+            raise ValueError(f"adapter_names: expected a list of names among {known}, got {adapter_names!r}")
+        for layer in self._layers() if safe_merge else ():
+            layer.sprand_check_finite(layer.active_adapters if adapter_names is None else adapter_names)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT upcasts every tensor of a new adapter; a base keeps the dtype of its weight."""
+        """PEFT upcasts every tensor of a new adapter; a base keeps the dtype of its weight, and so does a delta if asked to."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in self.layers():
-            for _, weight, target in layer.weights():
-                if weight is not None:
-                    target.cast_base(weight)
+        for layer in self._layers():
+            for _, weight, target in layer.sprand_weights():
+                if weight is None:
+                    continue
+                target.cast_base(weight)
+                if not autocast_adapter_dtype and weight.dtype in HALVES and adapter_name in target.deltas:
+                    delta = target.deltas[adapter_name]
+                    delta.data = delta.data.to(weight.dtype)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """PEFT's hook for the adapters of single rows, which do not fit into one weight.
+
+        Raises:
+            ValueError: Such adapters are given.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: sprand writes adapters into the weights, which all rows of a batch share; call the rows of each "
+                "adapter by themselves, after model.set_adapter(name), or use sprand.serving.AdapterPool"
+            )
+        return nullcontext()
 
     def _unload_and_optionally_merge(
         self,
@@ -240,14 +271,22 @@ class SprandModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         sharding.refuse(self.model, "unload", ELSEWHERE)
-        layers = self.layers()
+        layers = self._layers()
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        if adapter_names is not None:  # PEFT keeps modules trained in full as the active adapter has them
+            self.set_adapter(adapter_names)
+        elif not merge and not any(layer.merged for layer in layers):
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.set_adapter([])
         for parent, name, layer in self._inner_layers():
             if merge:
                 layer.merge(safe_merge, adapter_names)
             self._replace_module(parent, name, layer.get_base_layer(), layer)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in layers:
-            layer.leave(keep=merge or layer.merged)
+            layer.sprand_leave()
         return model
 
     def _inner_layers(self) -> Iterator[tuple[nn.Module, str, SprandLayer]]:
@@ -267,82 +306,13 @@ class SprandModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The tensors of an adapter; what its targets are is written into the config, which is saved after this.
-
-        Of a sharded model they are gathered, for which every rank must call this, unless `state_dict` has them whole.
-        """
-        result = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        result = _gathered(model, result)
-        heads = {name: value for name, value in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
-        state_dict.update(_gathered(model, heads))  # PEFT takes them from there
-        config.targets, config.indices_saved, config.versions = {}, not config.drawn, dict(VERSIONS)
-        config.untrained = None  # PEFT trains whole modules
-        for key, layer in model.named_modules():
-            if not isinstance(layer, SprandLayer):
-                continue
-            for parameter, _, target in layer.weights():
-                if adapter_name not in target.deltas:
-                    continue
-                delta = result.get(f"{key}.{DELTA}{_suffix(parameter)}.{adapter_name}.weight")
-                if delta is not None and not torch.isfinite(delta).all():
-                    raise ValueError(f"save: the values of {target.name} are not finite; load the last good checkpoint")
-                if result and (delta is None or delta.numel() != target.indices[adapter_name].numel()):
-                    raise ValueError(
-                        f"save: expected {target.indices[adapter_name].numel():,} values of {target.name}, got "
-                        f"{'none' if delta is None else list(delta.shape)} in the state_dict; leave out state_dict, and call "
-                        "save_pretrained on every rank with is_main_process=rank == 0"
-                    )
-                site, indices = layer.site(parameter), target.indices[adapter_name]
-                config.targets[target.name] = describe(site, indices, layer.base_of(parameter, adapter_name))
-        return result
+        return taken_out(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The tensors under the model's names, proven to fit this model."""
-        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for key, layer in model.named_modules():
-            if not isinstance(layer, SprandLayer):
-                continue
-            for parameter, _, target in layer.weights():
-                if adapter_name in target.deltas:
-                    delta = result.get(f"{key}.{DELTA}{_suffix(parameter)}.{adapter_name}.weight")
-                    indices = result.get(f"{key}.{INDICES}{_suffix(parameter)}.{adapter_name}")
-                    _check_loaded(config, adapter_name, layer.site(parameter), target, delta, indices)
-                    if indices is not None:
-                        config.indices = (config.indices or {}) | {target.name: indices}
-        return result
-
-
-def _check_loaded(
-    config: SprandConfig, adapter_name: str, site: Site, target: AdapterTarget, delta: Tensor | None, indices: Tensor | None
-) -> None:
-    count = target.deltas[adapter_name].numel()
-    if delta is None or delta.numel() != count or not torch.isfinite(delta).all():
-        raise ValueError(
-            f"adapter {adapter_name!r}: expected {count:,} finite values for {site.name}, got "
-            f"{'none' if delta is None else list(delta.shape)}; its files do not belong together, or are damaged"
-        )
-    if indices is not None:
-        pattern.check_indices(f"adapter {adapter_name!r}: {site.name}", indices, site.numel)
-        if config.targets and site.name in config.targets:
-            check_same_base(adapter_name, site, indices.to(site.device), config.targets[site.name])
-
-
-def _gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, whole: those of which a rank has a part are asked of all ranks."""
-    parameters = dict(model.named_parameters()) if sharding.kind_of(model) == "zero3" else {}
-    result = {}
-    for name, value in tensors.items():
-        p = parameters.get(name)
-        in_parts = p is not None and sharding.is_partition(p) and value.shape != sharding.shape_of(p)
-        result[name] = sharding.whole(p if in_parts else value)
-    return result
-
-
-def _suffix(parameter: str) -> str:
-    return "" if parameter == "weight" else f"_{parameter}"
+        return put_back(model, config, adapter_name, state_dict, cls._remove_adapter_name_from_key)
 
 
 def _keys_of(model: nn.Module, plan: Container[int]) -> dict[str, int]:

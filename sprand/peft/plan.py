@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -110,22 +110,22 @@ def _chosen(model: nn.Module, config: SprandConfig, weights: Mapping[str, Site])
     if isinstance(output, BaseTunerLayer):
         output = output.get_base_layer()
     view = View(model, dict(base_modules(model)), weights, output)
-    sparse = _as_of_apply(config, view)
-    targets = find_targets(view, sparse, _in_full(model, config, view))
+    sparse, in_full = _as_of_apply(config), _in_full(model, config, view)
+    if config.layers_to_transform not in (None, []):
+        sparse = _in_layers(config, view, sparse, in_full)
+    targets = find_targets(view, sparse, in_full)
     chosen = choose(sparse, targets)
     return [(site, chosen[site.name]) for site in targets.sites if chosen[site.name].numel()]
 
 
-def _as_of_apply(config: SprandConfig, view: View) -> SparseConfig:
+def _as_of_apply(config: SprandConfig) -> SparseConfig:
     """The same choice in the terms of `sprand.apply`, which knows no numbers of layers."""
     fields = {"density": config.density, "budget": config.budget, "strategy": config.strategy}
     if config.indices is not None:
         fields = {"strategy": Mask(config.indices, config.shapes) if config.shapes else config.indices}
-    named = config.target_modules is not None and not isinstance(config.target_modules, str)
-    by_layer = named and config.layers_to_transform not in (None, [])
     return SparseConfig(
         **fields,
-        target_modules=_in_layers(config, view) if by_layer else config.target_modules,
+        target_modules=config.target_modules,
         exclude_modules=config.exclude_modules,
         target_parameters=config.target_parameters,
         layout=config.layout,
@@ -133,16 +133,28 @@ def _as_of_apply(config: SprandConfig, view: View) -> SparseConfig:
     )
 
 
-def _in_layers(config: SprandConfig, view: View) -> str:
-    """A regular expression for the targeted modules in the layers to transform, of which PEFT has its own notion."""
-    names = [name for name in view.modules if name and check_target_module_exists(config, name)]
-    weighted = [name for name in names if f"{name}.weight" in view.weights]
-    if not weighted:
-        raise ValueError(
-            f"target_modules={list(config.target_modules)!r} matches no module of this model with a weight in the layers "
-            f"{config.layers_to_transform!r} (layers_to_transform)"
-        )
-    return "|".join(map(re.escape, weighted))
+def _in_layers(config: SprandConfig, view: View, sparse: SparseConfig, in_full: set[str]) -> SparseConfig:
+    """The same choice with the targeted modules named that are in the layers to transform."""
+    given, pattern_of = config.layers_to_transform, config.layers_pattern or r"[^.]*"
+    patterns = [pattern_of] if isinstance(pattern_of, str) else pattern_of
+    layers: dict[int, list[str]] = {}
+    for site in find_targets(view, dataclasses.replace(sparse, target_parameters=None), in_full).sites:
+        for number in _numbers(patterns, site.module_name)[:1]:
+            layers.setdefault(number, []).append(site.module_name)
+    wanted = [given] if isinstance(given, int) else given
+    missing = [number for number in wanted if number not in layers]
+    if missing:
+        listed = f"some are in the layers {', '.join(map(str, sorted(layers)))}" if layers else "they are in no numbered layers"
+        of = f" of {' or '.join(patterns)} (layers_pattern)" if config.layers_pattern else ""
+        raise ValueError(f"layers_to_transform: none of the target_modules is in a layer {missing[0]}{of}; {listed}")
+    names = [name for number in wanted for name in layers[number]]
+    return dataclasses.replace(sparse, target_modules="|".join(map(re.escape, names)))
+
+
+def _numbers(patterns: Sequence[str], name: str) -> list[int]:
+    """The numbers of the layers that a module is in, by the first of the patterns that has any; the outermost comes first."""
+    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", name) for pattern in patterns)
+    return [int(match.group(1)) for match in matches if match]
 
 
 def _in_full(model: nn.Module, config: SprandConfig, view: View) -> set[str]:

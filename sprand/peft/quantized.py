@@ -32,8 +32,8 @@ class QuantizedLayer(SprandLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.shape: tuple[int, ...] = ()
-        self.may_pack = False
+        self._shape: tuple[int, ...] = ()
+        self._may_pack = False
         track(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -42,13 +42,13 @@ class QuantizedLayer(SprandLayer):
 
     def sparse_sites(self, prefix: str) -> Iterator[Site]:
         """The weight, while adapters are active; its module is this layer, which knows its entries."""
-        for parameter, target in self.hosted.items():
+        for parameter, target in self.sprand_targets.items():
             if target.active:
-                yield replace(self.site(parameter), owners=[(self, parameter)])
+                yield replace(self.sprand_site(parameter), owners=[(self, parameter)])
 
     def sparse_entries(self, parameter: str = "weight") -> Entries:
         """The entries of the active adapters, on what the packed weight stands for; on zeros where nothing can read it."""
-        indices, delta = self._change(self.hosted[parameter])
+        indices, delta = self._change(self.sprand_targets[parameter])
         if not self.quantization_backend.supports_merge:
             return Entries(delta, indices, torch.zeros_like(delta))
         weight = self.quantization_backend.get_base_weight(self.get_base_layer()).contiguous()
@@ -56,17 +56,17 @@ class QuantizedLayer(SprandLayer):
 
     def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
         """The deltas of the active adapters, for `SparseAdamW`, which updates them without writing a weight."""
-        return ((target.deltas[name], key) for key, target in self.hosted.items() for name in target.active)
+        return ((target.deltas[name], key) for key, target in self.sprand_targets.items() for name in target.active)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[..., in]` to `[..., out]`, in the dtype of `x`."""
-        target = self.hosted["weight"]
+        target = self.sprand_targets["weight"]
         if not target.active:
             return self.base_layer(x, *args, **kwargs)
         indices, delta = self._change(target)
         base_layer, given = self.get_base_layer(), x.dtype
         if not self.quantization_backend.supports_merge:
-            return self.base_layer(x, *args, **kwargs) + _SparseProduct.apply(x, delta, indices, self.shape[0]).to(given)
+            return self.base_layer(x, *args, **kwargs) + _SparseProduct.apply(x, delta, indices, self._shape[0]).to(given)
         if torch.is_autocast_enabled(x.device.type):
             x, given = x.to(torch.get_autocast_dtype(x.device.type)), torch.get_autocast_dtype(x.device.type)
         elif getattr(base_layer, "compute_dtype", None) is not None and getattr(base_layer, "compute_type_is_set", True):
@@ -82,40 +82,40 @@ class QuantizedLayer(SprandLayer):
             ValueError: The weight is quantized.
         """
         raise ValueError(
-            f"{self.hosted['weight'].name} is quantized ({self.quantization_backend.backend_name}); merging would quantize it "
-            "anew and change what was trained. Save the adapter, load the base model in 16 bits, and merge there: "
+            f"{self.sprand_targets['weight'].name} is quantized ({self.quantization_backend.backend_name}); merging would "
+            "quantize it anew and change what was trained. Save the adapter, load the base model in 16 bits, and merge there: "
             "PeftModel.from_pretrained(base, path).merge_and_unload()"
         )
 
-    def refresh(self) -> None:
+    def sprand_refresh(self) -> None:
         names = [] if self.disable_adapters else self.active_adapters
-        for target in self.hosted.values():
+        for target in self.sprand_targets.values():
             target.active = tuple(name for name in names if name in target.deltas)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        for target in self.hosted.values():
+        for target in self.sprand_targets.values():
             target.active = tuple(name for name in target.active if name != adapter_name)
             target.forget()
         super(SprandLayer, self).delete_adapter(adapter_name)
 
-    def leave(self, keep: bool) -> None:
+    def sprand_leave(self) -> None:
         untrack(self)
-        set_may_pack(self.get_base_layer(), self.may_pack)
-        self.hosted.clear()
+        set_may_pack(self.get_base_layer(), self._may_pack)
+        self.sprand_targets.clear()
 
-    def site(self, parameter: str) -> Site:
-        return packed_site(self.hosted[parameter].name, self.get_base_layer(), self.quantization_backend)
+    def sprand_site(self, parameter: str) -> Site:
+        return packed_site(self.sprand_targets[parameter].name, self.get_base_layer(), self.quantization_backend)
 
-    def base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
+    def sprand_base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
         return None
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
 
     def _host(self, site: Site) -> None:
-        self.quantization_backend, self.shape = site.backend, site.shape
+        self.quantization_backend, self._shape = site.backend, site.shape
         self.get_base_layer().requires_grad_(False)
-        self.may_pack = keep_stored_layout(self.get_base_layer())
+        self._may_pack = keep_stored_layout(self.get_base_layer())
 
     def _read_base(self, site: Site, target: AdapterTarget, adapter_name: str) -> None:
         """Nothing: the dense copy brings the base with it."""
@@ -133,10 +133,10 @@ class QuantizedLayer(SprandLayer):
         return target.union(names)[0], target.summed(names, torch.float32)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        for target in self.hosted.values():
+        for target in self.sprand_targets.values():
             if adapter_name in target.deltas and not target.deltas[adapter_name].is_meta:
                 delta = target.deltas[adapter_name]
-                delta.data = delta.data.to(device or self.site("weight").device)
+                delta.data = delta.data.to(device or self.sprand_site("weight").device)
 
 
 def _settle(target: AdapterTarget, name: str) -> None:

@@ -14,6 +14,7 @@ from ..kernels import ops
 from ..selection.config import GIVEN
 from .adapter_target import AdapterTarget
 from .config import SprandConfig
+from .layer import adapter_targets
 
 COMBINATIONS = {"linear": "sum", "ties": "ties", "dare_linear": "dare"}  # PEFT's names, and ours
 
@@ -45,11 +46,9 @@ def combined(
     """
     _check_adapters(tuner.peft_config, adapters, weights, adapter_name)
     parts: dict[str, list[Part]] = {}
-    for layer in tuner.layers():
-        for _, _, target in layer.weights():
-            for number, (name, weight) in enumerate(zip(adapters, weights, strict=True)):
-                if name in target.deltas:
-                    parts.setdefault(target.name, []).append(_part(target, name, number, float(weight)))
+    for number, (name, weight) in enumerate(zip(adapters, weights, strict=True)):
+        for _, _, _, target in adapter_targets(tuner, name):
+            parts.setdefault(target.name, []).append(_part(target, name, number, float(weight)))
     wholes = combined_parts(rule, len(adapters), parts)
     config = copy.deepcopy(tuner.peft_config[adapters[0]])
     config.strategy, config.mask, config.density, config.budget, config.layout = GIVEN, None, None, None, "unstructured"

@@ -1,0 +1,122 @@
+"""The tensors of one adapter in the state of a PEFT model: taken out to be saved, proven when they are loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.layout import PREFIX, VERSIONS
+from ..layers import sharding
+from ..layers.attached import DELTA, INDICES
+from ..layers.sites import Site
+from ..selection import pattern
+from .adapter_target import AdapterTarget
+from .config import SprandConfig
+from .layer import adapter_targets
+from .plan import check_same_base, describe, named_targets
+
+WRAPPERS = re.compile(r"(?<![^.])_(?:fsdp|checkpoint)_wrapped_module\.")  # `state_dict` leaves them out of its names
+
+
+def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter by their names in the model; its config, which is saved after this, learns what they are.
+
+    Of a sharded model they are gathered, for which every rank must call this, unless `state_dict` has them whole.
+
+    Raises:
+        ValueError: Values are missing, or not finite.
+    """
+    targets = list(adapter_targets(model, adapter_name))
+    names = [_names(key, parameter, adapter_name) for key, _, parameter, _ in targets]
+    result = _gathered(model, {name: state_dict[name] for pair in names for name in pair if name in state_dict})
+    heads = {name: value for name, value in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
+    state_dict.update(_gathered(model, heads))  # PEFT takes them from there
+    described = {}
+    for (delta, _), (_, layer, parameter, target) in zip(names, targets, strict=True):
+        indices = target.indices[adapter_name]
+        if result:  # of a sharded model all but the first rank may have none
+            _check_saved(target.name, indices.numel(), result.get(delta))
+        described[target.name] = describe(layer.sprand_site(parameter), indices, layer.sprand_base_of(parameter, adapter_name))
+    config.saved = {"targets": described, "indices_saved": not config.drawn, "versions": dict(VERSIONS)}
+    config.saved |= named_targets(layer.sprand_site(parameter) for _, layer, parameter, _ in targets)
+    return result
+
+
+def put_back(
+    model: nn.Module,
+    config: SprandConfig,
+    adapter_name: str,
+    tensors: dict[str, Tensor],
+    stored_as: Callable[[str, str], str],
+) -> dict[str, Tensor]:
+    """The tensors of a file under their names in the model, proven to fit it.
+
+    Args:
+        model: has the adapter already.
+        config: learns the indices that the file brings.
+        adapter_name: of the adapter.
+        tensors: by their names in the file.
+        stored_as: gives the name in a file, of the name in a model and the adapter's.
+
+    Raises:
+        ValueError: Values are missing or not finite, or the base is another one.
+    """
+    result = dict(tensors)
+    for key, layer, parameter, target in adapter_targets(model, adapter_name):
+        names = _names(key, parameter, adapter_name)
+        for name in names:
+            stored = stored_as(name, adapter_name)
+            for known in (stored, PREFIX + stored):  # a model into which layers were injected has no prefix
+                if known in result:
+                    result[name] = result.pop(known)
+        delta, indices = map(result.get, names)
+        _check_loaded(config, adapter_name, layer.sprand_site(parameter), target, delta, indices)
+        if indices is not None:
+            config.indices = (config.indices or {}) | {target.name: indices}
+    return result
+
+
+def _names(key: str, parameter: str, adapter_name: str) -> tuple[str, str]:
+    """What a state calls an adapter's delta and indices of one parameter of a layer."""
+    suffix = "" if parameter == "weight" else f"_{parameter}"
+    key = WRAPPERS.sub("", key)
+    return f"{key}.{DELTA}{suffix}.{adapter_name}.weight", f"{key}.{INDICES}{suffix}.{adapter_name}"
+
+
+def _check_saved(name: str, count: int, delta: Tensor | None) -> None:
+    if delta is None or delta.numel() != count:
+        raise ValueError(
+            f"save: expected {count:,} values of {name}, got {'none' if delta is None else list(delta.shape)} in the state_dict; "
+            "leave out state_dict, and call save_pretrained on every rank with is_main_process=rank == 0"
+        )
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"save: the values of {name} are not finite; load the last good checkpoint")
+
+
+def _check_loaded(
+    config: SprandConfig, adapter_name: str, site: Site, target: AdapterTarget, delta: Tensor | None, indices: Tensor | None
+) -> None:
+    count = target.deltas[adapter_name].numel()
+    if delta is None or delta.numel() != count or not torch.isfinite(delta).all():
+        raise ValueError(
+            f"adapter {adapter_name!r}: expected {count:,} finite values for {site.name}, got "
+            f"{'none' if delta is None else list(delta.shape)}; its files do not belong together, or are damaged"
+        )
+    if indices is not None:
+        pattern.check_indices(f"adapter {adapter_name!r}: {site.name}", indices, site.numel)
+        if config.targets and site.name in config.targets:
+            check_same_base(adapter_name, site, indices.to(site.device), config.targets[site.name])
+
+
+def _gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, whole: those of which a rank has a part are asked of all ranks."""
+    parameters = dict(model.named_parameters()) if sharding.kind_of(model) == "zero3" else {}
+    result = {}
+    for name, value in tensors.items():
+        p = parameters.get(name)
+        in_parts = p is not None and sharding.is_partition(p) and value.shape != sharding.shape_of(p)
+        result[name] = sharding.whole(p if in_parts else value)
+    return result
