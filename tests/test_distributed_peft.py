@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import ranks
@@ -243,6 +244,23 @@ def adapters_are_switched_and_disabled_while_sharded(rank, folder):
                 assert torch.equal(whole(named[name]), p.detach()), name
 
 
+def fsdp1_trains_and_is_saved(rank, folder):
+    expected, model = alone(), made()
+    policy = ModuleWrapPolicy({SprandLayer})
+    wrapped = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+    train(wrapped, adamw(wrapped), HALVES[rank : rank + 1])
+    state = wrapped.state_dict()
+    trained = peft.get_peft_model_state_dict(wrapped, state_dict=dict(state))
+    torch.testing.assert_close(trained, peft.get_peft_model_state_dict(expected))
+    model.save_pretrained(folder / "fsdp1", is_main_process=rank == 0, state_dict=state)
+    dist.barrier()
+    assert_same_bits(peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(base(), folder / "fsdp1")), trained)
+    for call in (model.disable_adapter().__enter__, model.merge_adapter, model.unload, lambda: model.delete_adapter("default")):
+        with pytest.raises(ValueError, match=r"got one sharded by FullyShardedDataParallel \(FSDP1\)"):
+            call()
+    model.set_adapter("default")
+
+
 def refuses(model, kind):
     for verb, call in {
         "merge_adapter": model.merge_adapter,
@@ -313,6 +331,7 @@ CHECKS = (
     ddp_trains_as_one_process, ddp_sends_nothing_but_deltas, every_resharding_trains_as_one_process,
     base_layers_may_be_sharded_by_themselves, mixed_precision_rounds_once, shards_are_saved_as_adapters,
     checkpoints_hold_the_base_and_a_new_base_is_taken, adapters_are_switched_and_disabled_while_sharded,
+    fsdp1_trains_and_is_saved,
 )  # fmt: skip
 ZERO_CHECKS = (every_stage_trains_as_one_process, what_shards_cannot_do_is_refused, a_model_made_in_parts_takes_adapters)
 

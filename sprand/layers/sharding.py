@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 
-KINDS = {"fsdp2": "fully_shard (FSDP2)", "zero3": "DeepSpeed ZeRO-3", "dtensor": "tensor parallelism (DTensor)"}
+KINDS = {
+    "fsdp2": "fully_shard (FSDP2)", "fsdp1": "FullyShardedDataParallel (FSDP1)", "zero3": "DeepSpeed ZeRO-3",
+    "dtensor": "tensor parallelism (DTensor)",
+}  # fmt: skip
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -51,11 +54,18 @@ def is_of_zero3(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_of_fsdp1(parameter: Tensor) -> bool:
+    """Whether FSDP1 took this parameter into a flat one, so that between uses it is a part of itself."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
 def kind_of(model: nn.Module) -> str | None:
     """A key of `KINDS` for a model whose parameters are sharded, also while some of them are gathered; None for others."""
     parameters = list(model.parameters())
     if any(map(is_fsdp, model.modules())):
         return "fsdp2"
+    if any(map(is_of_fsdp1, parameters)):
+        return "fsdp1"
     if any(map(is_of_zero3, parameters)):
         return "zero3"
     return "dtensor" if any(map(is_dtensor, parameters)) else None

@@ -325,4 +325,4 @@ def _gather(weight: Tensor, indices: Tensor, in_order: bool) -> Tensor:
 
 def is_whole(tensor: Tensor) -> bool:
     """Whether all values of a tensor are at hand: it is an ordinary one, not on the meta device, and in no parts."""
-    return type(tensor.data) is Tensor and not tensor.is_meta and tensor.numel() > 0
+    return type(tensor.data) is Tensor and not tensor.is_meta and tensor.numel() > 0 and not sharding.is_of_fsdp1(tensor)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.attached import BASE, DELTA, INDICES
-from ..layers.sites import Owner, Site, site_of
+from ..layers.sites import Site, site_of
 from .adapter_target import AdapterTarget, Delta, Deltas, Positions, is_whole
 from .config import SprandConfig
 from .hosted import host, unhost
@@ -39,7 +39,7 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.sprand_targets: dict[str, AdapterTarget] = {}
-        self._owners: dict[str, list[Owner]] = {}
+        self._sites: dict[str, Site] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -154,8 +154,8 @@ class SprandLayer(nn.Module, BaseTunerLayer):
 
     def sprand_site(self, parameter: str) -> Site:
         """Where a parameter is in the base model."""
-        site = site_of(self.sprand_targets[parameter].name, self.get_base_layer(), parameter)
-        return replace(site, owners=self._owners[parameter])
+        site, first = site_of(self.sprand_targets[parameter].name, self.get_base_layer(), parameter), self._sites[parameter]
+        return replace(site, owners=first.owners, shape=first.shape if sharding.is_of_fsdp1(site.weight) else site.shape)
 
     def sprand_base_of(self, parameter: str, adapter_name: str) -> Tensor | None:
         """The original entries `[nnz]` of an adapter; None where the base is quantized."""
@@ -189,12 +189,12 @@ class SprandLayer(nn.Module, BaseTunerLayer):
 
     def _host(self, site: Site) -> None:
         target = self.sprand_targets[site.parameter]
-        self._owners[site.parameter] = site.owners
+        self._sites[site.parameter] = site
         for module, parameter in site.owners:
             host(module, parameter, target)
 
     def _modules_with_entries(self) -> list[nn.Module]:
-        return [module for owners in self._owners.values() for module, _ in owners]
+        return [module for site in self._sites.values() for module, _ in site.owners]
 
     def _read_base(self, site: Site, target: AdapterTarget, adapter_name: str) -> None:
         if not site.weight.is_meta:

@@ -143,11 +143,27 @@ class SprandModel(BaseTuner):
         """Use the base alone, bit for bit.
 
         Raises:
-            ValueError: The model is sharded, and has merged adapters, which cannot be taken out of it.
+            ValueError: The model is sharded, and has merged adapters, which cannot be taken out of it, or FSDP1 shards it.
         """
         if any(layer.merged for layer in self._layers()):
             sharding.refuse(self.model, "disable_adapter", "unmerge the adapters before the model is sharded")
+        self._refuse_fsdp1("disable_adapter")
         super().disable_adapter_layers()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make other adapters the active ones, as in PEFT.
+
+        Raises:
+            ValueError: FSDP1 shards the model, and others are active.
+        """
+        if adapter_name not in (self.active_adapter, self.active_adapters):
+            self._refuse_fsdp1("set_adapter")
+        super().set_adapter(adapter_name, inference_mode)
+
+    def _refuse_fsdp1(self, what: str) -> None:
+        """Weights that FSDP1 has gathered and keeps may hold the entries of the last forward."""
+        if sharding.kind_of(self.model) == "fsdp1":
+            sharding.refuse(self.model, what, "use fully_shard (FSDP2), under which adapters can be switched and disabled")
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, as in PEFT; one that is active leaves its weights first.

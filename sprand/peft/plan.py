@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapters.fingerprint import check_base, described_target
 from ..adapters.layout import targeted
 from ..kernels import ops
-from ..layers.sites import Site, collected, distinct, own_sites
+from ..layers.sites import WRAPPED, Site, collected, distinct, joined, own_sites
 from ..layers.writable import check_writable
 from ..selection import pattern
 from ..selection.choose import choose
@@ -47,7 +47,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             hidden.add(key)
             continue
         name = clean.get(parent, "")
-        clean[key] = name if isinstance(owner, BaseTunerLayer) else f"{name}.{last}" if name else last
+        clean[key] = name if isinstance(owner, BaseTunerLayer) or last in WRAPPED else joined(name, last)
         if isinstance(module, AuxiliaryTrainingWrapper):
             hidden.add(key)
         elif not isinstance(module, BaseTunerLayer):

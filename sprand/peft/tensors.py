@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -11,18 +10,16 @@ from torch import Tensor, nn
 from ..adapters.layout import PREFIX, VERSIONS
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
-from ..layers.sites import Site
+from ..layers.sites import WRAPPED, Site, plain_name
 from ..selection import pattern
 from .adapter_target import AdapterTarget
 from .config import SprandConfig
 from .layer import adapter_targets
 from .plan import check_same_base, describe, named_targets
 
-WRAPPERS = re.compile(r"(?<![^.])_(?:fsdp|checkpoint)_wrapped_module\.")  # `state_dict` leaves them out of its names
-
 
 def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter by their names in the model; its config, which is saved after this, learns what they are.
+    """The tensors of an adapter by their names in the plain model; its config, which is saved after this, learns what they are.
 
     Of a sharded model they are gathered, for which every rank must call this, unless `state_dict` has them whole.
 
@@ -30,8 +27,10 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
         ValueError: Values are missing, or not finite.
     """
     targets = list(adapter_targets(model, adapter_name))
-    names = [_names(key, parameter, adapter_name) for key, _, parameter, _ in targets]
-    result = _gathered(model, {name: state_dict[name] for pair in names for name in pair if name in state_dict})
+    names = [_names(plain_name(key), parameter, adapter_name) for key, _, parameter, _ in targets]
+    own = {name for pair in names for name in pair}
+    gathered = _gathered(model, {name: value for name, value in state_dict.items() if plain_name(name) in own})
+    result = {plain_name(name): value for name, value in gathered.items()}
     heads = {name: value for name, value in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
     state_dict.update(_gathered(model, heads))  # PEFT takes them from there
     described = {}
@@ -64,14 +63,14 @@ def put_back(
     Raises:
         ValueError: Values are missing or not finite, or the base is another one.
     """
-    result = dict(tensors)
+    result, stored = dict(tensors), {plain_name(name): name for name in tensors}
     for key, layer, parameter, target in adapter_targets(model, adapter_name):
-        names = _names(key, parameter, adapter_name)
+        names = _names(_name_in_state(key), parameter, adapter_name)
         for name in names:
-            stored = stored_as(name, adapter_name)
-            for known in (stored, PREFIX + stored):  # a model into which layers were injected has no prefix
-                if known in result:
-                    result[name] = result.pop(known)
+            plain = stored_as(plain_name(name), adapter_name)
+            for known in (plain, PREFIX + plain):  # a model into which layers were injected has no prefix
+                if known in stored:
+                    result[name] = result.pop(stored[known])
         delta, indices = map(result.get, names)
         _check_loaded(config, adapter_name, layer.sprand_site(parameter), target, delta, indices)
         if indices is not None:
@@ -79,10 +78,14 @@ def put_back(
     return result
 
 
+def _name_in_state(key: str) -> str:
+    """What `state_dict` calls a module: of the wrappers in its name torch.compile's alone is named."""
+    return ".".join(part for part in key.split(".") if part == "_orig_mod" or part not in WRAPPED)
+
+
 def _names(key: str, parameter: str, adapter_name: str) -> tuple[str, str]:
     """What a state calls an adapter's delta and indices of one parameter of a layer."""
     suffix = "" if parameter == "weight" else f"_{parameter}"
-    key = WRAPPERS.sub("", key)
     return f"{key}.{DELTA}{suffix}.{adapter_name}.weight", f"{key}.{INDICES}{suffix}.{adapter_name}"
 
 
@@ -90,7 +93,8 @@ def _check_saved(name: str, count: int, delta: Tensor | None) -> None:
     if delta is None or delta.numel() != count:
         raise ValueError(
             f"save: expected {count:,} values of {name}, got {'none' if delta is None else list(delta.shape)} in the state_dict; "
-            "leave out state_dict, and call save_pretrained on every rank with is_main_process=rank == 0"
+            "leave out state_dict, or under FSDP1 give state_dict=wrapper.state_dict(), and call save_pretrained on every rank "
+            "with is_main_process=rank == 0"
         )
     if not torch.isfinite(delta).all():
         raise ValueError(f"save: the values of {name} are not finite; load the last good checkpoint")
