@@ -282,7 +282,7 @@ def test_layers_to_transform_are_those_layers_of_apply():
     ours = sprand.apply(llama(), density=0.1, target_modules=r".*\.1\..*\.(q_proj|up_proj)")
     config = SprandConfig(density=0.1, target_modules=["q_proj", "up_proj"], layers_to_transform=1)
     assert_same_bits(positions(peft.get_peft_model(llama(), config)), dict(ours._sprand.current.indices))
-    with pytest.raises(ValueError, match=r"matches no module of this model with a weight in the layers \[7\]"):
+    with pytest.raises(ValueError, match="none of the target_modules is in a layer 7; some are in the layers 0, 1"):
         peft.get_peft_model(llama(), SprandConfig(target_modules=["q_proj"], layers_to_transform=[7]))
 
 

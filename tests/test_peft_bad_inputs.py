@@ -40,7 +40,7 @@ def refused(match: str, model: nn.Module | None = None, adapter_name: str = "def
         ({"mask": {"first.weight": torch.zeros(24, 16, dtype=torch.bool)}}, "chooses no entry at all"),
         ({"mask": {"first.weight": torch.tensor([0])}, "density": 0.5}, "leave out density, budget and layout"),
         ({"mask": 3}, "expected a sprand.Mask, a mapping of indices, or a file, got int"),
-        ({"target_modules": None}, "target_modules: expected names of modules, a regular expression or 'all-linear', got None"),
+        ({"target_modules": None}, "target_modules=None matches no module of this model; the closest names are"),
         ({"layers_pattern": "h"}, "layers_pattern: 'h' says where layers are numbered; give their numbers"),
         ({"layers_to_transform": [-1]}, r"layers_to_transform: expected numbers of layers from 0 on, got \[-1\]"),
         ({"layers_to_transform": 0}, "none of the target_modules is in a layer 0; they are in no numbered layers"),
@@ -137,8 +137,29 @@ def test_an_old_peft_is_named(monkeypatch):
     from sprand.peft import registration
 
     monkeypatch.delattr(peft_models.peft.tuners.tuners_utils.BaseTuner, "_get_adapter_state_dict")
-    with pytest.raises(ImportError, match=r"works with peft 0.21.\*, and not with .* or use sprand.apply"):
+    with pytest.raises(ImportError, match=r"has not \(BaseTuner has no _get_adapter_state_dict\): .*, or use sprand.apply"):
         registration.check_peft()
+
+
+def test_a_peft_without_something_that_is_imported_is_named():
+    from sprand.peft import registration
+
+    said = r"has not \(cannot import name 'nothing' from 'peft.utils'.*or use sprand.apply"
+    with pytest.raises(ImportError, match=said), registration.imported_from_peft():
+        from peft.utils import nothing  # noqa: F401
+
+
+def test_a_peft_with_all_hooks_is_taken_whatever_its_version(monkeypatch, recwarn):
+    from sprand.peft import SprandModel, registration
+
+    registration.check_peft()
+    assert not recwarn
+    monkeypatch.setattr(peft, "__version__", "0.30.1.dev0")
+    with pytest.warns(UserWarning, match=r"was tested with peft 0.21, never with 0.30.1.dev0, which has every hook"):
+        registration.check_peft()
+    of_peft = {*dir(peft.tuners.tuners_utils.BaseTuner), *peft.tuners.tuners_utils.BaseTuner.__annotations__}
+    answered = {name for name in vars(SprandModel) if name in of_peft and not name.startswith("__")}
+    assert answered - {"_abc_impl"} <= {*registration.HOOKS}
 
 
 def test_not_finite_values_are_not_saved(tmp_path):

@@ -88,10 +88,12 @@ class SparseModule(nn.Module):
             return super().forward(*args, **kwargs)
         outer = _running.aliases
         _running.aliases = outer | {id(self): self._aliases()}
+        views = {name: self.__dict__.pop(name) for name in self._sprand_targets if name in self.__dict__}  # of FSDP1
         try:
             output = super().forward(*args, **kwargs)
         finally:
             _running.aliases = outer
+            self.__dict__.update(views)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._write_in_backward(output)
         return output

@@ -36,7 +36,7 @@ def is_partition(tensor: Tensor) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this rank holds a part only."""
-    return is_dtensor(tensor) or is_partition(tensor)
+    return is_dtensor(tensor) or is_partition(tensor) or is_of_fsdp1(tensor)
 
 
 def is_fsdp(module: nn.Module) -> bool:

@@ -14,13 +14,16 @@ except ModuleNotFoundError as error:
         f"sprand.peft needs the package peft: {how}. sprand.apply needs none of them", name="peft"
     ) from None
 
-from .config import SprandConfig
-from .faster import accelerate
-from .hotswap import hotswap
-from .interchange import export_adapter, import_adapter
-from .layer import SprandLayer
-from .model import SprandModel
-from .registration import register
+from .registration import check_peft, imported_from_peft, register
+
+check_peft()
+with imported_from_peft():
+    from .config import SprandConfig
+    from .faster import accelerate
+    from .hotswap import hotswap
+    from .interchange import export_adapter, import_adapter
+    from .layer import SprandLayer
+    from .model import SprandModel
 
 register(SprandConfig, SprandModel)
 

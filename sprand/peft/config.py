@@ -118,11 +118,6 @@ class SprandConfig(PeftConfig):
                 f"layers_pattern: {self.layers_pattern!r} says where layers are numbered; give their numbers, too, as "
                 "layers_to_transform, or leave it out"
             )
-        if self.target_modules is None and not self.target_parameters and self.mask is None:
-            raise ValueError(
-                "target_modules: expected names of modules, a regular expression or 'all-linear', got None; only with "
-                "target_parameters or a mask can it be left out"
-            )
         if layers and (self.target_modules is None or self.mask is not None):
             raise ValueError(
                 "layers_to_transform: it chooses among target_modules, and there are none beside a mask or target_parameters "
@@ -168,7 +163,7 @@ class SprandConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         file = Path(save_directory) / CONFIG_FILE
         settings = described.read_json(file)
-        described.write_json(file, settings if self.targets is None else in_short(settings))
+        described.write_json(file, settings if settings["targets"] is None else in_short(settings))
 
     @property
     def drawn(self) -> bool:

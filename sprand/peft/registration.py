@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -9,18 +12,46 @@ from peft.tuners.tuners_utils import BaseTuner
 
 NAME = "SPRAND"
 TESTED = "0.21"
-NEEDED = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load")  # how a method saves and loads since 0.21
+HOOKS = (  # of `BaseTuner`: what PEFT calls of a method from outside, and `SprandModel` answers
+    "_cast_adapter_dtype", "_check_merge_allowed", "_check_target_module_exists", "_check_tied_modules", "_create_and_replace",
+    "_get_adapter_state_dict", "_inject_parameters", "_prepare_adapter_config", "_remap_adapter_state_dict_for_load",
+    "_remove_adapter_name_from_key", "_replace_module", "_unload_and_optionally_merge", "delete_adapter",
+    "disable_adapter_layers", "inject_adapter", "merge_adapter", "prefix", "set_adapter", "target_module_mapping",
+    "tuner_layer_cls", "unmerge_adapter",
+)  # fmt: skip
 
 
 def check_peft() -> None:
-    """Prove that PEFT lets a method from outside save and load its adapters.
+    """Prove that this PEFT has what sprand needs of it, whichever version it is; one that was never tested is warned of.
 
     Raises:
-        ImportError: The installed PEFT is too old, or cannot be extended.
+        ImportError: A hook is missing.
     """
-    missing = [name for name in NEEDED if not hasattr(BaseTuner, name)]
+    known = {*dir(BaseTuner), *getattr(BaseTuner, "__annotations__", {})}
+    missing = [name for name in HOOKS if name not in known]
     if missing:
-        raise ImportError(f"{_advice()} (BaseTuner has no {missing[0]})")
+        raise ImportError(_advice(f"BaseTuner has no {', '.join(missing)}"))
+    if peft.__version__.split(".")[:2] != TESTED.split("."):
+        warnings.warn(
+            f"sprand.peft was tested with peft {TESTED}, never with {peft.__version__}, which has every hook that it needs; if "
+            f"something is wrong, compare with pip install 'peft=={TESTED}.*'",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def imported_from_peft() -> Iterator[None]:
+    """Name what is missing where an import from PEFT fails.
+
+    Raises:
+        ImportError: It does.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "peft":
+            raise
+        raise ImportError(_advice(str(error))) from error
 
 
 def register(config_cls: type, model_cls: type) -> Any:
@@ -34,7 +65,7 @@ def register(config_cls: type, model_cls: type) -> Any:
         The new member of `peft.PeftType`.
 
     Raises:
-        ImportError: PEFT is older or newer than what this was tested with and works in another way.
+        ImportError: This PEFT keeps its types and tables in another way.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -45,14 +76,14 @@ def register(config_cls: type, model_cls: type) -> Any:
                 name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix
             )
     except Exception as error:
-        raise ImportError(f"{_advice()} ({type(error).__name__}: {error})") from error
+        raise ImportError(_advice(f"{type(error).__name__}: {error}")) from error
     return kind
 
 
-def _advice() -> str:
+def _advice(missing: str) -> str:
     return (
-        f"sprand.peft works with peft {TESTED}.*, and not with peft {peft.__version__}: install another, pip install "
-        f"'peft=={TESTED}.*', or use sprand.apply, which needs no PEFT"
+        f"sprand.peft works with peft {TESTED} and newer ones that have its hooks for other methods; peft {peft.__version__} has "
+        f"not ({missing}): pip install 'peft=={TESTED}.*', or use sprand.apply, which needs no PEFT"
     )
 
 
@@ -68,6 +99,3 @@ def _member(types: Any) -> Any:
     if types(NAME) is not member or NAME not in list(types):
         raise TypeError(f"{types.__name__} did not take the member {NAME}")
     return member
-
-
-check_peft()

@@ -15,7 +15,7 @@ from ..selection import pattern
 from .adapter_target import AdapterTarget
 from .config import SprandConfig
 from .layer import adapter_targets
-from .plan import check_same_base, describe, named_targets
+from .plan import check_same_base, describe
 
 
 def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -39,8 +39,12 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
         if result:  # of a sharded model all but the first rank may have none
             _check_saved(target.name, indices.numel(), result.get(delta))
         described[target.name] = describe(layer.sprand_site(parameter), indices, layer.sprand_base_of(parameter, adapter_name))
-    config.saved = {"targets": described, "indices_saved": not config.drawn, "versions": dict(VERSIONS)}
-    config.saved |= named_targets(layer.sprand_site(parameter) for _, layer, parameter, _ in targets)
+    config.saved = {
+        "targets": described,
+        "indices_saved": not config.drawn,
+        "untrained": None,  # PEFT trains whole modules
+        "versions": dict(VERSIONS),
+    }
     return result
 
 
