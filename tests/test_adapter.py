@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, built, points_and_labels, tokens_and_labels
 from sprand.adapters.file import CONFIG_FILE, WEIGHTS_FILE
+from sprand.adapters.fingerprint import DTYPES, described_target, in_full, line_of
 from sprand.adapters.layout import key
 from sprand.files import described
 
@@ -82,6 +83,18 @@ def test_a_random_pattern_stores_its_seed_and_values_alone(tmp_path):
     description = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert description["seed"] == 0
     assert description["targets"]["0.weight"].startswith(f"1024x1024 {sprand.parameters(model)[0].numel()} float32 ")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (3,), (24, 16), (2, 3, 4)])
+def test_what_is_said_of_a_weight_comes_back_from_its_line(shape, dtype):
+    target = described_target(shape, torch.ones(shape, dtype=DTYPES[dtype]).flatten())
+    line = line_of(target)
+    assert isinstance(line, str) and in_full({"a": line}) == {"a": target}
+    for more in ({"frozen": {"nnz": 1, "fingerprint": target["fingerprint"]}}, {"fingerprint": {}, "quantized": "4 bits"}):
+        assert line_of(target | more) == target | more
+    for other in (line[:-1], f"{line} ", line.upper(), line.replace(dtype, "int8"), f"-{line}"):
+        assert in_full({"a": other}) == {"a": other}
 
 
 def test_loading_replaces_values_and_keeps_parameters(saved):

@@ -77,7 +77,8 @@ def apply(
         saved = {site.name: site.weight.data for site in targets.saved}
         if state is not None:  # whose adapters may train the same parameters
             saved = {key: value.clone() for key, value in saved.items()}
-    adapter = Adapter(config, _not_empty(mask), saved=saved, selection=mask.selection)
+    chosen = {key: indices for key, indices in mask.items() if indices.numel()}
+    adapter = Adapter(config, chosen, saved=saved, selection=mask.selection)
     if mask.selection is not None and config.strategy in pattern.RANDOM_STRATEGIES:  # drawn among what others leave free
         adapter.config = dataclasses.replace(config, **AS_GIVEN)
     return add(model, name, adapter)
@@ -155,8 +156,3 @@ def _chosen(model: nn.Module, config: SparseConfig, disjoint: Disjoint, run: Cal
     indices = choose(config, targets, run, avoided(view, targets, taken))
     shapes = {site.name: site.shape for site in targets.sites}
     return Mask(indices, shapes, selection_without(config, taken)), targets
-
-
-def _not_empty(mask: Mask) -> dict[str, Tensor]:
-    """The targets that train at least one entry."""
-    return {name: indices for name, indices in mask.items() if indices.numel()}

@@ -328,9 +328,7 @@ def open_adapters(adapters: Iterable[tuple[str | os.PathLike[str], float]]) -> l
 
 
 def draw(config: SparseConfig, name: str, shape: Iterable[int], nnz: int) -> Tensor:
-    """The positions that a random strategy draws; none for another strategy."""
-    if config.strategy not in pattern.RANDOM_STRATEGIES:
-        return torch.empty(0)
+    """The positions that a random strategy draws."""
     return pattern.draw(config.strategy, name, shape, nnz, config.seed, layout=config.layout)
 
 

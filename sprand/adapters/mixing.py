@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from .combining import SUM, Origin, Part, Rule, Whole, combined, content_checksum, record, shared_counts
+from .combining import SUM, Origin, Part, Rule, combined, content_checksum, record, shared_counts
 from .in_full import changed
 from .state import Adapter, State
 
@@ -54,7 +54,8 @@ def mix(
         result.deltas[target] = nn.Parameter(whole.delta, requires_grad=False)
     if recorded:
         checksums = [content_checksum(adapter.indices, adapter.deltas) for adapter in adapters]
-        shared = _shared(len(adapters), targets, wholes)
+        places = (([part.number for part in parts], wholes[target].positions) for target, parts in targets.items())
+        shared = shared_counts(len(adapters), places)
         origins = [Origin(*fields) for fields in zip(weights, weights.values(), checksums, shared, strict=True)]
         result.selection = record(rule, origins)
     return result
@@ -83,9 +84,3 @@ def _parts(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, l
         device = parts[0].delta.device
         parts[:] = [replace(part, delta=part.delta.to(device)) for part in parts]
     return targets
-
-
-def _shared(count: int, targets: Mapping[str, Sequence[Part]], wholes: Mapping[str, Whole]) -> list[int]:
-    """How many entries of each adapter another one has as well."""
-    places = (([part.number for part in parts], wholes[target].positions) for target, parts in targets.items())
-    return shared_counts(count, places)

@@ -22,12 +22,11 @@ LAST_SPREAD = 2  # objects in objects that a JSON file spreads over lines
 MOST_TENSORS = 1 << 18  # of one file; the largest models have a third of that in all
 
 
-def write(file: Path, key: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write tensors and their description, with checksums of both, in one atomic step.
+def write(file: Path, key: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors and their description in one atomic step.
 
-    Returns:
-        The description as it is in the file: with `checksum`, of the tensors, `header_checksum`, of itself and the dtypes,
-        and `sealed`, which says that there is such a one.
+    The file has `checksum`, of the tensors, `header_checksum`, of the description and the dtypes, and `sealed`, which says that
+    there is such a one.
 
     Raises:
         OSError: the file cannot be written; one that was there is untouched.
@@ -35,7 +34,6 @@ def write(file: Path, key: str, description: Mapping[str, Any], tensors: Mapping
     sealed = {**description, CHECKSUM: checksum(tensors), SEALED: True}
     sealed[HEADER_CHECKSUM] = _header_checksum(sealed, tensors)
     save(file, tensors, {key: json.dumps(sealed, separators=(",", ":"))})
-    return sealed
 
 
 def save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

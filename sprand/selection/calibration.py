@@ -211,24 +211,17 @@ def _hessian_products(
             loss = loss_of(model, batch, run.loss_fn, sums.batch)
             grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
             products = [
-                (grad * vectors[site.name].to(grad.device, grad.dtype)).sum()
+                (grad * vectors[site.name].to(grad.device, grad.dtype)).sum().to(loss.device)
                 for grad, site in zip(grads, group, strict=True)
                 if grad is not None and grad.requires_grad
             ]
-            seconds = torch.autograd.grad(_sum(products), weights, allow_unused=True) if products else ()
+            seconds = torch.autograd.grad(sum(products), weights, allow_unused=True) if products else ()
             sums.weight, examples = float(count), examples + count
             for site, second in zip(group, seconds, strict=False):
                 if second is not None:
                     sums.add(site.name, second)
     sums.finish(examples)
     return sums
-
-
-def _sum(products: Sequence[Tensor]) -> Tensor:
-    total = products[0]
-    for product in products[1:]:
-        total = total + product.to(total.device)
-    return total
 
 
 def _zeros(group: Sequence[Site], run: Calibration) -> Sums:
