@@ -8,10 +8,9 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import sprand
-from checkpoints import llama, plain
+from checkpoints import assert_same, llama, tensors_of
 from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, bits, built, tokens_and_labels
 from sprand.serving import DeltaReceiver, DeltaSync
 from sprand.serving.messages import VALUES_HEADER
@@ -182,35 +181,36 @@ def test_no_values_are_written_under_a_running_forward():
     assert torch.equal(outputs[0], built(EveryLayer)(x))
 
 
-def test_names_of_a_checkpoint_are_sent_and_its_single_experts(tmp_path):
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up = nn.Linear(8, 8, bias=False)
-            self.experts = nn.ParameterDict({"gate_up_proj": torch.randn(2, 12, 8), "down_proj": torch.randn(2, 8, 6)})
-
-    model, names = built(Experts), {}
-    names["model.up.weight"] = model.up.weight.detach().clone()
-    for expert in range(2):
-        gate, up = model.experts["gate_up_proj"][expert].detach().chunk(2)
-        place = f"model.experts.{expert}."
-        names |= {f"{place}gate_proj.weight": gate.clone(), f"{place}up_proj.weight": up.clone()}
-        names[f"{place}down_proj.weight"] = model.experts["down_proj"][expert].detach().clone()
-    base = plain(tmp_path, names)
-    sprand.apply(model, density=0.3, target_modules=["up"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-    sync = DeltaSync(model, checkpoint=base)
+@pytest.mark.parametrize("kind", ["qwen3_moe", "vit"])
+def test_names_of_a_checkpoint_are_sent_as_transformers_stores_them(tmp_path, kind):
+    """A matrix for each expert, or names of an earlier transformers, where the model has others."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    if kind == "qwen3_moe":
+        config = transformers.Qwen3MoeConfig(
+            num_experts=3,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            head_dim=8,
+            vocab_size=40,
+            num_key_value_heads=1,
+            **sizes,
+        )
+        model = transformers.Qwen3MoeForCausalLM(config)
+    else:
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=16, patch_size=8, **sizes))
+    model.save_pretrained(tmp_path / "base")
+    sprand.apply(model, density=0.3, target_modules=None, target_parameters=[name for name, _ in model.named_parameters()])
+    sync, copy = DeltaSync(model, checkpoint=tmp_path / "base"), tensors_of(tmp_path / "base")
     for p in sprand.parameters(model):
         p.data.normal_()
     sync.indices()
     for patch in sync.patches():
-        assert torch.equal(names[patch.name].view(-1)[patch.indices.long()], patch.base)
-        names[patch.name].view(-1)[patch.indices.long()] = patch.values
-    weights = of_trainer(model)
-    assert torch.equal(names["model.up.weight"], weights["up.weight"])
-    for expert in range(2):
-        three = [names[f"model.experts.{expert}.{part}_proj.weight"] for part in ("gate", "up", "down")]
-        assert torch.equal(torch.cat(three[:2]), weights["experts.gate_up_proj"][expert])
-        assert torch.equal(three[2], weights["experts.down_proj"][expert])
+        assert torch.equal(copy[patch.name].view(-1)[patch.indices.long()], patch.base)
+        copy[patch.name].view(-1)[patch.indices.long()] = patch.values
+    sprand.merge(model).save_pretrained(tmp_path / "tuned")
+    assert_same(copy, tensors_of(tmp_path / "tuned"))
 
 
 def test_a_peft_model_is_followed(tmp_path):

@@ -123,6 +123,7 @@ class AdapterFile:
         heads: Mapping[str, Tensor] | None = None,
         base_model: str | None = None,
         selection: Mapping[str, Any] | None = None,
+        architecture: Mapping[str, Any] | None = None,
     ) -> AdapterFile:
         """An adapter that `store` writes.
 
@@ -133,6 +134,7 @@ class AdapterFile:
             heads: values of parameters trained in full, by name.
             base_model: what the base is called.
             selection: how entries were chosen that do not follow from a seed.
+            architecture: of the model, see `architecture_of`.
         """
         given = config.strategy == GIVEN or any(part.indices is not None for part in trained.values())
         heads = heads or {}
@@ -141,6 +143,7 @@ class AdapterFile:
             "base_model": layout.portable(base_model),
             "config": config.to_dict() | (AS_GIVEN if given else {}),
             "selection": selection,
+            "architecture": architecture,
             "targets": {name: part.describe() for name, part in trained.items()},
             "saved": sorted(heads),
         }
@@ -191,6 +194,11 @@ class AdapterFile:
     def selection(self) -> dict[str, Any] | None:
         """How entries were chosen that do not follow from a seed."""
         return self.description.get("selection")
+
+    @property
+    def architecture(self) -> dict[str, Any] | None:
+        """Which classes of transformers its model is made of, and what its head means; see `architecture_of`."""
+        return self.description.get("architecture")
 
     @property
     def checksum(self) -> str:

@@ -15,6 +15,7 @@ from ..selection.config import AS_GIVEN, GIVEN
 from ..selection.mask import check_selection
 from ..selection.pattern import PATTERN_VERSION
 from ..version import __version__
+from .architecture import check_architecture
 from .fingerprint import check_targets, in_full, line_of
 
 PEFT_TYPE, PREFIX = "SPRAND", "base_model.model."
@@ -28,7 +29,10 @@ UNSAID = AS_GIVEN | dict.fromkeys(("exclude_modules", "modules_to_save"))  # wha
 
 check_versions = record({"format_version": WHOLE, "pattern_version": WHOLE, "sprand_version": TEXT})
 _FLAG = simple("true or false", lambda value: isinstance(value, bool))
-_check_config = record({"base_model": optional(TEXT), "config": OBJECT}, {"selection": optional(check_selection)})
+_check_config = record(
+    {"base_model": optional(TEXT), "config": OBJECT},
+    {"selection": optional(check_selection), "architecture": optional(check_architecture)},
+)
 _check_settings = record({"indices_saved": _FLAG}, {"sparse_config": optional(OBJECT)})
 
 
@@ -95,6 +99,7 @@ def settings_of(description: Mapping[str, Any]) -> dict[str, Any]:
         "untrained": description.get("untrained") or None,
         "indices_saved": given,
         "selection": selection,
+        "architecture": description.get("architecture"),
         "targets": description["targets"],
     }
     read = _config_of(settings)
@@ -157,6 +162,7 @@ def _described_by(settings: Mapping[str, Any]) -> dict[str, Any]:
         "base_model": settings.get("base_model_name_or_path"),
         "config": config,
         "selection": selection,
+        "architecture": settings.get("architecture"),
         "copied_heads": own is None,
     }
 

@@ -23,6 +23,7 @@ from ..layers import sharding
 from ..layers.sites import Site, named_parameters, sites_of
 from ..selection import pattern
 from ..selection.config import SparseConfig
+from .architecture import architecture_of
 from .attaching import add
 from .file import AdapterFile, Trained, draw, finite
 from .fingerprint import DTYPES
@@ -68,7 +69,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     with sharding.first_rank(model) as writes:
         if not writes:
             return Path(path)
-        file = AdapterFile.made(path, adapter.config, trained, heads, base_model, adapter.selection)
+        architecture = architecture_of(model, with_head=bool(heads))
+        file = AdapterFile.made(path, adapter.config, trained, heads, base_model, adapter.selection, architecture)
         return file.beside(rest).store()
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..adapters.architecture import of_head
 from ..adapters.file import AdapterFile, Trained
 from ..adapters.frozen import Frozen
 from ..kernels import ops, topk
 from ..kernels.ops import patched
 from ..selection import pattern
 from ..selection.config import GIVEN, SparseConfig
+from .conversion import loading_of
 from .names import resolve
 from .shards import TRAINABLE, Checkpoint, Stored, open_checkpoint
 from .stream import Progress
@@ -98,7 +100,8 @@ def diff(
     config = SparseConfig(strategy=GIVEN, target_modules=None, target_parameters=tuple(trained) or None)
     base_model = one.config.get("_name_or_path") or one.folder.name
     selection = {"strategy": "diff", "density": density}
-    folder = AdapterFile.made(path, config, trained, added, base_model, selection).store()
+    architecture = {"classes": {}, "config": of_head(two.config)} if added and two.config else None
+    folder = AdapterFile.made(path, config, trained, added, base_model, selection, architecture).store()
     return Difference(folder, changed, kept, values, len(trained), len(names), tuple(added), missing)
 
 
@@ -178,7 +181,10 @@ def _names(one: Checkpoint, two: Checkpoint) -> dict[str, str]:
     Raises:
         ValueError: No tensor is in both, or one is in another dtype.
     """
-    names = {name: name for name in one.tensors if name in two.tensors} or _behind_a_prefix(one, two)
+    names = {name: name for name in one.tensors if name in two.tensors}
+    if len(names) < min(len(one.tensors), len(two.tensors)):
+        names = {name: other for name, other in _renamed(one, two).items() if other not in names} | names
+    names = names or _behind_a_prefix(one, two)
     alike = {}
     for name, other in names.items():
         here, there = one.tensors[name], two.tensors[other]
@@ -201,7 +207,21 @@ def _behind_a_prefix(one: Checkpoint, two: Checkpoint) -> dict[str, str]:
         places, _ = resolve(two, {name: stored.shape for name, stored in one.tensors.items()})
     except ValueError:
         return {}
-    return {name: parts[0] for name, parts in places.items() if len(parts) == 1}
+    return {name: place.tensors[0] for name, place in places.items()}
+
+
+def _renamed(one: Checkpoint, two: Checkpoint) -> dict[str, str]:
+    """The tensors of one checkpoint that transformers loads as it loads others of the other, by what they are called in each."""
+    kinds = [{"": kind} for kind in two.config.get("architectures") or ()]
+    loadings = [loading_of(checkpoint, (), kinds) for checkpoint in (one, two)]
+    if None in loadings:
+        return {}
+    names = {}
+    for name in loadings[1].shapes:
+        here, there = (loading.place(name) for loading in loadings)
+        if here is not None and there is not None and here.is_whole and there.is_whole:
+            names[here.tensors[0]] = there.tensors[0]
+    return names
 
 
 def _differing(one: Checkpoint, two: Checkpoint, name: str, other: str, progress: Progress) -> _Differing:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,130 +13,12 @@ from torch import Tensor
 from ..adapters.combining import SUM, Rule
 from ..adapters.file import AdapterFile
 from ..kernels import ops
-from .entries import PartedEntries, PendingEntries
+from .conversion import Place
+from .entries import PendingEntries
 from .names import is_tied, resolve, twins
 from .shards import TRAINABLE, Checkpoint, Stored
 from .stream import Progress
-
-
-class Edit:
-    """The entries of one tensor that adapters change: `cast(base + delta)`, rounded once, over frozen entries.
-
-    Args:
-        stored: the tensor.
-        pending: the entries of the parameter that it is, or is a part of.
-        begin: the position of its first entry in the parameter.
-    """
-
-    def __init__(self, stored: Stored, pending: PendingEntries, begin: int = 0) -> None:
-        self.stored, self.pending, self.begin = stored, pending, begin
-        self._lock = threading.Lock()
-        self._entries: tuple[PartedEntries, PartedEntries] | None = None
-
-    @property
-    def trained(self) -> PartedEntries:
-        """The entries that have a delta, and their deltas, float32 (float64 for float64 tensors).
-
-        Raises:
-            ValueError: An adapter is damaged.
-        """
-        return self.prepare()[0]
-
-    @property
-    def frozen(self) -> PartedEntries:
-        """The frozen entries, which lie under the deltas, and their values.
-
-        Raises:
-            ValueError: An adapter is damaged.
-        """
-        return self.prepare()[1]
-
-    def prepare(self) -> tuple[PartedEntries, PartedEntries]:
-        """Work the entries out, if that has not been done yet."""
-        with self._lock:
-            if self._entries is None:
-                whole = self.pending.entries()
-                trained = PartedEntries(self.stored, whole.indices, whole.deltas, self.begin)
-                frozen = PartedEntries(self.stored, whole.frozen_indices, whole.frozen_values, self.begin)
-                self._entries = trained, frozen
-            return self._entries
-
-    def touches(self, first: int, count: int) -> bool:
-        """Whether it changes any of `count` entries from `first` on."""
-        return any(entries.touch(first, count) for entries in self.prepare())
-
-    def apply(self, part: Tensor, first: int) -> None:
-        """Change a part of the tensor, flat, in place; `first` is the position of its first entry."""
-        trained, frozen = self.prepare()
-        own, places = trained.within(first, part.numel())
-        start = trained.base[own] = ops.gather(part, places)
-        if frozen.indices.numel():
-            under, frozen_places = frozen.within(first, part.numel())
-            frozen.base[under] = ops.gather(part, frozen_places)
-            ops.patch_(part, frozen_places, frozen.values[under], None)
-            start = ops.gather(part, places)
-        ops.patch_(part, places, start, trained.values[own])
-
-    def restore(self, part: Tensor, first: int) -> None:
-        """Put the base back into a part that holds the trained values.
-
-        Raises:
-            ValueError: The part holds other values.
-        """
-        before = self._held(part, first)
-        self._put_base(part, first)
-        self.apply(part, first)
-        for made, held in zip(self._held(part, first), before, strict=True):
-            _same(self.stored, made, held)
-        self._put_base(part, first)
-
-    def _held(self, part: Tensor, first: int) -> list[Tensor]:
-        return [entries.held(part, first) for entries in self.prepare()]
-
-    def _put_base(self, part: Tensor, first: int) -> None:
-        self.frozen.put_base(part, first)
-        self.trained.put_base(part, first)
-
-
-@dataclass(eq=False)
-class Overwrite:
-    """All entries of one tensor: a module that was trained in full.
-
-    Attributes:
-        stored: the tensor.
-        values: its new entries, flat, in its dtype.
-        base: what it held before; known once all its parts were edited.
-    """
-
-    stored: Stored
-    values: Tensor
-    base: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.base = torch.empty_like(self.values)
-
-    def prepare(self) -> None:
-        """Do nothing: all is known."""
-
-    def touches(self, first: int, count: int) -> bool:
-        """Every entry changes."""
-        return True
-
-    def apply(self, part: Tensor, first: int) -> None:
-        """Change a part of the tensor, flat, in place; `first` is the position of its first entry."""
-        own = slice(first, first + part.numel())
-        self.base[own] = part
-        part.copy_(self.values[own])
-
-    def restore(self, part: Tensor, first: int) -> None:
-        """Put the base back into a part that holds the trained values.
-
-        Raises:
-            ValueError: The part holds other values.
-        """
-        own = slice(first, first + part.numel())
-        _same(self.stored, self.values[own], part)
-        part.copy_(self.base[own])
+from .tensor_edits import Edit, Overwrite, bits
 
 
 @dataclass(eq=False)
@@ -154,6 +35,11 @@ class EditedParameter:
         return list(zip(self.pending.chosen, self.pending.entries().positions, strict=True))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the model."""
+        return tuple(self.pending.chosen[0].targets[self.name]["shape"])
+
+    @property
     def numel(self) -> int:
         """How many entries the tensors have that hold it."""
         return sum(edit.stored.numel for edit in self.edits)
@@ -161,7 +47,12 @@ class EditedParameter:
     @property
     def base(self) -> Tensor:
         """What its trained entries started from, `[nnz]`; known once all its edits were applied."""
-        return torch.cat([edit.trained.base for edit in self.edits])
+        return self._bases()[0]
+
+    @property
+    def frozen_base(self) -> Tensor:
+        """What its frozen entries held before, `[n]`; known once all its edits were applied."""
+        return self._bases()[1]
 
     def apply(self, checkpoint: Checkpoint, progress: Progress = lambda count: None) -> None:
         """Apply its edits to what is read of the checkpoint, so that their base is known, and prove that."""
@@ -177,11 +68,16 @@ class EditedParameter:
         Raises:
             ValueError: An adapter was trained on another base.
         """
-        base, frozen_base = self.base, torch.cat([edit.frozen.base for edit in self.edits])
+        base, frozen_base = self._bases()
         for adapter, positions in self.claims:
             adapter.check_base(self.name, base if positions is None else base[positions])
             if "frozen" in adapter.targets[self.name]:
                 adapter.check_frozen_base(self.name, frozen_base)
+
+    def _bases(self) -> tuple[Tensor, Tensor]:
+        parts = zip(*(edit.bases(self.pending) for edit in self.edits), strict=True)
+        trained, frozen = (placed.restored(torch.cat(part)) for placed, part in zip(self.pending.placed(), parts, strict=True))
+        return trained, frozen
 
 
 @dataclass
@@ -240,16 +136,23 @@ class Edits:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def take(self, name: str, edit: Edit | Overwrite) -> None:
+    def take(self, name: str, edit: Edit | Overwrite) -> Edit | Overwrite:
         """Add the edit of a tensor for a parameter.
 
+        Returns:
+            The edit of that tensor, which is another one where the tensor holds entries of several parameters.
+
         Raises:
-            ValueError: Another parameter changes this tensor already.
+            ValueError: Another parameter changes the same entries already.
         """
         tensor = edit.stored.name
-        if tensor in self.by_tensor:
-            raise ValueError(f"{name} and another parameter of the adapters are one tensor of the checkpoint, {tensor}")
-        self.by_tensor[tensor] = edit
+        there = self.by_tensor.setdefault(tensor, edit)
+        if there is not edit:
+            edits = [one for one in (there, edit) if isinstance(one, Edit)]
+            if len(edits) < 2 or any(pending.place.rows is None for one in edits for pending, _ in one.claims):
+                raise ValueError(f"{name} and another parameter of the adapters are one tensor of the checkpoint, {tensor}")
+            there.claims += edit.claims
+        return there
 
 
 def edits_of(checkpoint: Checkpoint, adapters: Sequence[AdapterFile], rule: Rule = SUM) -> Edits:
@@ -265,15 +168,15 @@ def edits_of(checkpoint: Checkpoint, adapters: Sequence[AdapterFile], rule: Rule
     heads = {name: values for adapter in adapters for name, values in adapter.heads.items()}
     for adapter in adapters:
         _refuse_tied_copies(checkpoint, adapter)
-    tensors, head_names = resolve(checkpoint, shapes, heads)
+    classes = [adapter.architecture["classes"] for adapter in adapters if adapter.architecture]
+    places, head_places = resolve(checkpoint, shapes, heads, classes)
     edits = Edits({}, [], {})
-    for name, parts in tensors.items():
-        parameter = _edited(checkpoint, name, parts, adapters, rule)
+    for name, place in places.items():
+        parameter = _edited(checkpoint, name, place, adapters, rule)
         for one in (parameter, *_tied(checkpoint, parameter)):
-            edits.parameters.append(one)
-            for edit in one.edits:
-                edits.take(name, edit)
-    _overwrite(edits, checkpoint, heads, head_names)
+            edits.parameters.append(replace(one, edits=tuple(edits.take(name, edit) for edit in one.edits)))
+    for name, values in heads.items():
+        _overwrite(edits, checkpoint, name, values, head_places[name])
     return edits
 
 
@@ -290,14 +193,12 @@ def read_bases(checkpoint: Checkpoint, edits: Edits, progress: Progress = lambda
     return bases
 
 
-def _edited(
-    checkpoint: Checkpoint, name: str, tensors: Sequence[str], adapters: Sequence[AdapterFile], rule: Rule
-) -> EditedParameter:
+def _edited(checkpoint: Checkpoint, name: str, place: Place, adapters: Sequence[AdapterFile], rule: Rule) -> EditedParameter:
     """One parameter of all adapters that train it, as edits of the tensors that hold it."""
-    parts = [checkpoint.tensors[tensor] for tensor in tensors]
+    parts = [checkpoint.tensors[tensor] for tensor in place.tensors]
     for stored in parts:
         _refuse_untrainable(stored)
-    pending = PendingEntries(name, adapters, rule, parts[0].dtype)
+    pending = PendingEntries(name, adapters, rule, parts[0].dtype, place)
     first, *others = pending.chosen
     shape = first.targets[name]["shape"]
     for adapter in others:
@@ -313,36 +214,39 @@ def _edited(
 
 def _tied(checkpoint: Checkpoint, parameter: EditedParameter) -> list[EditedParameter]:
     """The same change of tensors that are tied to this one and hold the same entries there."""
-    if len(parameter.edits) > 1:
+    if len(parameter.edits) > 1 or parameter.pending.place.rows is not None:
         return []
     (edit,), pending = parameter.edits, parameter.pending
     tied = []
     for name in twins(checkpoint, edit.stored.name):
         indices = torch.cat([edit.trained.indices, edit.frozen.indices])
         own, other = (ops.gather(checkpoint.read(tensor), indices) for tensor in (edit.stored.name, name))
-        if torch.equal(_bits(own), _bits(other)):
+        if torch.equal(bits(own), bits(other)):
             tied.append(EditedParameter(parameter.name, (Edit(checkpoint.tensors[name], pending),), pending))
     return tied
 
 
-def _overwrite(edits: Edits, checkpoint: Checkpoint, heads: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-    """Add the parameters that were trained in full, of which `names` are those in the checkpoint."""
-    for name, values in heads.items():
-        stored = checkpoint.tensors.get(names[name])
-        if stored is None:
-            edits.added[names[name]] = values
-            continue
-        if list(stored.shape) != list(values.shape):
-            raise ValueError(
-                f"{name} was trained in full as {list(values.shape)}, and {checkpoint.folder} holds {list(stored.shape)}; give a "
-                "base without it, or one of its shape"
-            )
+def _overwrite(edits: Edits, checkpoint: Checkpoint, name: str, values: Tensor, place: Place) -> None:
+    """Add a parameter that was trained in full."""
+    if place.tensors[0] not in checkpoint.tensors:
+        edits.added[place.tensors[0]] = values
+        return
+    parts = [checkpoint.tensors[tensor] for tensor in place.tensors]
+    shape, moved = list(parts[0].shape), len(parts) > 1 or place.rows is not None
+    if sum(stored.numel for stored in parts) != values.numel() or (shape != list(values.shape) and not moved):
+        raise ValueError(
+            f"{name} was trained in full as {list(values.shape)}, and {checkpoint.folder} holds "
+            f"{f'it with others in {parts[0].name} ' if moved else ''}{shape}; give a base without it, or one of its shape"
+        )
+    flat = torch.empty_like(values.flatten())
+    flat[place.positions(torch.arange(values.numel()))] = values.flatten()
+    for stored, own in zip(parts, flat.split([stored.numel for stored in parts]), strict=True):
         if stored.dtype != values.dtype:  # a buffer may be of whole numbers in both
             _refuse_untrainable(stored)
-        edits.take(name, Overwrite(stored, values.flatten().to(stored.dtype)))
+        edits.take(name, Overwrite(stored, own.to(stored.dtype)))
         for twin in twins(checkpoint, stored.name):
-            if torch.equal(_bits(checkpoint.read(twin)), _bits(checkpoint.read(stored.name))):
-                edits.take(name, Overwrite(checkpoint.tensors[twin], values.flatten().to(stored.dtype)))
+            if torch.equal(bits(checkpoint.read(twin)), bits(checkpoint.read(stored.name))):
+                edits.take(name, Overwrite(checkpoint.tensors[twin], own.to(stored.dtype)))
 
 
 def _refuse_tied_copies(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
@@ -359,16 +263,4 @@ def _refuse_untrainable(stored: Stored) -> None:
         raise ValueError(
             f"{stored.name} is stored as {stored.code}; expected F64, F32, F16 or BF16: merge into the checkpoint that is not "
             "quantized"
-        )
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(torch.uint8)
-
-
-def _same(stored: Stored, expected: Tensor, held: Tensor) -> None:
-    if not torch.equal(_bits(expected), _bits(held)):
-        raise ValueError(
-            f"{stored.name} holds other values than the merge wrote: it was changed since, or other adapters or weights were "
-            "merged"
         )

@@ -15,9 +15,10 @@ from torch import Tensor
 from ..adapters.file import AdapterFile, open_adapters
 from ..files import described
 from ..kernels.dtypes import dtype_name
-from .edits import Edits, Overwrite, edits_of
+from .edits import Edits, edits_of
 from .patches import patches_of
 from .shards import Checkpoint, open_checkpoint
+from .tensor_edits import Overwrite
 
 Writer = Callable[[AdapterFile, "tuple[Checkpoint, Edits] | None", Path], list[Path]]
 

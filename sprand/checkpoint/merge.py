@@ -16,6 +16,7 @@ from ..adapters.file import AdapterFile, open_adapters
 from ..files import described
 from .edits import EditedParameter, Edits, edits_of
 from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
+from .head_config import CONFIG, head_config
 from .shards import INDEX, Checkpoint, Shard, open_checkpoint
 from .stream import Progress, Rewrite, RewrittenShard
 
@@ -32,6 +33,8 @@ class Merged:
         tensors: how many tensors have some.
         added: names of tensors that were added (or, by `revert`, taken out).
         left_out: files that hold weights in another form and were not copied, relative to the folder that was read.
+        config: fields of `config.json` that are other than in what was read.
+        unsaid: what `config.json` lacks of a head that was added, in a sentence; None where it lacks nothing.
     """
 
     folder: Path
@@ -39,6 +42,8 @@ class Merged:
     tensors: int
     added: tuple[str, ...]
     left_out: tuple[str, ...]
+    config: tuple[str, ...] = ()
+    unsaid: str | None = None
 
 
 def merge(
@@ -72,7 +77,7 @@ def merge(
     warn_of_twins(opened)
     made = NewFolder(out, identity_of(checkpoint, adapters=adapters_of(opened)))
     edits = edits_of(checkpoint, opened)
-    job = _Job(checkpoint, edits)
+    job, config = _Job(checkpoint, edits), head_config(checkpoint, opened, edits)
     job.prove_samples()
     unfinished = made.begin()
     try:
@@ -88,9 +93,12 @@ def merge(
         raise
     left_out = carry_over(Path(base), unfinished, checkpoint)
     job.write_index(unfinished)
+    config.write(checkpoint, unfinished)
     if revertible:
-        described.write(unfinished / REVERT_FILE, REVERT_KEY, job.revert_description(opened), edits.base_values())
-    return Merged(made.finish(), edits.count, len(edits.by_tensor) + len(edits.added), tuple(edits.added), left_out)
+        description = job.revert_description(opened) | {"config": job.read_config() if config.fields else None}
+        described.write(unfinished / REVERT_FILE, REVERT_KEY, description, edits.base_values())
+    count, added = len(edits.by_tensor) + len(edits.added), tuple(edits.added)
+    return Merged(made.finish(), edits.count, count, added, left_out, tuple(config.fields), config.unsaid)
 
 
 def verify(
@@ -105,9 +113,9 @@ def verify(
     Raises:
         ValueError: Something is different; the message names the tensor.
     """
-    checkpoint = open_checkpoint(base)
-    edits = edits_of(checkpoint, open_adapters(adapters))
-    job = _Job(checkpoint, edits)
+    checkpoint, opened = open_checkpoint(base), open_adapters(adapters)
+    edits = edits_of(checkpoint, opened)
+    job, config = _Job(checkpoint, edits), head_config(checkpoint, opened, edits)
     with edits.worked_out_ahead(checkpoint):
         for shard in checkpoint.shards.values():
             wrong = job.differs(Path(out), shard, progress)
@@ -116,6 +124,8 @@ def verify(
     edits.prove()
     if checkpoint.index is not None and json.loads((Path(out) / INDEX).read_text(encoding="utf-8")) != job.index():
         raise ValueError(f"{Path(out) / INDEX} is not what the merge writes; merge again")
+    if config.fields and (Path(out) / CONFIG).read_text(encoding="utf-8") != config.text(checkpoint):
+        raise ValueError(f"{Path(out) / CONFIG} is not what the merge writes; merge again")
 
 
 class _Job:
@@ -126,8 +136,8 @@ class _Job:
         self.last = list(checkpoint.shards)[-1]
         self.rewrites = {name: Rewrite(edit.stored, edit.touches, edit.apply) for name, edit in edits.by_tensor.items()}
         for parameter in edits.parameters:
-            if len(parameter.edits) == 1:  # it can be proven as soon as its tensor is done
-                (edit,) = parameter.edits
+            edit, *others = parameter.edits
+            if not others and len(edit.claims) == 1:  # it can be proven as soon as its tensor is done
                 self.rewrites[edit.stored.name] = Rewrite(edit.stored, edit.touches, edit.apply, parameter.prove)
 
     def prove_samples(self) -> None:
@@ -180,7 +190,7 @@ class _Job:
             shard = self.checkpoint.shards[self.last]
             with open(shard.path, "rb") as file:
                 header = file.read(shard.data)[8:].decode()
-            index = (self.checkpoint.folder / INDEX).read_text(encoding="utf-8") if self.checkpoint.index is not None else None
+            index = (self.checkpoint.folder / INDEX).read_bytes().decode() if self.checkpoint.index is not None else None
         return {
             "format_version": 1,
             "adapters": adapters_of(opened),
@@ -188,6 +198,10 @@ class _Job:
             "header": header,
             "index": index,
         }
+
+    def read_config(self) -> str:
+        """The base's `config.json`."""
+        return (self.checkpoint.folder / CONFIG).read_bytes().decode()
 
     def _rewritten(self, shard: Shard) -> RewrittenShard:
         return RewrittenShard(shard, self.rewrites, self.edits.added if shard.name == self.last else {})

@@ -1,56 +1,56 @@
-"""From the parameter names of an adapter to the tensors of a checkpoint: equal names, one changed prefix, or split experts."""
+"""From the parameter names of an adapter to the tensors of a checkpoint: the same, transformers' own, or one changed prefix."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from .shards import Checkpoint, Stored
+from . import conversion
+from .conversion import INSTEAD, Classes, Loading, Place
+from .shards import Checkpoint
 
 OUTPUTS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
 INPUTS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "embeddings.weight", "shared.weight")
-FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
-
 
 Shapes = Mapping[str, Sequence[int]]
-Tensors = dict[str, tuple[str, ...]]
+Places = dict[str, Place]
 
 
-def resolve(checkpoint: Checkpoint, shapes: Shapes, others: Iterable[str] = ()) -> tuple[Tensors, dict[str, str]]:
+def resolve(
+    checkpoint: Checkpoint, shapes: Shapes, others: Iterable[str] = (), classes: Iterable[Classes] = ()
+) -> tuple[Places, Places]:
     """The tensors of a checkpoint that hold each parameter.
 
-    Names that the checkpoint has are taken as they are. Where some are missing, one prefix is put before all names, taken away,
-    or changed (`model.`, `bert.`, `encoder.`), if exactly one such change finds them all. A 3-D parameter of fused experts is
-    found in the per-expert matrices that transformers fuses when it loads.
+    Names that the checkpoint has are taken as they are. Where any is missing, transformers says what it makes of the tensors
+    of the checkpoint, if it knows the model. For any other one prefix is put before all names, taken away, or changed above the
+    layers, if exactly one such change finds them all.
 
     Args:
         checkpoint: where to look.
         shapes: shape of each parameter by name.
         others: further names, of tensors that the checkpoint need not have.
+        classes: of the models that the names are of, see `conversion.loading_of`.
 
     Returns:
-        For each parameter one tensor of its shape; or several, whose entries one after another are those of the parameter. And
-        for each of the others its name in the checkpoint, with the same change of prefix.
+        For each parameter where its entries are. And for each of the others the same; of one that is not there the name that it
+        gets when it is added.
 
     Raises:
         ValueError: A parameter is not there, has another shape, or could be several tensors.
     """
+    others = list(others)
     places = _under(checkpoint, shapes, "", "")
-    if places is not None:
-        return places, {name: name for name in others}
-    missing = next(name for name, shape in shapes.items() if not _tensors(checkpoint, name, shape))
-    for before in _prefixes(missing):
-        changes = _changes_of_prefix(checkpoint, shapes, before)
-        if len(changes) > 1:
-            first, second, *_ = (places[missing][0] for places in changes.values())
-            raise ValueError(
-                f"{missing} could be {first} or {second} of {checkpoint.folder}; rename the parameters of the adapter to those "
-                "of the checkpoint, or give the checkpoint of the model that was trained"
-            )
-        if changes:
-            ((after, places),) = changes.items()
-            return places, {name: _changed(name, before, after) for name in others}
-    raise ValueError(_reason(checkpoint, missing, shapes[missing]))
+    if places is not None and all(name in checkpoint.tensors for name in others):
+        return places, {name: Place((name,)) for name in others}
+    loading = conversion.loading_of(checkpoint, shapes or others, classes)
+    if loading is not None:
+        places = _as_loaded(checkpoint, loading, shapes)
+        return places, {name: loading.place(name) or Place((loading.added(name),)) for name in others}
+    if places is None:
+        return _with_other_prefix(checkpoint, shapes, others)
+    for name in others:
+        _refuse_to_add(checkpoint, name)
+    return places, {name: Place((name,)) for name in others}
 
 
 def is_tied(checkpoint: Checkpoint, name: str) -> bool:
@@ -69,20 +69,79 @@ def twins(checkpoint: Checkpoint, name: str) -> list[str]:
     return [other.name for other in alike if other.name != name]
 
 
-def _changes_of_prefix(checkpoint: Checkpoint, shapes: Shapes, before: str) -> dict[str, Tensors]:
-    """Every prefix of the checkpoint that finds all parameters when it takes the place of another, with what it finds."""
-    theirs = dict.fromkeys(prefix for name in checkpoint.tensors for prefix in _prefixes(name))
-    places = {after: _under(checkpoint, shapes, before, after) for after in theirs if after != before}
-    return {after: tensors for after, tensors in places.items() if tensors is not None}
+def _as_loaded(checkpoint: Checkpoint, loading: Loading, shapes: Shapes) -> Places:
+    """Where transformers finds each parameter.
 
-
-def _under(checkpoint: Checkpoint, shapes: Shapes, before: str, after: str) -> Tensors | None:
-    """All parameters with one prefix changed, or None if one of them is not found."""
+    Raises:
+        ValueError: The checkpoint lacks one, or has it in another shape.
+    """
     places = {}
     for name, shape in shapes.items():
-        places[name] = _tensors(checkpoint, _changed(name, before, after), shape)
-        if not places[name]:
+        place = loading.place(name)
+        if place is None:
+            raise ValueError(
+                f"{checkpoint.folder} has no tensor for {name} {list(shape)}, which transformers starts from random values then; "
+                'train such layers in full (modules_to_save="auto"), so that merging adds them, or give the checkpoint that was '
+                "trained on"
+            )
+        stored = checkpoint.tensors[place.tensors[0]]
+        there = stored.shape if place.is_whole else loading.shapes[name.removeprefix(loading.prefix)]
+        if tuple(there) != tuple(shape):
+            raise ValueError(_other_shape(checkpoint, name, there, shape))
+        places[name] = place
+    return places
+
+
+def _refuse_to_add(checkpoint: Checkpoint, name: str) -> None:
+    """Prove that a tensor which the checkpoint lacks is not there behind another prefix.
+
+    Raises:
+        ValueError: It may be.
+    """
+    for other in () if name in checkpoint.tensors else checkpoint.tensors:
+        if name.endswith(f".{other}") or other.endswith(f".{name}"):
+            raise ValueError(_ambiguous(checkpoint, name, "a new tensor", other))
+
+
+def _with_other_prefix(checkpoint: Checkpoint, shapes: Shapes, others: Sequence[str]) -> tuple[Places, Places]:
+    """All parameters, with one prefix changed.
+
+    Raises:
+        ValueError: No change finds them, or several do.
+    """
+    missing = next(name for name, shape in shapes.items() if _place(checkpoint, name, shape) is None)
+    for before in _prefixes(missing):
+        changes = _changes_of_prefix(checkpoint, shapes, before)
+        if len(changes) > 1:
+            first, second, *_ = (places[missing].tensors[0] for places in changes.values())
+            raise ValueError(_ambiguous(checkpoint, missing, first, second))
+        if changes:
+            ((after, places),) = changes.items()
+            return places, {name: Place((_changed(name, before, after),)) for name in others}
+    raise ValueError(_reason(checkpoint, missing, shapes[missing]))
+
+
+def _changes_of_prefix(checkpoint: Checkpoint, shapes: Shapes, before: str) -> dict[str, Places]:
+    """Every prefix of the checkpoint that finds all parameters when it takes the place of another, with what it finds.
+
+    One that is neither put before all names nor taken away is changed where layers with numbers follow: any two modules have a
+    `dense.weight`, but not all that is in a layer.
+    """
+    theirs = dict.fromkeys(prefix for name in checkpoint.tensors for prefix in _prefixes(name))
+    if before and not any(name.startswith(before) and _has_number(name) for name in shapes):
+        theirs = {"": None}
+    places = {after: _under(checkpoint, shapes, before, after) for after in theirs if after != before}
+    return {after: found for after, found in places.items() if found is not None}
+
+
+def _under(checkpoint: Checkpoint, shapes: Shapes, before: str, after: str) -> Places | None:
+    """All parameters with one prefix changed, or None if one of them is not there."""
+    places = {}
+    for name, shape in shapes.items():
+        place = _place(checkpoint, _changed(name, before, after), shape)
+        if place is None:
             return None
+        places[name] = place
     return places
 
 
@@ -90,29 +149,15 @@ def _changed(name: str, before: str, after: str) -> str:
     return after + name[len(before) :] if name.startswith(before) else name
 
 
-def _tensors(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> tuple[str, ...]:
+def _place(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> Place | None:
+    """The tensor of a name; of an output embedding that is not stored the input embedding that it is tied to."""
     stored = checkpoint.tensors.get(name)
     if stored is not None:
-        return (name,) if stored.shape == tuple(shape) else ()
+        return Place((name,)) if stored.shape == tuple(shape) else None
     if checkpoint.tied and name.endswith(OUTPUTS):
         inputs = [t.name for t in checkpoint.tensors.values() if t.name.endswith(INPUTS) and t.shape == tuple(shape)]
-        return (inputs[0],) if len(inputs) == 1 else ()
-    return _experts(checkpoint.tensors, name, shape)
-
-
-def _experts(tensors: Mapping[str, Stored], name: str, shape: Sequence[int]) -> tuple[str, ...]:
-    """The matrices of single experts that make up `[experts, rows, columns]`, in the order of its entries."""
-    parent, _, leaf = name.rpartition(".")
-    if len(shape) != 3 or leaf not in FUSED:
-        return ()
-    for place in dict.fromkeys((parent, parent.replace(".mlp.experts", ".block_sparse_moe.experts"))):
-        for leaves in FUSED[leaf]:
-            parts = tuple(f"{place}.{expert}.{part}.weight" for expert in range(shape[0]) for part in leaves)
-            each = (shape[1] // len(leaves), shape[2])
-            whole = shape[1] % len(leaves) == 0 and f"{place}.{shape[0]}.{leaves[0]}.weight" not in tensors
-            if whole and all(part in tensors and tensors[part].shape == each for part in parts):
-                return parts
-    return ()
+        return Place((inputs[0],)) if len(inputs) == 1 else None
+    return None
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -124,21 +169,35 @@ def _prefixes(name: str) -> Iterator[str]:
         yield "".join(f"{part}." for part in parts[:count])
 
 
+def _has_number(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
 def _reason(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> str:
     stored = checkpoint.tensors.get(name)
     if stored is not None:
-        return (
-            f"{name} is {list(stored.shape)} in {checkpoint.folder} and {list(shape)} in the adapter; give the checkpoint "
-            "that it was trained on"
-        )
-    if len(shape) == 3:
-        return (
-            f"{name} {list(shape)} holds fused experts, and {checkpoint.folder} has no tensor of that name nor single experts "
-            "that make it up; load the model with transformers, then sprand.load, sprand.merge and save_pretrained"
-        )
+        return _other_shape(checkpoint, name, stored.shape, shape)
     near = ", ".join(_nearest(checkpoint.tensors, name))
+    if conversion.is_installed():
+        instead = f"or {INSTEAD}"
+    else:
+        instead = "or install transformers, which knows under which names it stores a model's parameters"
     return (
         f"{checkpoint.folder} has no tensor for {name} {list(shape)} (nearest: {near}); give the checkpoint that it was "
+        f"trained on, {instead}"
+    )
+
+
+def _ambiguous(checkpoint: Checkpoint, name: str, first: str, second: str) -> str:
+    return (
+        f"{name} could be {first} or {second} of {checkpoint.folder}; rename the parameters of the adapter to those of the "
+        "checkpoint, or give the checkpoint of the model that was trained"
+    )
+
+
+def _other_shape(checkpoint: Checkpoint, name: str, there: Sequence[int], shape: Sequence[int]) -> str:
+    return (
+        f"{name} is {list(there)} in {checkpoint.folder} and {list(shape)} in the adapter; give the checkpoint that it was "
         "trained on"
     )
 

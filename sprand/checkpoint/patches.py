@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..adapters.file import AdapterFile
 from ..selection import pattern
-from .edits import Edit, Edits, Overwrite
+from .edits import Edits
 from .shards import Checkpoint
+from .tensor_edits import Edit, Overwrite
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from ..files import described
 from ..files.forms import NUMBER, TEXT, WHOLE, list_of, optional, record
 from .edits import Edits, edits_of
 from .folder import REVERT_FILE, REVERT_KEY, NewFolder, carry_over, identity_of
+from .head_config import CONFIG
 from .merge import Adapters, Merged, adapters_of
 from .shards import INDEX, Checkpoint, open_checkpoint, read_header
 from .stream import Progress, Rewrite, RewrittenShard
@@ -25,7 +26,8 @@ FORM = record(
         "added": list_of(TEXT),
         "header": optional(TEXT),
         "index": optional(TEXT),
-    }
+    },
+    {"config": optional(TEXT)},
 )
 
 
@@ -86,8 +88,10 @@ def revert(
         made.discard()
         raise
     left_out = carry_over(folder, unfinished, checkpoint)
+    if description.get("config") is not None:
+        (unfinished / CONFIG).write_bytes(description["config"].encode())
     if description["index"] is not None:
-        (unfinished / INDEX).write_text(description["index"], encoding="utf-8")
+        (unfinished / INDEX).write_bytes(description["index"].encode())
     elif checkpoint.index is not None:
         shutil.copyfile(folder / INDEX, unfinished / INDEX)
     count = sum(value.numel() for value in values.values())

@@ -93,6 +93,10 @@ def _print(written: merge.Merged, options: argparse.Namespace, seconds: float) -
     print(f"{written.entries:,} entries of {written.tensors} tensors {done} in {seconds:.1f} s")
     if written.added:
         print(f"{'taken out' if options.revert else 'added'}: {', '.join(written.added)}")
+    if written.config:
+        print(f"{'put back' if options.revert else 'set'} in config.json: {', '.join(written.config)}")
+    if written.unsaid:
+        print(written.unsaid)
     if written.left_out:
         print(f"left out, weights in another form: {', '.join(written.left_out)}")
     if options.verify:

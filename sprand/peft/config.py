@@ -52,6 +52,7 @@ class SprandConfig(PeftConfig):
         targets: written by `save_pretrained`: shape, count and a fingerprint of the base by parameter name.
         indices_saved: written by `save_pretrained`: whether the indices are in the file, or follow from the seed.
         selection: written by `save_pretrained`: how entries were chosen that do not follow from the seed.
+        architecture: written by `save_pretrained`: the model's classes of transformers, and what its head means.
         sparse_config: written by `sprand.save`: what `SparseConfig` says otherwise, or alone.
         versions: written by both: of the format, of the draw, and of sprand.
 
@@ -74,6 +75,7 @@ class SprandConfig(PeftConfig):
     targets: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
     indices_saved: bool = field(default=False, metadata={"help": "Written by save_pretrained."})
     selection: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
+    architecture: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
     sparse_config: dict | None = field(default=None, metadata={"help": "Written by sprand.save."})
     untrained: list[str] | None = field(default=None, metadata={"help": "Written by sprand.save."})
     versions: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})

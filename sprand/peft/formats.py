@@ -126,22 +126,21 @@ def _check_linear(to: str, parameter: EditedParameter, linear: Container[str]) -
             f"{name}: the model of this base calls that weight {called}, and PEFT, which goes by a model's "
             f"own names, would not find it as {to}; merge the adapter into its base instead (sprand merge)"
         )
-    if name not in linear or len(tensors) != 1:
+    if name not in linear:
         raise ValueError(f"{name} {NOT_LINEAR.format(to)} (sprand merge)")
 
 
 def _change_of(parameter: EditedParameter) -> Change | None:
     """The change of a weight whose entries were proven; None where a frozen value is no change of the base."""
-    (edit,) = parameter.edits
-    trained, frozen = edit.trained, edit.frozen
-    frozen_deltas, exact = exact_deltas(frozen.base, frozen.values)
+    entries, frozen_base = parameter.pending.entries(), parameter.frozen_base
+    frozen_deltas, exact = exact_deltas(frozen_base, entries.frozen_values)
     if not exact.all():
         return None
-    indices, order = torch.cat([trained.indices, frozen.indices]).sort()
-    base = torch.cat([trained.base, frozen.base])[order]
-    deltas = torch.cat([trained.values, frozen_deltas])[order]
-    narrow = edit.stored.dtype in NARROW
-    return Change(parameter.name, edit.stored.shape, indices, deltas.float(), base if narrow else None)
+    indices, order = torch.cat([entries.indices, entries.frozen_indices]).sort()
+    base = torch.cat([parameter.base, frozen_base])[order]
+    deltas = torch.cat([entries.deltas, frozen_deltas])[order]
+    narrow = base.dtype in NARROW
+    return Change(parameter.name, parameter.shape, indices, deltas.float(), base if narrow else None)
 
 
 def _linear_weights(folder: Path) -> set[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..adapters.architecture import architecture_of
 from ..adapters.layout import PREFIX, VERSIONS
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
@@ -39,11 +40,13 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
         if result:  # of a sharded model all but the first rank may have none
             _check_saved(target.name, indices.numel(), result.get(delta))
         described[target.name] = describe(layer.sprand_site(parameter), indices, layer.sprand_base_of(parameter, adapter_name))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config.saved = {
         "targets": described,
         "indices_saved": not config.drawn,
         "untrained": None,  # PEFT trains whole modules
         "versions": dict(VERSIONS),
+        "architecture": architecture_of(base, with_head=bool(heads)),
     }
     return result
 

@@ -33,7 +33,8 @@ class SparseConfig:
             matched in full), or `"all-linear"` (every linear layer but the output head). None with `target_parameters`.
         exclude_modules: modules left out again: names or suffixes, or one regular expression.
         modules_to_save: modules trained in full and saved with the adapter: names or suffixes; `"auto"` takes a
-            classification head named `score` or `classifier` if there is one.
+            classification head named `score` or `classifier` if there is one, and the layers that the checkpoint lacks
+            from which transformers has loaded the model (a pooler), since they start from random values as well.
         target_parameters: further weights by parameter name or suffix: embeddings, biases, norms, 3-D experts.
         strategy: `"random"` (stratified), `"uniform"`; by the largest scores (w weight, g gradient of the loss over
             calibration data): `"magnitude"` |w|, `"gradient"` |g|, `"snip"` |wg|, `"force"` -wg, `"taylor_fo"` (wg)^2,

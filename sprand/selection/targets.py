@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from .config import SparseConfig
 
 HEADS = ("score", "classifier")  # how Hugging Face names classification heads
 OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection", *HEADS)
+LOADED = "_is_hf_initialized"  # what transformers marks parameters with that it has loaded from a checkpoint
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,38 @@ def find_targets(view: View, config: SparseConfig, in_full: Collection[str] | No
     sites = [site for site in view.sites() if site.name in in_part]
     if names and not sites:
         raise ValueError(f"modules_to_save: it trains all targets in full, {', '.join(sorted(names)[:5])}; target more")
+    _warn_of_new(view, sites)
     numel = sum(site.numel for site in view.sites() if site.name not in apart)
     return Targets(view.model, sites, saved, numel, masks)
+
+
+def new_layers(view: View) -> list[str]:
+    """The layers of a model of transformers that its checkpoint lacks, which start from random values as a new head does.
+
+    Not among them are output embeddings, which resizing makes anew, and modules that have others in them.
+    """
+    owners = {id(module) for site in _new_weights(view) for module, _ in site.owners}
+    return [name for name, module in view.modules.items() if id(module) in owners and name and not list(module.children())]
+
+
+def _new_weights(view: View) -> list[Site]:
+    """The weights that transformers has not loaded, of a model of which it has loaded others."""
+    sites = [site for site in view.sites() if site.backend is None and site.owners[0][0] is not view.output]
+    new = [site for site in sites if not getattr(site.weight, LOADED, False)]
+    return new if len(new) < len(sites) else []
+
+
+def _warn_of_new(view: View, sites: Sequence[Site]) -> None:
+    """Warn of targets that are not from the model's checkpoint: an adapter of their entries fits no other copy of it."""
+    new = {site.name for site in _new_weights(view)}
+    names = [site.name for site in sites if site.name in new]
+    if names:
+        warnings.warn(
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: not in the checkpoint that the model was loaded from, "
+            "so these start from random values, which an adapter does not hold: it fits this copy of the model alone; train such "
+            'layers in full: modules_to_save="auto", or name them there',
+            stacklevel=4,
+        )
 
 
 def sites_named(model: nn.Module, names: Iterable[str]) -> dict[str, Site]:
@@ -181,7 +213,7 @@ def _modules_in_full(view: View, config: SparseConfig) -> set[str]:
     if wanted is None:
         return set()
     if wanted == "auto":
-        return {name for name in names if name.rpartition(".")[2] in HEADS}
+        return {name for name in names if name.rpartition(".")[2] in HEADS} | set(new_layers(view))
     return _match_all("modules_to_save", (wanted,) if isinstance(wanted, str) else wanted, names)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..adapters.architecture import architecture_of
 from ..adapters.fingerprint import fingerprints
 from ..adapters.state import state_of
+from ..checkpoint.conversion import Place
 from ..checkpoint.names import resolve
 from ..checkpoint.patches import TensorPatch
 from ..checkpoint.shards import open_checkpoint
@@ -33,18 +35,17 @@ class _Cut:
         piece: the tensor of the copy.
         indices: `[nnz]`, flat positions in it, on the CPU; None for one that is sent whole.
         target: name of the weight.
-        low, high: which of its entries these are.
+        own: which of its entries these are, in the order of the tensor.
     """
 
     piece: Piece
     indices: Tensor | None
     target: str
-    low: int
-    high: int
+    own: slice | Tensor
 
     def of(self, target: TensorPatch) -> tuple[Tensor, Tensor]:
         """Values and base of these entries, flat."""
-        return target.values.flatten()[self.low : self.high], target.base.flatten()[self.low : self.high]
+        return target.values.flatten()[self.own], target.base.flatten()[self.own]
 
 
 class DeltaSync:
@@ -91,8 +92,9 @@ class DeltaSync:
             ValueError: A parameter is not in the checkpoint.
         """
         targets = self._read()
-        names = self._names(targets)
-        cuts = [cut for target in targets for cut in _cuts(target, names[target.name])]
+        places = self._places(targets)
+        cuts = [cut for target in targets for cut in _cuts(target, places[target.name], self._tensors(target, places))]
+        _refuse_shared(cuts)
         cuts.sort(key=lambda cut: -cut.piece.torch_dtype.itemsize)
         known = {cut.piece.name: cut.indices for cut in cuts if cut.indices is not None}
         self._cuts, self._layout = cuts, Layout(tuple(cut.piece for cut in cuts), known)
@@ -171,13 +173,21 @@ class DeltaSync:
             return sent is target.indices
         return torch.equal(sent, target.indices)
 
-    def _names(self, targets: list[TensorPatch]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-        """The tensors that hold each parameter, with their shapes."""
+    def _places(self, targets: list[TensorPatch]) -> dict[str, Place]:
+        """Where the entries of each parameter are in the copy."""
         if self._checkpoint is None:
-            return {target.name: [(target.name, target.shape)] for target in targets}
+            return {target.name: Place((target.name,)) for target in targets}
+        peft = hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model")
+        said = architecture_of(self.model.get_base_model() if peft else self.model, with_head=False)
         shapes = {target.name: target.shape for target in targets}
-        places, _ = resolve(self._checkpoint, shapes)
-        return {name: [(part, self._checkpoint.tensors[part].shape) for part in parts] for name, parts in places.items()}
+        places, _ = resolve(self._checkpoint, shapes, classes=[said["classes"]] if said else [])
+        return places
+
+    def _tensors(self, target: TensorPatch, places: Mapping[str, Place]) -> list[tuple[str, tuple[int, ...]]]:
+        """The tensors of the copy that hold a parameter, with their shapes."""
+        if self._checkpoint is None:
+            return [(target.name, target.shape)]
+        return [(part, self._checkpoint.tensors[part].shape) for part in places[target.name].tensors]
 
     def _read(self) -> list[TensorPatch]:
         """What the model trains now, tensor by tensor."""
@@ -186,23 +196,49 @@ class DeltaSync:
             return _of_peft(self.model) if hasattr(self.model, "peft_config") else _of_applied(self.model)
 
 
-def _cuts(target: TensorPatch, tensors: Sequence[tuple[str, tuple[int, ...]]]) -> Iterator[_Cut]:
-    """What each of the tensors that hold a weight gets of it; they follow each other in its entries."""
+def _cuts(target: TensorPatch, place: Place, tensors: Sequence[tuple[str, tuple[int, ...]]]) -> Iterator[_Cut]:
+    """What each of the tensors that hold a weight gets of it; they follow each other in what its place says of its entries."""
     sizes = [math.prod(shape) for _, shape in tensors]
     begins = list(itertools.accumulate(sizes, initial=0))
-    places = begins
-    if target.indices is not None:
-        limits = torch.tensor(begins, device=target.indices.device)
-        places = torch.searchsorted(target.indices.long(), limits).tolist()
+    whole = target.indices is None
+    if whole and place.rows is None:
+        positions, order, limits = None, None, begins
+    else:
+        entries = torch.arange(begins[-1], device=target.values.device) if whole else target.indices
+        positions, order = _sorted(place.positions(entries))
+        limits = torch.searchsorted(positions.long(), torch.tensor(begins, device=positions.device)).tolist()
     for number, (name, shape) in enumerate(tensors):
-        low, high = places[number : number + 2]
+        low, high = limits[number : number + 2]
+        own = slice(low, high) if order is None else order[low:high]
         indices = proof = None
-        if target.indices is not None:
-            own = target.indices[low:high] - begins[number]
-            indices = own.to(pattern.index_dtype(sizes[number])).cpu()
-            proof = fingerprints(target.base[low:high])
+        if not whole:
+            indices = (positions[low:high] - begins[number]).to(pattern.index_dtype(sizes[number])).cpu()
+            proof = fingerprints(target.base[own])
         piece = Piece(name, tuple(shape), dtype_name(target.values.dtype), high - low, proof)
-        yield _Cut(piece, indices, target.name, low, high)
+        yield _Cut(piece, indices, target.name, own)
+
+
+def _sorted(positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Positions in ascending order, and that order, None where they had it."""
+    if bool((positions[1:] > positions[:-1]).all()):
+        return positions, None
+    return positions.sort()
+
+
+def _refuse_shared(cuts: Sequence[_Cut]) -> None:
+    """Prove that each tensor of the copy holds entries of one parameter.
+
+    Raises:
+        ValueError: One holds several.
+    """
+    firsts: dict[str, str] = {}
+    for cut in cuts:
+        first = firsts.setdefault(cut.piece.name, cut.target)
+        if first != cut.target:
+            raise ValueError(
+                f"DeltaSync: {first} and {cut.target} are one tensor of the checkpoint, {cut.piece.name}; leave out checkpoint=, "
+                "and give the copy the names of the model"
+            )
 
 
 def _of_applied(model: nn.Module) -> list[TensorPatch]:

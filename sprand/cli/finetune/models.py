@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...selection.targets import new_layers, view_of
 from .. import CliError, require
 from ..files import reason_of
 
@@ -113,8 +114,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """The modules of a classifier that start from random weights, and so train in full under every method."""
-    return [name for name, _ in model.named_children() if name in ("classifier", "score", "classification_head")]
+    """The modules that start from random weights, and so train in full under every method: a head, and what is new below it."""
+    heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "classification_head")]
+    return heads + [name for name in new_layers(view_of(model)) if name.partition(".")[0] not in heads]
 
 
 def _encoder(transformers: Any, name: str, options: dict[str, Any]) -> nn.Module:

@@ -90,6 +90,10 @@ class Run:
         model, tokenizer = models.load(
             settings.model, dataset.task, len(dataset.labels), settings.dtype, settings.pooling, settings.seed
         )
+        if dataset.labels:
+            names = [str(label) for label in dataset.labels]
+            model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+            model.config.problem_type = "single_label_classification"
         return model.to(self.device), tokenizer
 
     def train_entries(self) -> None:
