@@ -309,3 +309,17 @@ def test_a_layer_inside_of_a_module_with_parameters_of_its_own_is_unloaded_too(m
     unloaded = model.merge_and_unload() if merge else model.unload()
     assert torch.equal(unloaded(x), expected)
     assert [type(module) for module in unloaded.modules()] == [type(module) for module in plain.modules()]
+
+
+def test_an_adapter_of_a_layer_inside_of_a_module_with_parameters_of_its_own_goes_through_either_door(tmp_path):
+    x, base = points_and_labels()[0], built(lambda: nn.Sequential(Embeddings(), nn.Tanh(), nn.Linear(16, 4)))
+    fields = {"density": 0.5, "target_modules": None, "target_parameters": ["0.position", "0.patch.weight", "2.weight"]}
+    theirs = peft.get_peft_model(copy.deepcopy(base), SprandConfig(**fields))
+    for p in trainable(theirs):
+        p.data.normal_()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = sprand.load(copy.deepcopy(base), tmp_path / "theirs")
+    assert torch.equal(ours(x), theirs(x))
+    sprand.save(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert torch.equal(again(x), theirs(x))

@@ -29,7 +29,14 @@ class Call:
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         arguments = {name: cast(value, dtype) for name, value in self.arguments.items()}
         torch.manual_seed(0)
-        return list(floating(getattr(model, self.method)(**arguments)))
+        return list(floating(Caller()(model, self.method, arguments)))
+
+
+class Caller(nn.Module):
+    """Calls a method in a call of a module, as the model's own `forward` calls it."""
+
+    def forward(self, model: nn.Module, method: str, arguments: Mapping[str, Any]) -> Any:
+        return model(**arguments) if method == "forward" else getattr(model, method)(**arguments)
 
 
 def outputs(model: nn.Module, calls: list[Call]) -> list[Tensor]:

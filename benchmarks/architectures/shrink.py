@@ -26,13 +26,16 @@ LIMITS = (
     (r"moe_.*intermediate_size|.*experts?_.*size", 48),
     (r".*(intermediate_size|ffn_dim|mlp_dim|d_ff|ff_dim|d_inner|linear_units|feedforward_dim|ffn_hidden_size|dff|dim_ff)", 96),
     (r".*_rank|.*(state_size|d_state)", 8),
-    (r"patch_size|.*mel_bins|num_frames|temporal_patch_size|image_size|.*sample_rate|sampling_rate", math.inf),
+    (
+        r"patch_size|.*mel_bins|model_in_dim|mel_dim|num_frames|temporal_patch_size|image_size|.*sample_rate|sampling_rate",
+        math.inf,
+    ),
     (r".*(positions?|position_embeddings|n_ctx|max_seq_len|max_length|length)", 128),
     (r"mm_tokens_per_image|vision_soft_tokens_per_image|n_tokens_per_image", 4),
     (r".*(queries|query_tokens|proposals|latents|bins|codebooks|points)", 16),
     (r".*(size|per_layer_input|dim|dims|channels|d_model|n_embd|width|hidden|units)", 64),
 )
-WIDTHS = r"(.*_)?(hidden_sizes|dims?|channels|channel_list|embed_dims?|embed_dim_per_stage|embed_dims)|tdnn_dim"
+WIDTHS = r"(?!stage_|stem_)(.*_)?(hidden_sizes|dims?|channels|channel_list|embed_dims?|embed_dim_per_stage|embed_dims)|tdnn_dim"
 DEPTHS = r".*(depths?|blocks_per_stage|block_repeats|num_blocks|numb_of_layers|block_sizes|attn_blocks)"
 NUMBERS = r".*(index|indexes|indices|idxs|_layers|_ids)"
 TOKENS = r".*(token_id|token_index|_start_id|_end_id|_bos_id|_eos_id|_pad_id|eos_token_id|image_patch_id|im_newline_id)"
@@ -47,12 +50,16 @@ NEEDED = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "glm4v_moe_text": {"rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [1, 1, 2]}},
+    "glm5_next_text": {"index_topk": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "wav2vec2-bert": {"vocab_size": 64},
     "wav2vec2-conformer": {"vocab_size": 64},
-    **{name: MROPE for name in ("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glm_image_text")},
+    **{name: MROPE for name in ("glm4v_text", "glm_ocr_text", "glm_image_text")},
     **{name: MROPE for name in ("qwen2_vl_text", "qwen2_5_vl_text")},
     **{name: HEAD for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..layers.sites import WRAPPED, Site, plain_name
 from ..selection import pattern
 from .adapter_target import AdapterTarget
 from .config import SprandConfig
-from .layer import adapter_targets
+from .layer import SprandLayer, adapter_targets
 from .plan import check_same_base, describe
 
 
@@ -32,6 +33,7 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
     own = {name for pair in names for name in pair}
     gathered = _gathered(model, {name: value for name, value in state_dict.items() if plain_name(name) in own})
     result = {plain_name(name): value for name, value in gathered.items()}
+    outer = _outer_layers(model)
     heads = {name: value for name, value in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
     state_dict.update(_gathered(model, heads))  # PEFT takes them from there
     described = {}
@@ -48,7 +50,7 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
         "versions": dict(VERSIONS),
         "architecture": architecture_of(base, with_head=bool(heads)),
     }
-    return result
+    return {_in_base(name, outer): value for name, value in result.items()}
 
 
 def put_back(
@@ -71,18 +73,34 @@ def put_back(
         ValueError: Values are missing or not finite, or the base is another one.
     """
     result, stored = dict(tensors), {plain_name(name): name for name in tensors}
+    outer = _outer_layers(model)
     for key, layer, parameter, target in adapter_targets(model, adapter_name):
         names = _names(_name_in_state(key), parameter, adapter_name)
         for name in names:
             plain = stored_as(plain_name(name), adapter_name)
-            for known in (plain, PREFIX + plain):  # a model into which layers were injected has no prefix
-                if known in stored:
-                    result[name] = result.pop(stored[known])
+            for known in dict.fromkeys((plain, _in_base(plain, outer))):
+                for full in (known, PREFIX + known):  # a model into which layers were injected has no prefix
+                    if full in stored:
+                        result[name] = result.pop(stored[full])
         delta, indices = map(result.get, names)
         _check_loaded(config, adapter_name, layer.sprand_site(parameter), target, delta, indices)
         if indices is not None:
             config.indices = (config.indices or {}) | {target.name: indices}
     return result
+
+
+def _outer_layers(model: nn.Module) -> list[str]:
+    """The names of our layers that have others inside of them, from the inside out."""
+    names = [plain_name(key) for key, module in model.named_modules() if isinstance(module, SprandLayer)]
+    return [name for name, following in itertools.pairwise(names) if following.startswith(f"{name}.base_layer.")][::-1]
+
+
+def _in_base(name: str, outer: Iterable[str]) -> str:
+    """A name as it is without our layers around it, as other readers of the file know it."""
+    for layer in outer:
+        if name.startswith(f"{layer}.base_layer."):
+            name = layer + name.removeprefix(f"{layer}.base_layer")
+    return name
 
 
 def _name_in_state(key: str) -> str:
