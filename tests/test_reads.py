@@ -1,23 +1,37 @@
-"""Weights that are read past their module's forward: they train as in dense autograd, through both doors, or it is said."""
+"""Weights that are read past their module's forward train as in dense autograd, through both doors."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import types
-import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import sprand
 from models import Tied, built
 from sprand.layers.sites import sites_of
+from weight_readers import (
+    BOTH,
+    DOORS,
+    NOTHING_SAID,
+    Pair,
+    Read,
+    ReadAndCalled,
+    called_through,
+    first_changed,
+    prune_half,
+    through_apply,
+)
+
+pytestmark = NOTHING_SAID
 
 
 class Kernel(torch.autograd.Function):
@@ -32,24 +46,6 @@ class Kernel(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         return grad @ weight, grad.t() @ x if ctx.needs_input_grad[1] else None
-
-
-class Pair(nn.Module):
-    """Two linear layers, to be used in unusual ways."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
-
-
-class Read(Pair):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(torch.tanh(F.linear(x, self.a.weight, self.a.bias)), self.b.weight)
-
-
-class ReadAndCalled(Pair):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x))) @ self.b.weight @ self.a.weight
 
 
 class Fused(Pair):
@@ -94,28 +90,11 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
-def first_changed(change: Callable[[nn.Module], object]) -> nn.Module:
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
-    change(model[0])
-    return model.eval()  # a spectral norm moves its vectors while it trains
-
-
-def called_through(layer: nn.Module) -> None:
-    """As tools do that put a function in front of a layer: they keep the forward it had."""
-    forward = layer.forward
-    layer.forward = lambda x: 2 * forward(x)
-
-
 def written_anew(layer: nn.Module) -> None:
     """As kernels are put in place of a layer's own."""
     layer.forward = types.MethodType(lambda self, x: Kernel.apply(x, self.weight) - self.bias, layer)
 
 
-def prune_half(layer: nn.Module) -> None:
-    prune.l1_unstructured(layer, "weight", 0.5)
-
-
-BOTH = ["a.weight", "b.weight"]
 NORMED = "0.parametrizations.weight.original"
 OF_ATTENTION = ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
 KINDS = {
@@ -141,26 +120,8 @@ KINDS = {
 }  # fmt: skip
 
 
-def through_apply(model: nn.Module, targets: list[str]) -> nn.Module:
-    return sprand.apply(model, target_modules=None, target_parameters=targets, density=0.5)
-
-
-def through_peft(model: nn.Module, targets: list[str]) -> nn.Module:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    from sprand.peft import SprandConfig
-
-    return peft.get_peft_model(model, SprandConfig(target_modules=[], target_parameters=targets, density=0.5))
-
-
-DOORS = pytest.mark.parametrize("door", [through_apply, through_peft], ids=lambda door: door.__name__)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_said():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="sprand")
-        warnings.filterwarnings("ignore", message=".*weight_norm. is deprecated")
-        yield
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def doubles(make: Callable[[], nn.Module]) -> nn.Module:
@@ -193,6 +154,49 @@ def test_what_is_read_trains_as_in_dense_autograd(door, kind):
         assert torch.equal(merged(x), trained)
 
 
+SAVED = ("lists", "pruned", "weight_norm by a hook", "orthogonal", "another forward")
+
+
+@DOORS
+@pytest.mark.parametrize("kind", SAVED)
+def test_what_is_read_is_saved_loaded_and_taken_off(door, kind, tmp_path):
+    make, targets = KINDS[kind]
+    model, fresh, x = doubles(make), doubles(make), torch.randn(3, 6, dtype=torch.float64)
+    adapted, base = door(model, targets), fresh(x)
+    for p in trained_parameters(adapted):
+        p.data.normal_()
+    trained = model(x)
+    assert not torch.equal(trained, base)
+    if door is through_apply:
+        sprand.save(model, tmp_path)
+        assert torch.equal(sprand.load(fresh, tmp_path)(x), trained)
+        with sprand.disabled(model):
+            assert torch.equal(model(x), base)
+        assert torch.equal(sprand.unmerge(model)(x), base)
+    else:
+        peft = pytest.importorskip("peft")
+        adapted.save_pretrained(tmp_path)
+        assert torch.equal(peft.PeftModel.from_pretrained(fresh, tmp_path)(x), trained)
+        with adapted.disable_adapter():
+            assert torch.equal(model(x), base)
+        assert torch.equal(adapted.unload()(x), base)
+
+
+@DOORS
+def test_deltas_given_to_a_functional_call_are_those_that_are_read(door):
+    model, x = doubles(ReadAndCalled), torch.randn(3, 6, dtype=torch.float64)
+    adapted = door(model, BOTH)
+    given = {name: torch.randn_like(p, requires_grad=True) for name, p in adapted.named_parameters() if p.requires_grad}
+    loss = functional_call(adapted, given, (x,)).square().mean()
+    gradients = torch.autograd.grad(loss, list(given.values()))
+    for p, value in zip(trained_parameters(adapted), given.values(), strict=True):
+        p.data.copy_(value.detach())
+    assert torch.equal(loss, adapted(x).square().mean())
+    adapted(x).square().mean().backward()
+    for p, gradient in zip(trained_parameters(adapted), gradients, strict=True):
+        assert torch.equal(p.grad, gradient)
+
+
 @DOORS
 @pytest.mark.parametrize("make", [Read, ReadAndCalled])
 def test_compiled_code_reads_as_eager_code_does(door, make):
@@ -203,7 +207,7 @@ def test_compiled_code_reads_as_eager_code_does(door, make):
         adapted = door(model, BOTH)
         called = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         called(torch.ones(3, 6, dtype=torch.float64)).square().mean().backward()
-        gradients.append([p.grad for p in adapted.parameters() if p.requires_grad])
+        gradients.append([p.grad for p in trained_parameters(adapted)])
     torch.compiler.reset()
     for eager, graph in zip(*gradients, strict=True):
         torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-14)
@@ -215,7 +219,7 @@ def test_without_gradients_a_read_sees_what_was_trained(door):
     model, x = doubles(Read), torch.randn(3, 6, dtype=torch.float64)
     adapted = door(model, BOTH)
     before = model(x).detach()
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD(trained_parameters(adapted), lr=1.0)
     model(x).square().mean().backward()
     optimizer.step()
     with torch.no_grad():
@@ -263,115 +267,6 @@ def test_a_layer_with_hooks_of_accelerate_has_its_sampled_gradient_and_can_be_le
     assert torch.equal(sprand.unmerge(model)(x), sprand.unmerge(plain)(x))
     hooks.remove_hook_from_module(model.a)
     assert torch.equal(model(x), plain(x))
-
-
-COMPUTED = {
-    "prune": (prune_half, r"from weight_orig .* target_parameters=\['0.weight_orig'\]"),
-    "weight_norm by a hook": (weight_norm, "from weight_g, weight_v"),
-    "weight_norm": (parametrizations.weight_norm, "from parametrizations.weight.original0, parametrizations.weight.original1"),
-}
-
-
-@pytest.mark.parametrize("targets", ["all-linear", r"\d", ["0"], ["0", "2"]], ids=str)
-@pytest.mark.parametrize("change", COMPUTED.values(), ids=COMPUTED)
-def test_both_doors_refuse_a_weight_that_is_computed_and_say_from_what(change, targets):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    from sprand.peft import SprandConfig
-
-    model = first_changed(change[0])
-    flags, said = [p.requires_grad for p in model.parameters()], []
-    for door in (sprand.apply, lambda model, **fields: peft.get_peft_model(model, SprandConfig(**fields))):
-        with pytest.raises(ValueError, match=f"the weight of 0 .* is computed anew in every forward, {change[1]}") as refused:
-            door(model, target_modules=targets, density=0.5)
-        said.append(str(refused.value))
-        assert [p.requires_grad for p in model.parameters()] == flags and not hasattr(model, "_sprand")
-    assert said[0] == said[1]
-    assert list(sprand.select(model, exclude_modules=["0"], density=0.5)) == ["2.weight"]
-
-
-class Bypassed(Pair):
-    """A layer whose weight is kept where nobody sees that it is read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.product = functools.partial(F.linear, weight=self.b.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(torch.tanh(self.a(x)))
-
-
-UNSEEN = "sprand: the first backward gave the entries of 1 of 2 weights no gradient: b.weight. Either this loss"
-
-
-@DOORS
-def test_the_first_backward_names_what_it_gave_no_gradient_and_says_it_once(door):
-    model, x = built(Bypassed), torch.randn(3, 6)
-    door(model, BOTH)
-    with pytest.warns(UserWarning, match=UNSEEN):
-        model(x).sum().backward()
-    model(x).sum().backward()
-    copy.deepcopy(model)(x).sum().backward()
-
-
-def test_where_only_modules_in_full_have_gradients_that_is_said():
-    model = built(Bypassed)
-    sprand.apply(model, target_modules=["b"], modules_to_save=["a"], density=0.5)
-    with pytest.warns(UserWarning, match="gave the entries of 1 of 1 weights no gradient: b.weight"):
-        model(torch.randn(3, 6)).sum().backward()
-
-
-class Held(Pair):
-    """A model that keeps weights in a list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = [self.a.weight, self.b.weight]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x)) + x @ self.weights[0].t() @ self.weights[1].t()
-
-
-@DOORS
-def test_weights_that_a_model_keeps_in_a_list_are_named_before_anything_trains(door):
-    told = (
-        r"sprand: weights that train are held beside their modules as well, a.weight in Held.weights, b.weight in Held.weights;"
-    )
-    with pytest.warns(UserWarning, match=told):
-        door(built(Held), BOTH)
-
-
-class BypassedInSegments(Bypassed):
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(super().forward, x, use_reentrant=True)
-
-
-def test_gradients_of_backwards_inside_of_another_are_looked_at_when_an_optimizer_steps():
-    model, x = sprand.apply(built(BypassedInSegments), density=0.5), torch.randn(3, 6, requires_grad=True)
-    optimizer = torch.optim.SGD(sprand.parameters(model), lr=0.1)
-    model(x).sum().backward()
-    with pytest.warns(UserWarning, match=UNSEEN):
-        optimizer.step()
-    optimizer.step()
-
-
-@DOORS
-def test_a_loss_that_reads_a_weight_outside_of_any_forward_is_told_what_it_loses(door):
-    model, x = built(ReadAndCalled), torch.randn(3, 6)
-    door(model, BOTH)
-    loss = model(x).sum()
-    with pytest.warns(UserWarning, match=r"sprand: a\.weight is read outside of any forward while its gradient is still to come"):
-        loss = loss + model.a.weight.square().sum()
-    with torch.no_grad():
-        model.a.weight.norm()
-    loss.backward()
-    model.a.weight.norm()
-
-
-@DOORS
-def test_both_doors_refuse_torchscript_in_words(door):
-    model = nn.ModuleDict({"inner": torch.jit.trace(nn.Linear(6, 8), torch.randn(2, 6))})
-    with pytest.raises(ValueError, match="inner is TorchScript, whose code reads weights where no entries can train; give the"):
-        door(model, ["inner.weight"])
 
 
 def test_a_forward_that_a_tool_has_taken_from_a_layer_serves_the_merged_layer():

@@ -37,6 +37,17 @@ class Experts(nn.Module):
         return torch.einsum("nti,eio,eoj->ntj", x, self.up, self.down)
 
 
+class Reader(nn.Module):
+    """A module that reads the weight of a layer and does not call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.layer.weight) @ self.layer.weight
+
+
 class Recurrent(nn.Module):
     """A recurrent layer, whose parameters are read from a list."""
 
@@ -74,6 +85,7 @@ KINDS = {
     ),
     "norm": (lambda: nn.Sequential(nn.LayerNorm(8)), ("0.weight", "0.bias"), features),
     "attention": (Attention, ("attention.in_proj_weight", "attention.in_proj_bias"), features),
+    "a layer that is read": (lambda: nn.Sequential(Reader()), ("0.layer.weight",), features),
     "experts": (lambda: nn.Sequential(Experts()), ("0.up", "0.down"), features),
     "LSTM": (lambda: Recurrent(nn.LSTM), ("rnn.weight_ih_l0", "rnn.weight_hh_l1", "rnn.bias_ih_l0"), features),
     "GRU": (lambda: Recurrent(nn.GRU), ("rnn.weight_hh_l0",), features),

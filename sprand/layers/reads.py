@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 MOVERS = "accelerate."  # its hooks read what they move from device to device, in the call of a module
+LIBRARIES = (MOVERS, "torch.", "transformers.")  # they read weights to print, tie or replace them
+BETWEEN = ("sprand.", "peft.")  # their layers hand on what they wrap
 NAMED = 5  # how many weights a warning names
 _KNOWN = ("_parameters", "_buffers", "_modules", "_flat_weights")  # the last is that of recurrent layers, which we know
-_READER = 3  # how many functions lie between these and what reads a weight
 _CALL = nn.Module._call_impl.__code__
 
 
 def is_to_be_moved() -> bool:
     """Whether a tool that moves tensors about reads a weight now, and must get the parameter itself."""
-    return not torch.compiler.is_compiling() and sys._getframe(_READER).f_globals.get("__name__", "").startswith(MOVERS)
+    return not torch.compiler.is_compiling() and _reader().startswith(MOVERS)
 
 
 def is_to_be_used() -> bool:
@@ -64,10 +65,18 @@ def tell_of_holders(model: nn.Module, names: Mapping[int, str]) -> None:
 
 def tell_of_lost_gradient(target: Any) -> None:
     """Warn where a weight is read outside of any call, between its own forward and backward: a loss that uses it loses a part."""
-    if not torch.is_grad_enabled() or target.written is None or not target.written.is_awaited:
+    if target.written is None or not target.written.is_awaited or not torch.is_grad_enabled() or _reader().startswith(LIBRARIES):
         return
     warnings.warn(
         f"sprand: {target.name} is read outside of any forward while its gradient is still to come, and what a loss computes "
         "from it there gives its entries no gradient; compute that in the forward of a module, which may be one around the loss",
         stacklevel=4,
     )
+
+
+def _reader() -> str:
+    """The module whose code reads a weight."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").startswith(BETWEEN) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__", "")
