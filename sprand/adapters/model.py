@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..layers import sharding, sites
+from ..layers import offload, sharding, sites
 from ..layers.attached import set_active
 from ..layers.module import sparse_modules
 from ..selection.config import AS_GIVEN, SparseConfig
@@ -59,6 +59,8 @@ def write(model: nn.Module) -> None:
         ValueError: The model has no trained entries.
     """
     state_of(model)
+    sharding.refuse_fsdp1(model, "write")
+    offload.refuse(model, "write")
     write_all(model)
 
 
@@ -95,6 +97,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 def _end(model: nn.Module, what: str, keep: bool) -> nn.Module:
     state = state_of(model)
     sharding.refuse(model, what, ELSEWHERE)
+    offload.refuse(model, what)
     take_off(model, state, keep)
     release(model, state)
     return model
@@ -147,6 +150,7 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
     """
     state = state_of(model)
     sharding.refuse(model, "switch", "make the adapter active before the model is sharded")
+    offload.refuse(model, "switch")
     weights = {name: 1.0} if isinstance(name, str) else name
     if weights is not None:
         check_weights("switch", state, weights)
@@ -158,6 +162,8 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
 
 
 def _refuse_to_disable(model: nn.Module, state: State) -> None:
+    sharding.refuse_fsdp1(model, "disabled")
+    offload.refuse(model, "disabled")
     kind = sharding.kind_of(model)
     if kind is None:
         return
@@ -204,6 +210,7 @@ def combine(
     """
     state, rule = state_of(model), Rule(method, density, seed, signs)
     sharding.refuse(model, "combine", "combine the adapters before the model is sharded")
+    offload.refuse(model, "combine")
     if name in state.adapters:
         raise ValueError(f"combine: adapter {name!r} is loaded already; choose another name")
     check_weights("combine", state, weights)

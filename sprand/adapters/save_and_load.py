@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..kernels.dtypes import dtype_name
-from ..layers import sharding
+from ..layers import offload, sharding
 from ..layers.sites import Site, named_parameters, sites_of
 from ..selection import pattern
 from ..selection.config import SparseConfig
@@ -37,8 +37,9 @@ from .state import Adapter, State, known_state, state_of, whole_tensors
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the active adapter to a folder: 4 bytes per trained weight for a random pattern, 8 for another.
 
-    Of a model sharded by FSDP2 or ZeRO-3 every rank must call this: the deltas are gathered, the first rank writes, and the
-    folder is there when any of them returns. Elsewhere nothing is sent, and one rank may save alone.
+    Of a model sharded by FSDP or ZeRO-3 every rank must call this (of FSDP1 with the wrapper itself): the deltas are gathered,
+    the first rank writes, and the folder is there when any of them returns. Elsewhere nothing is sent, and one rank may save
+    alone.
 
     Args:
         model: a model with trained entries.
@@ -48,14 +49,22 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: The model has no trained entries, a value is not finite, or the path is that of a file.
+        ValueError: The model has no trained entries, or accelerate has offloaded them, a value is not finite, or the path is that
+            of a file.
         OSError: The folder cannot be written; an adapter that was there is untouched.
     """
     state = state_of(model)
     adapter = state.current
     if adapter is None:
         raise ValueError("save: no adapter is active; call sprand.switch(model, name) first")
+    offload.refuse(model, "save")
     sharding.reshard(model)
+    with sharding.gathered(model, "save"):
+        return _save(model, state, adapter, path)
+
+
+def _save(model: nn.Module, state: State, adapter: Adapter, path: str | os.PathLike[str]) -> Path:
+    """Write an adapter whose tensors are whole, or can be gathered one by one."""
     trained = {site.name: _trained(adapter, site) for site in sites_of(model)}
     if state.mixed is None and all(_is_drawn(adapter.config, name, part) for name, part in trained.items()):
         trained = {name: dataclasses.replace(part, indices=None) for name, part in trained.items()}
@@ -192,6 +201,11 @@ def _matching(path: Path, tensors: Mapping[str, Tensor], name: str, shape: list[
     if name not in tensors:
         raise ValueError(f"{path} was made for another model: this one has no parameter {name!r}")
     weight = tensors[name]
+    if weight.is_meta:
+        raise ValueError(
+            f"{path}: expected {name} in memory, got it on the meta device; load the model's weights first. Where accelerate has "
+            f"offloaded them (device_map, cpu_offload, disk_offload), {offload.INSTEAD}"
+        )
     trainable = dtype_name(weight.dtype) in DTYPES or not isinstance(weight, nn.Parameter)
     if not trainable or not weight.is_contiguous():
         raise ValueError(

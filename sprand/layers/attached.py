@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
-from . import sharding
+from . import offload, sharding
 from .entries import Candidates, Entries, Schedules, Written
 from .module import SparseModule, change_class, sparse_class, track, untrack, write_parameters
 from .sites import Owner, Site, joined, site_of
@@ -80,8 +80,11 @@ class AttachedModule(SparseModule):
 
     def sparse_entries(self, parameter: str = "weight") -> Entries:
         target, buffers = self._sprand_targets[parameter], self._buffers
+        delta = self._parameters[target.delta]
+        if "_hf_hook" in self.__dict__ and offload.is_offloaded(self):
+            offload.refuse_gradient(delta)
         return Entries(
-            self._parameters[target.delta],
+            delta,
             buffers[target.indices],
             buffers[target.base],
             target.scale,

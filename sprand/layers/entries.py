@@ -199,7 +199,17 @@ class Entries:
         ops.patch_(weight.data, self.indices, self.base.to(weight.dtype), None)
 
     def _change(self) -> Tensor:
-        """The delta in the dtype that the operators add in."""
+        """The delta in the dtype that the operators add in.
+
+        Raises:
+            ValueError: It is on the meta device, and the weight is not.
+        """
+        if self.delta.is_meta and not self.base.is_meta:
+            raise ValueError(
+                "expected the trained values beside their weight, got them on the meta device: nothing was loaded into them, or "
+                "accelerate has offloaded them (device_map, cpu_offload, disk_offload) and brings them for calls of their own "
+                "module alone; merge the adapter before the model is offloaded"
+            )
         return self.delta.detach().to(ops.accumulation_dtype(self.base.dtype))
 
     def _end_mark(self, weight: Tensor) -> None:

@@ -312,13 +312,18 @@ class _Write(NamedTuple):
     def is_plain(self) -> bool:
         """Whether it can be written by one call together with others."""
         tensors = self.weight.data, self.entries.delta.data
-        at_hand = not sharding.is_partition(self.weight) and all(type(tensor) is Tensor for tensor in tensors)
+        at_hand = not self.is_put_away and all(type(tensor) is Tensor for tensor in tensors)
         return at_hand and self.weight.dtype == self.entries.base.dtype
+
+    @property
+    def is_put_away(self) -> bool:
+        """Whether the weight is written where it is used alone: ZeRO-3, FSDP1 and accelerate's offload bring it there."""
+        return self.weight.is_meta or sharding.is_partition(self.weight) or sharding.is_of_fsdp1(self.weight)
 
     def alone(self) -> None:
         """Write it by a call of its own, or as much of it as this rank holds."""
         weight, entries = self.weight, self.entries
-        if sharding.is_partition(weight) or (weight.is_meta and sharding.is_dtensor(weight)):
+        if self.is_put_away:
             return
         if sharding.is_dtensor(weight):
             delta = sharding.whole(entries.delta) if self.trained else None

@@ -96,6 +96,34 @@ def refuse(model: nn.Module, what: str, instead: str) -> None:
         raise ValueError(f"{what}: expected a model whose parameters are whole, got one sharded by {KINDS[kind]}; {instead}")
 
 
+def refuse_fsdp1(model: nn.Module, what: str) -> None:
+    """Refuse a model of FSDP1, which may keep a weight as the last forward left it.
+
+    Raises:
+        ValueError: The model is one.
+    """
+    if kind_of(model) == "fsdp1":
+        raise ValueError(f"{what}: {KINDS['fsdp1']} cannot do this; shard the model by fully_shard (FSDP2) instead")
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module, what: str) -> Iterator[None]:
+    """The parameters of an FSDP1 model whole, inside of a `with` block that every rank enters; others stay as they are.
+
+    Raises:
+        ValueError: This is the model inside of the wrapper, which cannot be gathered by itself.
+    """
+    if kind_of(model) != "fsdp1":
+        yield
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if not isinstance(model, FullyShardedDataParallel):
+        raise ValueError(f"{what}: expected the FullyShardedDataParallel wrapper itself (FSDP1), got the model in it")
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        yield
+
+
 def refuse_parts(model: nn.Module) -> None:
     """Refuse a model in which no positions can be drawn, since its weights are not whole; the caller may gather those of ZeRO-3.
 

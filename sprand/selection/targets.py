@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..layers.offload import check_at_hand
 from ..layers.sites import Site, distinct, joined, named_modules, weights_of
 from .config import SparseConfig
 
@@ -79,7 +80,8 @@ def find_targets(view: View, config: SparseConfig, in_full: Collection[str] | No
         in_full: names of the modules that train in full; by default those that `config.modules_to_save` names.
 
     Raises:
-        ValueError: A name in the configuration matches nothing, or nothing is left to choose entries of.
+        ValueError: A name in the configuration matches nothing, nothing is left to choose entries of, or accelerate has offloaded
+            a target.
     """
     masks = _masks(view, config) if isinstance(config.strategy, Mapping) else None
     names = _matching(view, config) if masks is None else set(masks)
@@ -90,6 +92,8 @@ def find_targets(view: View, config: SparseConfig, in_full: Collection[str] | No
     sites = [site for site in view.sites() if site.name in in_part]
     if names and not sites:
         raise ValueError(f"modules_to_save: it trains all targets in full, {', '.join(sorted(names)[:5])}; target more")
+    for site in (*sites, *saved):
+        check_at_hand(site)
     _warn_of_new(view, sites)
     numel = sum(site.numel for site in view.sites() if site.name not in apart)
     return Targets(view.model, sites, saved, numel, masks)

@@ -20,7 +20,7 @@ from ..checkpoint.patches import TensorPatch
 from ..checkpoint.shards import open_checkpoint
 from ..kernels import ops
 from ..kernels.dtypes import dtype_name
-from ..layers import sharding
+from ..layers import offload, sharding
 from ..layers.module import targets_by_delta
 from ..layers.sites import Site, named_parameters, sites_of
 from ..selection import pattern
@@ -191,6 +191,8 @@ class DeltaSync:
 
     def _read(self) -> list[TensorPatch]:
         """What the model trains now, tensor by tensor."""
+        sharding.refuse_fsdp1(self.model, "DeltaSync")
+        offload.refuse(self.model, "DeltaSync")
         with torch.no_grad():
             sharding.reshard(self.model)
             return _of_peft(self.model) if hasattr(self.model, "peft_config") else _of_applied(self.model)

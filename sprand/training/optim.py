@@ -159,6 +159,11 @@ class SparseAdamW(torch.optim.AdamW):
         if grad_scale is not None:
             factor = grad_scale.to(factor).reciprocal()
         if self.max_grad_norm is not None:
+            if any(sharding.is_of_fsdp1(p) for group in self.param_groups for p in group["params"]):
+                raise ValueError(
+                    "SparseAdamW: max_grad_norm sees the gradients of one rank under FullyShardedDataParallel (FSDP1); call its "
+                    "clip_grad_norm_ before the step instead, or shard by fully_shard (FSDP2)"
+                )
             norm = torch.nn.utils.get_total_norm(grads)
             self.grad_norm = sharding.whole(norm) * factor
             clipped = self.max_grad_norm / (self.grad_norm + 1e-6)
@@ -223,7 +228,7 @@ def _fusable(p: nn.Parameter, module: SparseModule, name: str) -> bool:
     if not isinstance(module, SparseModule):  # the delta of a weight that is stored packed
         return False
     weight = module._parameters[name]
-    if type(p.data) is not Tensor or type(weight.data) is not Tensor or not weight.is_contiguous():
+    if sharding.is_sharded(p) or type(p.data) is not Tensor or type(weight.data) is not Tensor or not weight.is_contiguous():
         return False
     entries = module.sparse_entries(name)
     own = entries.delta is p and module.sparse_active
