@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -58,6 +59,50 @@ def test_pre_commit_has_the_tools_of_the_dev_extra():
     used = {pin for hook in hooks for pin in hook["additional_dependencies"]}
     of_dev = {pin for pin in PROJECT["optional-dependencies"]["dev"] if not pin.startswith("mypy")}
     assert used == of_dev and all("==" in pin for pin in used)
+
+
+def limits():
+    spec = importlib.util.spec_from_file_location("write_limits", ROOT / "docs" / "write_limits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_limits_lists_every_refusal():
+    """In whatever order a merge has left the rows."""
+    written, now = read("docs/limits.md").splitlines(), limits().page().splitlines()
+    assert sorted(written) == sorted(now), "an error is new or reads otherwise: run `python docs/write_limits.py`"
+
+
+REFUSALS = """
+ELSEWHERE = "use another place"
+def refuse(what, instead):
+    raise ValueError(f"{what}: expected a whole model, got a sharded one; {instead}")
+def first(name, value):
+    refuse("first", ELSEWHERE)
+    if value is None:
+        raise TypeError(_reason(name))
+    raise ValueError(f"{name}: expected a number, got {value!r}")
+def second(path):
+    refuse("second", "do it before")
+    how = "load it in 16 bits"
+    raise NotImplementedError(f"{path} is quantized, " "and stays so; " + f"{how}")
+def _reason(name):
+    return f"{name}: these {len(name)} letters cannot be trained; write others"
+"""
+
+
+def test_limits_are_read_from_the_source_with_what_callers_say(tmp_path):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "door.py").write_text(REFUSALS)
+    assert limits().rows(tmp_path) == {
+        "Quantized bases": ["| *path* is quantized, and stays so | load it in 16 bits |"],
+        "Several devices, sharded and wrapped models": [
+            "| first: expected a whole model, got a sharded one | use another place |",
+            "| second: expected a whole model, got a sharded one | do it before |",
+        ],
+        "PEFT": ["| these … letters cannot be trained | write others |"],
+    }
 
 
 def commands(workflow: Path) -> list[str]:

@@ -70,7 +70,9 @@ def _check_mixable(name: str, state: State, drop_heads: bool) -> None:
             "mixed; sprand.combine(model, weights, drop_heads=True) leaves them out"
         )
     if adapter.frozen:
-        raise ValueError(f"switch: adapter {name!r} has entries frozen by a redrawn mask, which cannot be mixed")
+        raise ValueError(
+            f"switch: adapter {name!r} has entries frozen by a redrawn mask, which cannot be mixed; switch to it alone"
+        )
 
 
 def _parts(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[Part]]:

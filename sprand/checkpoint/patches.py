@@ -48,7 +48,10 @@ def patches_of(adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits) -> It
     for name, edit in edits.by_tensor.items():
         indices, values, base = _changed(checkpoint, edit)
         if torch.isnan(values).any() or torch.isnan(base).any():
-            raise ValueError(f"{name} would hold values that are no numbers, and vLLM takes those for untouched entries")
+            raise ValueError(
+                f"{name} would hold values that are no numbers, and vLLM takes those for untouched entries; take the last good "
+                "adapter"
+            )
         yield TensorPatch(name, edit.stored.shape, edit.stored.dtype, indices, values, base)
     edits.prove()
 

@@ -110,7 +110,9 @@ def _shira(folder: Path, tensors: Tensors, sites: Sites) -> list[Change]:
 
 def _supertuning(folder: Path, tensors: Tensors, sites: Sites) -> list[Change]:
     if any("supertuning_lora" in key for key in tensors):
-        raise ValueError(f"{folder}: this Super-Tuning adapter also has low-rank parts (r), which sprand cannot hold")
+        raise ValueError(
+            f"{folder}: this Super-Tuning adapter also has low-rank parts (r), which sprand cannot hold; use it through PEFT"
+        )
     stored = _stored(folder, tensors, sites, "supertuning", "values")
     return [_rounded_like_supertuning(_change(site, where, values)) for site, values, where in stored]
 

@@ -70,7 +70,9 @@ def _check_adapters(
         raise ValueError(f"adapter_name: {adapter_name!r} is there already; delete it first, or choose another name")
     heads = [name for name in adapters if configs[name].modules_to_save]
     if heads:
-        raise ValueError(f"adapters: {heads[0]!r} also trains whole modules (modules_to_save), which cannot be combined")
+        raise ValueError(
+            f"adapters: {heads[0]!r} also trains whole modules (modules_to_save), which cannot be combined; leave it out"
+        )
 
 
 def _part(target: AdapterTarget, name: str, number: int, weight: float) -> Part:
