@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 
 import numpy
 import pytest
@@ -134,6 +135,29 @@ def test_the_model_is_untouched_after_an_exception_of_synflow_and_of_a_callable(
     with pytest.raises(ZeroDivisionError):
         sprand.select(model, strategy=lambda *_: 1 / 0, data=batches(), loss_fn=loss_fn)
     assert before["modes"] == everything(model)["modes"] and before["flags"] == everything(model)["flags"]
+
+
+LABELLED = {
+    "pair": lambda x, y: (x, y),
+    "list": lambda x, y: [x, y],
+    "by name": lambda x, y: {"x": x, "target": y},
+    "with labels": lambda x, y: {"x": x, "labels": y},
+}
+
+
+@pytest.mark.parametrize("batch", LABELLED.values(), ids=LABELLED)
+def test_synflow_takes_the_inputs_of_labelled_batches_and_says_so(batch):
+    x, y = points_and_labels()
+    data = [batch(x, y)]
+    plain = sprand.select(built(MLP), strategy="synflow", density=0.1)
+    for loss in (None, loss_fn):
+        with pytest.warns(UserWarning, match="synflow: .* labels and loss_fn play no part"):
+            assert sprand.select(built(MLP), strategy="synflow", density=0.1, data=data, loss_fn=loss) == plain
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sprand.select(built(MLP), strategy="synflow", density=0.1, data=[x]) == plain
+    with pytest.raises(ValueError, match="synflow: this MLP cannot be called with the inputs of the data"):
+        sprand.select(built(MLP), strategy="synflow", density=0.1, data=[torch.ones(8, 3)])
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])

@@ -178,7 +178,7 @@ def _flows(model: nn.Module, group: Sequence[Site], batches: Batches | None, run
     sums = _zeros(group, run)
     batch = None if batches is None else next(iter(batches))[1]
     with sums.listening():
-        flow(model, batch)
+        flow(model, batch, run.loss_fn is not None)
     sums.finish(1)
     return sums
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -43,15 +45,16 @@ class Linear(TorchFunctionMode):
         return result.detach() if func in (torch.rsqrt, Tensor.rsqrt) else result
 
 
-def flow(model: nn.Module, batch: Any = None) -> None:
+def flow(model: nn.Module, batch: Any = None, has_loss: bool = False) -> None:
     """Run the pass forward and backward; targets that require a gradient get it, and the weights are as they were.
 
     Args:
         model: in evaluation mode.
         batch: what shapes the input has, for a model that takes neither `inputs_embeds` nor the input of its first layer.
+        has_loss: a loss function is given, for which the last of a tuple or list is labels.
 
     Raises:
-        ValueError: No input of ones can be made for this model.
+        ValueError: No input of ones can be made for this model, or it cannot be called with what the batch has.
     """
     with ExitStack() as stack:
         stack.enter_context(_absolute(model))
@@ -61,7 +64,7 @@ def flow(model: nn.Module, batch: Any = None) -> None:
             if isinstance(module, nn.Embedding) and batch is not None:
                 stack.callback(module.register_forward_hook(_ones_of).remove)
         stack.enter_context(Linear())
-        output = _ones_through(model) if batch is None else _ones_like_batch(model, batch)
+        output = _ones_through(model) if batch is None else _ones_like_batch(model, batch, has_loss)
         if not isinstance(output, Tensor):
             output = output.logits if hasattr(output, "logits") else output[0]
         output.sum().backward()
@@ -75,11 +78,34 @@ def _ones_of(module: nn.Module, inputs: Sequence[Any], output: Tensor) -> Tensor
     return torch.ones_like(output)
 
 
-def _ones_like_batch(model: nn.Module, batch: Any) -> Any:
-    """The output for a batch without labels whose floating point tensors are ones."""
+def _ones_like_batch(model: nn.Module, batch: Any, has_loss: bool) -> Any:
+    """The output for the inputs of a batch, whose floating point tensors are ones."""
+    inputs = _inputs_of(model, batch, has_loss)
+    if has_loss or (isinstance(batch, (Mapping, tuple, list)) and len(inputs) < len(batch)):
+        warnings.warn("synflow: of data it takes what the model's forward needs; labels and loss_fn play no part", stacklevel=2)
+    try:
+        return call(model, mapped(inputs, lambda value: torch.ones_like(value) if value.is_floating_point() else value))
+    except Exception as error:
+        raise ValueError(
+            f"synflow: this {type(model).__name__} cannot be called with the inputs of the data ({error}); give data= with one "
+            "batch of the model's input and nothing else"
+        ) from error
+
+
+def _inputs_of(model: nn.Module, batch: Any, has_loss: bool) -> Any:
+    """What of a batch is input: what the forward takes, of a tuple that goes with a loss without labels, its last, if it can."""
+    parameters = inspect.signature(model.forward).parameters
+    kinds = [parameter.kind for parameter in parameters.values()]
     if isinstance(batch, Mapping):
-        batch = {key: value for key, value in batch.items() if key not in LABELS}
-    return call(model, mapped(batch, lambda value: torch.ones_like(value) if value.is_floating_point() else value))
+        takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+        return {key: value for key, value in batch.items() if key not in LABELS and (takes_any or key in parameters)}
+    if isinstance(batch, (tuple, list)):
+        takes_any = inspect.Parameter.VAR_POSITIONAL in kinds
+        taken = [parameter for parameter in parameters.values() if parameter.kind < inspect.Parameter.VAR_POSITIONAL]
+        needed = sum(parameter.default is inspect.Parameter.empty for parameter in taken)
+        most = len(batch) if takes_any else len(taken)
+        return batch[: min(most, max(1, needed, len(batch) - has_loss))]
+    return batch
 
 
 def _ones_through(model: nn.Module) -> Any:
