@@ -251,6 +251,7 @@ def test_wrong_arguments_are_refused(emulated):
         "5": lambda op: op(grad_output, input, table, launch[1:], nnz),
         "multiple": lambda op: op(grad_output, input, table, launch, nnz - 1),
         "input \\[T, in\\]": lambda op: op(grad_output, input[1:], table, launch, nnz),
+        "aligned to 16 bytes": lambda op: op(grad_output, input, torch.cat([table[:1], table])[1:], launch, nnz),
         "CUDA error 1": lambda op: op(grad_output, input, table[4:], launch, nnz),
         "CUDA error": lambda op: op(grad_output, input, table, [9, *launch[1:]], nnz),
     }

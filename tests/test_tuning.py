@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import threading
 import time
 from dataclasses import replace
@@ -202,3 +204,15 @@ def test_a_layer_samples_by_the_schedule_for_the_dtype_of_its_operands(door, cas
         loss.backward()
     assert used == [str(cast or torch.float32)] * 3
     assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def test_a_copy_makes_the_schedules_of_its_own_card(copied, monkeypatch):
+    monkeypatch.setattr(sprand.layers.entries, "is_sampled_on_gpu", lambda weight: True)
+    monkeypatch.setattr(sprand.layers.entries, "schedule_for", lambda *args: f"old card, {args[-1]}")
+    model = sprand.apply(nn.Sequential(nn.Linear(32, 48)), density=0.1)
+    schedules = model[0]._sprand_targets["weight"].schedules
+    assert schedules.of(torch.float32) == "old card, torch.float32"
+    monkeypatch.setattr(sprand.layers.entries, "schedule_for", lambda *args: f"new card, {args[-1]}")
+    assert copied(model)[0]._sprand_targets["weight"].schedules.of(torch.float32) == "new card, torch.float32"
+    assert schedules.of(torch.float32) == "old card, torch.float32"

@@ -24,6 +24,8 @@ Tensor sddmm_run8_op(const Tensor& grad_output, const Tensor& input, const Tenso
   }
   STD_TORCH_CHECK(table.scalar_type() == ScalarType::Int && table.dim() == 1 && table.is_contiguous(), kOp,
                   ": expected a contiguous table of int32");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(table.const_data_ptr()) % 16 == 0, kOp,
+                  ": expected a table aligned to 16 bytes, got a part of another tensor; give run8_schedule's own, or its clone");
   STD_TORCH_CHECK(launch.size() == 5, kOp, ": expected the 5 numbers that come with the table, got ", launch.size());
   STD_TORCH_CHECK(nnz >= 0 && nnz % 8 == 0 && input.size(1) % 8 == 0, kOp,
                   ": expected nnz and input features in multiples of 8, got ", nnz, " and ", input.size(1));

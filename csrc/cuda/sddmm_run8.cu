@@ -306,7 +306,9 @@ cudaError_t sddmm_run8(const void* grad_output, const void* input, DType dtype, 
       schedule.table_size != size || schedule.rows < 1) {
     return cudaErrorInvalidValue;
   }
-  if (reinterpret_cast<uintptr_t>(input) % kGranule) return cudaErrorMisalignedAddress;
+  for (const void* loaded : {input, static_cast<const void*>(schedule.table)}) {
+    if (reinterpret_cast<uintptr_t>(loaded) % kGranule) return cudaErrorMisalignedAddress;
+  }
   const int64_t splits = sddmm_run8_splits(tokens, schedule, nnz);
   const Run8Problem problem = {
       .table = schedule.table,

@@ -4,7 +4,7 @@
 
 namespace sprand::cuda {
 
-// What sprand/kernels/schedule_run8.py makes of a pattern, once. `table` is `table_size` int32 in device memory, aligned to 256
+// What sprand/kernels/schedule_run8.py makes of a pattern, once. `table` is `table_size` int32 in device memory, aligned to 16
 // bytes:
 //   units + 1 times {row_begin, column_begin, columns, first_tile}, where the last holds first_tile = tiles and else zeros;
 //   tiles times 16 runs: entries 8 run .. 8 run + 7 are row i of the tile, -1 where it has none;
@@ -25,8 +25,8 @@ int64_t sddmm_run8_splits(int64_t tokens, const Run8Schedule& schedule, int64_t 
 
 // out [nnz], for grad_output [tokens, out_features] and input [tokens, in_features] of `dtype`, both contiguous, input aligned to
 // 16 bytes. `partial` holds [splits, nnz] floats and is not touched where that is one split. cudaErrorNotSupported for float32,
-// cudaErrorMisalignedAddress for an input that is not aligned, cudaErrorInvalidValue for sizes that no run8 pattern has or that
-// are not those of the table.
+// cudaErrorMisalignedAddress for an input or a table that is not aligned, cudaErrorInvalidValue for sizes that no run8 pattern
+// has or that are not those of the table.
 cudaError_t sddmm_run8(const void* grad_output, const void* input, DType dtype, const Run8Schedule& schedule, float* out,
                        float* partial, int64_t tokens, int64_t out_features, int64_t in_features, int64_t nnz,
                        cudaStream_t stream);

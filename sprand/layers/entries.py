@@ -112,6 +112,15 @@ class Schedules:
         self.indices, self.out_features, self.in_features = indices, out_features, in_features
         self._made: dict[torch.dtype, Schedule | None] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the schedules, which are of one kind of card: a copy makes those of the same dtypes anew, on its own."""
+        return self.__dict__ | {"_made": dict.fromkeys(self._made)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_made": {}}
+        for dtype in state["_made"] if self.indices.is_cuda else ():
+            self.of(dtype)
+
     @classmethod
     def on_gpu(cls, weight: Tensor, indices: Tensor) -> Schedules | None:
         """The schedules of a pattern in a linear layer's weight; None where no GPU samples its gradient."""
