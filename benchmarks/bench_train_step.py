@@ -31,7 +31,7 @@ TIME_TABLE = {
 }  # fmt: skip
 MEMORY_TABLE = {
     "label": ("method", ""), "trained": ("trained weights", ",d"), "peak_mib": ("peak, MiB", ".1f"),
-    "above_mib": ("above frozen, MiB", ".1f"), "saved_above_mib": ("of it saved activations, MiB", ".1f"),
+    "above_mib": ("above frozen, MiB", ".1f"), "saved_above_mib": ("saved activations, MiB", ".1f"),
     "state_mib": ("state, MiB", ".1f"), **{f"{name}_mib": (name, ".1f") for name in CATEGORIES},
     "bytes_per_weight": ("bytes per trained weight", ".1f"),
     "own_bytes_per_weight": ("without saved activations", ".1f"), "note": ("", ""),
