@@ -50,12 +50,16 @@ class Source:
         self.trees = {path.relative_to(folder).as_posix(): ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}
         self.calls: dict[str, list[tuple[ast.Call, Names]]] = defaultdict(list)
         self.defined = Counter[str]()
+        self.returned: dict[str, ast.expr] = {}  # what a function that makes a text makes, as `name()`
         for tree in self.trees.values():
             names = dict(_assigned(tree.body))
             self.defined.update(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
             for node in ast.walk(tree):
                 if isinstance(node, ast.ClassDef):
                     self.defined.update(inner.name for inner in node.body if isinstance(inner, ast.FunctionDef))
+                elif isinstance(node, ast.FunctionDef):
+                    texts = [last.value for last in node.body if isinstance(last, ast.Return) and _is_text(last.value)]
+                    self.returned |= {f"{node.name}()": text for text in texts}
                 elif isinstance(node, ast.Call):
                     self.calls[ast.unparse(node.func).rpartition(".")[2]].append((node, names))
 
@@ -63,7 +67,7 @@ class Source:
         """Each file and message of an error that it raises; one that a caller completes once for each caller."""
         for file, tree in self.trees.items():
             for function, node in _raised(tree):
-                names = dict(_assigned(tree.body)) | dict(_assigned(function.body if function else ()))
+                names = self.returned | dict(_assigned(tree.body)) | dict(_assigned(function.body if function else ()))
                 for message in _messages(tree, node.exc.args[0]):
                     for given in self._callers(function, message):
                         yield file, _text(message, names | given)
@@ -104,7 +108,8 @@ def _assigned(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    inner = node.body if isinstance(node, ast.IfExp) else node
+    return isinstance(inner, ast.JoinedStr) or (isinstance(inner, ast.Constant) and isinstance(inner.value, str))
 
 
 def _messages(tree: ast.Module, message: ast.expr) -> list[ast.expr]:
@@ -124,8 +129,10 @@ def _text(node: ast.expr, names: Names) -> str:
             return "".join(_text(part, names) for part in parts)
         case ast.BinOp(left=left, right=right):
             return _text(left, names) + _text(right, names)
-        case ast.FormattedValue(value=value):
+        case ast.FormattedValue(value=value) | ast.IfExp(body=value):
             return _text(value, names)
+        case ast.Call(func=ast.Name(id=name)) if f"{name}()" in names:
+            return _text(names[f"{name}()"], {})
         case ast.Name(id=name) if name in names:
             return _text(names[name], {other: names[other] for other in names if other != name})
         case ast.Name(id=name) | ast.Attribute(attr=name) if name in FILLED_IN:

@@ -48,6 +48,7 @@ def test_the_classes_are_those_that_were_learned(classifier: Path, rows: Path, c
     right = sum(line[0] == label for line, label in zip(lines, labels, strict=True)) / len(labels)
     assert right > 0.9  # of 96 rows, 86 of them trained on
     assert all(0.5 <= float(line[1]) <= 1 for line in lines)
+    assert said(capsys, classifier / "adapter", rows).splitlines() == ["\t".join(line) for line in lines]
     report = json.loads(said(capsys, classifier, rows, "--json", "--batch-size", 5))
     assert [row["label"] for row in report["rows"]] == [line[0] for line in lines]
     assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in report["rows"])
