@@ -17,6 +17,7 @@ from ..selection.choose import choose
 from ..selection.config import AS_GIVEN, SparseConfig
 from ..selection.mask import Mask
 from ..selection.targets import Targets, find_targets, view_of
+from . import replaced
 from .attaching import add, detached
 from .disjoint import Disjoint, avoided, selection_without, taken_by
 from .state import Adapter, known_state
@@ -81,6 +82,7 @@ def apply(
     adapter = Adapter(config, chosen, saved=saved, selection=mask.selection)
     if mask.selection is not None and config.strategy in pattern.RANDOM_STRATEGIES:  # drawn among what others leave free
         adapter.config = dataclasses.replace(config, **AS_GIVEN)
+    replaced.watch()
     return add(model, name, adapter)
 
 

@@ -20,7 +20,7 @@ from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.targets import sites_named
 from . import first_step, plain_states
-from .in_full import buffers_of, copies, put_buffers
+from .in_full import buffers_of, copies, follow_rows, put_buffers
 from .state import Adapter, State, known_state, tensor_names
 
 Redraw = Callable[[torch.device], Tensor]  # draws indices anew, on a device
@@ -79,6 +79,7 @@ def _freeze(model: nn.Module) -> State:
     """Let a model train nothing, and remember what it was before."""
     state = State(trained_before={name for name, p in named_parameters(model) if p.requires_grad})
     state.base_buffers = copies(buffers_of(model))
+    state.shapes = {name: tuple(sharding.shape_of(p)) for name, p in named_parameters(model, remove_duplicate=False)}
     for p in model.parameters():
         p.requires_grad_(False)
     model._sprand = state
@@ -88,10 +89,11 @@ def _freeze(model: nn.Module) -> State:
 
 
 def activate(model: nn.Module, state: State, active: str | None, mixed: Adapter | None = None) -> None:
-    """Attach an adapter, a mixture of several, or nothing, to a model that has none attached."""
+    """Attach an adapter, a mixture of several, or nothing, to a model that has none attached; what is not there waits."""
     state.active, state.mixed = active, mixed
     if state.current is not None:
-        _attach(model, state.current, sites_named(model, state.current.indices))
+        there = dict(named_parameters(model, remove_duplicate=False))
+        _attach(model, state.current, sites_named(model, [name for name in state.current.indices if name in there]))
 
 
 def _attach(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> None:
@@ -152,8 +154,9 @@ def take_off(model: nn.Module, state: State, keep: bool) -> None:
     if keep:
         return
     put_frozen(model, adapter, trained=False)
+    follow_rows(model, state)
     trained = put_saved(model, state.base_saved)
-    adapter.saved = {name: trained[name] for name in adapter.saved}
+    adapter.saved = {name: trained.get(name, value) for name, value in adapter.saved.items()}
     adapter.buffers = put_buffers(model, state.base_buffers)
     _require_grad(model, state.base_saved, False)
 
@@ -165,7 +168,7 @@ def write_all(model: nn.Module) -> None:
 
 
 def _require_grad(model: nn.Module, names: Collection[str], flag: bool) -> None:
-    for name, p in named_parameters(model) if names else ():
+    for name, p in named_parameters(model, remove_duplicate=False) if names else ():
         if name in names:
             p.requires_grad_(flag)
 
@@ -202,13 +205,14 @@ def release(model: nn.Module, state: State) -> None:
         if kept:
             model._ddp_params_and_buffers_to_ignore = kept
     for name, p in named_parameters(model):
-        p.requires_grad_(name in state.trained_before)
+        if name in state.shapes:
+            p.requires_grad_(name in state.trained_before)
 
 
 def put_saved(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give parameters trained in full other memory, and return what they had."""
+    """Give parameters trained in full other memory, and return what they had. One that is not in the model is left out."""
     tensors = dict(named_parameters(model, remove_duplicate=False)) if values else {}
-    return {name: sharding.put(tensors[name], value) for name, value in values.items()}
+    return {name: sharding.put(tensors[name], value) for name, value in values.items() if name in tensors}
 
 
 def put_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> None:
@@ -216,12 +220,13 @@ def put_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> None
     if adapter is None or not adapter.frozen:
         return
     parameters = dict(named_parameters(model, remove_duplicate=False))
-    for name, frozen in adapter.frozen.items():
+    there = {name: frozen for name, frozen in adapter.frozen.items() if name in parameters}
+    for name, frozen in there.items():
         if trained:
             frozen.write(parameters[name])
         else:
             frozen.restore(parameters[name])
-    changed = {id(parameters[name]) for name in adapter.frozen}
+    changed = {id(parameters[name]) for name in there}
     for site in sites_of(model):
         if id(site.weight) not in changed:
             continue

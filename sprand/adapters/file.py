@@ -18,7 +18,7 @@ from ..kernels.dtypes import dtype_name
 from ..selection import pattern
 from ..selection.config import AS_GIVEN, GIVEN, SparseConfig
 from . import layout
-from .fingerprint import DTYPES, check_base, described_target, fingerprints
+from .fingerprint import DTYPES, check_base, described_entries, described_target
 from .frozen import Frozen
 
 WEIGHTS_FILE, CONFIG_FILE, KEY = "adapter_model.safetensors", "adapter_config.json", "sprand"
@@ -35,6 +35,7 @@ class Trained:
         base: `[nnz]`, what the parameter held there before any training, in its dtype.
         indices: `[nnz]`, flat, sorted; None where a seed draws them.
         frozen: its frozen entries, which are kept as values under the deltas; None where there are none.
+        added: the first row that it was given after `apply`: what is in rows from there on, no base can prove. None for none.
     """
 
     shape: tuple[int, ...]
@@ -42,13 +43,21 @@ class Trained:
     base: Tensor
     indices: Tensor | None = None
     frozen: Frozen | None = None
+    added: int | None = None
 
     def describe(self) -> dict[str, Any]:
         """What the file says of the parameter."""
-        target = described_target(self.shape, self.base)
+        target = described_target(self.shape, self.base, self._added(self.indices))
         if self.frozen is not None:
-            target["frozen"] = {"nnz": self.frozen.indices.numel(), "fingerprint": fingerprints(self.frozen.base)}
+            indices, base = self.frozen.indices, self.frozen.base
+            target["frozen"] = described_entries(base, self._added(indices))
         return target
+
+    def _added(self, indices: Tensor | None) -> int:
+        """How many of the entries, the last ones, are in added rows."""
+        if self.added is None or indices is None:
+            return 0
+        return int((indices >= self.added * math.prod(self.shape[1:])).sum())
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What the file holds of the parameter of this name."""
@@ -277,7 +286,7 @@ class AdapterFile:
             ValueError: The adapter was trained on another base.
         """
         if "quantized" not in self.targets[name]:
-            check_base(self.path, name, base, self.targets[name]["fingerprint"])
+            check_base(self.path, name, _known(self.targets[name], base), self.targets[name]["fingerprint"])
 
     def check_frozen_base(self, name: str, base: Tensor) -> None:
         """Prove that `base` `[n]` is what the frozen entries of a parameter started from.
@@ -285,7 +294,19 @@ class AdapterFile:
         Raises:
             ValueError: The adapter was trained on another base.
         """
-        check_base(self.path, name, base, self.targets[name]["frozen"]["fingerprint"])
+        said = self.targets[name]["frozen"]
+        check_base(self.path, name, _known(said, base), said["fingerprint"])
+
+    def added_row(self, name: str, frozen: Tensor) -> int | None:
+        """The first row that a parameter was given after `apply`; None for none.
+
+        Args:
+            name: of the parameter.
+            frozen: the indices of its frozen entries.
+        """
+        target = self.targets[name]
+        count = target["frozen"].get("added", 0)
+        return int(frozen[-count]) // math.prod(target["shape"][1:]) if count else None
 
     def beside(self, untrained: Mapping[str, Tensor]) -> AdapterFile:
         """The same adapter with further tensors in its file, which it does not train: PEFT reads modules as a whole."""
@@ -306,7 +327,7 @@ class AdapterFile:
             raise ValueError(f"{self.path} trained whole modules ({', '.join(self.heads)}), which cannot be mixed; {instead}")
         if self.has_frozen:
             raise ValueError(
-                f"{self.path} has frozen entries (of a redrawn mask, or sprand diff), which cannot be "
+                f"{self.path} has frozen entries (of a redrawn mask, sprand diff, or added rows), which cannot be "
                 "mixed; merge it alone, with weight 1"
             )
 
@@ -316,6 +337,11 @@ class AdapterFile:
                 raise ValueError(f"{name} is trained both in full and in part")
             if not finite(value):
                 raise ValueError(f"the values of {name} are not finite")
+
+
+def _known(said: Mapping[str, Any], base: Tensor) -> Tensor:
+    """What is proven of the base of entries: all but those in added rows, which are the last ones."""
+    return base[: base.numel() - said.get("added", 0)]
 
 
 def open_adapters(adapters: Iterable[tuple[str | os.PathLike[str], float]]) -> list[AdapterFile]:

@@ -20,14 +20,16 @@ NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16
 LINE = re.compile(rf"(\d{{1,19}}(?:x\d{{1,19}})*)? (\d{{1,19}}) ({'|'.join(DTYPES)}) ((?:[0-9a-f]{{{DIGITS}}})+)", re.ASCII)
 
 _HASHES = table_of(TEXT)
-_FROZEN = record({"nnz": WHOLE, "fingerprint": _HASHES})
-_TARGET = record({"shape": SHAPE, "nnz": WHOLE, "fingerprint": _HASHES}, {"quantized": TEXT, "frozen": _FROZEN})
+_FROZEN = record({"nnz": WHOLE, "fingerprint": _HASHES}, {"added": WHOLE})
+_TARGET = record({"shape": SHAPE, "nnz": WHOLE, "fingerprint": _HASHES}, {"quantized": TEXT, "frozen": _FROZEN, "added": WHOLE})
 
 
 def _check_target(place: str, value: Any) -> None:
     """The form of what an adapter says of one weight: only a quantized base has no fingerprint."""
     _TARGET(place, value)
     parts = [value, value["frozen"]] if "frozen" in value else [value]
+    if any(part.get("added", 0) > part["nnz"] for part in parts):
+        raise ValueError(f"{place}.added: expected no more entries than there are")
     if "quantized" not in value and not all(part["fingerprint"] for part in parts):
         raise ValueError(f"{place}.fingerprint: expected hashes by dtype, got none")
 
@@ -35,9 +37,21 @@ def _check_target(place: str, value: Any) -> None:
 check_targets = table_of(_check_target)
 
 
-def described_target(shape: Iterable[int], base: Tensor) -> dict[str, Any]:
-    """What an adapter says of a weight of this shape, of which it trains entries that hold `base` `[nnz]`."""
-    return {"shape": list(shape), "nnz": base.numel(), "fingerprint": fingerprints(base)}
+def described_target(shape: Iterable[int], base: Tensor, added: int = 0) -> dict[str, Any]:
+    """What an adapter says of a weight of this shape, of which it trains entries that hold `base` `[nnz]`.
+
+    Args:
+        shape: of the weight.
+        base: `[nnz]`.
+        added: how many of them, the last ones, are in rows that the weight was given after `apply`.
+    """
+    return {"shape": list(shape), **described_entries(base, added)}
+
+
+def described_entries(base: Tensor, added: int = 0) -> dict[str, Any]:
+    """What an adapter says of entries that hold `base` `[nnz]`; of the `added` last ones there is nothing to prove."""
+    said = {"nnz": base.numel(), "fingerprint": fingerprints(base[: base.numel() - added])}
+    return said | ({"added": added} if added else {})
 
 
 def line_of(target: Mapping[str, Any]) -> Any:

@@ -11,11 +11,12 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..layers.sites import sites_of
-from .in_full import take_unfrozen
+from .in_full import optimizers, take_unfrozen
 from .state import known_state
 
+ANEW = -1  # of an optimizer that is to be looked at as if it had made no step
+
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
 _hooks: list[object] = []
 
 
@@ -24,9 +25,14 @@ def watch(model: nn.Module) -> None:
     if model in _models:
         return
     _models.add(model)
-    _seen.clear()
+    optimizers.update(dict.fromkeys(optimizers, ANEW))
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_look))
+
+
+def watched() -> list[nn.Module]:
+    """The models that hold adapters."""
+    return list(_models)
 
 
 def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -34,16 +40,16 @@ def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     held = [p for group in optimizer.param_groups for p in group["params"]]
     trained = sum(id(p) for p in held if p.requires_grad)
-    before = _seen.get(optimizer)
+    before = optimizers.get(optimizer)
     if before == trained:
         return
-    _seen[optimizer] = trained
-    for model in list(_models):
+    optimizers[optimizer] = trained
+    for model in watched():
         state = known_state(model)
         if state is not None:
             _refuse_whole_targets(model, held)
             take_unfrozen(model, state)
-    if before is None:
+    if before in (None, ANEW):
         _warn_of_early(optimizer, {id(p) for p in held})
 
 

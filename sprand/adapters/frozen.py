@@ -1,4 +1,4 @@
-"""Frozen entries: trained values that a redrawn mask left behind in a weight. They train no more, but belong to the adapter."""
+"""Frozen entries: values that belong to the adapter below its deltas: left behind by a redrawn mask, or what added rows hold."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..layers import sharding
 from ..layers.sites import named_parameters, plain_name, sites_of
 from .state import Adapter, State, tensor_names, whole_tensors
 
+optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()  # that have made a step
 PACKED = 2**16  # a buffer of more integers than this is a packed weight, which no training changes
 
 
@@ -55,14 +57,16 @@ def changed(values: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[st
 def unfrozen(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that train beside the entries, and do not belong to the adapter: someone called `requires_grad_`."""
     sites = sites_of(model)
-    sparse = {id(site.weight) for site in sites} | {id(site.entries.delta) for site in sites}
+    known = {id(site.weight) for site in sites} | {id(site.entries.delta) for site in sites}
+    known |= {id(p) for name, p in named_parameters(model, remove_duplicate=False) if name in adapter.saved}
     for name, p in named_parameters(model):
-        if p.requires_grad and name not in adapter.saved and id(p) not in sparse:
+        if p.requires_grad and id(p) not in known:
             yield name, p
 
 
 def take_unfrozen(model: nn.Module, state: State) -> None:
     """Let parameters that were unfrozen by hand belong to the active adapter; what they hold now is their base."""
+    follow_rows(model, state)
     adapter = state.current
     if adapter is None or state.mixed is not None:
         return
@@ -73,6 +77,35 @@ def take_unfrozen(model: nn.Module, state: State) -> None:
         adapter.saved[name] = p.data
 
 
+def follow_rows(model: nn.Module, state: State) -> None:
+    """Where parameters that train in full have more or fewer rows than before, let their base and all adapters have them, too."""
+    for name, p in named_parameters(model) if state.base_saved else ():
+        base = state.base_saved.get(name)
+        if base is None or base.shape == p.shape or base.shape[1:] != p.shape[1:] or sharding.is_sharded(p):
+            continue
+        state.base_saved[name] = with_rows(base, p.data)
+        fit_moments(p, base.shape)
+        for adapter in state.adapters.values():
+            if name in adapter.saved:
+                adapter.saved[name] = with_rows(adapter.saved[name], p.data)
+
+
+def fit_moments(parameter: nn.Parameter, before: torch.Size) -> None:
+    """Let what optimizers keep of a parameter, which was of the shape `before`, have its rows, with zeros in new ones."""
+    for optimizer in list(optimizers):
+        kept = optimizer.state.get(parameter, {})
+        for key, value in kept.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape == before:
+                kept[key] = with_rows(value, value.new_zeros(parameter.shape))
+
+
+def with_rows(values: Tensor, full: Tensor) -> Tensor:
+    """`full` with the rows of `values` where it has them."""
+    result, rows = full.clone(), min(len(values), len(full))
+    result[:rows] = values[:rows].to(result)
+    return result
+
+
 def refuse_unknown(model: nn.Module, adapter: Adapter) -> None:
     """Prove that all that trains belongs to the adapter.
 
@@ -81,12 +114,16 @@ def refuse_unknown(model: nn.Module, adapter: Adapter) -> None:
     """
     names = [name for name, _ in unfrozen(model, adapter)]
     if names:
-        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise ValueError(
-            f"save: {names[0]}{others} trains in full beside the adapter, and what it was before is not known, since no "
+            f"save: {first_of(names)} trains in full beside the adapter, and what it was before is not known, since no "
             "torch.optim optimizer has made a step from there; name its module in modules_to_save of sprand.apply, or freeze it "
             "(requires_grad_(False)) if it has not changed"
         )
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first name, and how many others there are, in words."""
+    return f"{names[0]} (and {len(names) - 1} more)" if len(names) > 1 else names[0]
 
 
 def _same_bits(value: Tensor, base: Tensor) -> bool:

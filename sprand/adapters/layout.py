@@ -24,6 +24,7 @@ VERSIONS = {"format_version": FORMAT_VERSION, "pattern_version": PATTERN_VERSION
 FIRST_VERSIONS = {"format_version": OWN_NAMES, "pattern_version": 1, "sprand_version": "0.1.0"}  # of PEFT's door at first
 SEALED = "sealed"  # of the versions: whether the header of the file must hold the description as well
 KINDS = ("delta", "indices", "frozen_indices", "frozen_values")
+IN_WRAPPERS = (".base_layer.", ".original_module.", ".modules_to_save.")
 SHARED = ("density", "budget", "exclude_modules", "modules_to_save", "strategy", "layout", "seed")  # with SprandConfig
 UNSAID = AS_GIVEN | dict.fromkeys(("exclude_modules", "modules_to_save"))  # what a field says that is left out
 
@@ -190,9 +191,12 @@ def portable(name: str | None) -> str | None:
 
 
 def _heads(targets: Iterable[str], tensors: Iterable[str]) -> list[str]:
-    """The tensors that belong to no target: parameters that were trained in full. A wrapped layer's base is none."""
+    """The tensors that belong to no target: parameters that were trained in full.
+
+    What is in a wrapper of PEFT is none: it writes embeddings as they are there a second time (`save_embedding_layers`).
+    """
     own = {key(kind, name) for name in targets for kind in KINDS}
-    others = sorted(name for name in tensors if name not in own and ".base_layer." not in name)
+    others = sorted(name for name in tensors if name not in own and not any(part in name for part in IN_WRAPPERS))
     for name in others:
         if not name.startswith(PREFIX) or ".sprand_" in name:
             raise ValueError(f"its tensor {name!r} is of no parameter that it names")

@@ -12,9 +12,10 @@ from ..layers import offload, sharding, sites
 from ..layers.attached import set_active
 from ..layers.module import sparse_modules
 from ..selection.config import AS_GIVEN, SparseConfig
+from . import first_step
 from .attaching import activate, add, put_frozen, put_saved, release, take_off, write_all
 from .combining import Rule
-from .in_full import collect_buffers, put_buffers, take_unfrozen
+from .in_full import collect_buffers, follow_rows, put_buffers, take_unfrozen
 from .mixing import check_weights, mix
 from .state import State, state_of
 
@@ -31,6 +32,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         ValueError: The model trains nothing.
     """
     take_unfrozen(model, state_of(model))
+    first_step.watch(model)
     return ((name, p) for name, p in sites.named_parameters(model) if p.requires_grad)
 
 
@@ -119,6 +121,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     state = state_of(model)
     _refuse_to_disable(model, state)
     sharding.reshard(model)
+    follow_rows(model, state)
     modules = [module for _, module in sparse_modules(model)]
     active = [module.sparse_active for module in modules]
     trained = put_saved(model, state.base_saved)
@@ -156,9 +159,22 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
         check_weights("switch", state, weights)
     collect_buffers(model, state)
     mixed = mix(state, weights) if isinstance(name, Mapping) else None
+    if isinstance(name, str):
+        _check_shapes(model, state, name)
     take_off(model, state, keep=False)
     activate(model, state, name if isinstance(name, str) else None, mixed)
     return model
+
+
+def _check_shapes(model: nn.Module, state: State, name: str) -> None:
+    """Prove that the parameters which an adapter trained in full have their shapes still."""
+    shapes = {key: tuple(sharding.shape_of(p)) for key, p in sites.named_parameters(model)}
+    for key, value in state.adapters[name].saved.items():
+        if key in shapes and shapes[key] != tuple(value.shape):
+            raise ValueError(
+                f"switch: adapter {name!r} trained {key} as {list(value.shape)}, and it is {list(shapes[key])} now; put the "
+                "module back that it was trained with, or load the adapter into a model of its own"
+            )
 
 
 def _refuse_to_disable(model: nn.Module, state: State) -> None:
@@ -168,7 +184,7 @@ def _refuse_to_disable(model: nn.Module, state: State) -> None:
     if kind is None:
         return
     if state.current is not None and state.current.frozen:
-        what = "frozen entries of a redrawn mask"
+        what = "frozen entries (of a redrawn mask, or of added rows)"
     elif kind == "zero3" and state.base_saved:
         what = "modules trained in full"
     else:

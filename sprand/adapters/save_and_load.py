@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from ..layers import offload, sharding
 from ..layers.sites import Site, named_parameters, sites_of
 from ..selection import pattern
 from ..selection.config import SparseConfig
+from . import replaced
 from .architecture import architecture_of
 from .attaching import add
 from .file import AdapterFile, Trained, draw, finite
 from .fingerprint import DTYPES
 from .frozen import Frozen
-from .in_full import buffers_of, changed, put_buffers, refuse_unknown
+from .in_full import buffers_of, changed, first_of, put_buffers, refuse_unknown
 from .layout import modules_of
 from .model import disabled, switch, write
 from .state import Adapter, State, known_state, state_of, whole_tensors
@@ -69,6 +71,7 @@ def _save(model: nn.Module, state: State, adapter: Adapter, path: str | os.PathL
     if state.mixed is None and all(_is_drawn(adapter.config, name, part) for name, part in trained.items()):
         trained = {name: dataclasses.replace(part, indices=None) for name, part in trained.items()}
     refuse_unknown(model, adapter)
+    _warn_of_missing(model, adapter)
     heads = {name: sharding.whole(value).cpu() for name, value in _heads(model, state, adapter).items()}
     for name, values in ({name: part.delta for name, part in trained.items()} | heads).items():
         if not finite(values):
@@ -87,7 +90,20 @@ def _trained(adapter: Adapter, site: Site) -> Trained:
     """The entries of one weight as they go to a file."""
     entries, frozen = site.entries, adapter.frozen.get(site.name)
     base = entries.base if frozen is None else frozen.pristine(entries.indices, entries.base)
-    return Trained(site.shape, sharding.whole(entries.delta).cpu(), base.cpu(), entries.indices.cpu(), frozen)
+    added = adapter.added.get(site.name)
+    return Trained(site.shape, sharding.whole(entries.delta).cpu(), base.cpu(), entries.indices.cpu(), frozen, added)
+
+
+def _warn_of_missing(model: nn.Module, adapter: Adapter) -> None:
+    """Say which weights that the adapter trains are not in the model now."""
+    there = whole_tensors(model)
+    missing = [name for name in (*adapter.indices, *adapter.saved) if name not in there]
+    if missing:
+        warnings.warn(
+            f"save: {first_of(missing)} is not in the model any more, and left out of the adapter; put its module back first "
+            "to save what it learned",
+            stacklevel=3,
+        )
 
 
 def _heads(model: nn.Module, state: State, adapter: Adapter) -> dict[str, Tensor]:
@@ -95,7 +111,7 @@ def _heads(model: nn.Module, state: State, adapter: Adapter) -> dict[str, Tensor
     modules = {name.rpartition(".")[0] for name in adapter.saved}
     buffers = buffers_of(model)
     kept = changed(buffers, state.base_buffers).keys() | {name for name in buffers if name.rpartition(".")[0] in modules}
-    parameters = {name: p for name, p in named_parameters(model) if name in adapter.saved}
+    parameters = {name: p for name, p in named_parameters(model, remove_duplicate=False) if name in adapter.saved}
     return parameters | {name: value for name, value in buffers.items() if name in kept}
 
 
@@ -138,6 +154,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         adapter = prove(model, file)
     if state is not None and name in state.adapters:
         return _replace_values(model, state, name, adapter)
+    replaced.watch()
     return add(model, name, adapter)
 
 
@@ -161,6 +178,7 @@ def prove(model: nn.Module, file: AdapterFile, base_of: Callable[[str, Tensor, T
     order = {name: number for number, name in enumerate(tensors)}
     adapter = Adapter(file.config, selection=file.selection)
     for name in sorted(file.targets, key=lambda name: order.get(name, -1)):
+        _refuse_unresized(file, tensors, name)
         weight = _matching(file.path, tensors, name, file.targets[name]["shape"])
         indices, delta = file.entries(name)
         indices = indices.to(weight.device)
@@ -171,6 +189,9 @@ def prove(model: nn.Module, file: AdapterFile, base_of: Callable[[str, Tensor, T
             base = base_of(name, weight.data, own)
             file.check_frozen_base(name, base)
             adapter.frozen[name] = Frozen(own, values.to(base), base)
+            added = file.added_row(name, own)
+            if added is not None:
+                adapter.added[name] = added
         adapter.indices[name] = indices
         adapter.deltas[name] = nn.Parameter(delta.to(device=weight.device, dtype=ops.accumulation_dtype(weight.dtype)))
     for name, values in file.heads.items():
@@ -195,6 +216,15 @@ def _refuse_aliases(file: AdapterFile, tensors: Mapping[str, Tensor], names: Ite
                 f"{file.path} trained a copy of {head} through PEFT, and left {name} as it was, but both are one parameter here; "
                 "load it by PeftModel.from_pretrained, or into a model that does not tie them"
             )
+
+
+def _refuse_unresized(file: AdapterFile, tensors: Mapping[str, Tensor], name: str) -> None:
+    shape, here = file.targets[name]["shape"], list(tensors[name].shape) if name in tensors else None
+    if "added" in file.targets[name].get("frozen", {}) and here is not None and here != shape and here[1:] == shape[1:]:
+        raise ValueError(
+            f"{file.path} trained rows that were added to {name}, which is {here} here and {shape} there; resize this model "
+            f"alike first, model.resize_token_embeddings({shape[0]})"
+        )
 
 
 def _matching(path: Path, tensors: Mapping[str, Tensor], name: str, shape: list[int]) -> Tensor:

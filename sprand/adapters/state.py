@@ -26,7 +26,8 @@ class Adapter:
         deltas: trained changes by parameter name.
         saved: values of the parameters that train in full, by name: those of `modules_to_save`, and what was unfrozen by hand.
         buffers: values of the model's buffers as its training left them, by name.
-        frozen: entries that trained under an earlier mask, by parameter name.
+        frozen: entries that trained under an earlier mask, and those of rows that were added, by parameter name.
+        added: the first row that a parameter was given after `apply`, by its name.
         selection: how the entries were chosen, where not by a random draw: fields of `SparseConfig` as JSON types.
     """
 
@@ -36,6 +37,7 @@ class Adapter:
     saved: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     frozen: dict[str, Frozen] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
     selection: dict[str, Any] | None = None
 
 
@@ -50,6 +52,7 @@ class State:
         trained_before: the parameters that required a gradient before the first adapter.
         base_saved: the base of parameters that an adapter trains in full, by name.
         base_buffers: the base of buffers that training may change, by name.
+        shapes: of all parameters, by name.
         takes_plain_states: whether a state without entries is no error, since the caller brings them back.
         handles: of hooks on the model.
     """
@@ -60,6 +63,7 @@ class State:
     trained_before: set[str] = field(default_factory=set)
     base_saved: dict[str, Tensor] = field(default_factory=dict)
     base_buffers: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     takes_plain_states: bool = False
     handles: list[RemovableHandle] = field(default_factory=list)
 

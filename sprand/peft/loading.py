@@ -23,8 +23,8 @@ def check_loadable(config: SprandConfig, model: nn.Module, adapter_name: str) ->
         refuse_newer(called, config.versions)
     if any("frozen" in target for target in config.targets.values()):
         raise ValueError(
-            f"{called} has frozen entries (of a redrawn mask, or sprand diff), which PEFT has no place for; load it by "
-            "sprand.load(model, path), or merge it into the files of its base by `sprand merge`"
+            f"{called} has frozen entries (of a redrawn mask, sprand diff, or added rows), which PEFT has no place for; load it "
+            "by sprand.load(model, path), or merge it into the files of its base by `sprand merge`"
         )
     if config.sparse_config is not None and config.modules_to_save:
         _refuse_tied(config, model, called)

@@ -114,7 +114,7 @@ class SparseAdamW(torch.optim.AdamW):
             What closure returns, or None.
 
         Raises:
-            RuntimeError: A gradient is a `torch.sparse` tensor.
+            RuntimeError: A gradient is a `torch.sparse` tensor, or a parameter has another shape than before.
         """
         loss = None
         if closure is not None:
@@ -219,6 +219,11 @@ class SparseAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        elif state["exp_avg"].shape != p.shape:
+            raise RuntimeError(
+                f"SparseAdamW: a parameter is {list(p.shape)} now, and its moments are {list(state['exp_avg'].shape)}; make the "
+                "optimizer anew where the model was resized"
+            )
         elif state["step"].device != p.device:  # a state of torch.optim.AdamW keeps step on the CPU
             state["step"] = state["step"].to(p.device)
 
