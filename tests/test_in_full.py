@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 import sprand
 from models import assert_same_bits
@@ -226,3 +228,68 @@ def test_peft_cannot_hold_a_module_in_full_and_in_part(tmp_path: Path):
     assert torch.equal(outputs(sprand.load(net(), tmp_path)), outputs(model))
     with pytest.raises(ValueError, match="trained parameters or buffers of first in full, and entries of first.weight"):
         peft.PeftModel.from_pretrained(net(), tmp_path)
+
+
+def test_a_copy_of_a_model_takes_what_is_unfrozen_as_well(tmp_path: Path):
+    model = copy.deepcopy(sprand.apply(net(), density=0.3))
+    model.scale.requires_grad_()
+    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05))
+    assert_comes_and_goes(model, tmp_path)
+
+
+def test_another_base_brings_its_buffers_and_heads():
+    other = net()
+    train(other, torch.optim.SGD(other.parameters(), lr=0.05))
+    model = sprand.apply(net(), density=0.3, target_modules=["first"], modules_to_save=["last"])
+    train(model, sprand.SparseAdamW(model, lr=0.05))
+    model.load_state_dict(other.state_dict(), strict=False)
+    train(model, sprand.SparseAdamW(model, lr=0.05))
+    with sprand.disabled(model):
+        assert torch.equal(outputs(model), outputs(other))
+    assert_same_bits(sprand.unmerge(model).state_dict(), other.state_dict())
+    assert not model._load_state_dict_pre_hooks
+
+
+def test_a_base_that_is_loaded_after_the_meta_device_brings_its_buffers():
+    with torch.device("meta"):
+        model = net()
+    sprand.apply(model, density=0.3)
+    model.to_empty(device="cpu").load_state_dict(net().state_dict(), strict=False)
+    train(model, sprand.SparseAdamW(model, lr=0.05))
+    assert_same_bits(sprand.unmerge(model).state_dict(), net().state_dict())
+
+
+def test_a_checkpoint_of_training_is_no_other_base():
+    model = sprand.apply(net(), density=0.3)
+    train(model, sprand.SparseAdamW(model, lr=0.05))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    resumed = sprand.apply(net(), density=0.3)
+    resumed.load_state_dict(state)
+    assert torch.equal(outputs(resumed), outputs(model))
+    assert_same_bits(sprand.unmerge(resumed).state_dict(), net().state_dict())
+
+
+OPTIMIZERS = {
+    "SparseAdamW": lambda model: sprand.SparseAdamW(model, lr=0.05),
+    "SGD": lambda model: torch.optim.SGD(sprand.parameters(model), lr=0.1),
+}
+
+
+@pytest.mark.parametrize("made", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_averages_and_slow_weights(made, tmp_path: Path):
+    """What stands in the deltas and buffers is what the next forward uses, saves and merges."""
+    model = sprand.apply(net(), density=0.3)
+    average, optimizer = AveragedModel(model), made(model)
+    deltas = sprand.parameters(model)
+    slow = [p.detach().clone() for p in deltas]
+    for _ in range(3):
+        train(model, optimizer, steps=1)
+        average.update_parameters(model)
+        for held, p in zip(slow, deltas, strict=True):
+            p.data.copy_(held.lerp_(p.data, 0.5))
+        merged = sprand.merge(copy.deepcopy(model))
+        assert torch.equal(model(X).detach(), merged(X))
+    update_bn([X], average)
+    sprand.save(average.module, tmp_path)
+    assert torch.equal(outputs(sprand.load(net(), tmp_path)), outputs(average))
+    assert_same_bits(sprand.unmerge(average.module).state_dict(), net().state_dict())

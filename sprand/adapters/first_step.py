@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any
 
 import torch
@@ -12,27 +11,21 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..layers.sites import sites_of
 from .in_full import optimizers, take_unfrozen
-from .state import known_state
+from .state import known_state, watched
 
 ANEW = -1  # of an optimizer that is to be looked at as if it had made no step
 
-_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _hooks: list[object] = []
 
 
 def watch(model: nn.Module) -> None:
     """Look at every optimizer before its next step, and whenever it holds other parameters that train."""
-    if model in _models:
+    if model in watched:
         return
-    _models.add(model)
+    watched.add(model)
     optimizers.update(dict.fromkeys(optimizers, ANEW))
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_look))
-
-
-def watched() -> list[nn.Module]:
-    """The models that hold adapters."""
-    return list(_models)
 
 
 def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -44,7 +37,7 @@ def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if before == trained:
         return
     optimizers[optimizer] = trained
-    for model in watched():
+    for model in list(watched):
         state = known_state(model)
         if state is not None:
             _refuse_whole_targets(model, held)
@@ -69,7 +62,7 @@ def _refuse_whole_targets(model: nn.Module, held: list[nn.Parameter]) -> None:
 
 
 def _warn_of_early(optimizer: torch.optim.Optimizer, held: set[int]) -> None:
-    for model in _models:
+    for model in list(watched):
         sites = sites_of(model)
         frozen = {id(site.weight) for site in sites}
         trained = {id(site.entries.delta) for site in sites}

@@ -43,6 +43,15 @@ def put_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Ten
     return before
 
 
+def take_base(model: nn.Module, state: State, given: Mapping[str, Tensor]) -> None:
+    """Let the buffers and heads of a plain state that is about to be loaded be those to come back to: it is a new base."""
+    heads = {name: p for name, p in named_parameters(model) if name in state.base_saved}
+    for base, tensors in ((state.base_buffers, buffers_of(model)), (state.base_saved, heads)):
+        for name, tensor in tensors.items():
+            if name in given and given[name].shape == tensor.shape and not sharding.is_sharded(tensor):
+                base[name] = given[name].detach().to(tensor, copy=True)
+
+
 def collect_buffers(model: nn.Module, state: State) -> None:
     """Let the active adapter know the buffers as its training has left them."""
     if state.current is not None and state.base_buffers:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..layers.attached import AttachedModule
 from ..layers.module import sparse_modules
-from ..layers.sites import joined
+from ..layers.sites import joined, plain_name
+from .in_full import take_base
 from .state import State, known_state, tensor_names
 
 
@@ -22,13 +23,18 @@ def watch(model: nn.Module, state: State) -> None:
 
 
 def _prove(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """Refuse a plain state, before anything of it is loaded.
+    """Refuse a plain state, before anything of it is loaded, or let it be a new base.
 
     Raises:
         ValueError: All of the model's state is asked for.
     """
     state = known_state(model)
-    if state is None or state.takes_plain_states or not _is_strict():
+    if state is None or state.takes_plain_states:
+        return
+    if not _is_strict():
+        given = {plain_name(name.removeprefix(prefix)): value for name, value in state_dict.items()}
+        if not any("sprand_" in name for name in given):
+            take_base(model, state, given)
         return
     for name, module in sparse_modules(model):
         if not isinstance(module, AttachedModule):

@@ -18,11 +18,10 @@ from ..layers import sharding
 from ..layers.sites import joined, named_modules, named_parameters, plain_name, sites_of, weights_of
 from ..selection import pattern
 from ..selection.config import AS_GIVEN
-from . import first_step
 from .attaching import activate, take_off
 from .frozen import Frozen, nothing_frozen
 from .in_full import buffers_of, changed, copies, first_of, fit_moments, take_unfrozen, with_rows
-from .state import Adapter, State, known_state
+from .state import Adapter, State, known_state, watched
 
 COPIED, OTHER, GONE, BACK = "copied", "other", "gone", "back"
 
@@ -40,7 +39,7 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     old = parent._modules.get(name)
     if old is None or torch.compiler.is_compiling():
         return
-    for model in first_step.watched():
+    for model in list(watched):
         state = known_state(model)
         prefix = next((prefix for prefix, module in named_modules(model) if module is parent), None)
         is_wrapped = new is not None and new is not old and any(module is old for module in new.modules())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +17,8 @@ from ..layers.sites import Site, joined, named_modules, named_parameters, sites_
 from ..selection.config import SparseConfig
 from ..selection.mask import Mask
 from .frozen import Frozen
+
+watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that hold adapters, as far as they are known
 
 
 @dataclass
@@ -66,6 +71,12 @@ class State:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     takes_plain_states: bool = False
     handles: list[RemovableHandle] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        """A copy, for a copy of the model, which is watched as well."""
+        fields = {field.name: copy.deepcopy(getattr(self, field.name), memo) for field in dataclasses.fields(self)}
+        watched.update([memo[id(model)] for model in watched if known_state(model) is self and id(model) in memo])
+        return State(**fields)
 
     @property
     def current(self) -> Adapter | None:
