@@ -293,3 +293,26 @@ def test_averages_and_slow_weights(made, tmp_path: Path):
     sprand.save(average.module, tmp_path)
     assert torch.equal(outputs(sprand.load(net(), tmp_path)), outputs(average))
     assert_same_bits(sprand.unmerge(average.module).state_dict(), net().state_dict())
+
+
+def test_peft_says_what_it_does_not_save(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    from sprand.peft import SprandConfig
+
+    model = peft.get_peft_model(net(), SprandConfig(density=0.3, target_modules=["first"]))
+    model.base_model.model.scale.requires_grad_()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    with pytest.warns(UserWarning, match="scale trains beside the adapter of this PEFT model, .*modules_to_save of SprandConfig"):
+        train(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer)
+    with pytest.warns(UserWarning, match=r"counting.mean \(and 4 more\) changed in training, and PEFT saves no buffers"):
+        model.save_pretrained(tmp_path / "without")
+    kept = SprandConfig(density=0.3, target_modules=["first"], modules_to_save=["norm", "counting"])
+    model = peft.get_peft_model(net(), kept)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05))
+        model.save_pretrained(tmp_path / "kept")
+    assert torch.equal(outputs(sprand.load(net(), tmp_path / "kept")), outputs(model))

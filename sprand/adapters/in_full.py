@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import sharding
-from ..layers.sites import named_parameters, plain_name, sites_of
-from .state import Adapter, State, tensor_names, whole_tensors
+from ..layers.sites import named_parameters, sites_of
+from .state import Adapter, State, whole_tensors
 
 optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()  # that have made a step
 PACKED = 2**16  # a buffer of more integers than this is a packed weight, which no training changes
@@ -18,12 +18,11 @@ PACKED = 2**16  # a buffer of more integers than this is a packed weight, which 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that training may change: those that a model saves, each once, but no packed weights and nothing of sprand."""
-    own = {plain_name(name) for names in tensor_names(model) for name in names}
     parameters = {id(p) for p in model.parameters()}
     buffers: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in whole_tensors(model).items():
         packed = not tensor.is_floating_point() and tensor.numel() > PACKED
-        if id(tensor) not in parameters and name not in own and not packed and not tensor.is_meta:
+        if id(tensor) not in parameters and "sprand_" not in name and not packed and not tensor.is_meta:
             buffers.setdefault(id(tensor), (name, tensor))
     return dict(buffers.values())
 

@@ -25,6 +25,7 @@ from .loading import check_loadable
 from .plan import Plan, make_plan
 from .quantized import QuantizedLayer
 from .tensors import put_back, taken_out
+from .unsaved import remember, warn_of_buffers
 from .weighted_adapters import combined, rule_of
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -81,6 +82,7 @@ class SprandModel(BaseTuner):
             self.peft_config[adapter_name] = given
             del self.__dict__["_plan"], self.__dict__["_planned"], self.__dict__["_low_cpu_mem_usage"]
         watch(model)
+        remember(self)
 
     def add_weighted_adapter(
         self,
@@ -322,6 +324,8 @@ class SprandModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        for tuner in (module for module in model.modules() if isinstance(module, cls)):
+            warn_of_buffers(tuner)
         return taken_out(model, config, adapter_name, state_dict)
 
     @classmethod
