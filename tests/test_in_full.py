@@ -260,11 +260,13 @@ def test_a_base_that_is_loaded_after_the_meta_device_brings_its_buffers():
 
 
 def test_a_checkpoint_of_training_is_no_other_base():
-    model = sprand.apply(net(), density=0.3)
+    model, resumed = sprand.apply(net(), density=0.3), sprand.apply(net(), density=0.3)
+    for one in (model, resumed):
+        one.scale.requires_grad_()
     train(model, sprand.SparseAdamW(model, lr=0.05))
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    resumed = sprand.apply(net(), density=0.3)
-    resumed.load_state_dict(state)
+    resumed.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    train(resumed, sprand.SparseAdamW(resumed, lr=0.0))
+    resumed.load_state_dict(model.state_dict())
     assert torch.equal(outputs(resumed), outputs(model))
     assert_same_bits(sprand.unmerge(resumed).state_dict(), net().state_dict())
 

@@ -292,4 +292,8 @@ def test_a_module_that_is_wrapped_is_the_same():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.head = Wrapper(model.head)
+        assert [id(p) for p in sprand.parameters(model)] == [id(p) for p in before]
+        model.head = model.head.inner
     assert [id(p) for p in sprand.parameters(model)] == [id(p) for p in before]
+    fit(model, sprand.SparseAdamW(model, lr=0.05))
+    assert_same_bits(sprand.unmerge(model).state_dict(), net().state_dict())

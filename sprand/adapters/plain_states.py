@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers.attached import AttachedModule
 from ..layers.module import sparse_modules
 from ..layers.sites import joined, plain_name
-from .in_full import take_base
+from .in_full import take_base, take_unfrozen
 from .state import State, known_state, tensor_names
 
 
@@ -23,13 +23,16 @@ def watch(model: nn.Module, state: State) -> None:
 
 
 def _prove(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """Refuse a plain state, before anything of it is loaded, or let it be a new base.
+    """Before a state is loaded, refuse a plain one, or let it be a new base.
 
     Raises:
         ValueError: All of the model's state is asked for.
     """
     state = known_state(model)
-    if state is None or state.takes_plain_states:
+    if state is None:
+        return
+    take_unfrozen(model, state)  # while it holds its base
+    if state.takes_plain_states:
         return
     if not _is_strict():
         given = {plain_name(name.removeprefix(prefix)): value for name, value in state_dict.items()}

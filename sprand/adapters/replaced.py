@@ -126,6 +126,8 @@ class _Replacement:
         before, after, shape = self.before.get(name), self.after.get(name), self.state.shapes.get(name)
         if after is None:
             return GONE
+        if after is not before and any(after is p for p in self.old.parameters()):  # out of a wrapper
+            return None
         if before is None or shape is None:
             return BACK if self.new in _taken_out else OTHER
         if after is before:
@@ -249,7 +251,9 @@ class _Replacement:
 
 def _holds_copy(weight: Tensor, other: Tensor) -> bool:
     """Whether two weights are alike but for the number of their rows."""
-    if weight.dtype != other.dtype or weight.dim() == 0 or weight.shape[1:] != other.shape[1:] or weight.is_meta:
+    if weight.dtype != other.dtype or weight.dim() == 0 or weight.shape[1:] != other.shape[1:]:
+        return False
+    if weight.is_meta or sharding.is_sharded(weight) or sharding.is_sharded(other):
         return False
     rows = min(len(weight), len(other))
     return torch.equal(weight[:rows], other[:rows].to(weight.device))
