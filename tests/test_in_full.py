@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 import sprand
 from models import assert_same_bits
 from sprand.checkpoint.merge import merge
+from sprand.serving import DeltaReceiver, DeltaSync
 
 
 class Counting(nn.Module):
@@ -318,3 +319,19 @@ def test_peft_says_what_it_does_not_save(tmp_path: Path):
         train(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05))
         model.save_pretrained(tmp_path / "kept")
     assert torch.equal(outputs(sprand.load(net(), tmp_path / "kept")), outputs(model))
+
+
+def test_an_engine_gets_changed_statistics_as_well():
+    model, engine = sprand.apply(net(), density=0.3), net()
+    sync, receiver = DeltaSync(model), DeltaReceiver(engine)
+    receiver.receive(sync.indices())
+    optimizer = sprand.SparseAdamW(model, lr=0.05)
+    train(model, optimizer)
+    with pytest.raises(RuntimeError, match="trains other entries than were sent; call indices"):
+        sync.values()
+    receiver.receive(sync.indices())
+    train(model, optimizer)
+    receiver.receive(sync.values())
+    assert torch.equal(outputs(engine), outputs(model))
+    receiver.revert()
+    assert torch.equal(outputs(engine), outputs(net()))

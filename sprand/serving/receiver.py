@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ..adapters.fingerprint import check_base
 from ..adapters.frozen import Frozen
-from ..adapters.state import known_state
+from ..adapters.state import known_state, whole_tensors
 from ..kernels import ops
 from ..layers import sharding
-from ..layers.sites import named_parameters
 from .gate import ANY, Gate, guard, unguard
 from .messages import INDICES, Layout, Piece, as_bytes, decoded, kind_of, values_of, version_of
 from .writes import check_writable, set_entries
@@ -57,7 +56,7 @@ class DeltaReceiver:
             raise ValueError("DeltaReceiver: this model trains entries; call sprand.unmerge(model) first")
         sharding.refuse(model, "DeltaReceiver", "use it in a process that holds the whole model")
         self.model = model
-        self._parameters = dict(named_parameters(model, remove_duplicate=False))
+        self._parameters = whole_tensors(model)
         self._known: _Known | None = None
         self._version = 0
         self._mutex = threading.Lock()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters.architecture import architecture_of
 from ..adapters.fingerprint import fingerprints
+from ..adapters.in_full import buffers_of, changed
 from ..adapters.state import state_of
 from ..checkpoint.conversion import Place
 from ..checkpoint.names import resolve
@@ -244,7 +245,7 @@ def _refuse_shared(cuts: Sequence[_Cut]) -> None:
 
 
 def _of_applied(model: nn.Module) -> list[TensorPatch]:
-    """The trained and frozen entries of the active adapter, and the tensors that it trains in full."""
+    """The trained and frozen entries of the active adapter, the parameters that it trains in full, and changed statistics."""
     state = state_of(model)
     if state.current is None:
         raise ValueError("DeltaSync: no adapter is active; call sprand.switch(model, name) first")
@@ -258,6 +259,9 @@ def _of_applied(model: nn.Module) -> list[TensorPatch]:
     for name in (name for name in state.current.saved if name in parameters):
         whole = sharding.whole(parameters[name])
         patches.append(TensorPatch(name, tuple(whole.shape), whole.dtype, None, whole, state.base_saved[name]))
+    for name, buffer in changed(buffers_of(model), state.base_buffers).items():
+        if buffer.is_floating_point() and name in state.base_buffers:
+            patches.append(TensorPatch(name, tuple(buffer.shape), buffer.dtype, None, buffer, state.base_buffers[name]))
     return patches
 
 
