@@ -121,6 +121,27 @@ def test_buffers_by_adapter():
     assert torch.equal(model.norm.running_mean, net().norm.running_mean)
 
 
+def test_a_buffer_whose_entries_share_memory(tmp_path: Path):
+    def spread() -> Net:
+        model = net()
+        model.counting.fixed = torch.ones(1).expand(8)
+        return model
+
+    model = sprand.apply(spread(), density=0.3, modules_to_save=["counting"])
+    train(model, sprand.SparseAdamW(model, lr=0.05))
+    sprand.save(model, tmp_path)
+    assert torch.equal(outputs(sprand.load(spread(), tmp_path)), outputs(model))
+    with sprand.disabled(model):
+        assert torch.equal(outputs(model), outputs(net()))
+
+
+def test_a_cast_changes_no_buffer():
+    model = sprand.apply(net().eval(), density=0.3, name="a").double()
+    sprand.apply(model, density=0.3, seed=1, name="b")
+    sprand.switch(model, {"a": 1.0, "b": 1.0})
+    assert_same_bits(sprand.unmerge(model).state_dict(), net().double().state_dict())
+
+
 def test_an_adapter_whose_values_are_replaced_takes_their_buffers(tmp_path: Path):
     model = sprand.apply(net(), density=0.3)
     sprand.save(model, tmp_path / "new")

@@ -18,7 +18,7 @@ from ..kernels.dtypes import dtype_name
 from ..selection import pattern
 from ..selection.config import AS_GIVEN, GIVEN, SparseConfig
 from . import layout
-from .fingerprint import DTYPES, check_base, described_entries, described_target
+from .fingerprint import DTYPES, check_entries, described_entries, described_target
 from .frozen import Frozen
 
 WEIGHTS_FILE, CONFIG_FILE, KEY = "adapter_model.safetensors", "adapter_config.json", "sprand"
@@ -286,7 +286,7 @@ class AdapterFile:
             ValueError: The adapter was trained on another base.
         """
         if "quantized" not in self.targets[name]:
-            check_base(self.path, name, _known(self.targets[name], base), self.targets[name]["fingerprint"])
+            check_entries(self.path, name, base, self.targets[name])
 
     def check_frozen_base(self, name: str, base: Tensor) -> None:
         """Prove that `base` `[n]` is what the frozen entries of a parameter started from.
@@ -294,8 +294,7 @@ class AdapterFile:
         Raises:
             ValueError: The adapter was trained on another base.
         """
-        said = self.targets[name]["frozen"]
-        check_base(self.path, name, _known(said, base), said["fingerprint"])
+        check_entries(self.path, name, base, self.targets[name]["frozen"])
 
     def added_row(self, name: str, frozen: Tensor) -> int | None:
         """The first row that a parameter was given after `apply`; None for none.
@@ -337,11 +336,6 @@ class AdapterFile:
                 raise ValueError(f"{name} is trained both in full and in part")
             if not finite(value):
                 raise ValueError(f"the values of {name} are not finite")
-
-
-def _known(said: Mapping[str, Any], base: Tensor) -> Tensor:
-    """What is proven of the base of entries: all but those in added rows, which are the last ones."""
-    return base[: base.numel() - said.get("added", 0)]
 
 
 def open_adapters(adapters: Iterable[tuple[str | os.PathLike[str], float]]) -> list[AdapterFile]:

@@ -38,7 +38,10 @@ def put_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Ten
     there = {name: tensors[name] for name in values if name in tensors}
     before = copies(there)
     for name, buffer in there.items():
-        buffer.data.copy_(values[name])
+        if buffer.shape == values[name].shape and buffer.is_contiguous():
+            buffer.data.copy_(values[name])
+        else:
+            buffer.data = values[name].to(buffer, copy=True)
     return before
 
 
@@ -135,7 +138,8 @@ def first_of(names: Sequence[str]) -> str:
 
 
 def _same_bits(value: Tensor, base: Tensor) -> bool:
-    if value.shape != base.shape or value.dtype != base.dtype:
+    if value.shape != base.shape:
         return False
-    value, base = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (value, base))
+    pair = value, base.to(value.dtype)
+    value, base = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in pair)
     return torch.equal(value, base)

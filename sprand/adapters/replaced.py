@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..kernels import ops
 from ..layers import sharding
-from ..layers.sites import joined, named_modules, named_parameters, plain_name, sites_of, weights_of
+from ..layers.sites import joined, named_parameters, plain_name, sites_of, weights_of
 from ..selection import pattern
 from ..selection.config import AS_GIVEN
 from .attaching import activate, take_off
@@ -41,7 +41,7 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
         return
     for model in list(watched):
         state = known_state(model)
-        prefix = next((prefix for prefix, module in named_modules(model) if module is parent), None)
+        prefix = next((prefix for prefix, module in model.named_modules() if module is parent), None)
         is_wrapped = new is not None and new is not old and any(module is old for module in new.modules())
         if state is not None and prefix is not None and not is_wrapped:
             _Replacement(model, state, parent, name, plain_name(joined(prefix, name)), old, new).follow()
@@ -126,8 +126,8 @@ class _Replacement:
         before, after, shape = self.before.get(name), self.after.get(name), self.state.shapes.get(name)
         if after is None:
             return GONE
-        if after is not before and any(after is p for p in self.old.parameters()):  # out of a wrapper
-            return None
+        if after is not before and any(after is p for p in self.old.parameters()):
+            return None  # it has come out of a wrapper
         if before is None or shape is None:
             return BACK if self.new in _taken_out else OTHER
         if after is before:
@@ -244,8 +244,10 @@ class _Replacement:
         """Let entries require a gradient where the module's parameters were told not to, and let new parameters train."""
         if self.state.current is None or self.state.mixed is not None:
             return
+        inside = set() if self.new is None else set(self.new.modules())
         for site in sites_of(self.model):
-            site.entries.delta.requires_grad_(True)
+            if any(module in inside for module, _ in site.owners):
+                site.entries.delta.requires_grad_(True)
         take_unfrozen(self.model, self.state)
 
 

@@ -236,8 +236,7 @@ def _matching(path: Path, tensors: Mapping[str, Tensor], name: str, shape: list[
             f"{path}: expected {name} in memory, got it on the meta device; load the model's weights first. Where accelerate has "
             f"offloaded them (device_map, cpu_offload, disk_offload), {offload.INSTEAD}"
         )
-    trainable = dtype_name(weight.dtype) in DTYPES or not isinstance(weight, nn.Parameter)
-    if not trainable or not weight.is_contiguous():
+    if isinstance(weight, nn.Parameter) and not (dtype_name(weight.dtype) in DTYPES and weight.is_contiguous()):
         raise ValueError(
             f"{path}: expected {name} as {', '.join(DTYPES)} in contiguous memory, got {dtype_name(weight.dtype)} with strides "
             f"{weight.stride()}"
