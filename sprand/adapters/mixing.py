@@ -71,8 +71,8 @@ def _check_mixable(name: str, state: State, drop_heads: bool) -> None:
         )
     if adapter.frozen:
         raise ValueError(
-            f"switch: adapter {name!r} has frozen entries (of a redrawn mask, sprand diff, or added rows), which cannot be mixed; "
-            "switch to it alone"
+            f"switch: adapter {name!r} has frozen entries (of a redrawn mask, sprand diff, or added rows), which cannot be "
+            "mixed; switch to it alone"
         )
 
 
