@@ -83,6 +83,35 @@ def test_a_wrapped_module_is_seen_through_its_layer():
     assert layer.weights == layer.site == "its own"
 
 
+class Positions(nn.Embedding):
+    """Is used by a method of its own, as the positions of ProphetNet are."""
+
+    def _forward(self, numbers):
+        return super().forward(numbers)
+
+
+class Positioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = Positions(6, 4)
+
+    def forward(self, numbers):
+        return self.positions._forward(numbers)
+
+
+def test_a_model_calls_private_methods_of_a_wrapped_module():
+    base, numbers = built(Positioned), torch.arange(6)
+    plain = base(numbers)
+    model = peft.get_peft_model(base, SprandConfig(density=1.0, target_modules=["positions"]))
+    (delta,) = trainable(model)
+    assert torch.equal(model(numbers), plain)
+    model(numbers).sum().backward()
+    assert torch.equal(delta.grad, torch.ones(24))
+    assert not hasattr(model.base_model.model.positions, "_hf_hook")
+    model.base_model.model.positions.get_base_layer()._hf_hook = "of the base layer alone"
+    assert not hasattr(model.base_model.model.positions, "_hf_hook")
+
+
 def test_every_layer_tells_its_features():
     parameters = ["rnn.weight_ih_l0", "norm.weight"]
     model = peft.get_peft_model(

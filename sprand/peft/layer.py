@@ -214,8 +214,8 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "base_layer":
-                raise
+            if name == "base_layer" or (name.startswith("_") and not callable(getattr(type(self.base_layer), name, None))):
+                raise  # what tools keep of a module is not that of another; a model calls methods of its own
             if name in ("in_features", "out_features"):
                 return _features(self.base_layer)[name == "out_features"]
             return getattr(self.base_layer, name)
