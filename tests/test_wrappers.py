@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, built, points_and_labels, tokens_and_labels
@@ -183,3 +184,73 @@ def test_a_mask_that_moves_is_refused_in_replicas():
 def test_what_is_wrapped_before_it_trains_is_refused(door):
     with pytest.raises(ValueError, match="expected the model itself, got its DataParallel wrapper"):
         door(nn.DataParallel(built(Tied)))
+
+
+def trained_on(model, average, steps=4):
+    """Deltas by parameter after each step of a training, while `average` follows the model."""
+    (x, y), seen = points_and_labels(), []
+    optimizer = sprand.SparseAdamW(model, lr=1e-2)
+    for _ in range(steps):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        seen.append([p.detach().clone() for p in sprand.parameters(model)])
+    return seen
+
+
+AVERAGES = {
+    "mean": {},
+    "mean of buffers": {"use_buffers": True},
+    "moving": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+    "moving, of buffers": {"multi_avg_fn": get_ema_multi_avg_fn(0.9), "use_buffers": True},
+}
+
+
+@pytest.mark.parametrize("options", AVERAGES.values(), ids=AVERAGES)
+def test_an_averaged_model_has_the_average_of_the_deltas_at_the_same_positions(options, tmp_path):
+    x, _ = points_and_labels()
+    model = sprand.apply(built(MLP, width=80), density=0.3, modules_to_save=["third"])
+    average = AveragedModel(model, **options)
+    seen = trained_on(model, average)
+    expected = sprand.apply(built(MLP, width=80), density=0.3, modules_to_save=["third"])
+    for number, p in enumerate(sprand.parameters(expected)):
+        averaged = seen[0][number]
+        for step, deltas in enumerate(seen[1:], 1):
+            averaged = averaged.lerp(deltas[number], 1 / (step + 1) if "multi_avg_fn" not in options else 1 - 0.9)
+        p.data.copy_(averaged)
+    torch.testing.assert_close(average(x), expected(x), rtol=1e-5, atol=1e-6)
+    loaded = sprand.load(built(MLP, width=80), sprand.save(average.module, tmp_path))
+    assert torch.equal(loaded(x), average(x))
+    assert torch.equal(sprand.unmerge(average.module)(x), built(MLP, width=80)(x))
+
+
+def test_an_average_over_given_positions_is_refused_in_words():
+    x, _ = points_and_labels()
+    given = {"second.weight": torch.arange(1, 576, 3)}
+    model = sprand.apply(built(MLP), strategy=given)
+    average = AveragedModel(model, **AVERAGES["moving, of buffers"])
+    trained_on(model, average)
+    with pytest.raises(
+        ValueError, match=r"second\.weight: the positions of its trained entries were changed in place.*update_bn"
+    ):
+        average(x)
+    exact = AveragedModel(model, **AVERAGES["moving"])
+    exact.update_parameters(model)
+    assert torch.equal(exact(x), model(x))
+
+
+def test_update_bn_reads_what_the_averaged_model_makes():
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    x, _ = points_and_labels()
+    model = sprand.apply(made(), density=0.5)
+    average = AveragedModel(model)
+    trained_on(model, average)
+    update_bn([x], average)
+    with torch.no_grad():
+        hidden = sprand.merge(average.module)[0](x)
+    torch.testing.assert_close(average.module[1].running_mean, hidden.mean(0))
+    torch.testing.assert_close(average.module[1].running_var, hidden.var(0))

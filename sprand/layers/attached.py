@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from . import offload, sharding
-from .entries import Candidates, Entries, Schedules, Written
+from .entries import Candidates, Entries, Schedules, Sealed, Written
 from .module import SparseModule, change_class, sparse_class, track, untrack, write_parameters
 from .sites import Owner, Site, joined, site_of
 
@@ -33,6 +33,7 @@ class Target:
         redraw: makes the indices on a device, for a module that leaves the meta device.
         kept: the indices of a module on the meta device that nothing can redraw.
         written: whether the weight holds its delta already.
+        sealed: tells whether the indices are what they were.
         schedules: how a GPU samples the gradient of a linear layer.
         candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
         frozen: whether an earlier mask left trained values in the weight, which a new base would lose.
@@ -46,6 +47,7 @@ class Target:
     redraw: Callable[[torch.device], Tensor] | None = None
     kept: Tensor | None = None
     written: Written = field(default_factory=Written)
+    sealed: Sealed = field(default_factory=Sealed)
     schedules: Schedules | None = None
     candidates: Candidates | None = None
     frozen: bool = False
@@ -79,6 +81,30 @@ class AttachedModule(SparseModule):
     _sprand_targets: dict[str, Target]
 
     def sparse_entries(self, parameter: str = "weight") -> Entries:
+        target = self._sprand_targets[parameter]
+        indices = self._buffers[target.indices]
+        if not torch.compiler.is_compiling() and not target.sealed.holds(indices):
+            self._draw_anew(target, indices)
+        return self._entries(parameter)
+
+    def _draw_anew(self, target: Target, indices: Tensor) -> None:
+        """Put the indices right, which others have changed in place.
+
+        Raises:
+            ValueError: No seed draws them.
+        """
+        if target.redraw is not None:
+            drawn = target.redraw(indices.device)
+            if target.sealed.holds(drawn):
+                indices.copy_(drawn)
+                return
+        raise ValueError(
+            f"{target.name or type(self).__name__}: the positions of its trained entries were changed in place, as by an average "
+            "over buffers; average parameters alone (AveragedModel without use_buffers, or sprand.parameters(model)), and call "
+            "update_bn for batch norms"
+        )
+
+    def _entries(self, parameter: str) -> Entries:
         target, buffers = self._sprand_targets[parameter], self._buffers
         delta = self._parameters[target.delta]
         if "_hf_hook" in self.__dict__ and offload.is_offloaded(self):
@@ -107,6 +133,7 @@ class AttachedModule(SparseModule):
         """Settle how a GPU samples the gradient of this parameter; called when its indices or its device change."""
         weight = self._parameters[parameter]
         target = self._sprand_targets[parameter]
+        target.sealed = Sealed(self._buffers[target.indices])
         target.schedules = None
         if self._is_sampled and parameter == "weight":
             target.schedules = Schedules.on_gpu(weight, self._buffers[target.indices])
@@ -116,7 +143,7 @@ class AttachedModule(SparseModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves and casts like any module; deltas stay in their accumulation dtype, indices and base stay right."""
         places = {name: _place(self._parameters[name]) for name in self._sprand_targets}
-        entries = {name: self.sparse_entries(name) for name in self._sprand_targets}
+        entries = {name: self._entries(name) for name in self._sprand_targets}
         before = {name: (own.delta.data, own.indices) for name, own in entries.items()}
         super()._apply(fn, recurse)
         for name in self._sprand_targets:
@@ -127,7 +154,7 @@ class AttachedModule(SparseModule):
         """Let the entries of a parameter, which were `delta` and `indices`, follow it from where it was."""
         weight = self._parameters[parameter]
         target = self._sprand_targets[parameter]
-        entries = self.sparse_entries(parameter)
+        entries = self._entries(parameter)
         target.written.forget()
         dtype = ops.accumulation_dtype(weight.dtype)
         if entries.delta.dtype != dtype:
@@ -150,7 +177,7 @@ class AttachedModule(SparseModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint with the entries is taken as it is; one without them is a new base, if nothing is frozen in the old."""
-        on_meta = [name for name in self._sprand_targets if self.sparse_entries(name).indices.is_meta]
+        on_meta = [name for name in self._sprand_targets if self._entries(name).indices.is_meta]
         if on_meta:
             args[-1].append(
                 f"{prefix}{on_meta[0]} is on the meta device, with entries that train; call model.to_empty(device=...) first, "
@@ -165,13 +192,13 @@ class AttachedModule(SparseModule):
                 "with sprand.save, and load it into a model of that base."
             )
             return
-        before = {name: self.sparse_entries(name).indices.clone() for name in self._sprand_targets}
+        before = {name: self._entries(name).indices.clone() for name in self._sprand_targets}
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, target in self._sprand_targets.items():
             if target.leader is not None:
                 self._follow_leader(name, prefix, args[2])
                 continue
-            indices = self.sparse_entries(name).indices
+            indices = self._entries(name).indices
             target.written.forget()
             if not torch.equal(indices, before[name]):
                 target.redraw = None

@@ -102,6 +102,46 @@ def _state_of(weight: Tensor, delta: WatchedParameter, scale: float) -> tuple[An
     return weight.data_ptr(), weight._version, delta.data_ptr(), delta._version, delta.asked, scale
 
 
+class Sealed:
+    """Tells whether indices are what they were: others may change them in place, as an average over the buffers of a copy does.
+
+    Args:
+        indices: `[nnz]`, proven; on the meta device nothing is remembered.
+    """
+
+    def __init__(self, indices: Tensor | None = None) -> None:
+        self._sums: list[int] | None = None
+        self._known: tuple[weakref.ref[Tensor], int] | None = None
+        if indices is not None:
+            self._remember(indices)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sealed, (), {"_sums": self._sums, "_known": None}
+
+    def holds(self, indices: Tensor) -> bool:
+        """Whether these are the indices; read anew only where they are another tensor, or of another version."""
+        if self._sums is None:
+            return True
+        if self._known is not None and self._known[0]() is indices and self._known[1] == indices._version:
+            return True
+        if _sums_of(indices) != self._sums:
+            return False
+        self._remember(indices)
+        return True
+
+    def _remember(self, indices: Tensor) -> None:
+        if type(indices) is not Tensor or indices.is_meta or indices.is_inference():
+            self._sums = self._known = None
+            return
+        self._sums = _sums_of(indices)
+        self._known = weakref.ref(indices), indices._version
+
+
+def _sums_of(indices: Tensor) -> list[int]:
+    """What an average cannot leave as it is: it rounds indices down."""
+    return torch.stack([indices.sum(dtype=torch.int64), indices[::2].sum(dtype=torch.int64)]).tolist()
+
+
 class Schedules:
     """How a GPU samples the gradient of a linear layer: one schedule for each dtype of operands, made when it is first used.
 

@@ -108,8 +108,9 @@ def replace(site: Site, indices: Tensor, base: Tensor, delta: Tensor, source: Te
     for values in (*moments(site, optimizer), *gradient):
         values.copy_(carried(values, source))
     trained.data.copy_(delta)
-    for module, parameter in site.owners:
-        entries, target = module.sparse_entries(parameter), module.sparse_target(parameter)
+    owned = [(module, parameter, module.sparse_entries(parameter)) for module, parameter in site.owners]
+    for module, parameter, entries in owned:
+        target = module.sparse_target(parameter)
         entries.indices.copy_(indices)
         entries.base.copy_(base)
         target.redraw = None
