@@ -208,6 +208,11 @@ def test_what_has_checkpoints_of_its_own_is_refused():
     sharded.fsdp = True
     with pytest.raises(ValueError, match="use sprand.peft there"):
         callback.on_init_end(sharded, None, None, model=model)
+    compiled = sparse()
+    compiled.model.layers[0] = torch.compile(compiled.model.layers[0])
+    for wrapped, name in ((torch.compile(model), "the model"), (compiled, r"model\.layers\.0")):
+        with pytest.raises(ValueError, match=rf"torch.compile has wrapped {name}, .*torch_compile=True"):
+            callback.on_init_end(args, None, None, model=wrapped)
     model.peft_config = {}
     with pytest.raises(ValueError, match="one of PEFT needs no callback"):
         callback.on_init_end(args, None, None, model=model)

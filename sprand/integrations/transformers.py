@@ -108,6 +108,7 @@ class SparseCheckpointCallback(TrainerCallback):
             raise ValueError("SparseCheckpointCallback: expected a model of sprand.apply; one of PEFT needs no callback")
         if args.fsdp or args.deepspeed:
             raise ValueError("SparseCheckpointCallback: FSDP and DeepSpeed write checkpoints of their own; use sprand.peft there")
+        _refuse_compiled(model)
         state_of(model).takes_plain_states = True
         saved = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         _refuse_others(model, saved)
@@ -193,6 +194,16 @@ class DynamicMaskCallback(TrainerCallback):
         if not state.is_world_process_zero or not folder.is_dir():
             return
         states.write(folder / MASK_FILE, MASK_KIND, self.mask.state_dict())
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Prove that checkpoints have the names of the model itself."""
+    compiled = [name for name, module in model.named_modules() if "_orig_mod" in module._modules]
+    if compiled:
+        raise ValueError(
+            f"SparseCheckpointCallback: torch.compile has wrapped {compiled[0] or 'the model'}, and checkpoints would hold names "
+            "that no model loads; give the Trainer the model itself and torch_compile=True, or compile in place, module.compile()"
+        )
 
 
 def _refuse_others(model: nn.Module, saved: Sequence[PreTrainedModel]) -> None:
