@@ -32,9 +32,9 @@ def stepped() -> tuple[nn.Module, torch.Tensor]:
 def assert_uses_its_deltas(model: nn.Module, x: torch.Tensor) -> None:
     """A training forward is that of a dense layer with the values that train in their places."""
     layer = model[0]
-    weight = layer.weight.detach().clone().flatten()
+    weight = layer.get_parameter("weight").detach().clone().flatten()
     weight[layer.sprand_indices.long()] = layer.sprand_base + layer.sprand_delta.detach()
-    wanted = nn.functional.linear(x, weight.view_as(layer.weight), layer.bias)
+    wanted = nn.functional.linear(x, weight.view(layer.out_features, -1), layer.bias)
     assert torch.equal(model(x), wanted)
 
 
