@@ -43,6 +43,18 @@ def test_both_doors_refuse_a_weight_that_is_computed_and_say_from_what(change, t
     assert list(sprand.select(model, exclude_modules=["0"], density=0.5)) == ["2.weight"]
 
 
+@DOORS
+@pytest.mark.parametrize("change", [prune_half, weight_norm, parametrizations.weight_norm], ids=lambda change: change.__module__)
+def test_a_tool_that_takes_a_weight_away_after_sprand_is_named_in_the_next_forward(door, change):
+    model = built(ReadAndCalled)
+    door(model, BOTH)
+    change(model.a.base_layer if hasattr(model.a, "base_layer") else model.a)
+    with pytest.raises(
+        ValueError, match="a.weight has entries that train, and another tool has put other parameters in its place"
+    ):
+        model(torch.randn(3, 6))
+
+
 class Bypassed(Pair):
     """A layer whose weight is kept where nobody sees that it is read."""
 

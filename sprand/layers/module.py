@@ -138,7 +138,23 @@ class SparseModule(nn.Module):
         """A targeted parameter as the forward must see it; a copy where nothing writes entries again before backward."""
         # a compiled backward reads the memory that forward read
         copy = copy or (torch.compiler.is_compiling() and sharding.is_gathered(self))
-        return functional.alias(self._parameters[parameter], self.sparse_entries(parameter), copy)
+        return functional.alias(self._weight(parameter), self.sparse_entries(parameter), copy)
+
+    def _weight(self, parameter: str) -> Tensor:
+        """A targeted parameter itself.
+
+        Raises:
+            ValueError: Another tool has taken it away since its entries train.
+        """
+        weight = self._parameters.get(parameter)
+        if weight is None:
+            name = getattr(self.sparse_target(parameter), "name", parameter)
+            raise ValueError(
+                f"{name} has entries that train, and another tool has put other parameters in its place (prune, weight_norm and "
+                "parametrizations do); give the model to such a tool first, and to sprand then, with target_parameters= for what "
+                "the tool made"
+            )
+        return weight
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         """What `nn.DataParallel` takes to each GPU for one forward.
@@ -178,7 +194,7 @@ class _SparseLinear(SparseModule):
         targets = self._sprand_targets if self._sprand_active else ()
         if "weight" not in targets:
             return super().forward(input)
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        weight, bias = self._weight("weight"), self._parameters["bias"]
         if "bias" in targets:
             bias = self._alias("bias")
         return functional.linear(input, weight, bias, self.sparse_entries(), self._transposed)
@@ -221,7 +237,7 @@ class _SparseEmbedding(SparseModule):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(self, SparseModule):
             return type(self).forward(self, input)
-        weight = self._parameters["weight"]
+        weight = self._weight("weight")
         options = self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq
         if self._sprand_active:
             return functional.embedding(input, weight, self.sparse_entries(), *options)
