@@ -158,7 +158,8 @@ class SprandModel(BaseTuner):
         Raises:
             ValueError: FSDP1 shards the model, and others are active.
         """
-        if adapter_name not in (self.active_adapter, self.active_adapters):
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if names != list(self.active_adapters):
             self._refuse_fsdp1("set_adapter")
         super().set_adapter(adapter_name, inference_mode)
 
