@@ -20,7 +20,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from architectures import batches, checks, small
-from report import RESULTS, Row, command_line, markdown, one_thread, progress, read_csv, write_csv, write_markdown
+from report import (
+    RESULTS,
+    Row,
+    command_line,
+    end_as_by_ctrl_c,
+    markdown,
+    one_thread,
+    progress,
+    read_csv,
+    write_csv,
+    write_markdown,
+)
 
 COLUMNS = (
     "architecture", "class", "parameters", "reached", "dtype", "door", "targets",
@@ -195,5 +206,5 @@ def piece(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    with one_thread():
+    with one_thread(), end_as_by_ctrl_c():
         raise SystemExit(main())
