@@ -39,22 +39,22 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         The same object.
 
     Raises:
-        ValueError: A weight cannot be written, or is in a layer of PEFT; nothing has changed then.
+        ValueError: A weight cannot be written, or is in a layer of PEFT. The model is as it was then, as after any other error.
     """
     sites = sites_named(model, adapter.indices)
     _refuse_layers_of_peft(model, sites)
     check_writable({name: site.weight for name, site in sites.items()})
-    state = known_state(model)
-    if state is None:
-        state = _freeze(model)
-    take_off(model, state, keep=False)
-    parameters = dict(named_parameters(model, remove_duplicate=False))
-    for key in adapter.saved.keys() - state.base_saved.keys():
-        state.base_saved[key] = parameters[key].data.clone()
+    is_first = known_state(model) is None
+    state = _freeze(model) if is_first else known_state(model)
     state.adapters[name] = adapter
-    state.active, state.mixed = name, None
-    _attach(model, adapter, sites)
-    watch(model)
+    try:
+        exchange(model, state, name)
+        watch(model)
+    except BaseException:
+        del state.adapters[name]
+        if is_first:
+            release(model, state)
+        raise
     return model
 
 
@@ -88,12 +88,32 @@ def _freeze(model: nn.Module) -> State:
     return state
 
 
+def exchange(model: nn.Module, state: State, active: str | None, mixed: Adapter | None = None) -> None:
+    """Take the active adapter off and attach another, a mixture, or nothing; where that fails, the first one is back."""
+    before = state.active, state.mixed
+    take_off(model, state, keep=False)
+    state.active = state.mixed = None
+    try:
+        activate(model, state, active, mixed)
+    except BaseException:
+        take_off(model, state, keep=False)
+        activate(model, state, *before)
+        raise
+
+
 def activate(model: nn.Module, state: State, active: str | None, mixed: Adapter | None = None) -> None:
     """Attach an adapter, a mixture of several, or nothing, to a model that has none attached; what is not there waits."""
+    adapter = mixed or (state.adapters[active] if active is not None else None)
+    _keep_base(model, state, () if adapter is None else adapter.saved)
     state.active, state.mixed = active, mixed
-    if state.current is not None:
-        there = dict(named_parameters(model, remove_duplicate=False))
-        _attach(model, state.current, sites_named(model, [name for name in state.current.indices if name in there]))
+    if adapter is not None:
+        _attach(model, adapter, sites_named(model, _named(model, adapter.indices)))
+
+
+def _keep_base(model: nn.Module, state: State, names: Collection[str]) -> None:
+    """Keep what parameters hold before one of them trains in full for the first time."""
+    new = set(names) - state.base_saved.keys()
+    state.base_saved |= {name: p.data.clone() for name, p in _named(model, new).items()}
 
 
 def _attach(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> None:
@@ -211,8 +231,13 @@ def release(model: nn.Module, state: State) -> None:
 
 def put_saved(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give parameters trained in full other memory, and return what they had. One that is not in the model is left out."""
-    tensors = dict(named_parameters(model, remove_duplicate=False)) if values else {}
-    return {name: sharding.put(tensors[name], value) for name, value in values.items() if name in tensors}
+    return {name: sharding.put(p, values[name]) for name, p in _named(model, values).items()}
+
+
+def _named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:
+    """The parameters of these names that are in the model."""
+    every = dict(named_parameters(model, remove_duplicate=False)) if names else {}
+    return {name: every[name] for name in names if name in every}
 
 
 def put_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> None:

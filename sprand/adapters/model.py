@@ -13,7 +13,7 @@ from ..layers.attached import set_active
 from ..layers.module import sparse_modules
 from ..selection.config import AS_GIVEN, SparseConfig
 from . import first_step
-from .attaching import activate, add, put_frozen, put_saved, release, take_off, write_all
+from .attaching import add, exchange, put_frozen, put_saved, release, take_off, write_all
 from .combining import Rule
 from .in_full import collect_buffers, follow_rows, put_buffers, take_unfrozen
 from .mixing import check_weights, mix
@@ -161,8 +161,7 @@ def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Modul
     mixed = mix(state, weights) if isinstance(name, Mapping) else None
     if isinstance(name, str):
         _check_shapes(model, state, name)
-    take_off(model, state, keep=False)
-    activate(model, state, name if isinstance(name, str) else None, mixed)
+    exchange(model, state, name if isinstance(name, str) else None, mixed)
     return model
 
 

@@ -277,7 +277,7 @@ def attach(
             f"{parameter!r} of {type(module).__name__}: its indices are on the meta device, where they have no values; give them "
             "on another one"
         )
-    weight.requires_grad_(False)
+    cls = None if isinstance(module, SparseModule) else sparse_class(AttachedModule, type(module))
     if leader is not None:
         entries = leader[0].sparse_entries(leader[1])
         delta, base, target.written = entries.delta, entries.base, entries.written
@@ -285,8 +285,9 @@ def attach(
         base = ops.gather(weight.data, indices)
     if delta is None:
         delta = nn.Parameter(torch.zeros(indices.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device))
-    if not isinstance(module, SparseModule):
-        change_class(module, sparse_class(AttachedModule, type(module)))
+    weight.requires_grad_(False)
+    if cls is not None:
+        change_class(module, cls)
         module._sprand_targets, module._sprand_active = {}, True
         track(module)
     module._sprand_targets[parameter] = target
@@ -307,6 +308,12 @@ def _checked_weight(module: nn.Module, parameter: str) -> nn.Parameter:
     if isinstance(module, SparseModule) and parameter in module._sprand_targets:
         raise ValueError(
             f"{parameter!r} of this {type(module).__name__} already has trained entries; unmerge or merge them first"
+        )
+    taken = [name for name in Target(parameter).tensors if hasattr(module, name)]
+    if taken:
+        raise ValueError(
+            f"this {type(module).__name__} has an attribute {taken[0]!r} of its own, where entries of {parameter!r} would be kept; "
+            "rename it, or leave the module out (exclude_modules)"
         )
     if not weight.is_contiguous():
         raise ValueError(
