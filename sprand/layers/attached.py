@@ -312,8 +312,8 @@ def _checked_weight(module: nn.Module, parameter: str) -> nn.Parameter:
     taken = [name for name in Target(parameter).tensors if hasattr(module, name)]
     if taken:
         raise ValueError(
-            f"this {type(module).__name__} has an attribute {taken[0]!r} of its own, where entries of {parameter!r} would be kept; "
-            "rename it, or leave the module out (exclude_modules)"
+            f"this {type(module).__name__} has an attribute {taken[0]!r} of its own, where entries of {parameter!r} would be "
+            "kept; rename it, or leave the module out (exclude_modules)"
         )
     if not weight.is_contiguous():
         raise ValueError(

@@ -25,6 +25,7 @@ from .loading import check_loadable
 from .plan import Plan, make_plan
 from .quantized import QuantizedLayer
 from .tensors import put_back, taken_out
+from .undoing import take_back, whole_or_not_at_all
 from .unsaved import remember, warn_of_buffers
 from .weighted_adapters import combined, rule_of
 
@@ -77,7 +78,9 @@ class SprandModel(BaseTuner):
         self.__dict__.update(_plan=plan, _planned=keys.keys(), _low_cpu_mem_usage=low_cpu_mem_usage)
         self.peft_config[adapter_name] = config
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, None)
+            with whole_or_not_at_all(model, adapter_name) as flags:
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, None)
+                self.__dict__.setdefault("_flags", flags)
         finally:
             self.peft_config[adapter_name] = given
             del self.__dict__["_plan"], self.__dict__["_planned"], self.__dict__["_low_cpu_mem_usage"]
@@ -333,7 +336,11 @@ class SprandModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        return put_back(model, config, adapter_name, state_dict, cls._remove_adapter_name_from_key)
+        try:
+            return put_back(model, config, adapter_name, state_dict, cls._remove_adapter_name_from_key)
+        except ValueError:
+            take_back(model, adapter_name)
+            raise
 
 
 def _keys_of(model: nn.Module, plan: Container[int]) -> dict[str, int]:

@@ -26,6 +26,7 @@ from ..selection.mask import Mask
 from ..selection.targets import HEADS, View, closest, find_targets, output_of
 from .config import SprandConfig
 
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 CPU = torch.device("cpu")
 ADDED_BY_PEFT = (*HEADS, "qa_outputs")  # to modules_to_save by a task's type, whether the model has them or not
 
@@ -164,7 +165,14 @@ def _in_full(model: nn.Module, config: SprandConfig, view: View) -> set[str]:
         if wanted not in ADDED_BY_PEFT and not any(name.endswith(wanted) for name in names):
             known = [name for name in view.modules if name]
             raise ValueError(f"modules_to_save: {wanted!r} matches nothing in this model; {closest(wanted, known)}")
-    return {name for name in view.modules if name.endswith(tuple(config.modules_to_save or ()))}
+    in_full = {name for name in view.modules if name.endswith(tuple(config.modules_to_save or ()))}
+    for name in in_full:
+        if isinstance(view.modules[name], LISTS):
+            raise ValueError(
+                f"modules_to_save: {name} is a {type(view.modules[name]).__name__}, which PEFT cannot train in full; name what "
+                "is in it"
+            )
+    return in_full
 
 
 def _saved(config: SprandConfig, sites: Sequence[Site], adapter_name: str) -> Plan:
