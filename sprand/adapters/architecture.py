@@ -18,7 +18,7 @@ OF_HEAD = {
     "problem_type": optional(TEXT),
     "pad_token_id": optional(WHOLE),
 }  # of config.json
-check_architecture = record({"classes": table_of(TEXT), "config": optional(record(OF_HEAD))})
+check_architecture = record({"classes": table_of(TEXT)}, {"config": record(OF_HEAD)})
 
 
 def architecture_of(model: nn.Module, with_head: bool) -> dict[str, Any] | None:
@@ -30,14 +30,14 @@ def architecture_of(model: nn.Module, with_head: bool) -> dict[str, Any] | None:
 
     Returns:
         None where no part of the model is of transformers. Else `classes`, by the names of the parts (the model itself is `""`),
-        and `config`: of a model of transformers with a head the fields that `config.json` has to have for it, otherwise None.
+        and of a model of transformers with a head `config`, the fields that `config.json` has to have for it.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
     classes = {} if modeling is None else dict(_classes("", model, modeling.PreTrainedModel))
     if not classes:
         return None
     if not with_head or "" not in classes:
-        return {"classes": classes, "config": None}
+        return {"classes": classes}
     said = {name: getattr(model.config, name, None) for name in OF_HEAD} | {"architectures": [classes[""]]}
     return {"classes": classes, "config": of_head(said)}
 

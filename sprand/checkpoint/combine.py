@@ -241,7 +241,7 @@ def _write(
     config = SparseConfig(strategy=GIVEN, target_modules=None, target_parameters=tuple(trained))
     base_model = next((adapter.base_model for adapter in adapters if adapter.base_model), checkpoint.folder.name)
     classes = next((adapter.architecture["classes"] for adapter in adapters if adapter.architecture), None)
-    architecture = None if classes is None else {"classes": classes, "config": None}
+    architecture = None if classes is None else {"classes": classes}
     made = AdapterFile.made(out, config, trained, base_model=base_model, selection=selection, architecture=architecture)
     folder = made.store()
     count = sum(part.delta.numel() for part in trained.values())
