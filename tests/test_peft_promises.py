@@ -214,6 +214,20 @@ def test_apply_refuses_weights_that_peft_writes(config, match):
     model.merge_and_unload()
 
 
+@pytest.mark.parametrize("safe_merge", [True, False])
+def test_lora_over_apply_is_not_merged_before_sprand_is(safe_merge):
+    base = sprand.apply(built(MLP), density=0.3, target_modules=["first"])
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)).eval()
+    for delta in sprand.parameters(base):
+        delta.data.normal_()
+    before = outputs(model)
+    with pytest.raises(ValueError, match=r"first.weight: PEFT merges an adapter .* call sprand.merge\(model\)"):
+        model.merge_and_unload(safe_merge=safe_merge)
+    assert torch.equal(outputs(model), before)
+    sprand.merge(base)
+    torch.testing.assert_close(outputs(model.merge_and_unload(safe_merge=safe_merge)), before)
+
+
 def test_apply_trains_beside_layers_of_peft():
     model = peft.get_peft_model(built(MLP), peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
     sprand.apply(model, density=0.3, target_modules=["second"])

@@ -115,6 +115,7 @@ class SparseModule(nn.Module):
         if sharding.is_sharded(weight) or weight.is_meta or reads.is_to_be_moved():
             return weight
         if not reads.is_to_be_used():
+            reads.refuse_merge(self.sparse_target(parameter).name)
             reads.tell_of_lost_gradient(self.sparse_target(parameter))
         elif torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._alias(parameter, copy=sharding.is_gathered(self) or sharding.is_of_zero3(weight))

@@ -24,6 +24,20 @@ def is_to_be_moved() -> bool:
     return not torch.compiler.is_compiling() and _reader().startswith(MOVERS)
 
 
+def refuse_merge(name: str) -> None:
+    """Refuse a layer of PEFT that merges its adapter into a weight with entries, which would take out what it adds to them.
+
+    Raises:
+        ValueError: One reads the weight now, to merge.
+    """
+    reader = sys._getframe(_READER)
+    if reader.f_code.co_name == "merge" and reader.f_globals.get("__name__", "").startswith("peft.tuners."):
+        raise ValueError(
+            f"{name}: PEFT merges an adapter into this weight, and entries of it that train by sprand.apply would lose what it "
+            "adds; call sprand.merge(model) or sprand.unmerge(model) first"
+        )
+
+
 def is_to_be_used() -> bool:
     """Whether what reads a weight now computes with it: in a call of any module, also when backward repeats that, or compiled."""
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
