@@ -30,7 +30,7 @@ def refuse_merge(name: str) -> None:
     Raises:
         ValueError: One reads the weight now, to merge.
     """
-    reader = sys._getframe(_READER)
+    reader = sys._getframe(3)  # behind the attribute of the module
     if reader.f_code.co_name == "merge" and reader.f_globals.get("__name__", "").startswith("peft.tuners."):
         raise ValueError(
             f"{name}: PEFT merges an adapter into this weight, and entries of it that train by sprand.apply would lose what it "
