@@ -79,7 +79,7 @@ def test_a_random_pattern_stores_its_seed_and_values_alone(tmp_path):
     file = sprand.save(model, tmp_path) / WEIGHTS_FILE
     assert file.stat().st_size < 4.1 * sprand.parameters(model)[0].numel()
     with safe_open(file, framework="pt") as content:
-        assert list(content.keys()) == ["base_model.model.0.sprand_delta.weight"]
+        assert list(content.keys()) == ["base_model.model.0.sprand_delta.weight", "base_model.model.sprand_draw"]
     description = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert description["seed"] == 0
     assert description["targets"]["0.weight"].startswith(f"1024x1024 {sprand.parameters(model)[0].numel()} float32 ")

@@ -256,8 +256,9 @@ def fsdp1_trains_and_is_saved(rank, folder):
     dist.barrier()
     assert_same_bits(peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(base(), folder / "fsdp1")), trained)
     for call in (model.disable_adapter().__enter__, model.merge_adapter, model.unload, lambda: model.delete_adapter("default")):
-        with pytest.raises(ValueError, match=r"got one sharded by FullyShardedDataParallel \(FSDP1\)"):
+        with pytest.raises(ValueError, match=r"got one sharded by FullyShardedDataParallel \(FSDP1\)") as refused:
             call()
+        assert "disable_adapter()" not in str(refused.value) and "set_adapter" not in str(refused.value)
     model.set_adapter("default")
 
 

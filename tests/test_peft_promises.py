@@ -236,3 +236,72 @@ def test_apply_trains_beside_layers_of_peft():
     before = outputs(model)
     torch.testing.assert_close(outputs(model.merge_and_unload()), before)
     assert base_weights(model)
+
+
+def of_seed(seed: int) -> nn.Module:
+    """An adapter of as many entries for any seed."""
+    model = peft.get_peft_model(built(MLP), SprandConfig(density=0.3, seed=seed))
+    for p in trainable(model):
+        p.data.normal_(0, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("door", ["a file", "a file of sprand.save", "tensors"])
+def test_values_are_loaded_onto_the_entries_they_belong_to_or_not_at_all(door, tmp_path):
+    model, other = of_seed(1), of_seed(2)
+    model.save_pretrained(tmp_path)
+    if door == "a file of sprand.save":
+        sprand.save(sprand.load(built(MLP), tmp_path), tmp_path)
+    tensors = peft.get_peft_model_state_dict(model)
+
+    def load(into: nn.Module) -> None:
+        peft.set_peft_model_state_dict(into, tensors) if door == "tensors" else into.load_adapter(tmp_path, "default")
+
+    before = outputs(other)
+    with pytest.raises(ValueError, match=r"entries that it has \(.* seed 2, .*\), got those of .* seed 1, .*; load its folder"):
+        load(other)
+    assert torch.equal(outputs(other), before)
+    again = of_seed(1)
+    load(again)
+    assert torch.equal(outputs(again), outputs(model))
+    if door != "tensors":
+        other.load_adapter(tmp_path, "another")
+        other.set_adapter("another")
+        assert torch.equal(outputs(other), outputs(model))
+
+
+def test_a_config_of_another_seed_than_the_file_is_refused(tmp_path):
+    of_seed(1).save_pretrained(tmp_path)
+    base = built(MLP)
+    with pytest.raises(ValueError, match="seed 2, .* seed 1, .* without a config"):
+        peft.PeftModel.from_pretrained(base, tmp_path, config=SprandConfig(density=0.3, seed=2))
+    assert_same_bits(dict(base.state_dict()), dict(built(MLP).state_dict()))
+
+
+def test_a_file_with_indices_is_not_loaded_onto_entries_of_a_seed(tmp_path):
+    model, other = of_seed(1), of_seed(2)
+    given = peft.get_peft_model(built(MLP), SprandConfig(mask=positions(model)))
+    given.save_pretrained(tmp_path)
+    before = outputs(other)
+    with pytest.raises(ValueError, match="that its seed draws, got those of other ones; load its folder under a name"):
+        other.load_adapter(tmp_path, "default")
+    assert torch.equal(outputs(other), before)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(outputs(model), outputs(given))
+
+
+def test_tensors_that_do_not_say_their_draw_are_taken_with_a_warning():
+    model = of_seed(1)
+    tensors = {name: value for name, value in peft.get_peft_model_state_dict(model).items() if "sprand_draw" not in name}
+    again = of_seed(1)
+    with pytest.warns(UserWarning, match="do not say of which entries they are, .* taken for those of .* seed 1,"):
+        peft.set_peft_model_state_dict(again, tensors)
+    assert torch.equal(outputs(again), outputs(model))
+
+
+def test_a_configuration_of_another_draw_than_the_tensors_is_damaged(tmp_path):
+    of_seed(1).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"seed": 1', '"seed": 2'))
+    with pytest.raises(ValueError, match="damaged: its tensors are of the draw .* seed 1, .* and it says .* seed 2,"):
+        sprand.load(built(MLP), tmp_path)

@@ -25,6 +25,8 @@ def test_a_random_adapter_stores_its_values_and_loads_to_the_bit(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
+    draw = tensors.pop("base_model.model.sprand_draw")
+    assert bytes(draw.tolist()) == b"random, unstructured, seed 0, pattern 1"
     assert all(name.endswith(".sprand_delta.weight") for name in tensors)
     assert sum(t.numel() for t in tensors.values()) == model.get_nb_trainable_parameters()[0]
     assert (

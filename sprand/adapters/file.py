@@ -174,6 +174,8 @@ class AdapterFile:
                 f"an adapter is a folder, and {self.path} is the name of a file; give a folder, which is made where none is"
             )
         tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in self.tensors.items()}
+        if self.config.strategy != GIVEN:
+            tensors[layout.PREFIX + layout.DRAW] = layout.draw_of(self.config.strategy, self.config.layout, self.config.seed)
         settings = layout.settings_of(self.description)
         described.write(self.path / WEIGHTS_FILE, KEY, layout.VERSIONS | settings, tensors)
         described.write_json(self.path / CONFIG_FILE, {"versions": layout.VERSIONS | {layout.SEALED: True}} | settings)

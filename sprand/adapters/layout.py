@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files.forms import OBJECT, TEXT, WHOLE, list_of, optional, record, simple
@@ -23,6 +24,7 @@ FORMAT_VERSION, OWN_NAMES = 4, 2  # up to 3 the header had fields of its own, up
 VERSIONS = {"format_version": FORMAT_VERSION, "pattern_version": PATTERN_VERSION, "sprand_version": __version__}
 FIRST_VERSIONS = {"format_version": OWN_NAMES, "pattern_version": 1, "sprand_version": "0.1.0"}  # of PEFT's door at first
 SEALED = "sealed"  # of the versions: whether the header of the file must hold the description as well
+DRAW = "sprand_draw"  # the tensor that says how entries were drawn, to those who are given tensors alone
 KINDS = ("delta", "indices", "frozen_indices", "frozen_values")
 IN_WRAPPERS = (".base_layer.", ".original_module.", ".modules_to_save.")
 SHARED = ("density", "budget", "exclude_modules", "modules_to_save", "strategy", "layout", "seed")  # with SprandConfig
@@ -75,6 +77,17 @@ def key(kind: str, name: str) -> str:
     suffix = "" if parameter == "weight" else f"_{parameter}"
     end = ".weight" if kind == "delta" else ""
     return PREFIX + joined(module, f"sprand_{kind}{suffix}{end}")
+
+
+def draw_of(strategy: str, layout: str, seed: int) -> Tensor:
+    """What a file says of the draw of its entries, as the bytes of a text."""
+    text = f"{strategy}, {layout}, seed {seed}, pattern {PATTERN_VERSION}"
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def said_of_draw(tensor: Tensor) -> str:
+    """The text of `draw_of`."""
+    return bytes(tensor.to(torch.uint8).flatten().tolist()).decode(errors="replace")
 
 
 def head_key(name: str) -> str:
@@ -143,12 +156,22 @@ def opened(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
             names = {f"{kind}.{name}": key(kind, name) for name in targets for kind in KINDS}
             names |= {name: head_key(name[6:]) for name in tensors if name.startswith("saved.")}
     _check_config("its description", config)
+    _check_draw(config["config"], tensors.get(PREFIX + DRAW))
     optional(list_of(TEXT))("its untrained", said.get("untrained"))
-    tensors = {names.get(name, name): value for name, value in tensors.items()}
+    tensors = {names.get(name, name): value for name, value in tensors.items() if name != PREFIX + DRAW}
     versions = {name: said[name] for name in (*VERSIONS, "checksum")}
     untrained = said.get("untrained") or []
     heads = [name for name in _heads(targets, tensors) if name not in untrained]
     return {**versions, **config, "targets": targets, "saved": heads, "untrained": untrained}, tensors
+
+
+def _check_draw(config: Mapping[str, Any], draw: Tensor | None) -> None:
+    """Prove that a description is that of the tensors, where they say by which draw their entries were chosen."""
+    if draw is None or config.get("strategy") == GIVEN:
+        return
+    said = said_of_draw(draw_of(*(config.get(name) for name in ("strategy", "layout", "seed"))))
+    if said_of_draw(draw) != said:
+        raise ValueError(f"its tensors are of the draw {said_of_draw(draw)}, and it says {said}")
 
 
 def _described_by(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..adapters.file import CONFIG_FILE
 from ..adapters.fingerprint import in_full
-from ..adapters.layout import in_short, portable
+from ..adapters.layout import draw_of, in_short, portable
 from ..files import described
 from ..selection.config import GIVEN, SparseConfig
 from ..selection.mask import Mask
@@ -171,6 +171,11 @@ class SprandConfig(PeftConfig):
     def drawn(self) -> bool:
         """Whether the entries follow from the seed."""
         return self.indices is None and not self.indices_saved
+
+    @property
+    def draw(self) -> Tensor | None:
+        """What the file says of how the entries were drawn; None where they were not."""
+        return draw_of(self.strategy, self.layout, self.seed) if self.drawn else None
 
     def __eq__(self, other: object) -> bool:
         """Whether all fields are equal, and the masks choose the same entries."""

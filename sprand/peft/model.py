@@ -31,8 +31,8 @@ from .weighted_adapters import combined, rule_of
 
 HALVES = (torch.float16, torch.bfloat16)
 ELSEWHERE = (
-    "save the adapter by model.save_pretrained(path, is_main_process=rank == 0) on every rank, and load it into a model that is "
-    "not sharded (the base model is to be had by `with model.disable_adapter()`)"
+    "save the adapter by model.save_pretrained(path, is_main_process=rank == 0) on every rank (under FSDP1 with "
+    "state_dict=wrapper.state_dict()), and load it into a model that is not sharded"
 )
 
 
@@ -177,7 +177,7 @@ class SprandModel(BaseTuner):
         Raises:
             ValueError: No adapter has that name, or the model is sharded.
         """
-        sharding.refuse(self.model, "delete_adapter", "leave it there, and make another one active with set_adapter")
+        sharding.refuse(self.model, "delete_adapter", ELSEWHERE)
         super().delete_adapter(adapter_name)
 
     def _layers(self) -> list[SprandLayer]:

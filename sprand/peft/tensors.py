@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.architecture import architecture_of
-from ..adapters.layout import PREFIX, VERSIONS
+from ..adapters.layout import DRAW, PREFIX, VERSIONS, said_of_draw
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
 from ..layers.sites import WRAPPED, Site, plain_name
@@ -18,6 +19,11 @@ from .adapter_target import AdapterTarget
 from .config import SprandConfig
 from .layer import SprandLayer, adapter_targets
 from .plan import check_same_base, describe
+
+BY_ITSELF = (
+    "load its folder under a name that the model does not have yet, and without a config, so that its own adapter_config.json is "
+    "read"
+)
 
 
 def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,7 +56,10 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
         "versions": dict(VERSIONS),
         "architecture": architecture_of(base, with_head=bool(heads)),
     }
-    return {_in_base(name, outer): value for name, value in result.items()}
+    saved = {_in_base(name, outer): value for name, value in result.items()}
+    if saved and config.drawn:
+        saved[(PREFIX if hasattr(model, "get_base_model") else "") + DRAW] = config.draw
+    return saved
 
 
 def put_back(
@@ -70,9 +79,14 @@ def put_back(
         stored_as: gives the name in a file, of the name in a model and the adapter's.
 
     Raises:
-        ValueError: Values are missing or not finite, or the base is another one.
+        ValueError: Values are missing or not finite, the adapter has other entries, or the base is another one.
     """
-    result, stored = dict(tensors), {plain_name(name): name for name in tensors}
+    drawn, draw = config.drawn, next((value for name, value in tensors.items() if name in (DRAW, PREFIX + DRAW)), None)
+    result = {name: value for name, value in tensors.items() if value is not draw}
+    stored = {plain_name(name): name for name in result}
+    brings_indices = any(f".{INDICES}" in name for name in result)
+    if not brings_indices:
+        _check_draw(config, adapter_name, draw)
     outer = _outer_layers(model)
     for key, layer, parameter, target in adapter_targets(model, adapter_name):
         names = _names(_name_in_state(key), parameter, adapter_name)
@@ -84,7 +98,9 @@ def put_back(
                         result[name] = result.pop(stored[full])
         delta, indices = map(result.get, names)
         _check_loaded(config, adapter_name, layer.sprand_site(parameter), target, delta, indices)
-        if indices is not None:
+        if indices is not None and drawn:
+            _check_same_entries(adapter_name, target, result.pop(names[1]))
+        elif indices is not None:
             config.indices = (config.indices or {}) | {target.name: indices}
     return result
 
@@ -138,6 +154,31 @@ def _check_loaded(
         pattern.check_indices(f"adapter {adapter_name!r}: {site.name}", indices, site.numel)
         if config.targets and site.name in config.targets:
             check_same_base(adapter_name, site, indices.to(site.device), config.targets[site.name])
+
+
+def _check_draw(config: SprandConfig, adapter_name: str, draw: Tensor | None) -> None:
+    """Prove that values without indices belong to the entries that the adapter has."""
+    if draw is None and config.drawn and config.targets is None:
+        warnings.warn(
+            f"adapter {adapter_name!r}: the tensors do not say of which entries they are, since an older sprand saved them; they "
+            f"are taken for those of {said_of_draw(config.draw)}; {BY_ITSELF}",
+            stacklevel=5,
+        )
+    here = None if config.draw is None else said_of_draw(config.draw)
+    if draw is not None and said_of_draw(draw) != here:
+        raise ValueError(
+            f"adapter {adapter_name!r}: expected values of the entries that it has ({here or 'given by a mask'}), got those of "
+            f"{said_of_draw(draw)}; {BY_ITSELF}"
+        )
+
+
+def _check_same_entries(adapter_name: str, target: AdapterTarget, indices: Tensor) -> None:
+    live = target.indices[adapter_name]
+    if not torch.equal(indices.to(live), live):
+        raise ValueError(
+            f"adapter {adapter_name!r}: expected values of the entries of {target.name} that its seed draws, got those of other "
+            f"ones; {BY_ITSELF}"
+        )
 
 
 def _gathered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import peft
 from torch import nn
 
-from .layer import SprandLayer
+from .layer import SprandLayer, adapter_targets
 
 Flags = dict[nn.Parameter, bool]
 
@@ -41,8 +41,11 @@ def whole_or_not_at_all(model: nn.Module, adapter_name: str) -> Iterator[Flags]:
 
 
 def take_back(model: nn.Module, adapter_name: str) -> None:
-    """Take away an adapter whose file does not hold its values; without any other the base model is a plain one again."""
-    if not isinstance(model, peft.PeftModel):
+    """Take away an adapter whose file does not hold its values; without any other the base model is a plain one again.
+
+    One that was there before, which PEFT does not tell from one that it has just added, stays as it is.
+    """
+    if not isinstance(model, peft.PeftModel) or not _is_just_added(model, adapter_name):
         return
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
@@ -51,6 +54,13 @@ def take_back(model: nn.Module, adapter_name: str) -> None:
     base = model.unload()
     base.__dict__.pop("peft_config", None)
     put_flags(flags)
+
+
+def _is_just_added(model: peft.PeftModel, adapter_name: str) -> bool:
+    """Whether an adapter was made for a file: by its description or for inference, and it changes nothing yet."""
+    config = model.peft_config[adapter_name]
+    deltas = [target.deltas[adapter_name] for *_, target in adapter_targets(model, adapter_name)]
+    return bool(config.targets or config.inference_mode) and not any(not p.is_meta and p.any() for p in deltas)
 
 
 def put_flags(flags: Flags) -> None:
