@@ -115,13 +115,18 @@ class SparseModule(nn.Module):
         if sharding.is_sharded(weight) or weight.is_meta or reads.is_to_be_moved():
             return weight
         if not reads.is_to_be_used():
-            reads.refuse_merge(self.sparse_target(parameter).name)
-            reads.tell_of_lost_gradient(self.sparse_target(parameter))
+            name = self._name_of(parameter)
+            reads.refuse_merge(name)
+            reads.tell_of_lost_gradient(name, self.sparse_entries(parameter).written)
         elif torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._alias(parameter, copy=sharding.is_gathered(self) or sharding.is_of_zero3(weight))
         else:
             self.sparse_entries(parameter).ensure(weight)
         return weight
+
+    def _name_of(self, parameter: str) -> str:
+        """The name of a targeted parameter in the model, as far as it is known here."""
+        return getattr(self.sparse_target(parameter), "name", parameter)
 
     def _aliases(self) -> dict[str, Any]:
         """What the forward reads instead of the module's own attributes."""
@@ -149,7 +154,7 @@ class SparseModule(nn.Module):
         """
         weight = self._parameters.get(parameter)
         if weight is None:
-            name = getattr(self.sparse_target(parameter), "name", parameter)
+            name = self._name_of(parameter)
             raise ValueError(
                 f"{name} has entries that train, and another tool has put other parameters in its place (prune, weight_norm and "
                 "parametrizations do); give the model to such a tool first, and to sprand then, with target_parameters= for what "

@@ -6,10 +6,11 @@ import sys
 import types
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
+
+from .entries import Written
 
 MOVERS = "accelerate."  # its hooks read what they move from device to device, in the call of a module
 LIBRARIES = (MOVERS, "torch.", "transformers.")  # they read weights to print, tie or replace them
@@ -77,12 +78,12 @@ def tell_of_holders(model: nn.Module, names: Mapping[int, str]) -> None:
         )
 
 
-def tell_of_lost_gradient(target: Any) -> None:
+def tell_of_lost_gradient(name: str, written: Written | None) -> None:
     """Warn where a weight is read outside of any call, between its own forward and backward: a loss that uses it loses a part."""
-    if target.written is None or not target.written.is_awaited or not torch.is_grad_enabled() or _reader().startswith(LIBRARIES):
+    if written is None or not written.is_awaited or not torch.is_grad_enabled() or _reader().startswith(LIBRARIES):
         return
     warnings.warn(
-        f"sprand: {target.name} is read outside of any forward while its gradient is still to come, and what a loss computes "
+        f"sprand: {name} is read outside of any forward while its gradient is still to come, and what a loss computes "
         "from it there gives its entries no gradient; compute that in the forward of a module, which may be one around the loss",
         stacklevel=4,
     )
