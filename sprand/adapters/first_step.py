@@ -37,13 +37,19 @@ def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if before == trained:
         return
     optimizers[optimizer] = trained
-    for model in list(watched):
+    models = _models_of({id(p) for p in held})
+    for model in models:
         state = known_state(model)
         if state is not None:
             _refuse_whole_targets(model, held)
             take_unfrozen(model, state)
     if before in (None, ANEW):
-        _warn_of_early(optimizer, {id(p) for p in held})
+        _warn_of_early(optimizer, models, {id(p) for p in held})
+
+
+def _models_of(held: set[int]) -> list[nn.Module]:
+    """The models that an optimizer with these parameters trains: of no concern to it is what others hold."""
+    return [model for model in list(watched) if any(id(p) in held for p in model.parameters())]
 
 
 def _refuse_whole_targets(model: nn.Module, held: list[nn.Parameter]) -> None:
@@ -61,8 +67,8 @@ def _refuse_whole_targets(model: nn.Module, held: list[nn.Parameter]) -> None:
             )
 
 
-def _warn_of_early(optimizer: torch.optim.Optimizer, held: set[int]) -> None:
-    for model in list(watched):
+def _warn_of_early(optimizer: torch.optim.Optimizer, models: list[nn.Module], held: set[int]) -> None:
+    for model in models:
         sites = sites_of(model)
         frozen = {id(site.weight) for site in sites}
         trained = {id(site.entries.delta) for site in sites}

@@ -110,7 +110,7 @@ class Sealed:
     """
 
     def __init__(self, indices: Tensor | None = None) -> None:
-        self._sums: list[int] | None = None
+        self._sums: list[int] | None = None  # and, first, the number of indices
         self._known: tuple[weakref.ref[Tensor], int] | None = None
         if indices is not None:
             self._remember(indices)
@@ -119,27 +119,32 @@ class Sealed:
         return Sealed, (), {"_sums": self._sums, "_known": None}
 
     def holds(self, indices: Tensor) -> bool:
-        """Whether these are the indices; read anew only where they are another tensor, or of another version."""
-        if self._sums is None:
+        """Whether these are the indices, or others on purpose; they are read where tensor or version is another one."""
+        if self._sums is None or not _is_readable(indices):
             return True
         if self._known is not None and self._known[0]() is indices and self._known[1] == indices._version:
             return True
-        if _sums_of(indices) != self._sums:
+        if indices.numel() == self._sums[0] and _sums_of(indices) != self._sums:
             return False
         self._remember(indices)
         return True
 
     def _remember(self, indices: Tensor) -> None:
-        if type(indices) is not Tensor or indices.is_meta or indices.is_inference():
+        if not _is_readable(indices) or indices.is_inference():
             self._sums = self._known = None
             return
         self._sums = _sums_of(indices)
         self._known = weakref.ref(indices), indices._version
 
 
+def _is_readable(indices: Tensor) -> bool:
+    return type(indices) is Tensor and not indices.is_meta
+
+
 def _sums_of(indices: Tensor) -> list[int]:
-    """What an average cannot leave as it is: it rounds indices down."""
-    return torch.stack([indices.sum(dtype=torch.int64), indices[::2].sum(dtype=torch.int64)]).tolist()
+    """What an average cannot leave as it is, since it rounds indices down; the number of indices first."""
+    sums = torch.stack([indices.sum(dtype=torch.int64), indices[::2].sum(dtype=torch.int64)])
+    return [indices.numel(), *sums.tolist()]
 
 
 class Schedules:
