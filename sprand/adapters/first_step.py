@@ -71,7 +71,7 @@ def _warn_of_early(optimizer: torch.optim.Optimizer, models: list[nn.Module], he
     for model in models:
         sites = sites_of(model)
         frozen = {id(site.weight) for site in sites}
-        trained = {id(site.entries.delta) for site in sites}
+        trained = {id(delta) for site in sites for delta in site.deltas}
         if held & frozen and not held & trained:
             warnings.warn(
                 f"this {type(optimizer).__name__} holds weights that sprand.apply froze ({len(held & frozen)} of them) and none "

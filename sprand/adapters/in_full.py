@@ -68,7 +68,7 @@ def changed(values: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[st
 def unfrozen(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that train beside the entries, and do not belong to the adapter: someone called `requires_grad_`."""
     sites = sites_of(model)
-    known = {id(site.weight) for site in sites} | {id(site.entries.delta) for site in sites}
+    known = {id(site.weight) for site in sites} | {id(delta) for site in sites for delta in site.deltas}
     known |= {id(p) for name, p in named_parameters(model, remove_duplicate=False) if name in adapter.saved}
     for name, p in named_parameters(model):
         if p.requires_grad and id(p) not in known:

@@ -67,8 +67,7 @@ class Watch:
             )
 
     def _is_missed(self, site: Site) -> bool:
-        deltas = [delta for delta, parameter in site.module.sparse_deltas() if parameter == site.parameter]
-        return all(p.requires_grad and p.grad is None and id(p) not in self.met for p in deltas)
+        return all(p.requires_grad and p.grad is None and id(p) not in self.met for p in site.deltas)
 
 
 def _look(*_: object) -> None:

@@ -66,6 +66,11 @@ class Site:
         """The trained entries of the weight."""
         return self.module.sparse_entries(self.parameter)
 
+    @property
+    def deltas(self) -> list[nn.Parameter]:
+        """The deltas of the weight that train; nothing else of its entries is read."""
+        return [delta for delta, parameter in self.module.sparse_deltas() if parameter == self.parameter]
+
     def share(self, other: Site) -> None:
         """Let the owners of another site of the same weight be owners of this one."""
         known = {(id(module), parameter) for module, parameter in self.owners}

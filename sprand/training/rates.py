@@ -60,12 +60,7 @@ def suggest_lr(
 def _known_of(model: nn.Module) -> tuple[float, str | None]:
     """Density and strategy of the entries that a model trains now."""
     sites = active_sites(model)
-    deltas = {
-        id(delta): delta.numel()
-        for site in sites
-        for delta, parameter in site.module.sparse_deltas()
-        if parameter == site.parameter
-    }
+    deltas = {id(delta): delta.numel() for site in sites for delta in site.deltas}
     return sum(deltas.values()) / sum(site.numel for site in sites), _strategy_of(model)
 
 
