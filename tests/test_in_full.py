@@ -356,3 +356,15 @@ def test_an_engine_gets_changed_statistics_as_well():
     assert torch.equal(outputs(engine), outputs(model))
     receiver.revert()
     assert torch.equal(outputs(engine), outputs(net()))
+
+
+def test_the_optimizer_of_another_model_settles_nothing():
+    """What a parameter was before is what its own optimizer finds, not what it held at some other model's first step."""
+    model, other = sprand.apply(net(), density=0.3, target_modules=["first"]), net()
+    model.scale.requires_grad_(True)
+    train(other, torch.optim.SGD(other.parameters(), lr=0.1), 1)
+    model.scale.data.fill_(2.0)
+    train(model, sprand.SparseAdamW(model, lr=0.05))
+    assert not torch.equal(model.scale.data, torch.full((3,), 2.0))
+    sprand.unmerge(model)
+    assert torch.equal(model.scale.data, torch.full((3,), 2.0))
