@@ -48,8 +48,10 @@ def saved(tmp_path):
         {"density": 0.2, "layout": "run2"},
         {"density": 0.2, "layout": "run8"},
         {"density": 0.2, "layout": "run4", "strategy": "uniform"},
+        {"density": 0.2, "layout": "columns"},
+        {"density": 0.2, "layout": "columns", "strategy": "magnitude"},
     ],
-    ids=["random", "uniform", "all", "run2", "run8", "uniform run4"],
+    ids=["random", "uniform", "all", "run2", "run8", "uniform run4", "columns", "chosen columns"],
 )
 def test_round_trip_is_exact(tmp_path, fields):
     model = random_deltas(sprand.apply(built(EveryLayer), **fields, **EVERY_TARGET))
@@ -91,6 +93,7 @@ def test_what_is_said_of_a_weight_comes_back_from_its_line(shape, dtype):
     target = described_target(shape, torch.ones(shape, dtype=DTYPES[dtype]).flatten())
     line = line_of(target)
     assert isinstance(line, str) and in_full({"a": line}) == {"a": target}
+    assert in_full({"a": line_of(target | {"axis": 1})}) == {"a": target | {"axis": 1}}
     for more in ({"frozen": {"nnz": 1, "fingerprint": target["fingerprint"]}}, {"fingerprint": {}, "quantized": "4 bits"}):
         assert line_of(target | more) == target | more
     for other in (line[:-1], f"{line} ", line.upper(), line.replace(dtype, "int8"), f"-{line}"):

@@ -63,6 +63,29 @@ def by_save_pretrained_with_a_mask(base, folder):
     return by_save_pretrained(base, folder, mask=mask, density=None, modules_to_save=None)
 
 
+def by_save_of_columns(base, folder):
+    model = sprand.apply(loaded(base), density=DENSITY, seed=3, layout="columns", modules_to_save=["lm_head"])
+    train(model, sprand.SparseAdamW(model, lr=1e-2))
+    sprand.save(model, folder)
+    return bits(sprand.merge(model))
+
+
+def by_save_of_chosen_columns(base, folder):
+    model = sprand.apply(loaded(base), density=DENSITY, layout="columns", strategy="magnitude", scope="global")
+    train(model, sprand.SparseAdamW(model, lr=1e-2))
+    sprand.save(model, folder)
+    return bits(sprand.merge(model))
+
+
+def by_save_pretrained_of_columns(base, folder):
+    return by_save_pretrained(base, folder, layout="columns", density=0.1)
+
+
+def by_save_pretrained_of_chosen_columns(base, folder):
+    mask = sprand.select(loaded(base), strategy="magnitude", density=DENSITY, layout="columns", target_modules=["down_proj"])
+    return by_save_pretrained(base, folder, mask=mask, density=None, modules_to_save=None)
+
+
 def by_trainer(base, folder):
     from trainers import trainer_of
 
@@ -114,8 +137,11 @@ def by_finetune(base, folder):
 
 WRITERS = {
     writer.__name__.removeprefix("by_"): writer
-    for writer in (by_save, by_save_pretrained, by_save_pretrained_with_a_mask, by_trainer, by_trl, by_finetune)
-}
+    for writer in (
+        by_save, by_save_pretrained, by_save_pretrained_with_a_mask, by_save_of_columns, by_save_of_chosen_columns,
+        by_save_pretrained_of_columns, by_save_pretrained_of_chosen_columns, by_trainer, by_trl, by_finetune,
+    )
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=WRITERS)
@@ -261,7 +287,7 @@ def test_a_random_draw_is_a_seed_and_four_bytes_a_weight(tmp_path, door, make, d
 
 
 def test_given_entries_are_values_and_indices(tmp_path):
-    mask = {"second.weight": torch.arange(0, 576, 3)}
+    mask = {"second.weight": torch.arange(0, 576, 5)}
     sprand.save(sprand.apply(built(MLP), strategy=mask), tmp_path / "save")
     peft.get_peft_model(built(MLP), SprandConfig(mask=mask)).save_pretrained(tmp_path / "save_pretrained")
     own, theirs = (load_file(tmp_path / door / WEIGHTS_FILE) for door in ("save", "save_pretrained"))

@@ -20,7 +20,7 @@ from sprand.selection import pattern
 
 SIGNIFICANCE = 1e-4
 SHAPES = [(6, 24, 10), (6, 24, 30), (5, 12, 7), (1, 40, 3), (40, 1, 9), (3, 16, 47), (16, 8, 16)]
-RUNS = {layout: run for layout, run in pattern.LAYOUTS.items() if layout != "unstructured"}
+RUNS = {layout: run for layout, run in pattern.RUNS.items() if layout != "unstructured"}
 shapes = pytest.mark.parametrize("rows, cols, nnz", SHAPES, ids=lambda n: str(n))
 
 
@@ -310,7 +310,7 @@ def test_every_position_of_a_vector_longer_than_a_row_is_drawn_as_often(numel, n
     assert_uniform(draws.gather(1, torch.randint(nnz, (len(draws), 1))).squeeze(1), numel)
 
 
-@pytest.mark.parametrize("layout", pattern.LAYOUTS)
+@pytest.mark.parametrize("layout", pattern.RUNS)
 @pytest.mark.parametrize("shape", [(2**32,), (2**33 + 5,), (8, 2**33), (2**33, 8), (3, 5, 2**32)], ids=str)
 def test_weights_beyond_32_bits_are_drawn_evenly(shape, layout):
     numel, nnz = math.prod(shape), 4096
@@ -329,7 +329,7 @@ def test_weights_beyond_32_bits_are_drawn_evenly(shape, layout):
 def test_free_positions_beyond_32_bits_are_drawn():
     shape, nnz = (2**17, 2**16), 5000
     avoided = pattern.draw("random", "other", shape, nnz, 0)
-    for layout in pattern.LAYOUTS:
+    for layout in pattern.RUNS:
         indices = pattern.draw_free("random", "w", shape, nnz, 0, avoided, layout)
         pattern.check_indices("w", indices, 2**33)
         assert indices.shape == (nnz,) and not torch.isin(indices, avoided).any()

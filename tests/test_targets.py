@@ -104,7 +104,7 @@ BAD = {
     "budget too large": ({"budget": 10**6}, "1,000,000 entries were asked for, but the targets hold 1,056"),
     "budget zero": ({"budget": 0}, "at least 1"),
     "strategy": ({"strategy": "lottery"}, "strategy: expected one of random, uniform"),
-    "layout": ({"layout": "run3"}, "layout: expected one of unstructured, run2, run4, run8, got 'run3'"),
+    "layout": ({"layout": "run3"}, "layout: expected one of unstructured, run2, run4, run8, columns, got 'run3'"),
     "layout of a mask": (
         {"strategy": {"second.weight": torch.ones(24, 24, dtype=torch.bool)}, "layout": "run2"},
         "layout: a dict of masks or indices fixes the positions; leave out layout='run2'",

@@ -17,57 +17,13 @@ from ..files import described
 from ..kernels.dtypes import dtype_name
 from ..selection import pattern
 from ..selection.config import AS_GIVEN, GIVEN, SparseConfig
+from ..selection.units import Units, whole_units
 from . import layout
-from .fingerprint import DTYPES, check_entries, described_entries, described_target
-from .frozen import Frozen
+from .fingerprint import DTYPES, check_entries
+from .trained import Trained
 
 WEIGHTS_FILE, CONFIG_FILE, KEY = "adapter_model.safetensors", "adapter_config.json", "sprand"
 FOLDER_OF_RUN = "adapter"  # in the folder of a run of `sprand finetune`
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """What an adapter holds of one parameter, as it goes to a file.
-
-    Attributes:
-        shape: of the parameter.
-        delta: `[nnz]`, float32 or float64.
-        base: `[nnz]`, what the parameter held there before any training, in its dtype.
-        indices: `[nnz]`, flat, sorted; None where a seed draws them.
-        frozen: its frozen entries, which are kept as values under the deltas; None where there are none.
-        added: the first row that it was given after `apply`: what is in rows from there on, no base can prove. None for none.
-    """
-
-    shape: tuple[int, ...]
-    delta: Tensor
-    base: Tensor
-    indices: Tensor | None = None
-    frozen: Frozen | None = None
-    added: int | None = None
-
-    def describe(self) -> dict[str, Any]:
-        """What the file says of the parameter."""
-        target = described_target(self.shape, self.base, self._added(self.indices))
-        if self.frozen is not None:
-            indices, base = self.frozen.indices, self.frozen.base
-            target["frozen"] = described_entries(base, self._added(indices))
-        return target
-
-    def _added(self, indices: Tensor | None) -> int:
-        """How many of the entries, the last ones, are in added rows."""
-        if self.added is None or indices is None:
-            return 0
-        return int((indices >= self.added * math.prod(self.shape[1:])).sum())
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """What the file holds of the parameter of this name."""
-        tensors = {layout.key("delta", name): self.delta}
-        if self.indices is not None:
-            tensors[layout.key("indices", name)] = self.indices
-        if self.frozen is not None:
-            tensors[layout.key("frozen_indices", name)] = self.frozen.indices
-            tensors[layout.key("frozen_values", name)] = self.frozen.values
-        return tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,13 +103,14 @@ class AdapterFile:
         """
         given = config.strategy == GIVEN or any(part.indices is not None for part in trained.values())
         heads = heads or {}
+        targets = {name: part.describe() for name, part in trained.items()}
         description = {
-            **layout.VERSIONS,
+            **layout.written_versions(targets),
             "base_model": layout.portable(base_model),
             "config": config.to_dict() | (AS_GIVEN if given else {}),
             "selection": selection,
             "architecture": architecture,
-            "targets": {name: part.describe() for name, part in trained.items()},
+            "targets": targets,
             "saved": sorted(heads),
         }
         tensors = {key: value for name, part in trained.items() for key, value in part.tensors(name).items()}
@@ -176,9 +133,9 @@ class AdapterFile:
         tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in self.tensors.items()}
         if self.config.strategy != GIVEN:
             tensors[layout.PREFIX + layout.DRAW] = layout.draw_of(self.config.strategy, self.config.layout, self.config.seed)
-        settings = layout.settings_of(self.description)
-        described.write(self.path / WEIGHTS_FILE, KEY, layout.VERSIONS | settings, tensors)
-        described.write_json(self.path / CONFIG_FILE, {"versions": layout.VERSIONS | {layout.SEALED: True}} | settings)
+        settings, versions = layout.settings_of(self.description), layout.written_versions(self.targets)
+        described.write(self.path / WEIGHTS_FILE, KEY, versions | settings, tensors)
+        described.write_json(self.path / CONFIG_FILE, {"versions": versions | {layout.SEALED: True}} | settings)
         return self.path
 
     @cached_property
@@ -248,14 +205,34 @@ class AdapterFile:
             raise ValueError(f"{self.path}: expected values of float32 or float64 for {name}, got {dtype_name(delta.dtype)}")
         if not finite(delta):
             raise ValueError(f"{self.path}: the values of {name} are not finite")
-        if self.config.strategy == GIVEN:
+        if self.config.strategy != GIVEN:
+            indices = draw(self.config, name, target, nnz)
+        elif "axis" in target:
+            chosen = self.tensors.get(layout.key(layout.UNITS[target["axis"]], name))
+            indices = pattern.from_columns(f"{self.path}: {name}", chosen, target["shape"], target["axis"])
+            if indices.numel() != nnz:
+                raise ValueError(f"{self.path}: expected {nnz} entries in whole columns of {name}, got {indices.numel()}")
+        else:
             indices = self.tensors.get(layout.key("indices", name))
             if not _are_indices(indices, nnz):
                 raise ValueError(f"{self.path}: expected {nnz} integer indices for {name}")
             pattern.check_indices(f"{self.path}: {name}", indices, numel)
-        else:
-            indices = draw(self.config, name, target["shape"], nnz)
         return indices.to(pattern.index_dtype(numel)), delta
+
+    def columns(self, name: str) -> tuple[int, Tensor] | None:
+        """The whole columns that the trained entries of a parameter are, however they were chosen and stored.
+
+        Returns:
+            The dimension of the weight that counts them, 1 or 0, and their numbers `[c]`, ascending; the deltas `[nnz]` are those
+            of the weight's part `weight.index_select(dimension, numbers)`. None where the entries are no whole columns.
+
+        Raises:
+            ValueError: The entries are missing, not finite, or no indices of that parameter.
+        """
+        target, (indices, _) = self.targets[name], self.entries(name)
+        if "axis" in target:
+            return target["axis"], Units.of(target["shape"], target["axis"]).whole(indices)
+        return whole_units(target["shape"], indices)
 
     def frozen(self, name: str) -> tuple[Tensor, Tensor] | None:
         """The frozen entries of a parameter, proven; None where there are none.
@@ -357,9 +334,10 @@ def open_adapters(adapters: Iterable[tuple[str | os.PathLike[str], float]]) -> l
     return opened
 
 
-def draw(config: SparseConfig, name: str, shape: Iterable[int], nnz: int) -> Tensor:
-    """The positions that a random strategy draws."""
-    return pattern.draw(config.strategy, name, shape, nnz, config.seed, layout=config.layout)
+def draw(config: SparseConfig, name: str, target: Mapping[str, Any], nnz: int) -> Tensor:
+    """The positions that a random strategy draws of a weight, of which an adapter says shape and axis."""
+    axis = target.get("axis")
+    return pattern.draw(config.strategy, name, target["shape"], nnz, config.seed, layout=config.layout, axis=axis)
 
 
 def finite(values: Tensor) -> bool:

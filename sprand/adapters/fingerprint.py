@@ -17,11 +17,16 @@ from ..kernels.dtypes import dtype_name
 DTYPES = {_name: getattr(torch, _name) for _name in ("float64", "float32", "bfloat16", "float16")}
 DIGITS = 8  # 32 bits for each weight tell bases apart; files of earlier formats have up to four times as many
 NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16", "float16")}
-LINE = re.compile(rf"(\d{{1,19}}(?:x\d{{1,19}})*)? (\d{{1,19}}) ({'|'.join(DTYPES)}) ((?:[0-9a-f]{{{DIGITS}}})+)", re.ASCII)
+LINE = re.compile(
+    rf"(\d{{1,19}}(?:x\d{{1,19}})*)? (\d{{1,19}}) ({'|'.join(DTYPES)}) ((?:[0-9a-f]{{{DIGITS}}})+)(?: axis ([01]))?", re.ASCII
+)
+AXES = (0, 1)  # along which whole columns are counted, see `sprand.selection.units`
 
 _HASHES = table_of(TEXT)
 _FROZEN = record({"nnz": WHOLE, "fingerprint": _HASHES}, {"added": WHOLE})
-_TARGET = record({"shape": SHAPE, "nnz": WHOLE, "fingerprint": _HASHES}, {"quantized": TEXT, "frozen": _FROZEN, "added": WHOLE})
+_TARGET = record(
+    {"shape": SHAPE, "nnz": WHOLE, "fingerprint": _HASHES}, {"quantized": TEXT, "frozen": _FROZEN, "added": WHOLE, "axis": WHOLE}
+)
 
 
 def _check_target(place: str, value: Any) -> None:
@@ -30,6 +35,8 @@ def _check_target(place: str, value: Any) -> None:
     parts = [value, value["frozen"]] if "frozen" in value else [value]
     if any(part.get("added", 0) > part["nnz"] for part in parts):
         raise ValueError(f"{place}.added: expected no more entries than there are")
+    if "axis" in value and (value["axis"] not in AXES or len(value["shape"]) < 2 or 0 in value["shape"]):
+        raise ValueError(f"{place}.axis: expected 0 or 1, of a weight of two dimensions or more, got {value['axis']}")
     if "quantized" not in value and not all(part["fingerprint"] for part in parts):
         raise ValueError(f"{place}.fingerprint: expected hashes by dtype, got none")
 
@@ -37,15 +44,21 @@ def _check_target(place: str, value: Any) -> None:
 check_targets = table_of(_check_target)
 
 
-def described_target(shape: Iterable[int], base: Tensor, added: int = 0) -> dict[str, Any]:
+def described_target(shape: Iterable[int], base: Tensor, added: int = 0, axis: int | None = None) -> dict[str, Any]:
     """What an adapter says of a weight of this shape, of which it trains entries that hold `base` `[nnz]`.
 
     Args:
         shape: of the weight.
         base: `[nnz]`.
         added: how many of them, the last ones, are in rows that the weight was given after `apply`.
+        axis: the dimension along which the entries are whole columns; None where they are not stored as such.
     """
-    return {"shape": list(shape), **described_entries(base, added)}
+    return {"shape": list(shape), **described_entries(base, added)} | described_axis(axis)
+
+
+def described_axis(axis: int | None) -> dict[str, int]:
+    """What an adapter says of a weight whose entries are whole columns."""
+    return {} if axis is None else {"axis": axis}
 
 
 def described_entries(base: Tensor, added: int = 0) -> dict[str, Any]:
@@ -55,10 +68,14 @@ def described_entries(base: Tensor, added: int = 0) -> dict[str, Any]:
 
 
 def line_of(target: Mapping[str, Any]) -> Any:
-    """What is said of a weight as one text: shape, count, dtype and fingerprint. Where there is more to say it stays as it is."""
+    """What is said of a weight as one text: shape, count, dtype, fingerprint, and the axis of columns.
+
+    Where there is more to say it stays as it is.
+    """
     shape, hashes = "x".join(map(str, target["shape"])), target["fingerprint"]
     dtypes = [dtype for dtype in DTYPES if dtype in hashes]  # widest first
     line = f"{shape} {target['nnz']} {''.join(dtypes[:1])} {''.join(hashes[dtype] for dtype in dtypes)}"
+    line += f" axis {target['axis']}" if "axis" in target else ""
     return line if _target_of(line) == target else target
 
 
@@ -71,12 +88,13 @@ def _target_of(line: Any) -> Any:
     found = LINE.fullmatch(line) if isinstance(line, str) else None
     if found is None:
         return line
-    shape, nnz, dtype, digits = found.groups()
+    shape, nnz, dtype, digits, axis = found.groups()
     names, hashes = (dtype, *NARROWER.get(dtype, ())), re.findall("." * DIGITS, digits)
     return {
         "shape": [int(size) for size in shape.split("x")] if shape else [],
         "nnz": int(nnz),
         "fingerprint": dict(zip(names, hashes, strict=False)),
+        **described_axis(None if axis is None else int(axis)),
     }
 
 

@@ -20,12 +20,14 @@ from .architecture import check_architecture
 from .fingerprint import check_targets, in_full, line_of
 
 PEFT_TYPE, PREFIX = "SPRAND", "base_model.model."
-FORMAT_VERSION, OWN_NAMES = 4, 2  # up to 3 the header had fields of its own, up to 2 the tensors had names of their own
+FORMAT_VERSION, WITHOUT_COLUMNS = 5, 4  # of whole columns, and of entries alone, which older readers know
+OWN_NAMES = 2  # up to 3 the header had fields of its own, up to 2 the tensors had names of their own
 VERSIONS = {"format_version": FORMAT_VERSION, "pattern_version": PATTERN_VERSION, "sprand_version": __version__}
 FIRST_VERSIONS = {"format_version": OWN_NAMES, "pattern_version": 1, "sprand_version": "0.1.0"}  # of PEFT's door at first
 SEALED = "sealed"  # of the versions: whether the header of the file must hold the description as well
 DRAW = "sprand_draw"  # the tensor that says how entries were drawn, to those who are given tensors alone
-KINDS = ("delta", "indices", "frozen_indices", "frozen_values")
+UNITS = ("rows", "columns")  # by the axis that counts them, `[c]`, in place of indices
+KINDS = ("delta", "indices", *UNITS, "frozen_indices", "frozen_values")
 IN_WRAPPERS = (".base_layer.", ".original_module.", ".modules_to_save.")
 SHARED = ("density", "budget", "exclude_modules", "modules_to_save", "strategy", "layout", "seed")  # with SprandConfig
 UNSAID = AS_GIVEN | dict.fromkeys(("exclude_modules", "modules_to_save"))  # what a field says that is left out
@@ -37,6 +39,12 @@ _check_config = record(
     {"selection": optional(check_selection), "architecture": optional(check_architecture)},
 )
 _check_settings = record({"indices_saved": _FLAG}, {"sparse_config": optional(OBJECT)})
+
+
+def written_versions(targets: Mapping[str, Any]) -> dict[str, Any]:
+    """The versions that an adapter of these targets is written with: the oldest format that holds it."""
+    columns = any("axis" in target for target in targets.values())
+    return VERSIONS | {"format_version": FORMAT_VERSION if columns else WITHOUT_COLUMNS}
 
 
 def versions_of(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,20 +24,22 @@ from ..layers import offload, sharding
 from ..layers.sites import Site, named_parameters, sites_of
 from ..selection import pattern
 from ..selection.config import SparseConfig
+from ..selection.units import Units, column_axis
 from . import replaced
 from .architecture import architecture_of
 from .attaching import add
-from .file import AdapterFile, Trained, draw, finite
-from .fingerprint import DTYPES
+from .file import AdapterFile, draw, finite
+from .fingerprint import DTYPES, described_axis
 from .frozen import Frozen
 from .in_full import buffers_of, changed, first_of, put_buffers, refuse_unknown
 from .layout import modules_of
 from .model import disabled, switch, write
 from .state import Adapter, State, known_state, state_of, whole_tensors
+from .trained import Trained
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write the active adapter to a folder: 4 bytes per trained weight for a random pattern, 8 for another.
+    """Write the active adapter to a folder: 4 bytes per trained weight for a random pattern, 8 for another, 4 and 4 per column.
 
     Of a model sharded by FSDP or ZeRO-3 every rank must call this (of FSDP1 with the wrapper itself): the deltas are gathered,
     the first rank writes, and the folder is there when any of them returns. Elsewhere nothing is sent, and one rank may save
@@ -67,9 +69,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 def _save(model: nn.Module, state: State, adapter: Adapter, path: str | os.PathLike[str]) -> Path:
     """Write an adapter whose tensors are whole, or can be gathered one by one."""
-    trained = {site.name: _trained(adapter, site) for site in sites_of(model)}
-    if state.mixed is None and all(_is_drawn(adapter.config, name, part) for name, part in trained.items()):
-        trained = {name: dataclasses.replace(part, indices=None) for name, part in trained.items()}
+    sites = sites_of(model)
+    trained = {site.name: _trained(adapter, site) for site in sites}
+    axes = {site.name: column_axis(site) if adapter.config.layout == pattern.COLUMNS else None for site in sites}
+    drawn = {name: _as_drawn(adapter.config, name, part, axes[name]) for name, part in trained.items()}
+    if state.mixed is None and None not in drawn.values():
+        trained = drawn
     refuse_unknown(model, adapter)
     _warn_of_missing(model, adapter)
     heads = {name: sharding.whole(value).cpu() for name, value in _heads(model, state, adapter).items()}
@@ -123,11 +128,13 @@ def _rest(model: nn.Module, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in whole_tensors(model).items() if name.startswith(whole) and name not in heads}
 
 
-def _is_drawn(config: SparseConfig, name: str, part: Trained) -> bool:
-    """Whether the entries of one weight are those that a seed draws."""
+def _as_drawn(config: SparseConfig, name: str, part: Trained, axis: int | None) -> Trained | None:
+    """The entries of one weight without their indices, where a seed draws them; None where it does not."""
     if config.strategy not in pattern.RANDOM_STRATEGIES:
-        return False
-    return torch.equal(part.indices, draw(config, name, list(part.shape), part.delta.numel()))
+        return None
+    target, nnz = {"shape": list(part.shape), **described_axis(axis)}, part.delta.numel()
+    is_drawn = nnz % Units.of(part.shape, axis).size == 0 and torch.equal(part.indices, draw(config, name, target, nnz))
+    return dataclasses.replace(part, indices=None, axis=axis) if is_drawn else None
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..adapters.combining import Origin, Part, Rule, Whole, combined, content_checksum, record, shared_counts
-from ..adapters.file import AdapterFile, Trained, finite
+from ..adapters.file import AdapterFile, finite
+from ..adapters.trained import Trained
 from ..files import described
 from ..selection import pattern
 from ..selection.config import GIVEN, SparseConfig

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..adapters.architecture import of_head
-from ..adapters.file import AdapterFile, Trained
+from ..adapters.file import AdapterFile
 from ..adapters.frozen import Frozen
+from ..adapters.trained import Trained
 from ..kernels import ops, topk
 from ..kernels.ops import patched
 from ..selection import pattern

@@ -47,7 +47,8 @@ class SprandConfig(PeftConfig):
         mask: the entries themselves: a `sprand.Mask`, a mapping `{parameter name: bool mask or flat indices}`, or the path
             of a mask file. They decide what is targeted, too; the adapter's file then stores the indices. Entries apart from
             those of other tasks are a mask as well, since a config sees no model: `sprand.select(base, disjoint=[...])`.
-        layout: how random positions may fall: `"unstructured"`, `"run2"`, `"run4"`, `"run8"`.
+        layout: how random positions may fall: `"unstructured"`, `"run2"`, `"run4"`, `"run8"`, or `"columns"`: whole input columns
+            of linear weights, as in `SparseConfig`.
         seed: of the random draw. None takes a new one now, so that whoever copies this config draws the same entries.
         targets: written by `save_pretrained`: shape, count and a fingerprint of the base by parameter name.
         indices_saved: written by `save_pretrained`: whether the indices are in the file, or follow from the seed.

@@ -14,7 +14,8 @@ from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..adapters.fingerprint import check_base, described_target
+from ..adapters.file import draw
+from ..adapters.fingerprint import check_base, described_axis, described_target
 from ..adapters.layout import targeted
 from ..kernels import ops
 from ..layers.sites import WRAPPED, Site, collected, distinct, joined, own_sites
@@ -192,7 +193,7 @@ def _saved(config: SprandConfig, sites: Sequence[Site], adapter_name: str) -> Pl
             continue
         nnz = config.targets[name]["nnz"]
         if not config.indices_saved:
-            indices = pattern.draw(config.strategy, name, site.shape, nnz, config.seed, layout=config.layout).to(site.device)
+            indices = draw(config, name, config.targets[name], nnz).to(site.device)
             check_same_base(adapter_name, site, indices, config.targets[name])
         elif config.indices is not None:
             indices = config.indices[name].to(site.device)
@@ -218,12 +219,13 @@ def check_same_base(adapter_name: str, site: Site, indices: Tensor, entry: Mappi
     check_base(f"adapter {adapter_name!r}", site.name, held, entry["fingerprint"])
 
 
-def describe(site: Site, indices: Tensor, base: Tensor | None) -> dict[str, Any]:
+def describe(site: Site, indices: Tensor, base: Tensor | None, axis: int | None) -> dict[str, Any]:
     """What a saved adapter says of one target."""
     if site.backend is None and base is not None and not base.is_meta:
-        return described_target(site.shape, base)
+        return described_target(site.shape, base, axis=axis)
     backend = "unknown" if site.backend is None else site.backend.backend_name
-    return {"shape": list(site.shape), "nnz": indices.numel(), "fingerprint": {}, "quantized": backend}
+    said = {"shape": list(site.shape), "nnz": indices.numel(), "fingerprint": {}, "quantized": backend}
+    return said | described_axis(axis)
 
 
 def pristine(site: Site) -> AbstractContextManager[None]:

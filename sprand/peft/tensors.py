@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.architecture import architecture_of
-from ..adapters.layout import DRAW, PREFIX, VERSIONS, said_of_draw
+from ..adapters.layout import DRAW, PREFIX, UNITS, said_of_draw, written_versions
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
 from ..layers.sites import WRAPPED, Site, plain_name
 from ..selection import pattern
+from ..selection.units import column_axis, whole_units
 from .adapter_target import AdapterTarget
 from .config import SprandConfig
 from .layer import SprandLayer, adapter_targets
@@ -43,17 +44,23 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
     heads = {name: value for name, value in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
     state_dict.update(_gathered(model, heads))  # PEFT takes them from there
     described = {}
-    for (delta, _), (_, layer, parameter, target) in zip(names, targets, strict=True):
-        indices = target.indices[adapter_name]
+    for (delta, listed), (_, layer, parameter, target) in zip(names, targets, strict=True):
+        site, indices = layer.sprand_site(parameter), target.indices[adapter_name]
         if result:  # of a sharded model all but the first rank may have none
             _check_saved(target.name, indices.numel(), result.get(delta))
-        described[target.name] = describe(layer.sprand_site(parameter), indices, layer.sprand_base_of(parameter, adapter_name))
+        if config.drawn:
+            axis = column_axis(site) if config.layout == pattern.COLUMNS else None
+        else:
+            axis, units = whole_units(site.shape, indices) or (None, None)
+            if axis is not None and result.pop(listed, None) is not None:
+                result[_of_units(listed, axis)] = units
+        described[target.name] = describe(site, indices, layer.sprand_base_of(parameter, adapter_name), axis)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config.saved = {
         "targets": described,
         "indices_saved": not config.drawn,
         "untrained": None,  # PEFT trains whole modules
-        "versions": dict(VERSIONS),
+        "versions": written_versions(described),
         "architecture": architecture_of(base, with_head=bool(heads)),
     }
     saved = {_in_base(name, outer): value for name, value in result.items()}
@@ -84,20 +91,26 @@ def put_back(
     drawn, draw = config.drawn, next((value for name, value in tensors.items() if name in (DRAW, PREFIX + DRAW)), None)
     result = {name: value for name, value in tensors.items() if value is not draw}
     stored = {plain_name(name): name for name in result}
-    brings_indices = any(f".{INDICES}" in name for name in result)
+    brings_indices = any(f".{kind}" in name for name in result for kind in (INDICES, *map("sprand_{}".format, UNITS)))
     if not brings_indices:
         _check_draw(config, adapter_name, draw)
     outer = _outer_layers(model)
     for key, layer, parameter, target in adapter_targets(model, adapter_name):
         names = _names(_name_in_state(key), parameter, adapter_name)
-        for name in names:
+        of_units = [_of_units(names[1], axis) for axis in range(len(UNITS))]
+        for name in (*names, *of_units):
             plain = stored_as(plain_name(name), adapter_name)
             for known in dict.fromkeys((plain, _in_base(plain, outer))):
                 for full in (known, PREFIX + known):  # a model into which layers were injected has no prefix
                     if full in stored:
                         result[name] = result.pop(stored[full])
+        site = layer.sprand_site(parameter)
+        for axis, name in enumerate(of_units):
+            if name in result:
+                called = f"adapter {adapter_name!r}: {site.name}"
+                result[names[1]] = pattern.from_columns(called, result.pop(name), site.shape, axis)
         delta, indices = map(result.get, names)
-        _check_loaded(config, adapter_name, layer.sprand_site(parameter), target, delta, indices)
+        _check_loaded(config, adapter_name, site, target, delta, indices)
         if indices is not None and drawn:
             _check_same_entries(adapter_name, target, result.pop(names[1]))
         elif indices is not None:
@@ -128,6 +141,11 @@ def _names(key: str, parameter: str, adapter_name: str) -> tuple[str, str]:
     """What a state calls an adapter's delta and indices of one parameter of a layer."""
     suffix = "" if parameter == "weight" else f"_{parameter}"
     return f"{key}.{DELTA}{suffix}.{adapter_name}.weight", f"{key}.{INDICES}{suffix}.{adapter_name}"
+
+
+def _of_units(name: str, axis: int) -> str:
+    """What a state calls whole rows or columns in place of the indices of this name."""
+    return name.replace(f".{INDICES}", f".sprand_{UNITS[axis]}")
 
 
 def _check_saved(name: str, count: int, delta: Tensor | None) -> None:

@@ -6,19 +6,20 @@ import contextlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.topk import EXCLUDED, Pool, largest, order_keys
+from ..kernels.topk import EXCLUDED, order_keys
 from ..layers.sites import Site
 from . import pattern
 from .calibration import Calibration, calibrate
 from .config import SparseConfig
+from .ranking import Bounds, Ranking
 from .strategies import Stats, strategy_of
 from .targets import Targets
+from .units import Units, column_axis
 
 Avoided = Mapping[str, Tensor]  # entries that may not be chosen, ascending, by the name of their site
 
@@ -35,8 +36,8 @@ def choose(
         avoided: entries that may not be chosen.
 
     Raises:
-        ValueError: The budget is larger than the targets hold, or have free, or rounds to nothing; a given mask does not fit; or
-            scores cannot be computed.
+        ValueError: The budget is larger than the targets hold, or have free, or rounds to nothing, or to no column of a target; a
+            given mask does not fit; or scores cannot be computed.
     """
     avoided = avoided or {}
     scored = targets.masks is None and config.strategy not in pattern.RANDOM_STRATEGIES
@@ -94,11 +95,49 @@ def _given(config: SparseConfig, targets: Targets, avoided: Avoided) -> dict[str
     return chosen
 
 
-def _at_random(config: SparseConfig, targets: Targets, sizes: Sequence[int], total: int, avoided: Avoided) -> dict[str, Tensor]:
-    runs = [math.prod(pattern.run_of(config.layout, site.shape)) for site in targets.sites]
+def _axis(config: SparseConfig, site: Site) -> int | None:
+    """The dimension of a target whose columns are chosen; None where entries are."""
+    return column_axis(site) if config.layout == pattern.COLUMNS else None
+
+
+def _units(config: SparseConfig, site: Site) -> Units:
+    """What is chosen of a target as a whole, beside runs."""
+    return Units.of(site.shape, _axis(config, site))
+
+
+def _shares(config: SparseConfig, targets: Targets, sizes: Sequence[int], total: int) -> list[int]:
+    """How many entries of each target, whole runs or columns.
+
+    Raises:
+        ValueError: They are more than the targets hold, less than one run, or no column of a target.
+    """
+    units = [_units(config, site) for site in targets.sites]
+    runs = [
+        unit.size * math.prod(pattern.run_of(config.layout, site.shape)) for unit, site in zip(units, targets.sites, strict=True)
+    ]
     counts = pattern.shares(sizes, total, runs)
+    without = [site.name for site, run, count in zip(targets.sites, runs, counts, strict=True) if run > 1 and not count]
+    if config.layout == pattern.COLUMNS and without:
+        size, fewest = sum(sizes), min(unit.count for unit in units if unit.size > 1)
+        least = math.ceil(size / fewest)
+        raise ValueError(
+            f"layout 'columns': {total:,} of {size:,} entries leave no whole column to {', '.join(without[:3])}; from a "
+            f"density of {_rounded_up(least / size)} (a budget of {least:,}) on every target has one: raise it, or leave such "
+            "targets out"
+        )
     if not any(counts):
         raise ValueError(f"layout {config.layout!r}: {total} entries are less than one run of {max(runs)}; raise the budget")
+    return counts
+
+
+def _rounded_up(share: float) -> str:
+    """A fraction in decimals, of four digits, and not below it."""
+    digits = 3 - math.floor(math.log10(share))
+    return f"{math.ceil(round(share * 10**digits, 6)) / 10**digits:g}"
+
+
+def _at_random(config: SparseConfig, targets: Targets, sizes: Sequence[int], total: int, avoided: Avoided) -> dict[str, Tensor]:
+    counts = _shares(config, targets, sizes, total)
     return {
         site.name: _drawn(config, site, count, avoided.get(site.name)) for site, count in zip(targets.sites, counts, strict=True)
     }
@@ -107,33 +146,17 @@ def _at_random(config: SparseConfig, targets: Targets, sizes: Sequence[int], tot
 def _drawn(config: SparseConfig, site: Site, count: int, avoided: Tensor | None) -> Tensor:
     """A random draw, of the entries that are not zero where zeros are kept, and not of those to leave out."""
     draw = config.strategy, site.name
+    layout = config.layout, _axis(config, site)
     if avoided is not None and not config.preserve_zeros:
-        return pattern.draw_free(*draw, site.shape, count, config.seed, avoided, config.layout)
+        return pattern.draw_free(*draw, site.shape, count, config.seed, avoided, *layout)
     if not config.preserve_zeros:
-        return pattern.draw(*draw, site.shape, count, config.seed, site.device, config.layout)
+        return pattern.draw(*draw, site.shape, count, config.seed, site.device, *layout)
     nonzero = site.weight.detach().flatten().nonzero().flatten()
     if avoided is not None:
         nonzero = nonzero[~torch.isin(nonzero, avoided)]
         pattern.check_free(site.name, count, nonzero.numel())
     ranks = pattern.draw(*draw, nonzero.shape, count, config.seed, site.device)
     return nonzero[ranks.long()].to(pattern.index_dtype(site.numel))
-
-
-@dataclass
-class _Bounds:
-    """How many entries of one target a choice by scores takes.
-
-    Attributes:
-        site: the target.
-        least: so many of its largest scores are taken in any case.
-        most: no more than so many are taken.
-        avoided: entries that may not be chosen.
-    """
-
-    site: Site
-    least: int
-    most: int
-    avoided: Tensor | None
 
 
 def _by_score(
@@ -145,11 +168,11 @@ def _by_score(
             f"strategy {_called(config)!r} needs data to calibrate on; give data=, batches with labels or with a loss_fn"
         )
     options = dict(known.options) | dict(config.strategy_options or {})
-    bounds = _bounds(config, targets.sites, sizes, total, avoided)
-    ranking = _Ranking(total - sum(bound.least for bound in bounds))
+    every = _bounds(config, targets, sizes, total, avoided)
+    ranking = Ranking(total - sum(bounds.least * bounds.units.size for bounds in every))
     with contextlib.closing(calibrate(targets.model, targets.sites, known.needs, run, options)) as calibrated:
-        for bound, (_, stats) in zip(bounds, calibrated, strict=True):
-            ranking.add(bound, _keys(config, bound, stats, options))
+        for bounds, (_, stats) in zip(every, calibrated, strict=True):
+            ranking.add(bounds, _keys(config, bounds, stats, options))
     chosen = ranking.chosen()
     if known.positive and ranking.not_positive:
         warnings.warn(
@@ -157,86 +180,71 @@ def _by_score(
             "score; lower the budget, or calibrate on more data",
             stacklevel=5,
         )
-    return {site.name: chosen[site.name].to(pattern.index_dtype(site.numel)) for site in targets.sites}
+    return {bounds.site.name: _entries(bounds, chosen[bounds.site.name]) for bounds in every}
 
 
-class _Ranking:
-    """The largest scores of targets that are added one after another.
-
-    Attributes:
-        not_positive: how many of the chosen entries have no positive score.
-    """
-
-    def __init__(self, shared: int) -> None:
-        """`shared` entries are chosen over all targets together, beside the least of each."""
-        self.not_positive = 0
-        self._pool = Pool(shared)
-        self._chosen: dict[str, Tensor] = {}
-
-    def add(self, bound: _Bounds, keys: Tensor) -> None:
-        """Take the largest keys of a target, and enter the others in the competition of all targets; `keys` is changed."""
-        first = largest(keys, bound.least)
-        self._count(keys[first])
-        self._chosen[bound.site.name] = first
-        if bound.most > bound.least:
-            keys[first] = EXCLUDED
-            self._pool.add(bound.site.name, keys, bound.most - bound.least)
-
-    def chosen(self) -> dict[str, Tensor]:
-        """The positions of the chosen entries, ascending, by target."""
-        for name, (keys, positions) in self._pool.chosen().items():
-            self._count(keys)
-            self._chosen[name] = torch.cat([self._chosen[name], positions]).sort().values
-        return self._chosen
-
-    def _count(self, keys: Tensor) -> None:
-        self.not_positive += int((keys <= 0).sum())
+def _entries(bounds: Bounds, chosen: Tensor) -> Tensor:
+    """The entries of a target's chosen units."""
+    if bounds.units.size == 1:
+        return chosen.to(pattern.index_dtype(bounds.site.numel))
+    return bounds.units.entries(chosen)
 
 
-def _keys(config: SparseConfig, bound: _Bounds, stats: Stats, options: Mapping[str, Any]) -> Tensor:
-    """The order of a target's entries; zeros that are to stay and entries to leave out come last."""
-    name, weight = bound.site.name, bound.site.weight.detach()
+def _keys(config: SparseConfig, bounds: Bounds, stats: Stats, options: Mapping[str, Any]) -> Tensor:
+    """The order of a target's units; zeros that are to stay and units to leave out come last."""
+    name, weight = bounds.site.name, bounds.site.weight.detach()
+    strategy = strategy_of(config.strategy, name, stats.gradient is not None)
     with torch.no_grad():
-        score = strategy_of(config.strategy, name, stats.gradient is not None).score(weight, stats, **options)
+        score = strategy.score(weight, stats, **options)
     if score.isnan().any():
         raise ValueError(f"strategy {_called(config)!r}: {int(score.isnan().sum()):,} scores of {name} are NaN")
-    keys = order_keys(score).to(weight.device)
+    keys = order_keys(bounds.units.means(score, strategy.squares)).to(weight.device)
     if config.preserve_zeros:
         keys.masked_fill_(weight.flatten() == 0, EXCLUDED)
-    if bound.avoided is not None:
-        keys[bound.avoided.to(keys.device).long()] = EXCLUDED
+    if bounds.avoided is not None:
+        keys[bounds.avoided.to(keys.device)] = EXCLUDED
     return keys
 
 
-def _bounds(config: SparseConfig, sites: Sequence[Site], sizes: Sequence[int], total: int, avoided: Avoided) -> list[_Bounds]:
-    """The least and the most entries of each target; where every target has its share, both are the share."""
-    shares = pattern.shares(sizes, total)
-    least = most = shares
+def _bounds(config: SparseConfig, targets: Targets, sizes: Sequence[int], total: int, avoided: Avoided) -> list[Bounds]:
+    """The least and the most units of each target; where every target has its share, both are the share."""
+    units = [_units(config, site) for site in targets.sites]
+    counts = [size // unit.size for size, unit in zip(sizes, units, strict=True)]
     if config.scope == "global":
-        least = [int(config.min_density * size) for size in sizes]
-        most = [math.ceil(config.max_density * size) for size in sizes]
-    if not sum(least) <= total <= sum(most):
+        least = [int(config.min_density * count) for count in counts]
+        most = [math.ceil(config.max_density * count) for count in counts]
+        _check_limits(least, most, units, total)
+    else:
+        shares = _shares(config, targets, sizes, total)
+        least = most = [share // unit.size for share, unit in zip(shares, units, strict=True)]
+    every = []
+    for site, unit, low, high, size in zip(targets.sites, units, least, most, sizes, strict=True):
+        entries = avoided.get(site.name)
+        held = None if entries is None else unit.holding(entries)
+        free = _free(config, site, unit, size, held)
+        pattern.check_free(site.name, low * unit.size, free * unit.size)
+        every.append(Bounds(site, unit, low, min(high, free), held))
+    if avoided and config.scope == "global":
+        room = sum(bounds.most * bounds.units.size for bounds in every)
+        pattern.check_free("all targets together (within max_density)", total, room)
+    return every
+
+
+def _check_limits(least: Sequence[int], most: Sequence[int], units: Sequence[Units], total: int) -> None:
+    low, high = (sum(count * unit.size for count, unit in zip(counts, units, strict=True)) for counts in (least, most))
+    if not low <= total <= high:
         raise ValueError(
-            f"min_density and max_density: together the targets train {sum(least):,} to {sum(most):,} entries, but "
-            f"{total:,} were asked for"
+            f"min_density and max_density: together the targets train {low:,} to {high:,} entries, but {total:,} were asked for"
         )
-    bounds = [_Bounds(*fields, avoided.get(fields[0].name)) for fields in zip(sites, least, most, strict=True)]
-    for bound, size in zip(bounds, sizes, strict=True):
-        free = _free(config, bound, size)
-        pattern.check_free(bound.site.name, bound.least, free)
-        bound.most = min(bound.most, free)
-    if avoided:
-        pattern.check_free("all targets together (within max_density)", total, sum(bound.most for bound in bounds))
-    return bounds
 
 
-def _free(config: SparseConfig, bound: _Bounds, size: int) -> int:
-    """How many of the `size` entries that may train are not to be left out."""
-    if bound.avoided is None:
-        return size
+def _free(config: SparseConfig, site: Site, units: Units, size: int, held: Tensor | None) -> int:
+    """How many units of the `size` entries that may train are not to be left out."""
+    if held is None:
+        return size // units.size
     if not config.preserve_zeros:
-        return size - bound.avoided.numel()
-    return size - int(bound.site.weight.detach().flatten()[bound.avoided.long()].count_nonzero())
+        return units.count - held.numel()
+    return size - int(site.weight.detach().flatten()[held].count_nonzero())
 
 
 def _called(config: SparseConfig) -> str:

@@ -27,8 +27,8 @@ class SparseConfig:
 
     Attributes:
         density: fraction of the entries of the targeted weights that train, in (0, 1].
-        budget: instead of density: an int is the exact number of trained entries (see `layout` for runs), a float the
-            fraction of all model parameters (those of `modules_to_save` not counted).
+        budget: instead of density: an int is the exact number of trained entries (see `layout` for whole columns), a float
+            the fraction of all model parameters (those of `modules_to_save` not counted).
         target_modules: modules whose `weight` is targeted: names or suffixes of names, one regular expression (a str,
             matched in full), or `"all-linear"` (every linear layer but the output head). None with `target_parameters`.
         exclude_modules: modules left out again: names or suffixes, or one regular expression.
@@ -42,15 +42,21 @@ class SparseConfig:
             `score(name, weight, stats)` (see `sprand.selection.strategies.Stats`); or
             `{parameter name: bool mask or flat indices}`.
         strategy_options: options of the strategy: `{"temperature": 200.0}` for `"grasp"`, `{"rank": 128}` for `"lift"`.
-        layout: how randomly drawn positions may fall: `"unstructured"`; or in runs of entries, cheaper to train and drawn
-            whole: `"run2"`, `"run4"` (one column of 2 or 4 adjacent rows), `"run8"` (8 adjacent columns of one row). Each
-            target's count is then whole runs: together they are the asked number of entries, or less by less than one
-            run. A target whose rows or columns do not divide into runs, or of one dimension, is drawn unstructured.
-        scope: `"local"`: each target gets its share of the entries; `"global"`: the largest scores of all targets.
+        layout: what is chosen as a whole. `"unstructured"`: single entries. `"columns"`: of a linear weight `[out, in]` an input
+            column, all `out` entries of it; of Hugging Face's `Conv1D` the row of an input; of a convolution an input channel
+            (in a weight of groups as it is stored); of an embedding a feature; of any other tensor single entries. Every
+            strategy chooses columns: by the sum of the scores of their entries, or of the squares where a score is the size of
+            a signed number (`"magnitude"`, `"gradient"`, `"taylor_fo"`, `"lift"`; a callable with an attribute `squares` that is
+            true). For random draws also runs of entries: `"run2"`, `"run4"` (one column of 2 or 4 adjacent rows), `"run8"` (8
+            adjacent columns of one row); a target whose rows or columns do not divide into runs, or of one dimension, is drawn
+            unstructured. Each target's count is whole columns or runs: together they are the asked number of entries, or less by
+            less than one of them.
+        scope: `"local"`: each target gets its share of the entries, at least one column; `"global"`: the largest scores of all
+            targets, of columns by the mean over their entries, since they differ in size; some targets may get none.
         min_density: least fraction of the entries of each target, for `scope="global"`.
         max_density: largest fraction of the entries of each target, for `scope="global"`.
         preserve_zeros: choose among entries that are not zero, so that a pruned model keeps its zeros; densities are then
-            fractions of those.
+            fractions of those. Not with whole columns, which may have zeros in them.
         seed: of the random draw.
 
     Raises:

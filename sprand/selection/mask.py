@@ -13,8 +13,9 @@ from ..files import described
 from ..files.forms import NUMBER, SHAPE, TEXT, WHOLE, list_of, optional, record, simple, table_of
 from . import pattern
 from .config import GIVEN, SparseConfig
+from .units import whole_units
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, WITHOUT_COLUMNS = 2, 1  # of whole columns or rows, and of indices alone
 KEY = "sprand_mask"
 CHOOSING = (
     "density", "budget", "strategy", "strategy_options", "scope", "min_density", "max_density", "preserve_zeros",
@@ -27,6 +28,7 @@ _SELECTION = record(
         "budget": optional(NUMBER),
         "scope": TEXT,
         "seed": simple("an int", lambda value: type(value) is int),
+        "layout": TEXT,
         "disjoint": list_of(record(_NAMED)),
     },
 )
@@ -40,7 +42,10 @@ def check_selection(place: str, value: Any) -> None:
         _COMBINED(place, value)
 
 
-FORM = record({"format_version": WHOLE, "shapes": table_of(SHAPE)}, {"selection": optional(check_selection)})
+_AXIS = simple("0 or 1", lambda value: value in (0, 1) and type(value) is int)
+FORM = record(
+    {"format_version": WHOLE, "shapes": table_of(SHAPE)}, {"selection": optional(check_selection), "axes": table_of(_AXIS)}
+)
 
 
 class Mask(dict[str, Tensor]):
@@ -73,7 +78,7 @@ class Mask(dict[str, Tensor]):
         return sum(indices.numel() for indices in self.values())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the mask to one safetensors file, in one atomic step.
+        """Write the mask to one safetensors file, in one atomic step: 4 bytes per entry, or per column of whole ones.
 
         Args:
             path: the file; one that is there is replaced.
@@ -85,8 +90,12 @@ class Mask(dict[str, Tensor]):
             OSError: The file cannot be written; one that was there is untouched.
         """
         tensors = {name: indices.cpu().contiguous() for name, indices in self.items()}
+        units = {name: whole_units(self.shapes[name], indices) for name, indices in tensors.items()}
+        whole = {name: found for name, found in units.items() if found is not None}
+        tensors |= {name: chosen for name, (_, chosen) in whole.items()}
         description = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if whole else WITHOUT_COLUMNS,
+            **({"axes": {name: axis for name, (axis, _) in whole.items()}} if whole else {}),
             "selection": self.selection,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
         }
@@ -111,12 +120,20 @@ class Mask(dict[str, Tensor]):
         if not file.is_file():
             raise FileNotFoundError(f"no mask at {path}; expected a file written by sprand select or Mask.save")
         description, tensors = described.read(file, KEY, "mask", FORM)
-        version, shapes = description["format_version"], description["shapes"]
-        if version != FORMAT_VERSION:
+        version, shapes, axes = description["format_version"], description["shapes"], description.get("axes", {})
+        if not 1 <= version <= FORMAT_VERSION:
             raise ValueError(f"{file} has mask format {version}, this sprand reads {FORMAT_VERSION}; install a newer sprand")
         if shapes.keys() != tensors.keys():
             raise ValueError(f"{file} is damaged: its description names other parameters; take another copy of the mask")
-        indices = {name: pattern.from_user(f"{file}: {name}", tensors[name], shape) for name, shape in shapes.items()}
+        if not axes.keys() <= shapes.keys():
+            raise ValueError(f"{file} is damaged: its description has axes of other parameters; take another copy of the mask")
+        indices = {}
+        for name, shape in shapes.items():
+            called = f"{file}: {name}"
+            if name in axes:
+                indices[name] = pattern.from_columns(called, tensors[name], shape, axes[name])
+            else:
+                indices[name] = pattern.from_user(called, tensors[name], shape)
         return cls(indices, shapes, description.get("selection"))
 
 
@@ -135,6 +152,8 @@ def selection_of(config: SparseConfig) -> dict[str, Any] | None:
     if config.strategy in (*pattern.RANDOM_STRATEGIES, GIVEN):
         return None
     fields = {field: getattr(config, field) for field in CHOOSING}
+    if config.layout != "unstructured":
+        fields["layout"] = config.layout
     if not isinstance(config.strategy, str):
         fields["strategy"] = getattr(config.strategy, "__name__", "callable")
     return fields
@@ -152,7 +171,8 @@ def chosen_by(selection: Mapping[str, Any]) -> str:
     elif strategy == GIVEN:
         words = ["given indices"]
     else:
-        words = [strategy, seed or selection.get("scope", "local"), _amount(selection)]
+        layout = selection.get("layout", "unstructured")
+        words = [strategy, seed or selection.get("scope", "local"), _amount(selection), layout.replace("unstructured", "")]
     if selection.get("disjoint"):
         words.append("disjoint from " + ", ".join(other["name"] for other in selection["disjoint"]))
     return ", ".join(filter(None, words))

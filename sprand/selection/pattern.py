@@ -13,17 +13,15 @@ from torch import Tensor
 from ..kernels import host, ops
 from ..kernels.checks import check_draw
 from ..kernels.limits import ceil_div
+from .units import Units, index_dtype
 
 RANDOM_STRATEGIES = ("random", "uniform")
 GIVEN = "given"  # how a strategy of explicit masks or indices is named in JSON
-LAYOUTS = {"unstructured": (1, 1), "run2": (2, 1), "run4": (4, 1), "run8": (1, 8)}  # rows and columns of a run
+RUNS = {"unstructured": (1, 1), "run2": (2, 1), "run4": (4, 1), "run8": (1, 8)}  # rows and columns of a run
+COLUMNS = "columns"  # of units, whose dimension `selection.units.column_axis` tells
+LAYOUTS = (*RUNS, COLUMNS)
 LONGEST_ROW = 2**32 - 1  # of a matrix that a stratified draw is made in; it has no more rows either
 PATTERN_VERSION = 1  # changes with csrc/pattern_math.h: an adapter that stores a seed names the version it was drawn with
-
-
-def index_dtype(numel: int) -> torch.dtype:
-    """int32 for weights below 2**31 entries, int64 from there on."""
-    return torch.int32 if numel < 2**31 else torch.int64
 
 
 def draw(
@@ -34,31 +32,38 @@ def draw(
     seed: int,
     device: torch.device | str = "cpu",
     layout: str = "unstructured",
+    axis: int | None = None,
 ) -> Tensor:
     """Draw `nnz` positions of a weight at random: the same ones on every device, rank and version of torch.
 
     `"random"` is stratified: every entry is drawn with the same probability, rows differ by at most one entry, and one
     entry falls into each of a row's equal strata. A weight with 2**32 rows or columns, or more, is drawn as one vector, cut into
-    equal rows. `"uniform"` is a simple random sample without replacement. Of a run layout the same holds for its runs.
+    equal rows. `"uniform"` is a simple random sample without replacement. Of a run layout the same holds for its runs, and of
+    `"columns"` for the columns, as one vector.
 
     Args:
         strategy: `"random"` or `"uniform"`.
         name: name of the parameter; other names give independent draws.
         shape: shape of the weight.
-        nnz: number of entries, whole runs.
+        nnz: number of entries, whole runs or columns.
         seed: any int.
         device: where the indices are made.
         layout: a name in `LAYOUTS`; a weight that it does not fit (see `run_of`) is drawn unstructured.
+        axis: the dimension of `"columns"`; None draws entries.
 
     Returns:
         `[nnz]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
 
     Raises:
-        ValueError: The strategy is unknown, or there are more entries than the weight has, or a part of a run.
+        ValueError: The strategy is unknown, or there are more entries than the weight has, or a part of a run or column.
     """
     if strategy not in RANDOM_STRATEGIES:
         raise ValueError(f"expected a random strategy, one of {', '.join(RANDOM_STRATEGIES)}, got {strategy!r}")
     numel = math.prod(shape)
+    if layout == COLUMNS and axis is not None:
+        units = Units.of(shape, axis)
+        key = draw_key(f"{strategy} {layout}", name, shape, seed)
+        return units.entries(_draw_vector(strategy, units.count, _units_in(name, units, nnz), key, device))
     run_rows, run_cols = run_of(layout, shape)
     run = run_rows * run_cols
     if nnz % run:
@@ -74,6 +79,24 @@ def draw(
     fill = ops.uniform_indices_ if strategy == "uniform" else _stratified_vector_
     fill(runs, numel // run, key)
     return _expanded(runs, run, cols if run_rows > 1 else 1)
+
+
+def _draw_vector(strategy: str, numel: int, count: int, key: int, device: torch.device | str) -> Tensor:
+    """`[count]` of `numel` positions, ascending."""
+    positions = torch.empty(count, dtype=index_dtype(numel), device=device)
+    if strategy == "random" and numel <= LONGEST_ROW:
+        ops.stratified_indices_(positions, 1, numel, key)
+        return positions
+    fill = ops.uniform_indices_ if strategy == "uniform" else _stratified_vector_
+    fill(positions, numel, key)
+    return _expanded(positions, 1, 1)
+
+
+def _units_in(name: str, units: Units, nnz: int) -> int:
+    """How many units so many entries are."""
+    if nnz % units.size:
+        raise ValueError(f"{name}: expected whole columns of {units.size} entries, got {nnz} entries")
+    return nnz // units.size
 
 
 def _stratified_vector_(positions: Tensor, numel: int, key: int) -> None:
@@ -95,14 +118,21 @@ def _stratified_vector_(positions: Tensor, numel: int, key: int) -> None:
 
 
 def draw_free(
-    strategy: str, name: str, shape: Sequence[int], nnz: int, seed: int, avoided: Tensor, layout: str = "unstructured"
+    strategy: str,
+    name: str,
+    shape: Sequence[int],
+    nnz: int,
+    seed: int,
+    avoided: Tensor,
+    layout: str = "unstructured",
+    axis: int | None = None,
 ) -> Tensor:
-    """`draw`, of the positions (of a run layout: the runs) that hold none of some entries, as if the others were not there.
+    """`draw`, of the positions (the runs, the columns) that hold none of some entries, as if the others were not there.
 
     The free positions, in their order, are drawn from as a vector: every one with the same probability.
 
     Args:
-        strategy, name, shape, nnz, seed, layout: as in `draw`.
+        strategy, name, shape, nnz, seed, layout, axis: as in `draw`.
         avoided: `[n]`, flat, ascending, unique, on the device where the indices are made.
 
     Returns:
@@ -112,6 +142,11 @@ def draw_free(
         ValueError: An argument is as `draw` refuses it, or fewer positions are free.
     """
     numel = math.prod(shape)
+    if layout == COLUMNS and axis is not None:
+        units = Units.of(shape, axis)
+        return units.entries(
+            _drawn_free(strategy, name, units.count, _units_in(name, units, nnz), seed, units.holding(avoided), units.size)
+        )
     run_rows, run_cols = run_of(layout, shape)
     run = run_rows * run_cols
     step = numel // max(shape[0], 1) if run_rows > 1 else 1
@@ -120,12 +155,17 @@ def draw_free(
     avoided = avoided.long()
     if run > 1:
         avoided = (avoided // (run * step) * step + avoided % step).unique()
-    free = numel // run - avoided.numel()
-    check_free(name, nnz, free * run)
-    ranks = draw(strategy, name, (free,), nnz // run, seed, avoided.device).long()
-    before = avoided - torch.arange(avoided.numel(), device=avoided.device)  # free positions before each avoided one
-    runs = ranks + torch.searchsorted(before, ranks, right=True)
+    runs = _drawn_free(strategy, name, numel // run, nnz // run, seed, avoided, run)
     return _expanded(runs.to(index_dtype(numel)), run, step)
+
+
+def _drawn_free(strategy: str, name: str, numel: int, count: int, seed: int, avoided: Tensor, size: int) -> Tensor:
+    """`[count]` of `numel` positions, ascending, int64, without those to leave out; each stands for `size` entries."""
+    free = numel - avoided.numel()
+    check_free(name, count * size, free * size)
+    ranks = draw(strategy, name, (free,), count, seed, avoided.device).long()
+    before = avoided - torch.arange(avoided.numel(), device=avoided.device)  # free positions before each avoided one
+    return ranks + torch.searchsorted(before, ranks, right=True)
 
 
 def check_free(name: str, nnz: int, free: int) -> None:
@@ -153,17 +193,17 @@ def _expanded(runs: Tensor, run: int, step: int) -> Tensor:
 def run_of(layout: str, shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a run in a weight, seen as a matrix `[shape[0], everything else]`.
 
-    It is `(1, 1)`, unstructured, for a weight of fewer than two dimensions, or one whose rows (`"run2"`, `"run4"`) or
-    columns (`"run8"`) are no multiple of the run.
+    It is `(1, 1)`, unstructured, for a weight of fewer than two dimensions, for one whose rows (`"run2"`, `"run4"`) or columns
+    (`"run8"`) are no multiple of the run, and for `"columns"`, which are no runs.
 
     Raises:
         ValueError: The layout is unknown.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if len(shape) < 2:
+    if len(shape) < 2 or layout == COLUMNS:
         return 1, 1
-    run_rows, run_cols = LAYOUTS[layout]
+    run_rows, run_cols = RUNS[layout]
     rows, cols = shape[0], math.prod(shape[1:])
     fits = rows % run_rows == 0 and cols % run_cols == 0
     return (run_rows, run_cols) if fits else (1, 1)
@@ -204,6 +244,30 @@ def from_user(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
     return indices.to(index_dtype(numel))
 
 
+def from_columns(name: str, chosen: Tensor | None, shape: Sequence[int], axis: int) -> Tensor:
+    """Indices from the numbers of whole columns of a weight, or of whole rows.
+
+    Args:
+        name: name of the parameter, for the messages.
+        chosen: `[c]`, int32 or int64, ascending.
+        shape: shape of the weight, of two dimensions or more.
+        axis: the dimension that counts them: 1 for columns, channels and features, 0 for rows.
+
+    Returns:
+        `[nnz]`, flat, sorted, int32 (int64 from 2**31 entries).
+
+    Raises:
+        ValueError: There are no such numbers, one is out of range, or one appears twice.
+    """
+    called = ("rows", "columns")[axis]
+    integers = chosen is not None and chosen.dtype in (torch.int32, torch.int64) and chosen.dim() == 1
+    if len(shape) < 2 or not integers:
+        raise ValueError(f"{name}: expected numbers of {called}, integers in one dimension, of a weight of two or more")
+    units = Units.of(shape, axis)
+    check_indices(f"{name}, {called}", chosen, units.count, called)
+    return units.entries(chosen)
+
+
 def same_entries(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     """Whether masks or indices by parameter name choose the same entries of the same parameters."""
     return first.keys() == second.keys() and all(_same_positions(first[name], second[name]) for name in first)
@@ -226,8 +290,8 @@ def _positions(value: Tensor) -> Tensor:
     return value.flatten().nonzero().flatten() if value.dtype == torch.bool else value.long().sort().values
 
 
-def check_indices(name: str, indices: Tensor, numel: int) -> None:
-    """Prove that `indices` are sorted, distinct and in range.
+def check_indices(name: str, indices: Tensor, numel: int, of: str = "entries") -> None:
+    """Prove that `indices` are sorted, distinct and in range; `of` is what they count.
 
     Raises:
         ValueError: An index is out of range, appears twice or is out of order; the message names the first one.
@@ -236,7 +300,7 @@ def check_indices(name: str, indices: Tensor, numel: int) -> None:
     if bad >= 0:
         value = int(indices[bad])
         if not 0 <= value < numel:
-            raise ValueError(f"{name}: index {value} (entry {bad}) is out of range for a weight of {numel} entries")
+            raise ValueError(f"{name}: index {value} (entry {bad}) is out of range for a weight of {numel} {of}")
         relation = "appears twice" if value == int(indices[bad - 1]) else "is not above the one before it"
         raise ValueError(f"{name}: index {value} (entry {bad}) {relation}; expected sorted, distinct indices")
 

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .pattern import GIVEN, LAYOUTS, RANDOM_STRATEGIES
+from .pattern import COLUMNS, GIVEN, LAYOUTS, RANDOM_STRATEGIES
 from .strategies import STRATEGIES
 
 DEFAULT_DENSITY = 0.01
@@ -74,6 +74,13 @@ def _check_layout(layout: str, kind: str, preserve_zeros: bool) -> None:
         return
     if kind == "given":
         raise ValueError(f"layout: a dict of masks or indices fixes the positions; leave out layout={layout!r}")
+    if layout == COLUMNS:
+        if preserve_zeros:
+            raise ValueError(
+                "preserve_zeros: a whole column trains, and the zeros in it with it; leave out preserve_zeros, or "
+                "layout='columns'"
+            )
+        return
     if kind != "random" or preserve_zeros:
         raise ValueError(f"layout: runs are drawn at random, of all entries; leave out layout={layout!r}")
 

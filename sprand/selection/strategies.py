@@ -40,12 +40,15 @@ class Strategy:
         needs: the field of `Stats` that it reads, or None.
         options: its options and their default values.
         positive: whether only a positive score speaks for an entry.
+        squares: whether the score of several entries together, a column, is the sum of the squares of their scores, and not the
+            sum. It is so where the score is the size of a signed number.
     """
 
     score: Callable[..., Tensor]
     needs: str | None = None
     options: Mapping[str, float] = field(default_factory=dict)
     positive: bool = False
+    squares: bool = False
 
     @property
     def wants_data(self) -> bool:
@@ -56,11 +59,13 @@ class Strategy:
 STRATEGIES: dict[str, Strategy] = {}
 
 
-def strategy(needs: str | None = None, positive: bool = False, **options: float) -> Callable[[Callable], Callable]:
+def strategy(
+    needs: str | None = None, positive: bool = False, squares: bool = False, **options: float
+) -> Callable[[Callable], Callable]:
     """Enter a score function under its own name."""
 
     def enter(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        STRATEGIES[score.__name__] = Strategy(score, needs, options, positive)
+        STRATEGIES[score.__name__] = Strategy(score, needs, options, positive, squares)
         return score
 
     return enter
@@ -69,7 +74,8 @@ def strategy(needs: str | None = None, positive: bool = False, **options: float)
 def strategy_of(asked: str | Callable[..., Tensor], name: str, has_data: bool) -> Strategy:
     """The strategy of a configuration; a callable `score(name, weight, stats)` is bound to the target `name`.
 
-    A callable says what it reads by an attribute `needs`; without one it gets the mean gradient where there is data.
+    A callable says what it reads by an attribute `needs`; without one it gets the mean gradient where there is data. An attribute
+    `squares` that is true sums the squares of its scores over a column, not the scores.
 
     Raises:
         ValueError: A callable needs what calibration does not find out.
@@ -90,60 +96,63 @@ def strategy_of(asked: str | Callable[..., Tensor], name: str, has_data: bool) -
             return values
         raise ValueError(f"strategy: expected a score of shape {list(weight.shape)} for {name}, got {got}")
 
-    return Strategy(score, needs)
+    return Strategy(score, needs, squares=bool(getattr(asked, "squares", False)))
 
 
-@strategy()
+@strategy(squares=True)
 def magnitude(weight: Tensor, stats: Stats) -> Tensor:
-    """|w|."""
+    """|w|; of a column the sum of w^2, its norm."""
     return weight.abs()
 
 
-@strategy(needs="gradient")
+@strategy(needs="gradient", squares=True)
 def gradient(weight: Tensor, stats: Stats) -> Tensor:
-    """|mean g|: signed gradients are summed, the absolute value is taken at the end."""
+    """|mean g|: signed gradients are summed, the absolute value is taken at the end; of a column the sum of (mean g)^2."""
     return stats.gradient.abs()
 
 
 @strategy(needs="gradient")
 def snip(weight: Tensor, stats: Stats) -> Tensor:
-    """|w g|."""
+    """|w g|, of which a column has the sum: the sum of squares is `taylor_fo`'s."""
     return _times(weight, stats.gradient).abs_()
 
 
 @strategy(needs="gradient", positive=True)
 def force(weight: Tensor, stats: Stats) -> Tensor:
-    """-w g: entries that a step of the gradient makes larger."""
+    """-w g: entries that a step of the gradient makes larger; of a column the sum, in which signs cancel."""
     return _times(weight, stats.gradient).neg_()
 
 
-@strategy(needs="gradient")
+@strategy(needs="gradient", squares=True)
 def taylor_fo(weight: Tensor, stats: Stats) -> Tensor:
-    """(w g)^2, ranked by its root |w g|: the same order, and squares of small float32 do not vanish."""
+    """(w g)^2, ranked by its root |w g|: the same order, and squares of small float32 do not vanish; of a column the sum."""
     return _times(weight, stats.gradient).abs_()
 
 
 @strategy(needs="fisher")
 def fisher(weight: Tensor, stats: Stats) -> Tensor:
-    """Mean over the examples of the squared gradient of each, the diagonal of the empirical Fisher information."""
+    """Mean over the examples of each one's squared gradient, the diagonal of the empirical Fisher; of a column the sum."""
     return stats.fisher
 
 
 @strategy(needs="hessian_gradient", temperature=200.0)
 def grasp(weight: Tensor, stats: Stats, temperature: float) -> Tensor:
-    """-(H g) w, of the loss of logits divided by `temperature`."""
+    """-(H g) w, of the loss of logits divided by `temperature`; of a column the sum, in which signs cancel."""
     return _times(weight, stats.hessian_gradient).neg_()
 
 
 @strategy(needs="flow")
 def synflow(weight: Tensor, stats: Stats) -> Tensor:
-    """|w| times the gradient of the sum of outputs of the network of absolute weights, for an input of ones."""
+    """|w| times the gradient of the sum of outputs of the network of absolute weights, for an input of ones; a column's sum."""
     return _times(weight, stats.flow).abs_()
 
 
-@strategy(rank=128)
+@strategy(squares=True, rank=128)
 def lift(weight: Tensor, stats: Stats, rank: int) -> Tensor:
-    """|entries of the best approximation of rank `rank`| of the weight as a matrix `[shape[0], everything else]`."""
+    """|entries of the best approximation of rank `rank`| of the weight as a matrix `[shape[0], everything else]`.
+
+    Of a column the sum of their squares.
+    """
     if weight.dim() < 2 or weight.numel() == 0:
         return weight.abs()
     matrix = weight.reshape(weight.shape[0], -1)

@@ -44,7 +44,11 @@ def add_amount(group: argparse._ArgumentGroup) -> None:
     )
     add("--budget", metavar="N", help="instead: a count of entries, or a fraction of the model")
     add("--target-modules", type=names, metavar="A,B", help="names or suffixes of modules (default all-linear)")
-    add("--layout", choices=LAYOUTS, help="one by one (default), or in runs: 2 or 4 adjacent rows, or 8 adjacent columns")
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        help="entries one by one (default), whole columns, or runs of 2 or 4 adjacent rows or 8 columns",
+    )
     add(
         "--sparta", action="store_true", default=None, help="the SpaRTA recipe: v and o projections, density over the whole model"
     )
