@@ -14,6 +14,7 @@ from checkpoints import bert, changed, llama, plain, redrawn, tensors_of, traine
 from sprand.checkpoint import export as exporting
 from sprand.checkpoint.plan import Weight, plan
 from sprand.cli import main
+from sprand.selection.units import whole_units
 
 
 def run(*arguments: object) -> int:
@@ -53,6 +54,34 @@ def test_a_plan_is_what_training_then_needs(tmp_path, capsys, kind):
         *(f"LoRA r={r}" for r in (8, 16, 32, 64)),
         "full fine-tuning",
     ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_a_plan_of_columns_says_how_many_each_weight_then_trains(tmp_path, capsys, kind):
+    transformers = pytest.importorskip("transformers")
+    if kind == "gpt2":
+        sizes = {"vocab_size": 64, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+        transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
+    base = {"llama": llama, "bert": bert, "gpt2": lambda folder: folder}[kind](tmp_path)
+    capsys.readouterr()
+    assert run("plan", base, "--layout", "columns", "--density", 0.1, "--json") == 0
+    need = json.loads(capsys.readouterr().out)["methods"][0]
+    make = transformers.AutoModelForCausalLM if kind == "llama" else transformers.AutoModel
+    model = sprand.apply(make.from_pretrained(base), density=0.1, layout="columns")
+    sizes = {}
+    for site in sprand.layers.sites.sites_of(model):
+        axis, columns = whole_units(site.shape, site.entries.indices)
+        planned, count = need["columns"][site.name]
+        assert count == site.shape[axis] and abs(planned - len(columns)) <= 1, site.name
+        sizes[site.name] = site.numel // count
+    assert need["columns"].keys() == sizes.keys()
+    assert need["trained"] == sum(sizes[name] * count for name, (count, _) in need["columns"].items())
+    assert need["trained"] == pytest.approx(sum(p.numel() for p in sprand.parameters(model)), abs=max(sizes.values()))
+    assert run("plan", base, "--layout", "columns") == 0
+    said = capsys.readouterr().out
+    assert " % in columns " in said and "columns of each weight that train" in said and ".*." in said
+    assert run("plan", base, "--layout", "columns", "--density", 0.001) == 2
+    assert "leave no whole column" in capsys.readouterr().err
 
 
 def layers(count=4, width=512, dtype="BF16"):

@@ -14,6 +14,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import sprand
+from sprand.adapters.file import AdapterFile
 from sprand.cli import main
 from sprand.cli.finetune import models
 from sprand.selection.strategies import STRATEGIES
@@ -52,6 +53,22 @@ def test_select_and_finetune_choose_alike(bert, rows, tmp_path):
     a, b = sprand.Mask.load(tmp_path / "mask.safetensors"), sprand.Mask.load(out / "mask.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert len({len(indices) for indices in a.values()}) > 1
+
+
+@pytest.mark.parametrize("strategy", ["random", "magnitude"])
+def test_columns_are_selected_and_trained(bert, rows, tmp_path, strategy, capsys):
+    fields = ("--strategy", strategy, "--density", 0.1, "--layout", "columns")
+    assert run("select", bert, "--out", tmp_path / "mask.safetensors", *fields) == 0
+    for name, how in {"given": ("--mask", tmp_path / "mask.safetensors"), "own": fields}.items():
+        out = ("--out", tmp_path / name)
+        assert run("finetune", "--model", bert, "--train", rows, "--eval", rows, "--max-steps", 2, *out, *how) == 0
+    mask = sprand.Mask.load(tmp_path / "mask.safetensors")
+    for name in ("given", "own"):
+        adapter = AdapterFile.read(tmp_path / name / "adapter")
+        for target, indices in mask.items():
+            assert torch.equal(adapter.entries(target)[0], indices) and adapter.columns(target)[0] == 1
+    assert run("select", bert, "--out", tmp_path / "mask.safetensors", "--density", 0.001, "--layout", "columns") == 2
+    assert "leave no whole column" in capsys.readouterr().err
 
 
 def test_a_scored_run_resumes_with_its_entries(bert, rows, tmp_path, capsys):

@@ -12,14 +12,13 @@ from torch import nn
 
 import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, assert_same_bits, bits, built
-from peft_models import llama, peft
+from peft_models import llama
 from sprand.layers.sites import weights_of
 from sprand.selection import pattern
 from sprand.selection.units import Units, column_axis, whole_units
 from test_pattern import assert_even, assert_uniform
 from test_selection import MODULES, ORACLES, TARGETS, fields_of
 
-PeftModel = peft.PeftModel
 SQUARED = ("magnitude", "gradient", "taylor_fo", "lift")  # the size of a signed number: squares add up over a column
 
 
@@ -272,3 +271,24 @@ def test_whole_columns_are_found_only_where_they_are():
     assert axis == 1 and columns.tolist() == [1]
     axis, rows = whole_units((2, 4), torch.tensor([4, 5, 6, 7]))
     assert axis == 0 and rows.tolist() == [1]
+
+
+def test_a_dynamic_mask_takes_no_column_apart(tmp_path):
+    chosen = sprand.select(built(MLP), density=0.2, strategy="magnitude", layout="columns")
+    models = [
+        sprand.apply(built(MLP), density=0.2, layout="columns"),
+        sprand.apply(built(MLP), density=0.2, layout="columns", strategy="magnitude"),
+        sprand.apply(built(MLP), strategy=chosen),
+    ]
+    for model in models:
+        with pytest.raises(ValueError, match="exchanges single entries, and this adapter trains whole columns"):
+            sprand.DynamicMask(model)
+    others = sprand.select(built(MLP), density=0.2, seed=1, layout="columns")
+    optimizer = torch.optim.SGD(sprand.parameters(models[0]), lr=0.1)
+    mask = sprand.DynamicMask(models[0], optimizer, every=1, mode="recompute", strategy=lambda model: others)
+    models[0](torch.ones(2, 16)).sum().backward()
+    optimizer.step()
+    mask.step()
+    assert_same_bits(models[0]._sprand.current.indices, others)
+    sprand.save(models[0], tmp_path)
+    assert_same_bits(bits(sprand.load(built(MLP), tmp_path)), bits(models[0]))

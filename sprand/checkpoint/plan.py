@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..selection import pattern
+from ..selection.choose import column_shares, fewest_entries
+from ..selection.units import Units
 from .names import INPUTS, OUTPUTS
 from .shards import DTYPES, TRAINABLE
 
 WIDE = 4  # bytes of a delta, its gradient, and each of its two moments: float32
+PLANNED = ("unstructured", pattern.COLUMNS)
 NOT_LINEAR = ("embed", "wte.", "wpe.", "norm", "score.", "classifier.", "position", "token_type", "conv", "shared.")
 
 
@@ -59,6 +62,7 @@ class Need:
         indices, base: positions, and base values of the entries.
         activations: an estimate.
         file: what is saved.
+        columns: of layout `"columns"`, how many of each linear weight train, and of how many, by its name.
     """
 
     method: str
@@ -71,6 +75,7 @@ class Need:
     base: int = 0
     activations: int
     file: int
+    columns: dict[str, tuple[int, int]] | None = None
 
     @property
     def total(self) -> int:
@@ -86,6 +91,7 @@ def plan(
     ranks: Iterable[int] = (8, 16, 32, 64),
     tokens: int = 2048,
     checkpointing: bool = False,
+    layout: str = "unstructured",
 ) -> list[Need]:
     """What training needs, method by method.
 
@@ -101,31 +107,59 @@ def plan(
         ranks: of LoRA.
         tokens: of a batch.
         checkpointing: activations are computed again in backward.
+        layout: `"unstructured"` or `"columns"`, of which each weight trains whole ones, at least one.
 
     Raises:
-        ValueError: There is no linear weight, a density is out of range, or the memory is too small for any entry.
+        ValueError: There is no linear weight, a density is out of range or leaves no column to a weight, or the memory is too
+            small for any entry.
     """
+    if layout not in PLANNED:
+        raise ValueError(f"layout: expected one of {', '.join(PLANNED)}, got {layout!r}")
     targets = [weight for weight in weights if weight.is_linear]
     if not targets:
         raise ValueError("the checkpoint has no weight that is known as a linear layer's by name and shape")
     bad = [density for density in densities if not 0 < density <= 1]
     if bad:
         raise ValueError(f"density: expected fractions in (0, 1], got {bad[0]}")
+    units = columns_of(weights) if layout == pattern.COLUMNS else None
     held = sum(weight.numel * weight.itemsize for weight in weights)
     activations = _activations(weights, targets, tokens, checkpointing)
-    needs = [_sparse(targets, density, held, activations) for density in densities]
+    needs = [_sparse(targets, density, held, activations, units) for density in densities]
     if memory is not None:
-        needs.append(_largest(targets, memory, held, activations))
+        needs.append(_largest(targets, memory, held, activations, units))
     needs += [_lora(targets, rank, held, activations) for rank in ranks]
     return [*needs, _full(weights, held, activations)]
 
 
-def _sparse(targets: Sequence[Weight], density: float, held: int, activations: int) -> Need:
-    counts = {weight: round(density * weight.numel) for weight in targets}
+def columns_of(weights: Sequence[Weight]) -> dict[str, Units]:
+    """The columns of each linear weight by its name; a bias tells the side of the outputs of one that is stored transposed."""
+    shapes = {weight.name: weight.shape for weight in weights}
+    units = {}
+    for name, shape in ((weight.name, weight.shape) for weight in weights if weight.is_linear):
+        bias = shapes.get(f"{name.removesuffix('weight')}bias")
+        units[name] = Units.of(shape, 0 if bias == shape[1:] and bias != shape[:1] else 1)
+    return units
+
+
+def least_density(weights: Sequence[Weight]) -> float:
+    """From which density on every linear weight has at least one column; 0 where there is none."""
+    units = columns_of(weights).values()
+    return fewest_entries(units) / sum(unit.numel for unit in units) if units else 0.0
+
+
+def _sparse(
+    targets: Sequence[Weight], density: float, held: int, activations: int, units: dict[str, Units] | None = None
+) -> Need:
+    counts, columns = {weight: round(density * weight.numel) for weight in targets}, None
+    if units is not None:
+        shares = column_shares(units, round(density * sum(weight.numel for weight in targets)))
+        counts = dict(zip(targets, shares, strict=True))
+        columns = {weight.name: (count // units[weight.name].size, units[weight.name].count) for weight, count in counts.items()}
     total = sum(counts.values())
     percent = f"{density:.4%}".rstrip("%").rstrip("0").rstrip(".")
     return Need(
-        method=f"sprand {percent} %",
+        method=f"sprand {percent} %{' in columns' if units is not None else ''}",
+        columns=columns,
         trained=total,
         weights=held,
         values=total * WIDE,
@@ -167,9 +201,9 @@ def _full(weights: Sequence[Weight], held: int, activations: int) -> Need:
     )
 
 
-def _largest(targets: Sequence[Weight], memory: int, held: int, activations: int) -> Need:
+def _largest(targets: Sequence[Weight], memory: int, held: int, activations: int, units: dict[str, Units] | None = None) -> Need:
     """The largest density, of three digits, whose need is within the memory."""
-    everything = _sparse(targets, 1.0, held, activations)
+    everything = _sparse(targets, 1.0, held, activations, units)
     share = (memory - held - activations) / (everything.total - held - activations)
     if share <= 0:
         raise ValueError(
@@ -179,9 +213,9 @@ def _largest(targets: Sequence[Weight], memory: int, held: int, activations: int
     share = min(1.0, share)
     step = 10.0 ** (math.floor(math.log10(share)) - 2)
     density = math.floor(share / step) * step
-    while density > step and _sparse(targets, density, held, activations).total > memory:
+    while density > step and _sparse(targets, density, held, activations, units).total > memory:
         density -= step
-    return _sparse(targets, density, held, activations)
+    return _sparse(targets, density, held, activations, units)
 
 
 def _activations(weights: Sequence[Weight], targets: Sequence[Weight], tokens: int, checkpointing: bool) -> int:

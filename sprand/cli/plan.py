@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..checkpoint.plan import Need, Weight, plan
+from ..checkpoint.plan import PLANNED, Need, Weight, least_density, plan
 from ..checkpoint.shards import open_checkpoint
 from . import CliError
 from .files import failing_in_words, from_hub
@@ -34,6 +35,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         examples="""
             sprand plan openai-community/gpt2
             sprand plan meta-llama/Llama-3.1-8B --memory 24GB --tokens 8192
+            sprand plan openai-community/gpt2 --layout columns --density 0.01
         """,
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, a .safetensors file, or a name on the Hub")
@@ -41,6 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--density", type=float, nargs="+", metavar="X", help=f"shares of the linear weights ({shares})")
     amount.add_argument("--memory", type=_bytes, metavar="24GB", help="find the largest density that fits")
+    parser.add_argument("--layout", choices=PLANNED, default=PLANNED[0], help="entries one by one (default), or whole columns")
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of a batch (default 2048)")
     parser.add_argument("--checkpointing", action="store_true", help="activations are computed again in backward")
     add_json(parser, "print it as JSON, each part by itself")
@@ -55,12 +58,13 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.tokens < 1:
         raise CliError(f"--tokens: expected at least 1, got {options.tokens}.")
-    densities = options.density or (DENSITIES if options.memory is None else ())
     with failing_in_words():
         weights = _weights(options.model)
+        densities = options.density or (_densities(weights, options.layout) if options.memory is None else ())
         needs = plan(
-            weights, densities=densities, memory=options.memory, tokens=options.tokens, checkpointing=options.checkpointing
-        )
+            weights, densities=densities, memory=options.memory, tokens=options.tokens, checkpointing=options.checkpointing,
+            layout=options.layout,
+        )  # fmt: skip
     targets = sum(weight.numel for weight in weights if weight.is_linear)
     total = sum(weight.numel for weight in weights)
     if options.json:
@@ -72,7 +76,32 @@ def run(options: argparse.Namespace) -> int:
     print(f"all hold {weights} of weights and about {activations} of activations ({options.tokens:,} tokens)\n")
     print_table([("method", "trained", "state", "entries", "total", "file"), *map(_row, needs)])
     print("\nstate: values, gradients and moments; entries: indices and base values")
+    in_columns = [need for need in needs if need.columns is not None]
+    if in_columns:
+        print("\ncolumns of each weight that train\n")
+        print_table([("weight", "columns", *(need.method.split()[1] + " %" for need in in_columns)), *_of_columns(in_columns)])
     return 0
+
+
+def _densities(weights: Sequence[Weight], layout: str) -> Sequence[float]:
+    """The densities that are shown where none is asked for: of columns none below the least that there is."""
+    if layout == PLANNED[0]:
+        return DENSITIES
+    least = least_density(weights)
+    return sorted({max(least, density) for density in DENSITIES})
+
+
+def _of_columns(needs: Sequence[Need]) -> Iterator[tuple[str, ...]]:
+    """A row for the weights of one name in all layers: how many columns they have, and how many of them train."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, (_, count) in needs[0].columns.items():
+        groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), count), []).append(name)
+    for (name, count), members in groups.items():
+        cells = []
+        for need in needs:
+            numbers = sorted({need.columns[member][0] for member in members})
+            cells.append(f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}")
+        yield name, f"{count:,}", *cells
 
 
 def _row(need: Need) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,23 +111,41 @@ def _shares(config: SparseConfig, targets: Targets, sizes: Sequence[int], total:
     Raises:
         ValueError: They are more than the targets hold, less than one run, or no column of a target.
     """
-    units = [_units(config, site) for site in targets.sites]
-    runs = [
-        unit.size * math.prod(pattern.run_of(config.layout, site.shape)) for unit, site in zip(units, targets.sites, strict=True)
-    ]
+    if config.layout == pattern.COLUMNS:
+        return column_shares({site.name: _units(config, site) for site in targets.sites}, total)
+    runs = [math.prod(pattern.run_of(config.layout, site.shape)) for site in targets.sites]
     counts = pattern.shares(sizes, total, runs)
-    without = [site.name for site, run, count in zip(targets.sites, runs, counts, strict=True) if run > 1 and not count]
-    if config.layout == pattern.COLUMNS and without:
-        size, fewest = sum(sizes), min(unit.count for unit in units if unit.size > 1)
-        least = math.ceil(size / fewest)
-        raise ValueError(
-            f"layout 'columns': {total:,} of {size:,} entries leave no whole column to {', '.join(without[:3])}; from a "
-            f"density of {_rounded_up(least / size)} (a budget of {least:,}) on every target has one: raise it, or leave such "
-            "targets out"
-        )
     if not any(counts):
         raise ValueError(f"layout {config.layout!r}: {total} entries are less than one run of {max(runs)}; raise the budget")
     return counts
+
+
+def column_shares(units: Mapping[str, Units], total: int) -> list[int]:
+    """How many entries of each target make `total` of all, in whole columns.
+
+    Args:
+        units: the columns of each target, or its entries, by name.
+        total: how many entries to choose; the columns have as many, or fewer by less than one column.
+
+    Raises:
+        ValueError: The targets hold fewer, or a target would get no column.
+    """
+    sizes = [unit.numel for unit in units.values()]
+    counts = pattern.shares(sizes, total, [unit.size for unit in units.values()])
+    without = [name for (name, unit), count in zip(units.items(), counts, strict=True) if unit.size > 1 and not count]
+    if without:
+        least = fewest_entries(units.values())
+        raise ValueError(
+            f"layout 'columns': {total:,} of {sum(sizes):,} entries leave no whole column to {', '.join(without[:3])}; from a "
+            f"density of {_rounded_up(least / sum(sizes))} (a budget of {least:,}) on every target has one: raise it, or leave "
+            "such targets out"
+        )
+    return counts
+
+
+def fewest_entries(units: Collection[Units]) -> int:
+    """From how many entries on, over all targets, each target has at least one column for sure."""
+    return math.ceil(sum(unit.numel for unit in units) / min((unit.count for unit in units if unit.size > 1), default=1))
 
 
 def _rounded_up(share: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.frozen import Frozen, nothing_frozen
 from ..adapters.model import write
-from ..adapters.state import state_of
+from ..adapters.state import Adapter, state_of
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.sites import Site, sites_of
@@ -61,8 +61,8 @@ class DynamicMask:
         changes: changes of the mask so far.
 
     Raises:
-        ValueError: An option is out of range, the model has no trained entries or is sharded, or the optimizer does not hold
-            them.
+        ValueError: An option is out of range, the model has no trained entries, is sharded, or trains whole columns, which
+            `"regrow"` would take apart, or the optimizer does not hold them.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class DynamicMask:
         self._adapter = state_of(model).current
         if self._adapter is None or not self._adapter.indices:
             raise ValueError("DynamicMask: this model has no sparse entries that are active now")
+        _refuse_columns(self._adapter, mode)
         sharding.refuse(model, "DynamicMask", "train with DistributedDataParallel, ZeRO-1 or ZeRO-2 instead")
         self._anchors = _deltas(sites_of(model))
         self._candidates: dict[str, Candidates] = {}
@@ -306,3 +307,13 @@ class DynamicMask:
 def _deltas(sites: list[Site]) -> dict[str, Tensor]:
     """Copies of the trained changes by parameter name."""
     return {site.name: site.entries.delta.detach().clone() for site in sites}
+
+
+def _refuse_columns(adapter: Adapter, mode: str) -> None:
+    """Refuse to exchange single entries of whole columns."""
+    layouts = adapter.config.layout, (adapter.selection or {}).get("layout")
+    if mode == "regrow" and pattern.COLUMNS in layouts:
+        raise ValueError(
+            "DynamicMask: mode 'regrow' exchanges single entries, and this adapter trains whole columns, which would be whole no "
+            "more; give mode='recompute' and a strategy that chooses columns, or train another layout"
+        )
