@@ -139,16 +139,16 @@ def test_what_cannot_be_exchanged_says_why(tmp_path):
     saved(tmp_path / "embedding", target_parameters=["embed_tokens.weight"])
     with pytest.raises(ValueError, match="embed_tokens.weight is no weight of a plain linear layer"):
         export_adapter(tmp_path / "embedding", tmp_path / "out", llama(), to="shira")
-    with pytest.raises(ValueError, match="to: expected one of shira, supertuning, got 'lora'"):
-        export_adapter(tmp_path / "embedding", tmp_path / "out", llama(), to="lora")
+    with pytest.raises(ValueError, match="to: expected one of lora, shira, supertuning, got 'dora'"):
+        export_adapter(tmp_path / "embedding", tmp_path / "out", llama(), to="dora")
     saved(tmp_path / "dense", density=1.0, target_modules=["k_proj"])
     with pytest.raises(ValueError, match=r"SHiRA keeps r \(in \+ out\) entries"):
         export_adapter(tmp_path / "dense", tmp_path / "out", llama(), to="shira")
     with pytest.raises(ValueError, match="another base"):
         export_adapter(tmp_path / "dense", tmp_path / "out", llama(seed=3), to="supertuning")
-    peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="got LORA"):
-        import_adapter(llama(), tmp_path / "lora")
+    peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])).save_pretrained(tmp_path / "ia3")
+    with pytest.raises(ValueError, match="got IA3"):
+        import_adapter(llama(), tmp_path / "ia3")
     with pytest.raises(FileNotFoundError, match="no adapter at"):
         import_adapter(llama(), tmp_path / "nowhere")
     with pytest.raises(ValueError, match="expected a model with SHiRA or Super-Tuning layers .*, got none"):

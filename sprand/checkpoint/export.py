@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .patches import patches_of
 from .shards import Checkpoint, open_checkpoint
 from .tensor_edits import Overwrite
 
-Writer = Callable[[AdapterFile, "tuple[Checkpoint, Edits] | None", Path], list[Path]]
+Writer = Callable[..., list[Path]]  # of an AdapterFile, a tuple[Checkpoint, Edits] or None, a folder, and the form's options
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Form:
         write: makes the files in a folder from the adapter and, if it was given, its base with the adapter's edits applied.
         help: what it is, in a line.
         needs_base: whether the base checkpoint has to be given.
+        options: names of further arguments of `write`.
     """
 
     write: Writer
     help: str
     needs_base: bool
+    options: tuple[str, ...] = ()
 
 
 FORMS: dict[str, Form] = {}
@@ -43,18 +46,22 @@ PATCH_FORMAT = "sprand vllm-patch 2"  # 2 adds base.NAME and the checksum
 DENSE_FORMAT = "sprand dense-delta 1"
 
 
-def form(name: str, help: str, needs_base: bool) -> Callable[[Writer], Writer]:
+def form(name: str, help: str, needs_base: bool, options: tuple[str, ...] = ()) -> Callable[[Writer], Writer]:
     """Add a form to those that `export` and `sprand export --to` know."""
 
     def add(write: Writer) -> Writer:
-        FORMS[name] = Form(write, help, needs_base)
+        FORMS[name] = Form(write, help, needs_base, options)
         return write
 
     return add
 
 
 def export(
-    path: str | os.PathLike[str], to: str, out: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> list[Path]:
     """Write an adapter in another form.
 
@@ -63,16 +70,21 @@ def export(
         to: a name in `FORMS`.
         out: folder of what is written; files of the same names are replaced.
         base: folder of the base checkpoint, which is proven to be the adapter's.
+        **options: of the form.
 
     Returns:
         The files.
 
     Raises:
         FileNotFoundError: There is no adapter or no checkpoint.
-        ValueError: The form is unknown, needs the base or cannot hold the adapter, or the base is a wrong one.
+        ValueError: The form is unknown, lacks an option, needs the base or cannot hold the adapter, or the base is a wrong one.
     """
     if to not in FORMS:
         raise ValueError(f"to: expected one of {', '.join(FORMS)}, got {to!r}")
+    for option in options:
+        if option not in FORMS[to].options:
+            having = [name for name, form in FORMS.items() if option in form.options]
+            raise ValueError(f"{option}: {to} has no such option, {' and '.join(having) or 'nor has any form'} has; leave it out")
     if FORMS[to].needs_base and base is None:
         raise ValueError(f"{to} holds values in the names of the checkpoint, not changes: give the base checkpoint (--base)")
     (adapter,) = open_adapters([(path, 1.0)])
@@ -84,7 +96,7 @@ def export(
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return FORMS[to].write(adapter, applied, folder)
+        return FORMS[to].write(adapter, applied, folder, **options)
     except BaseException:
         if made and not any(folder.iterdir()):
             folder.rmdir()

@@ -8,6 +8,9 @@
 What vLLM defines (`vllm.model_executor.model_loader.checkpoint_weight_patch`, vllm-project/vllm#50723): patches in the names and
 coordinates of the checkpoint, flat distinct int32 or int64 indices, absolute values without NaN; the model's own loader brings
 them to packed and to tensor-parallel weights.
+
+An adapter of whole columns needs none of this: `sprand export ADAPTER --to lora` writes a LoRA, which vLLM serves beside others,
+and `vllm_options(folder)` says how to start vLLM for it.
 """
 
 from __future__ import annotations
@@ -26,10 +29,16 @@ from torch import Tensor
 from ..adapters.file import AdapterFile
 from ..checkpoint.edits import edits_of
 from ..checkpoint.export import PATCH_FORMAT
+from ..checkpoint.lora_servers import VllmOptions, vllm_options
 from ..checkpoint.patches import TensorPatch, patches_of
 from ..checkpoint.shards import open_checkpoint
 from ..files import described
 from ..kernels import host
+
+__all__ = [
+    "CheckpointWeightPatch", "SparseWeightPatch", "VllmOptions", "WorkerExtension", "exchange", "patches", "read_patches",
+    "sparse_patches", "switch", "vllm_options",
+]  # fmt: skip
 
 try:
     from vllm.model_executor.model_loader.checkpoint_weight_patch import CheckpointWeightPatch

@@ -1,7 +1,7 @@
 """sprand as a PEFT method: `get_peft_model(model, SprandConfig(density=0.01))`, for Trainer, TRL and everything on PEFT.
 
 Importing this module registers the method. `hotswap` puts the values of a saved adapter into a live one; `export_adapter` and
-`import_adapter` go to and from SHiRA and Super-Tuning; `accelerate` lets those run on sprand's kernels.
+`import_adapter` go to and from LoRA, SHiRA and Super-Tuning; `accelerate` lets the latter two run on sprand's kernels.
 """
 
 try:
@@ -23,8 +23,10 @@ with imported_from_peft():
     from .hotswap import hotswap
     from .interchange import export_adapter, import_adapter
     from .layer import SprandLayer
+    from .lora_conversion import install
     from .model import SprandModel
 
 register(SprandConfig, SprandModel)
+install()
 
 __all__ = ["SprandConfig", "SprandLayer", "SprandModel", "accelerate", "export_adapter", "hotswap", "import_adapter"]

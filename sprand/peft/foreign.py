@@ -1,8 +1,8 @@
-"""Adapters as changes of a model's weights: those of SHiRA, Super-Tuning and peft-sparta, and sprand's own."""
+"""Adapters as changes of a model's weights: those of other methods of PEFT, of peft-sparta, and sprand's own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,12 @@ from ..adapters.file import CONFIG_FILE, KEY, AdapterFile
 from ..adapters.file import WEIGHTS_FILE as WEIGHTS
 from ..adapters.layout import PEFT_TYPE, PREFIX, head_key, modules_of
 from ..files.described import contents, read_json
-from ..kernels import ops
 from ..layers.sites import Site
-from ..selection import pattern
-from .formats import NARROW, Change
-from .plan import check_same_base, pristine
+from .changes import Change, Settings, Sites, Tensors, site_named
+from .foreign_columns import of_lora, of_paca
+from .plan import check_same_base
 
 SPARTA_FILE = "sparse_deltas.safetensors"  # what peft-sparta writes
-
-Sites = Mapping[str, Site]
-Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,9 +59,12 @@ def content_of(folder: Path, sites: Sites) -> Content:
         return content_of_own(AdapterFile.read(folder), sites)
     kind, tensors = str(settings.get("peft_type")).lower(), _tensors_of(folder / WEIGHTS)
     if kind not in READERS:
-        raise ValueError(f"{folder}: expected an adapter of SHiRA, Super-Tuning, peft-sparta or sprand.save, got {kind.upper()}")
+        raise ValueError(
+            f"{folder}: expected an adapter of SHiRA, Super-Tuning, PaCA, peft-sparta or sprand.save, or a LoRA of columns, got "
+            f"{kind.upper()}"
+        )
     heads = {key: value for key, value in tensors.items() if f".{kind}_" not in key}
-    return Content(READERS[kind](folder, tensors, sites), settings.get("modules_to_save"), heads)
+    return Content(READERS[kind](folder, settings, tensors, sites), settings.get("modules_to_save"), heads)
 
 
 def content_of_own(file: AdapterFile, sites: Sites) -> Content:
@@ -78,13 +77,13 @@ def content_of_own(file: AdapterFile, sites: Sites) -> Content:
         raise ValueError(f"{file.path}: it holds frozen entries; use sprand.load(model, path) for it")
     changes = []
     for name, entry in file.targets.items():
-        site = _site(file.path, sites, name)
+        site = site_named(file.path, sites, name)
         here, there = list(site.shape), entry["shape"]
         if here != there:
             raise ValueError(f"{file.path} was made for another model: {name} is {here} here and {there} there")
         indices, delta = file.entries(name)
         check_same_base(str(file.path), site, indices.to(site.device), entry)
-        changes.append(_change(site, indices.long(), delta))
+        changes.append(Change.summed(site, indices.long(), delta))
     heads = {head_key(name): values for name, values in file.heads.items()}
     return Content(changes, modules_of(file.heads) or None, heads)
 
@@ -100,24 +99,24 @@ def _is_own(folder: Path) -> bool:
     return KEY in contents(folder / WEIGHTS, "adapter")[0]
 
 
-def _shira(folder: Path, tensors: Tensors, sites: Sites) -> list[Change]:
+def _shira(folder: Path, settings: Settings, tensors: Tensors, sites: Sites) -> list[Change]:
     changes = []
     for site, values, where in _stored(folder, tensors, sites, "shira", "weight"):
         rows, columns = where
-        changes.append(_change(site, rows * site.shape[1] + columns, values))
+        changes.append(Change.summed(site, rows * site.shape[1] + columns, values))
     return changes
 
 
-def _supertuning(folder: Path, tensors: Tensors, sites: Sites) -> list[Change]:
+def _supertuning(folder: Path, settings: Settings, tensors: Tensors, sites: Sites) -> list[Change]:
     if any("supertuning_lora" in key for key in tensors):
         raise ValueError(
             f"{folder}: this Super-Tuning adapter also has low-rank parts (r), which sprand cannot hold; use it through PEFT"
         )
     stored = _stored(folder, tensors, sites, "supertuning", "values")
-    return [_rounded_like_supertuning(_change(site, where, values)) for site, values, where in stored]
+    return [_rounded_like_supertuning(Change.summed(site, where, values)) for site, values, where in stored]
 
 
-READERS = {"shira": _shira, "supertuning": _supertuning}
+READERS = {"shira": _shira, "supertuning": _supertuning, "lora": of_lora, "paca": of_paca}
 
 
 def _stored(folder: Path, tensors: Tensors, sites: Sites, kind: str, what: str) -> Iterator[tuple[Site, Tensor, Tensor]]:
@@ -125,7 +124,7 @@ def _stored(folder: Path, tensors: Tensors, sites: Sites, kind: str, what: str) 
     suffix = f".{kind}_{what}"
     for key in sorted(name for name in tensors if name.endswith(suffix)):
         module = key.removeprefix(PREFIX).removesuffix(suffix)
-        site = _site(folder, sites, f"{module}.weight")
+        site = site_named(folder, sites, f"{module}.weight")
         values, where = tensors[key], tensors.get(f"{key.removesuffix(suffix)}.{kind}_indices")
         if where is None:
             raise ValueError(f"{folder}: the adapter stores no indices for {module}; save it with save_precomputed_indices=True")
@@ -141,13 +140,13 @@ def _peft_sparta(folder: Path, sites: Sites) -> list[Change]:
     for key, where in tensors.items():
         if not key.startswith("indices.") or not where.numel():
             continue
-        site = _site(folder, sites, key.removeprefix("indices."))
+        site = site_named(folder, sites, key.removeprefix("indices."))
         values = tensors.get(f"deltas.{site.name}")
         if values is None or not _are_positions(where, site.shape):
             raise ValueError(f"{folder} is damaged: expected values and positions below {list(site.shape)} for {site.name}")
         strides = torch.empty(site.shape, device="meta").stride()
         flat = (where.long() * torch.tensor(strides)).sum(1)
-        changes.append(_change(site, flat, values))
+        changes.append(Change.summed(site, flat, values))
     return changes
 
 
@@ -156,33 +155,6 @@ def _are_positions(where: Tensor, shape: tuple[int, ...]) -> bool:
     if where.dim() != 2 or where.shape[1] != len(shape) or where.is_floating_point():
         return False
     return bool(((where >= 0) & (where < torch.tensor(shape))).all())
-
-
-def _site(folder: Path, sites: Sites, name: str) -> Site:
-    if name not in sites:
-        raise ValueError(f"{folder} was made for another model: this one has no parameter {name!r}")
-    return sites[name]
-
-
-def _change(site: Site, flat: Tensor, values: Tensor) -> Change:
-    """The change of one weight: ascending indices, each once, with the sum of what was stored for it."""
-    size, count = site.numel, flat.numel()
-    if count != values.numel() or (count and not 0 <= int(flat.min()) <= int(flat.max()) < size):
-        raise ValueError(f"{site.name}: expected as many values as indices, below {size:,}; the adapter is for another model")
-    if not torch.isfinite(values).all():
-        raise ValueError(f"{site.name}: the values of the adapter are not finite")
-    union, inverse = torch.unique(flat, return_inverse=True)
-    total = torch.zeros(union.shape).index_add_(0, inverse, values.float())
-    return Change(site.name, site.shape, union.to(pattern.index_dtype(size)), total, _base_of(site, union))
-
-
-def _base_of(site: Site, indices: Tensor) -> Tensor | None:
-    """What a 16-bit weight holds before any adapter, `[n]`; None for a weight of another dtype."""
-    if site.weight is None or site.weight.dtype not in NARROW:
-        return None
-    with pristine(site):
-        weight = site.weight.data.contiguous()
-        return ops.gather(weight, indices.to(weight.device)).cpu()
 
 
 def _rounded_like_supertuning(change: Change) -> Change:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +21,11 @@ from ..checkpoint.diff import exact_deltas
 from ..checkpoint.edits import EditedParameter, Edits
 from ..checkpoint.export import form
 from ..checkpoint.shards import Checkpoint
+from ..layers.sites import Site, weights_of
+from .changes import NARROW, Change
 
 CONFIGS = {"shira": peft.ShiraConfig, "supertuning": peft.SupertuningConfig}
-NARROW = (torch.bfloat16, torch.float16)
 NOT_LINEAR = "is no weight of a plain linear layer, and {} trains nothing else; merge the adapter into its base instead"
-
-
-@dataclass
-class Change:
-    """What an adapter changes of one weight.
-
-    Attributes:
-        name: of the parameter in the base model.
-        shape: of the parameter.
-        indices: `[nnz]`, flat, ascending.
-        values: `[nnz]` float32, added to the base.
-        base: `[nnz]`, what a 16-bit weight holds there; None for a weight of another dtype.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    indices: Tensor
-    values: Tensor
-    base: Tensor | None = None
-
-    @property
-    def module_name(self) -> str:
-        """The module that holds the weight."""
-        return self.name.rpartition(".")[0]
-
-    def merged(self) -> Tensor:
-        """What a 16-bit weight holds with the change, `[nnz]`."""
-        return (self.base.float() + self.values).to(self.base.dtype)
-
-    def exact(self) -> Change:
-        """The same merged weight by values that others add to the base and round: merged - base, in 16 bits."""
-        if self.base is None:
-            return self
-        return replace(self, values=self.merged().float() - self.base.float())
 
 
 def write(folder: Path, to: str, changes: Sequence[Change], heads: Mapping[str, Tensor], **fields: Any) -> list[Path]:
@@ -100,10 +67,29 @@ def supertuning(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, 
 
 
 def _of_files(to: str, adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits, folder: Path) -> list[Path]:
-    linear = _linear_weights(checkpoint.folder)
+    sites = sites_of_base(checkpoint.folder)
+    linear = {name for name, site in sites.items() if site.parameter == "weight" and isinstance(site.module, nn.Linear)}
+    changes = changes_of_files(to, adapter, checkpoint, edits, linear, NOT_LINEAR.format(to))
+    return write(folder, to, changes, heads_of(adapter), **fields_of(adapter))
+
+
+def changes_of_files(
+    to: str, adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits, weights: Container[str], otherwise: str
+) -> list[Change]:
+    """What an adapter changes of each weight of a checkpoint.
+
+    Args:
+        to: the form that is written, for messages.
+        adapter, checkpoint, edits: as `sprand.checkpoint.export` gives them to a form.
+        weights: the names of those that the form can hold, in the model.
+        otherwise: what to say of others.
+
+    Raises:
+        ValueError: A weight is none of those, or the adapter holds values that are no change of the base.
+    """
     changes = []
     for parameter in edits.parameters:
-        _check_linear(to, parameter, linear)
+        _check_name(to, parameter, weights, otherwise)
         parameter.apply(checkpoint)
         change = _change_of(parameter)
         if change is None:
@@ -112,22 +98,33 @@ def _of_files(to: str, adapter: AdapterFile, checkpoint: Checkpoint, edits: Edit
                 "stores changes; merge the adapter into its base instead (sprand merge)"
             )
         changes.append(change)
-    heads = {head_key(name): values for name, values in adapter.heads.items()}
-    modules, base_model = modules_of(adapter.heads) or None, portable(adapter.base_model)
-    return write(folder, to, changes, heads, modules_to_save=modules, base_model_name_or_path=base_model)
+    return changes
 
 
-def _check_linear(to: str, parameter: EditedParameter, linear: Container[str]) -> None:
-    """Prove that a parameter is the weight of a linear layer, under the name that the model itself gives it."""
+def heads_of(adapter: AdapterFile) -> dict[str, Tensor]:
+    """What an adapter trained in full, by the keys in a file of PEFT."""
+    return {head_key(name): values for name, values in adapter.heads.items()}
+
+
+def fields_of(adapter: AdapterFile) -> dict[str, Any]:
+    """What a configuration of PEFT says of an adapter, whatever its method."""
+    return {
+        "modules_to_save": modules_of(adapter.heads) or None,
+        "base_model_name_or_path": portable(adapter.base_model),
+    }
+
+
+def _check_name(to: str, parameter: EditedParameter, weights: Container[str], otherwise: str) -> None:
+    """Prove that a parameter is one of those weights, under the name that the model itself gives it."""
     name, tensors = parameter.name, [edit.stored.name for edit in parameter.edits]
-    called = next((tensor for tensor in tensors if tensor in linear), None)
-    if name not in linear and called is not None:
+    called = next((tensor for tensor in tensors if tensor in weights), None)
+    if name not in weights and called is not None:
         raise ValueError(
             f"{name}: the model of this base calls that weight {called}, and PEFT, which goes by a model's "
             f"own names, would not find it as {to}; merge the adapter into its base instead (sprand merge)"
         )
-    if name not in linear:
-        raise ValueError(f"{name} {NOT_LINEAR.format(to)} (sprand merge)")
+    if name not in weights:
+        raise ValueError(f"{name} {otherwise} (sprand merge)")
 
 
 def _change_of(parameter: EditedParameter) -> Change | None:
@@ -140,11 +137,11 @@ def _change_of(parameter: EditedParameter) -> Change | None:
     base = torch.cat([parameter.base, frozen_base])[order]
     deltas = torch.cat([entries.deltas, frozen_deltas])[order]
     narrow = base.dtype in NARROW
-    return Change(parameter.name, parameter.shape, indices, deltas.float(), base if narrow else None)
+    return Change(parameter.name, parameter.shape, indices, deltas, base if narrow else None)
 
 
-def _linear_weights(folder: Path) -> set[str]:
-    """The weights of the linear layers of a checkpoint's model, by their names in it and in the model without its head.
+def sites_of_base(folder: Path) -> dict[str, Site]:
+    """The weights of a checkpoint's model, by their names in it and in the model without its head.
 
     Raises:
         ValueError: No configuration says which model it is.
@@ -159,8 +156,7 @@ def _linear_weights(folder: Path) -> set[str]:
         raise ValueError(f"{folder}: {how}")
     with torch.device("meta"):
         model = kinds[0](config)
-    modules = (*model.named_modules(), *model.base_model.named_modules())
-    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
+    return weights_of(model.base_model) | weights_of(model)
 
 
 def _as_shira(changes: Sequence[Change]) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -210,4 +206,4 @@ def _representable(change: Change) -> Change:
 def _padded(change: Change, count: int) -> tuple[Tensor, Tensor]:
     missing = count - change.indices.numel()
     flat = torch.cat([change.indices.long(), torch.zeros(missing, dtype=torch.long)])
-    return flat, torch.cat([change.values, torch.zeros(missing)])
+    return flat, torch.cat([change.values.float(), torch.zeros(missing)])

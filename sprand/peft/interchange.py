@@ -1,4 +1,4 @@
-"""Interchange on models at hand: saved adapters out as SHiRA or Super-Tuning, adapters of others in as sprand's."""
+"""Interchange on models at hand: saved adapters out as LoRA, SHiRA or Super-Tuning, adapters of others in as sprand's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import peft
+import torch
 from torch import Tensor, nn
 
 from ..adapters.file import AdapterFile
@@ -15,18 +16,30 @@ from .config import SprandConfig
 from .foreign import content_of, content_of_own, settings_of
 from .formats import CONFIGS, NOT_LINEAR, write
 from .layer import adapter_targets
+from .lora import Lora, exact
 from .plan import base_weights
 
+LORA = "lora"
 
-def export_adapter(path_in: str | os.PathLike[str], path_out: str | os.PathLike[str], base_model: nn.Module, to: str) -> Path:
+
+def export_adapter(
+    path_in: str | os.PathLike[str],
+    path_out: str | os.PathLike[str],
+    base_model: nn.Module,
+    to: str,
+    dtype: torch.dtype = torch.float32,
+    one_rank: bool = False,
+) -> Path:
     """Write a saved adapter as one that stock PEFT loads, with the same merged weights.
 
     Args:
         path_in: folder of the adapter.
         path_out: folder to write; made if it is not there.
         base_model: the model it was trained on; it is read, not changed.
-        to: `"shira"` (12 bytes per entry, and padding to the layer with the most) or `"supertuning"` (8, and padding to the
-            largest density).
+        to: `"lora"` (of adapters that train whole columns, `layout="columns"`), `"shira"` (12 bytes per entry, and padding to the
+            layer with the most) or `"supertuning"` (8, and padding to the largest density).
+        dtype: of the factors of a LoRA, float32 or bfloat16; what bfloat16 rounds is warned of.
+        one_rank: fill a LoRA with zeros to one rank for all weights, for SGLang and llama.cpp, which read no other.
 
     Returns:
         The folder.
@@ -35,25 +48,32 @@ def export_adapter(path_in: str | os.PathLike[str], path_out: str | os.PathLike[
         FileNotFoundError: No adapter is at that path.
         ValueError: The base is another one, the format is unknown, or the other method cannot train such weights.
     """
-    if to not in CONFIGS:
-        raise ValueError(f"export_adapter: to: expected one of {', '.join(CONFIGS)}, got {to!r}")
-    file, sites = AdapterFile.read(path_in), base_weights(base_model, {})
+    if to not in (LORA, *CONFIGS):
+        raise ValueError(f"export_adapter: to: expected one of {', '.join((LORA, *CONFIGS))}, got {to!r}")
+    if to != LORA and (dtype != torch.float32 or one_rank):
+        raise ValueError(f"export_adapter: dtype and one_rank are of {LORA}, and {to} has one form only; leave them out")
+    file, sites, folder = AdapterFile.read(path_in), base_weights(base_model, {}), Path(path_out)
     content = content_of_own(file, sites)
-    for change in content.changes:
-        site = sites[change.name]
-        if site.parameter != "weight" or not isinstance(site.module, nn.Linear) or site.backend is not None:
-            raise ValueError(f"export_adapter: {change.name} {NOT_LINEAR.format(to)}, model.merge_and_unload()")
     fields = {
         "modules_to_save": content.modules,
         "base_model_name_or_path": portable(file.base_model),
         "task_type": settings_of(Path(path_in)).get("task_type"),
     }
-    write(Path(path_out), to, content.changes, content.heads, **fields)
-    return Path(path_out)
+    if to == LORA:
+        Lora.of(exact(content.changes, file), sites, content.heads, dtype, one_rank, **fields).save(folder)
+        return folder
+    for change in content.changes:
+        site = sites[change.name]
+        if site.parameter != "weight" or not isinstance(site.module, nn.Linear) or site.backend is not None:
+            raise ValueError(f"export_adapter: {change.name} {NOT_LINEAR.format(to)}, model.merge_and_unload()")
+    write(folder, to, content.changes, content.heads, **fields)
+    return folder
 
 
 def import_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> nn.Module:
-    """Load an adapter of SHiRA, Super-Tuning, peft-sparta, or `sprand.save` as one of sprand.
+    """Load an adapter of SHiRA, Super-Tuning, PaCA, peft-sparta, or `sprand.save`, or a LoRA of columns, as one of sprand.
+
+    A LoRA is one of columns where each row of its `lora_A` has one entry, as those that `export_adapter` writes.
 
     Args:
         model: the base model, or a PEFT model of sprand that gains the adapter.

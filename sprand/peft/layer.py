@@ -19,6 +19,7 @@ from ..layers.sites import Site, site_of
 from .adapter_target import AdapterTarget, Delta, Deltas, Positions, is_whole
 from .config import SprandConfig
 from .hosted import host, unhost
+from .lora import LINEAR, TRANSPOSED, columns_of, kind_of
 
 # What a layer counts its input and output features by: (in, out).
 FEATURES = (("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf"))
@@ -173,6 +174,16 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         dense = torch.zeros(self.sprand_site("weight").shape, dtype=delta.dtype, device=delta.device)
         dense.view(-1)[indices] = delta
         return dense
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether all that an adapter trains here are whole columns of a linear weight, which are a LoRA to the bit."""
+        for parameter, _, target in self.sprand_weights():
+            if adapter_name not in target.deltas:
+                continue
+            site = self.sprand_site(parameter)
+            if kind_of(site) not in (LINEAR, TRANSPOSED) or columns_of(site).whole(target.indices[adapter_name]) is None:
+                return False
+        return True
 
     def _containers(self, parameter: str) -> tuple[nn.ModuleDict, Positions, BufferDict]:
         """The modules that hold a parameter's deltas, indices and bases, by adapter; made when they are first asked for."""

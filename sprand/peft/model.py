@@ -76,6 +76,8 @@ class SprandModel(BaseTuner):
         if out_of_reach:
             config.target_parameters = sorted({*(config.target_parameters or ()), *out_of_reach})
         self.__dict__.update(_plan=plan, _planned=keys.keys(), _low_cpu_mem_usage=low_cpu_mem_usage)
+        if given.targets is not None or given.indices is not None:  # which say what is targeted, whatever the names are
+            given.target_modules = list(config.target_modules)
         self.peft_config[adapter_name] = config
         try:
             with whole_or_not_at_all(model, adapter_name) as flags:
