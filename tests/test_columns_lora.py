@@ -1,77 +1,28 @@
-"""Adapters of whole columns as LoRA: written for stock PEFT and servers, converted by PEFT itself, and read back."""
+"""Adapters of whole columns as LoRA: written for stock PEFT and servers, and converted by PEFT itself."""
 
 from __future__ import annotations
 
 import json
 import types
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import sprand
+from columns_as_lora import PREFIX, assert_equal, columns, mask_of, merged, moved, own, trained
 from models import built
 from peft_models import llama, logits, peft, train, trainable
 from sprand.checkpoint.lora_servers import VLLM_RANKS, vllm_options
 from sprand.cli import main
 from sprand.integrations import vllm
+from sprand.layers.sites import sites_of
 from sprand.peft import SprandConfig, export_adapter, import_adapter
-from sprand.selection.units import Units
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-PREFIX = "base_model.model."
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def columns(shape, count: int, seed: int = 0, axis: int = 1) -> torch.Tensor:
-    """The flat indices of some columns of a weight seen as a matrix, or of some of its rows."""
-    units = Units.of((shape[0], torch.Size(shape[1:]).numel()), axis)
-    chosen = torch.randperm(units.count, generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    return units.entries(chosen)
-
-
-def mask_of(model: nn.Module, names: tuple[str, ...] = ("_proj",)) -> dict[str, torch.Tensor]:
-    """Three columns of the weights whose modules are called so, five of the widest ones."""
-    found = {}
-    for number, (name, p) in enumerate(model.named_parameters()):
-        if name.endswith(tuple(f"{end}.weight" for end in names)):
-            found[name] = columns(p.shape, 5 if "down_proj" in name else 3, number)
-    return found
-
-
-def trained(dtype: torch.dtype = torch.float32, **fields) -> peft.PeftModel:
-    model = llama().to(dtype)
-    wrapped = peft.get_peft_model(model, SprandConfig(mask=mask_of(model), **fields))
-    train(wrapped, torch.optim.AdamW(trainable(wrapped), lr=1e-2))
-    return wrapped.eval()
-
-
-def merged(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """The weights that stock PEFT makes of a LoRA."""
-    stock = peft.PeftModel.from_pretrained(llama().to(dtype), folder)
-    assert isinstance(stock.peft_config["default"], peft.LoraConfig)
-    return dict(stock.merge_and_unload().state_dict())
-
-
-def own(model: peft.PeftModel) -> dict[str, torch.Tensor]:
-    return dict(model.merge_and_unload().state_dict())
-
-
-def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == two.keys()
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
-
-
-def moved(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every trained value at random."""
-    torch.manual_seed(seed)
-    for p in sprand.parameters(model):
-        p.data.normal_(0, 0.1)
-    sprand.write(model)
-    return model.eval()
 
 
 @pytest.mark.parametrize("one_rank", [False, True], ids=["own ranks", "one rank"])
@@ -84,7 +35,7 @@ def test_stock_peft_loads_what_is_exported(tmp_path, dtype, one_rank):
     stock = peft.PeftModel.from_pretrained(base, tmp_path / "lora")
     config = stock.peft_config["default"]
     assert config.r == config.lora_alpha == 5
-    assert set(config.rank_pattern.values()) == (set() if one_rank else {3}) and config.rank_pattern == config.alpha_pattern
+    assert set(config.rank_pattern.values()) == (set() if one_rank else {3, 4}) and config.rank_pattern == config.alpha_pattern
     if dtype == torch.float32:
         torch.testing.assert_close(logits(stock), logits(model))
     file = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -116,7 +67,7 @@ def test_a_float64_reference_of_a_layer(tmp_path):
 def test_sprand_export_writes_it_from_files_and_says_how_to_serve_it(tmp_path, dtype, capsys):
     llama().to(dtype).save_pretrained(tmp_path / "base")
     model = llama().to(dtype)
-    moved(sprand.apply(model, strategy=mask_of(model), modules_to_save=["lm_head"]))
+    moved(sprand.apply(model, layout="columns", density=0.1, modules_to_save=["lm_head"]))
     sprand.save(model, tmp_path / "ours")
     arguments = ["export", tmp_path / "ours", "--to", "lora", "--base", tmp_path / "base", "-o", tmp_path / "lora"]
     assert main.run([*map(str, arguments)]) == 0
@@ -128,9 +79,7 @@ def test_sprand_export_writes_it_from_files_and_says_how_to_serve_it(tmp_path, d
 
 def test_the_command_that_serves_it(tmp_path, capsys):
     llama().save_pretrained(tmp_path / "base")
-    model = llama()
-    moved(sprand.apply(model, strategy=mask_of(model)))
-    sprand.save(model, tmp_path / "ours")
+    sprand.save(sprand.apply(llama(), layout="columns", density=0.1), tmp_path / "ours")
     arguments = ["export", tmp_path / "ours", "--to", "lora", "--base", tmp_path / "base", "-o", tmp_path / "lora"]
     assert main.run([*map(str, arguments), "--json", "--one-rank"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -144,12 +93,13 @@ def test_the_command_that_serves_it(tmp_path, capsys):
 def test_bfloat16_says_what_it_rounds(tmp_path, capsys):
     llama().bfloat16().save_pretrained(tmp_path / "base")
     model = llama().bfloat16()
-    sprand.apply(model, strategy=mask_of(model))
-    sprand.parameters(model)[0].data[:7] = torch.linspace(0.25, 0.5, 7)  # beside weights of 0.02: sums of more than eight bits
+    sprand.apply(model, layout="columns", density=0.1)
+    base = sites_of(model)[0].entries.base[:7].float()
+    sprand.parameters(model)[0].data[:7] = -1.3 * base  # the difference of two numbers of eight bits and different signs has more
     sprand.write(model)
     sprand.save(model, tmp_path / "ours")
     arguments = ["export", tmp_path / "ours", "--to", "lora", "--base", tmp_path / "base", "-o", tmp_path / "lora"]
-    with pytest.warns(UserWarning, match=r"(\d+) of 1,472 values of the LoRA are no bfloat16 numbers and were rounded") as caught:
+    with pytest.warns(UserWarning, match=r"\d+ of [\d,]+ values of the LoRA are no bfloat16 numbers and were rounded") as caught:
         assert main.run([*map(str, arguments), "--dtype", "bfloat16"]) == 0
     rounded = int(str(caught[-1].message).split()[0])
     file = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -172,7 +122,7 @@ def test_bfloat16_says_what_it_rounds(tmp_path, capsys):
     ids=["Embedding", "Conv1d", "Conv2d", "Conv2d of 1", "Conv3d", "Conv1D of transformers"],
 )
 def test_other_layers_go_there_and_back(tmp_path, make, axis):
-    wrap = lambda: nn.ModuleDict({"layer": built(lambda: make())})  # noqa: E731, PLW0108
+    wrap = lambda: nn.ModuleDict({"layer": built(lambda: make())})  # noqa: E731
     model, base = wrap(), wrap()
     indices = columns(base["layer"].weight.shape, 3, axis=axis)
     moved(sprand.apply(model, strategy={"layer.weight": indices}))
@@ -190,7 +140,8 @@ def test_other_layers_go_there_and_back(tmp_path, make, axis):
 
 
 def test_names_that_end_alike_are_told_apart(tmp_path):
-    make = lambda: built(lambda: nn.ModuleDict({"q": nn.Linear(8, 8), "in": nn.ModuleDict({"q": nn.Linear(8, 8)}), "k": nn.Linear(8, 8)}))  # noqa: E501, E731
+    linear = lambda: nn.Linear(8, 8)  # noqa: E731
+    make = lambda: built(lambda: nn.ModuleDict({"q": linear(), "in": nn.ModuleDict({"q": linear()}), "k": linear()}))  # noqa: E731
     for mask in ({"q.weight": 2}, {"q.weight": 2, "in.q.weight": 4}, {"q.weight": 4, "in.q.weight": 2}):
         model = make()
         moved(sprand.apply(model, strategy={name: columns((8, 8), count) for name, count in mask.items()}))
@@ -218,7 +169,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("mask", "why"),
     [
-        ({"linear.weight": [0, 9, 18]}, r"linear.weight: its trained entries are no whole columns.*full rank.*layout=\"columns\""),
+        ({"linear.weight": [0, 9, 18]}, r"linear.weight: its trained entries are no whole columns.*layout=\"columns\""),
         ({"linear.weight": [1, 9], "linear.bias": [0]}, "whole columns|linear.bias is no weight of a linear layer"),
         ({"linear.bias": [0, 1]}, "linear.bias is no weight of a linear layer, an embedding, or a convolution"),
         ({"norm.weight": [0]}, "norm.weight is no weight of a linear layer"),
@@ -265,13 +216,13 @@ def test_peft_converts_it_exactly(tmp_path, dtype, rank):
     assert model.supports_lora_conversion()
     peft.save_as_lora(tmp_path, model, rank)
     ranks = {len(value) for name, value in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_A" in name}
-    assert ranks == {3, 5}
+    assert ranks == {3, 4, 5}
     assert_equal(merged(tmp_path, dtype), own(model))
 
 
 def test_peft_converts_a_mask_that_trains_the_head(tmp_path):
     model = llama()
-    wrapped = peft.get_peft_model(model, SprandConfig(mask=mask_of(model, ("q_proj", "lm_head"))))
+    wrapped = peft.get_peft_model(model, SprandConfig(mask=mask_of(model, "q_proj", "lm_head")))
     train(wrapped, torch.optim.AdamW(trainable(wrapped), lr=1e-2))
     peft.save_as_lora(tmp_path, wrapped, 1.0)
     assert_equal(merged(tmp_path), own(wrapped))
@@ -289,126 +240,26 @@ def test_peft_approximates_by_a_smaller_rank_and_refuses_single_entries():
 
 def test_peft_converts_one_of_several_adapters(tmp_path):
     model = llama()
-    wrapped = peft.get_peft_model(model, SprandConfig(mask=mask_of(model, ("q_proj",))))
-    wrapped.add_adapter("second", SprandConfig(mask=mask_of(model, ("up_proj",))))
+    wrapped = peft.get_peft_model(model, SprandConfig(mask=mask_of(model, "q_proj")))
+    wrapped.add_adapter("second", SprandConfig(mask=mask_of(model, "up_proj")))
     wrapped.set_adapter("second")
     train(wrapped, torch.optim.AdamW(trainable(wrapped), lr=1e-2))
     peft.save_as_lora(tmp_path, wrapped, 1.0, adapter_name="second")
     assert_equal(merged(tmp_path), own(wrapped))
 
 
-def lora_of_columns(model: nn.Module, **fields) -> peft.PeftModel:
-    """A LoRA of stock PEFT whose `lora_A` chooses inputs, as someone may have frozen it."""
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"]} | fields))
-    torch.manual_seed(1)
-    for name, p in wrapped.named_parameters():
-        if "lora_A" in name:
-            p.data.zero_()
-            p.data[torch.arange(len(p)), torch.randperm(p.shape[1])[: len(p)]] = 1
-        elif "lora_B" in name:
-            p.data.normal_(0, 0.05)
-    return wrapped.eval()
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"lora_alpha": 4},
-        {"lora_alpha": 7},
-        {"lora_alpha": 16, "use_rslora": True},
-        {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
-    ],
-    ids=["scale of 1", "another scale", "rsLoRA", "patterns"],
-)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_lora_of_columns_is_imported_exactly(tmp_path, dtype, fields):
-    stock = lora_of_columns(llama().to(dtype), **fields)
-    stock.save_pretrained(tmp_path)
-    ours = import_adapter(llama().to(dtype), tmp_path)
-    assert_equal(own(ours), dict(stock.merge_and_unload().state_dict()))
-
-
-def test_a_padded_lora_with_modules_trained_in_full_comes_back(tmp_path):
-    model = trained(modules_to_save=["lm_head"])
-    model.save_pretrained(tmp_path / "ours")
-    export_adapter(tmp_path / "ours", tmp_path / "lora", llama(), to="lora", one_rank=True)
-    ours = import_adapter(llama(), tmp_path / "lora")
-    assert torch.equal(logits(ours), logits(model))
-    losses = train(ours.train(), sprand.SparseAdamW(ours, lr=1e-2), 3)
-    assert losses[-1] < losses[0]
-
-
-def test_another_lora_is_refused(tmp_path):
-    def refused(why: str, **fields) -> None:
-        lora_of_columns(llama(), **fields).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=why):
-            import_adapter(llama(), tmp_path)
-
-    peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"q_proj mixes inputs \(32 of them in one row of lora_A\).*model.merge_and_unload"):
-        import_adapter(llama(), tmp_path / "dense")
-    refused(r"changes more than the product of its factors \(use_dora\)", use_dora=True)
-    refused(r"changes more than the product of its factors \(bias\)", bias="all")
-    lora_of_columns(llama()).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    save_file({name: value[:3] if "lora_A" in name else value for name, value in tensors.items()}, file)
-    with pytest.raises(ValueError, match="is damaged: expected two factors of one rank"):
-        import_adapter(llama(), tmp_path)
-    save_file({name: value[:, :9].contiguous() if "lora_A" in name else value for name, value in tensors.items()}, file)
-    with pytest.raises(ValueError, match="was made for another model"):
-        import_adapter(llama(), tmp_path)
-
-
-def paca(folder: Path, model: nn.Module, alpha: int = 4, **settings) -> dict[str, torch.Tensor]:
-    """A folder as PEFT's PaCA writes it, and the weights that it makes of a model by its formula."""
-    torch.manual_seed(2)
-    tensors, expected = {}, dict(model.state_dict())
-    for name, module in model.named_modules():
-        if name.endswith(("q_proj", "down_proj")):
-            delta, chosen = 0.05 * torch.randn(module.out_features, 4), torch.randperm(module.in_features)[:4].sort().values
-            tensors |= {f"{PREFIX}{name}.paca_delta": delta, f"{PREFIX}{name}.paca_indices": chosen}
-            weight = expected[f"{name}.weight"] = module.weight.detach().clone()
-            weight[:, chosen] = (weight[:, chosen].float() + alpha / 4 * delta).to(weight.dtype)
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    said = {"peft_type": "PACA", "r": 4, "paca_alpha": alpha, "target_modules": ["q_proj", "down_proj"], "modules_to_save": None}
-    (folder / "adapter_config.json").write_text(json.dumps(said | settings))
-    return expected
-
-
-@pytest.mark.parametrize("alpha", [4, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_paca_adapter_is_imported_exactly(tmp_path, dtype, alpha):
-    expected = paca(tmp_path, llama().to(dtype), alpha)
-    ours = import_adapter(llama().to(dtype), tmp_path)
-    ours.save_pretrained(tmp_path / "ours")
-    export_adapter(tmp_path / "ours", tmp_path / "lora", llama().to(dtype), to="lora")
-    assert_equal(own(ours), expected)
-    assert_equal(merged(tmp_path / "lora", dtype), expected)
-
-
-def test_a_damaged_paca_adapter_is_refused(tmp_path):
-    paca(tmp_path, llama(), r=5)
-    with pytest.raises(ValueError, match="is damaged: expected 5 columns of 32 values for model.layers.0.mlp.down_proj.weight"):
-        import_adapter(llama(), tmp_path)
-    paca(tmp_path, llama())
-    with pytest.raises(ValueError, match="expected columns below 24; the adapter is for another model"):
-        import_adapter(llama(intermediate_size=24), tmp_path)
-
-
 @pytest.mark.parametrize(("rank", "started_with"), [(1, 1), (2, 8), (8, 8), (41, 64), (143, 256), (257, 320), (512, 512)])
 def test_the_rank_that_vllm_is_started_with(tmp_path, rank, started_with):
-    peft.get_peft_model(nn.ModuleDict({"up": nn.Linear(600, 4)}), peft.LoraConfig(r=rank, target_modules=["up"])).save_pretrained(
-        tmp_path
-    )
+    model = nn.ModuleDict({"up": nn.Linear(600, 4)})
+    peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=["up"])).save_pretrained(tmp_path)
     options = vllm_options(tmp_path, "base")
     assert (options.rank, options.max_lora_rank) == (rank, started_with) and started_with in VLLM_RANKS
     assert f"--max-lora-rank {started_with} " in options.command
 
 
 def test_what_vllm_does_not_serve_is_said(tmp_path):
-    model = nn.ModuleDict({"up": nn.Linear(600, 4), "conv": nn.Conv1d(8, 4, 3), "embed": nn.Embedding(9, 8), "lm_head": nn.Linear(8, 9)})
+    layers = {"up": nn.Linear(600, 4), "conv": nn.Conv1d(8, 4, 3), "embed": nn.Embedding(9, 8), "lm_head": nn.Linear(8, 9)}
+    model = nn.ModuleDict(layers)
     config = peft.LoraConfig(r=8, rank_pattern={"up": 573}, target_modules=["up", "conv", "embed", "lm_head"])
     peft.get_peft_model(model, config).save_pretrained(tmp_path, save_embedding_layers=False)
     options = vllm_options(tmp_path)
@@ -417,9 +268,9 @@ def test_what_vllm_does_not_serve_is_said(tmp_path):
     assert "vLLM takes ranks up to 512, and this adapter has 573: train fewer columns" in said
     assert "vLLM has no LoRA for convolutions (conv): merge it (sprand merge)" in said
     assert "vLLM serves a LoRA of lm_head, embed for models only whose embedding_modules list it" in said
-    paca(tmp_path / "paca", llama())
-    with pytest.raises(ValueError, match="is of type PACA, expected LORA; sprand export --to lora makes one"):
-        vllm_options(tmp_path / "paca")
+    sprand.save(sprand.apply(llama(), density=0.1), tmp_path / "entries")
+    with pytest.raises(ValueError, match="is of type SPRAND, expected LORA; sprand export --to lora makes one"):
+        vllm_options(tmp_path / "entries")
     with pytest.raises(FileNotFoundError, match="no LoRA at"):
         vllm_options(tmp_path / "nowhere")
 
@@ -452,7 +303,7 @@ def test_the_adapter_only_sync_of_trl(tmp_path, monkeypatch):
 
 def test_an_untrained_adapter_is_a_lora_that_changes_nothing(tmp_path):
     model = llama()
-    wrapped = peft.get_peft_model(model, SprandConfig(mask=mask_of(model, ("q_proj",))))
+    wrapped = peft.get_peft_model(model, SprandConfig(mask=mask_of(model, "q_proj")))
     wrapped.save_pretrained(tmp_path / "ours")
     export_adapter(tmp_path / "ours", tmp_path / "lora", llama(), to="lora")
     assert_equal(merged(tmp_path / "lora"), dict(llama().state_dict()))

@@ -146,7 +146,8 @@ def test_what_cannot_be_exchanged_says_why(tmp_path):
         export_adapter(tmp_path / "dense", tmp_path / "out", llama(), to="shira")
     with pytest.raises(ValueError, match="another base"):
         export_adapter(tmp_path / "dense", tmp_path / "out", llama(seed=3), to="supertuning")
-    peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])).save_pretrained(tmp_path / "ia3")
+    ia3 = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    peft.get_peft_model(llama(), ia3).save_pretrained(tmp_path / "ia3")
     with pytest.raises(ValueError, match="got IA3"):
         import_adapter(llama(), tmp_path / "ia3")
     with pytest.raises(FileNotFoundError, match="no adapter at"):

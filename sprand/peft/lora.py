@@ -91,8 +91,8 @@ class Factors:
         chosen = units.whole(change.indices)
         if chosen is None:
             raise ValueError(
-                f"{change.name}: its trained entries are no whole columns, and the change of single entries has, in general, "
-                'full rank, which no LoRA of as many values holds; train with layout="columns", or merge the adapter into its base '
+                f"{change.name}: its trained entries are no whole columns, and a change of single entries has full rank in "
+                'general, which no LoRA of as many values holds; train with layout="columns", or merge the adapter into its base '
                 "instead"
             )
         deltas = change.values.view(chosen.numel(), -1).t() if kind == TRANSPOSED else change.values.view(units.outer, -1)
