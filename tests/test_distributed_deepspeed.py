@@ -181,10 +181,18 @@ def bfloat16_models_train(rank, folder):
             assert_same_bits({"": both[0]}, {"": both[1]})
 
 
+def zero_3_suggests_the_rate_of_one_process(rank, folder):
+    expected, model = sprand.suggest_lr(made()), made()
+    wrapped = engine(model, adamw(model), 3)
+    assert sprand.suggest_lr(model) == expected
+    go(wrapped, rank, steps=2)
+    assert sprand.suggest_lr(model) == expected
+
+
 CHECKS = (
     every_stage_trains_as_one_process, sparse_adamw_steps_as_fused_adamw_does, sparse_adamw_is_asked_for_by_a_flag,
     adapters_are_saved, a_checkpoint_resumes_exactly, zero_3_refuses_what_it_cannot_do, zero_3_is_disabled_exactly,
-    bfloat16_models_train,
+    bfloat16_models_train, zero_3_suggests_the_rate_of_one_process,
 )  # fmt: skip
 
 test_two_ranks = ranks.test_of(CHECKS)

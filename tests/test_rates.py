@@ -1,62 +1,144 @@
-"""`suggest_lr`: what it follows, what a model gives it, and that `sprand finetune` takes it."""
+"""`suggest_lr`: what it follows, what a model gives it, what it cannot read, and that `sprand finetune` takes it."""
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import ranks
 import sprand
+from ranks import HALVES, adamw, made, train
+from sprand.training import magnitude, rates
 from tiny_models import save_bert, save_rows
 
-
-def test_it_rises_as_density_and_width_fall():
-    rates = [sprand.suggest_lr(density=d, width=384) for d in (3e-4, 1e-3, 3e-3, 1e-2, 5e-2, 0.3, 1.0)]
-    assert rates == sorted(rates, reverse=True) and len(set(rates)) == len(rates)
-    widths = [sprand.suggest_lr(density=0.01, width=w) for w in (64, 128, 384, 768, 4096)]
-    assert widths == sorted(widths, reverse=True)
-    assert sprand.suggest_lr(density=0.01, width=768) == pytest.approx(sprand.suggest_lr(density=0.01, width=384) / 2, rel=0.03)
-    assert sprand.suggest_lr(density=0.01, width=16) == sprand.suggest_lr(density=0.01, width=64)
+STRATEGIES = (None, "random", "gradient", "fisher", "snip")
 
 
-def test_gradient_masks_get_a_lower_rate_until_all_entries_train():
+def weights(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 128))
+
+
+def rms_of(*tensors: torch.Tensor) -> float:
+    values = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    return values.square().mean().sqrt().item()
+
+
+def linear_rms(model: nn.Module) -> float:
+    return rms_of(*(module.weight for module in model.modules() if isinstance(module, nn.Linear)))
+
+
+@pytest.mark.parametrize("layout", [None, "unstructured", "run8", "columns"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_it_rises_as_density_falls_and_in_proportion_to_the_weights(strategy, layout):
+    densities = (3e-4, 1e-3, 3e-3, 1e-2, 5e-2, 0.3, 1.0)
+    found = [rates.rate(0.1, density, strategy, layout) for density in densities]
+    if strategy in (None, "random", "snip") and layout != "columns":  # the shift of the others fades
+        assert found == sorted(found, reverse=True) and len(set(found)) == len(found)
+    assert [rates.rate(0.4, density, strategy, layout) for density in densities] == [4 * rate for rate in found]
+    assert rates.rate(0.1, 1e-9, strategy, layout) == found[0]
+
+
+def test_gradient_masks_and_columns_get_a_lower_rate_until_all_entries_train():
     for density in (1e-3, 1e-2, 5e-2):
-        random, gradient = (sprand.suggest_lr(density=density, width=384, strategy=name) for name in ("random", "gradient"))
-        assert gradient < random / 2
-    assert sprand.suggest_lr(density=1.0, width=384, strategy="fisher") == sprand.suggest_lr(density=1.0, width=384)
+        plain = rates.rate(0.1, density)
+        for other in ({"strategy": "gradient"}, {"strategy": "fisher"}, {"layout": "columns"}):
+            assert rates.rate(0.1, density, **other) < plain / 2
+            assert rates.rate(0.1, 1.0, **other) == rates.rate(0.1, 1.0)
 
 
-def two_layers() -> nn.Sequential:
+def test_a_model_gives_density_size_of_weights_and_strategy():
+    base = weights()
+    rms = linear_rms(base)
+    model = sprand.apply(copy.deepcopy(base), density=0.02)
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, rms=rms)
+    data, loss = [torch.randn(8, 128)], lambda m, x: m(x).square().mean()
+    model = sprand.apply(copy.deepcopy(base), density=0.02, strategy="gradient", data=data, loss_fn=loss)
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, rms=rms, strategy="gradient")
+    given = sprand.suggest_lr(model, strategy="random", rms=0.5, density=0.1, layout="columns")
+    assert given == sprand.suggest_lr(density=0.1, rms=0.5, layout="columns")
+
+
+@pytest.mark.parametrize("factor", [2.0**-6, 2.0, 10.0])
+def test_larger_weights_get_a_larger_rate_in_proportion(factor):
+    model = weights()
+    before = sprand.suggest_lr(sprand.apply(copy.deepcopy(model), density=0.02))
+    for module in model[::2]:
+        module.weight.data.mul_(factor)
+    assert sprand.suggest_lr(sprand.apply(model, density=0.02)) == pytest.approx(factor * before, rel=0.05)  # of two digits
+
+
+def test_embeddings_biases_and_norms_do_not_count_beside_linear_weights():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 4))
+    model = nn.Sequential(nn.Embedding(512, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.Conv1d(64, 32, 3))
+    rms = rms_of(model[2].weight, model[3].weight)
+    assert rms < 0.2 < rms_of(model[0].weight)
+    every = ["0.weight", "1.weight", "1.bias", "2.weight", "2.bias", "3.weight"]
+    applied = sprand.apply(copy.deepcopy(model), density=0.1, target_modules=None, target_parameters=every)
+    assert sprand.suggest_lr(applied, density=0.1) == sprand.suggest_lr(density=0.1, rms=rms)
+    norm = sprand.apply(copy.deepcopy(model), density=0.5, target_modules=None, target_parameters=["1.weight"])
+    assert sprand.suggest_lr(norm) == sprand.suggest_lr(density=0.5, rms=1.0)
 
 
-def test_a_model_gives_density_width_and_strategy():
-    model = sprand.apply(two_layers(), density=0.02)
-    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, width=128)
-    data = [torch.randn(8, 128)]
-    model = sprand.apply(two_layers(), density=0.02, strategy="gradient", data=data, loss_fn=lambda m, x: m(x).square().mean())
-    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, width=128, strategy="gradient")
-    assert sprand.suggest_lr(model, strategy="random", width=64) == sprand.suggest_lr(density=0.02, width=64)
+def test_a_tied_weight_is_the_embedding_that_it_is():
+    model = nn.ModuleDict({"embed": nn.Embedding(32, 16), "body": nn.Linear(16, 16), "head": nn.Linear(16, 32, bias=False)})
+    model["head"].weight = model["embed"].weight
+    applied = sprand.apply(model, density=0.25, target_modules=["head", "body"])
+    assert sprand.suggest_lr(applied) == sprand.suggest_lr(density=0.25, rms=rms_of(model["body"].weight))
 
 
-def test_a_hidden_size_in_the_configuration_counts_first(tmp_path: Path):
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModel.from_pretrained(save_bert(tmp_path / "bert"))
-    assert sprand.suggest_lr(sprand.apply(model, density=0.1)) == sprand.suggest_lr(density=0.1, width=32)
+def learned(model: nn.Module) -> nn.Module:
+    """The model with large deltas in its weights."""
+    with torch.no_grad():
+        for delta in sprand.parameters(model):
+            delta.fill_(100.0)
+    sprand.write(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_the_entries_have_learned_changes_nothing(dtype, monkeypatch):
+    monkeypatch.setattr(magnitude, "CHUNK", 1000)
+    model = sprand.apply(weights().to(dtype), density=0.02)
+    base = linear_rms(model)
+    before = magnitude.root_mean_square(sprand.layers.sites.sites_of(model), {})
+    assert before == pytest.approx(base, rel=1e-5)
+    after = learned(model)
+    assert linear_rms(after) > 10 * base
+    assert magnitude.root_mean_square(sprand.layers.sites.sites_of(after), {}) == before
+
+
+def test_what_an_earlier_mask_left_changes_nothing():
+    model = sprand.apply(weights(), density=0.02)
+    before = sprand.suggest_lr(model)
+    optimizer = sprand.SparseAdamW(model, lr=1.0)
+    moving = sprand.DynamicMask(model, optimizer, every=2, grow="random")
+    for _ in range(9):
+        model(torch.randn(4, 128)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moving.step()
+    assert linear_rms(model) > 2 * rms_of(*(module.weight for module in weights()[::2]))
+    assert sprand.suggest_lr(model) == before
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({}, "expected a model of sprand.apply, or density and width"),
-        ({"density": 0.1}, "density and width"),
-        ({"density": 0.0, "width": 384}, "density: expected a fraction"),
-        ({"density": 1.5, "width": 384}, "density: expected a fraction"),
-        ({"density": 0.1, "width": 0}, "width: expected the hidden size"),
+        ({}, "expected a model of sprand.apply, or density and rms"),
+        ({"density": 0.1}, "density and rms"),
+        ({"rms": 0.1}, "density and rms"),
+        ({"density": 0.0, "rms": 0.1}, "density: expected a fraction"),
+        ({"density": 1.5, "rms": 0.1}, "density: expected a fraction"),
+        ({"density": 0.1, "rms": 0.0}, "rms: expected the root mean square"),
+        ({"density": 0.1, "rms": math.inf}, "rms: expected the root mean square"),
+        ({"density": 0.1, "rms": math.nan}, "rms: expected the root mean square"),
     ],
 )
 def test_what_it_cannot_know_is_said(given, said):
@@ -64,9 +146,32 @@ def test_what_it_cannot_know_is_said(given, said):
         sprand.suggest_lr(**given)
 
 
+def test_weights_without_values_are_said():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64))
+    model = sprand.apply(model, density=0.1)
+    with pytest.raises(
+        ValueError, match=r"0\.weight, which is on the meta device \(or offloaded\); load the weights first, or give rms"
+    ):
+        sprand.suggest_lr(model)
+    assert sprand.suggest_lr(model, rms=0.1) == pytest.approx(sprand.suggest_lr(density=0.1, rms=0.1), rel=0.03)
+    for value in (0.0, math.nan):
+        model = sprand.apply(weights(), density=0.1)
+        for module in model[::2]:
+            module.weight.data.fill_(value)
+            module.sprand_base.fill_(value)
+        with pytest.raises(ValueError, match="rms: expected the root mean square of the targeted weights, a positive number"):
+            sprand.suggest_lr(model)
+
+
+def test_a_width_is_said_to_play_no_part():
+    with pytest.warns(DeprecationWarning, match="width plays no part any more; leave it out"):
+        assert sprand.suggest_lr(density=0.1, rms=0.1, width=64) == sprand.suggest_lr(density=0.1, rms=0.1)
+
+
 @pytest.mark.parametrize("asked", [[], ["--lr", "auto"]])
 def test_finetune_takes_it(asked: list[str], tmp_path: Path):
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     from sprand.cli.main import run
 
     folder, rows = save_bert(tmp_path / "bert"), save_rows(tmp_path / "rows.tsv")
@@ -74,7 +179,8 @@ def test_finetune_takes_it(asked: list[str], tmp_path: Path):
     assert run(["finetune", *arguments, "--out", str(tmp_path / "out"), *asked]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     highest = max(line["lr"] for line in lines if "lr" in line)
-    assert highest == pytest.approx(sprand.suggest_lr(density=0.05, width=32), rel=0.03)  # the count is rounded to whole entries
+    model = sprand.apply(transformers.AutoModelForSequenceClassification.from_pretrained(folder), density=0.05)
+    assert highest == sprand.suggest_lr(model)
 
 
 def test_finetune_counts_targets_that_a_mask_leaves_empty():
@@ -82,20 +188,77 @@ def test_finetune_counts_targets_that_a_mask_leaves_empty():
     from sprand.cli.finetune.settings import Settings
 
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    rms = rms_of(model[0].weight)
     indices = {"0.weight": torch.arange(0, 64 * 64, 16, dtype=torch.int32), "1.weight": torch.empty(0, dtype=torch.int32)}
     mask = sprand.Mask(indices, {name: (64, 64) for name in indices})
-    made = methods.sparse(model, Settings(model="m", train=Path("t"), out=Path("o")), mask)
-    assert made.lr == sprand.suggest_lr(density=1 / 32, width=64) != sprand.suggest_lr(density=1 / 16, width=64)
+    method = methods.sparse(model, Settings(model="m", train=Path("t"), out=Path("o")), mask)
+    assert method.lr == sprand.suggest_lr(density=1 / 32, rms=rms) != sprand.suggest_lr(density=1 / 16, rms=rms)
 
 
 def test_a_peft_model_gives_them_too():
     peft = pytest.importorskip("peft", reason="the model is one of PEFT's")
     from sprand.peft import SprandConfig
 
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128)), SprandConfig(density=0.02))
-    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, width=sprand.training.rates.width_of(model))
+    base = weights()
+    rms = linear_rms(base)
+    model = peft.get_peft_model(copy.deepcopy(base), SprandConfig(density=0.02))
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, rms=rms)
     mask = sprand.Mask({"0.weight": torch.arange(40)}, {"0.weight": (64, 128)}, {"strategy": "gradient"})
-    chosen = peft.get_peft_model(nn.Sequential(nn.Linear(128, 64)), SprandConfig(mask=mask))
-    assert sprand.suggest_lr(chosen) == sprand.suggest_lr(density=40 / 8192, width=128, strategy="gradient")
+    chosen = peft.get_peft_model(copy.deepcopy(base), SprandConfig(mask=mask))
+    first = rms_of(base[0].weight)
+    assert sprand.suggest_lr(chosen) == sprand.suggest_lr(density=40 / 8192, rms=first, strategy="gradient")
     with chosen.disable_adapter(), pytest.raises(ValueError, match="no adapter of this PEFT model is active"):
         sprand.suggest_lr(chosen)
+
+
+def test_adapters_of_a_peft_model_that_have_learned_or_are_merged_change_nothing():
+    peft = pytest.importorskip("peft", reason="the model is one of PEFT's")
+    from sprand.peft import SprandConfig
+
+    base = weights()
+    model = peft.get_peft_model(copy.deepcopy(base), SprandConfig(density=0.02, seed=1))
+    model.add_adapter("other", SprandConfig(density=0.05, seed=2))
+    model.base_model.set_adapter(["default", "other"])
+    expected = sprand.suggest_lr(density=0.07, rms=linear_rms(base))
+    assert sprand.suggest_lr(model) == pytest.approx(expected, rel=0.03)  # each count is rounded to whole entries
+    before = sprand.suggest_lr(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "sprand_delta" in name:
+                p.fill_(100.0)
+    model(torch.randn(2, 128))
+    assert sprand.suggest_lr(model) == before
+    model.merge_adapter()
+    assert sprand.suggest_lr(model) == before
+
+
+def same_rate_as_one_process(rank, folder):
+    """FSDP2, before and after steps; every rank comes to the rate of the whole model."""
+    from torch.distributed.fsdp import fully_shard
+
+    whole = made()
+    rms = rms_of(whole.linear.weight, whole.conv.weight)
+    expected = sprand.suggest_lr(whole)
+    assert expected == sprand.suggest_lr(whole, rms=rms)
+    for again in (True, False):
+        model = made()
+        for layer in (model.embed, model.linear, model.conv):
+            fully_shard(layer, reshard_after_forward=again)
+        fully_shard(model, reshard_after_forward=again)
+        assert sprand.suggest_lr(model) == expected
+        train(model, adamw(model), HALVES[rank : rank + 1])
+        assert sprand.suggest_lr(model) == expected
+
+
+def fsdp1_gathers_what_it_flattened(rank, folder):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(made(), use_orig_params=True, device_id=torch.device("cpu"))
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(made())
+    train(model, adamw(model), HALVES[rank : rank + 1])
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(made())
+    with pytest.raises(ValueError, match=r"suggest_lr: expected the FullyShardedDataParallel wrapper itself \(FSDP1\)"):
+        sprand.suggest_lr(model.module)
+
+
+test_two_ranks = ranks.test_of([same_rate_as_one_process, fsdp1_gathers_what_it_flattened])

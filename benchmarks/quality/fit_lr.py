@@ -4,12 +4,12 @@ A cell is a task, a method and a budget with its rates; goodness is the accuracy
 Its best rate is the vertex of a parabola through the best of its rates and the two beside it, on a logarithmic axis, or the
 edge. The law
 
-    log10(lr) = A + B log10(density) + C log10(density)^2 + shift + log10(384/width) (1 + BELOW where width < 384)
+    log10(lr) = log10(rms) + A + B log10(density) + shift
 
-(the shift is for gradient and fisher masks) starts from the least squares fit to these, full fine-tuning counting as density 1,
-and is then moved to the least mean of loss^2 + distance^2. The loss is what a cell would give away at the law's rate, read off
-between the rates tried, in points of accuracy or percent of perplexity; beyond them it is that of the last. The distance to the
-best rate, in decades, keeps the law from the edges of flat curves. Where all tasks are of one width, BELOW is 0.
+(rms is the root mean square of the linear weights, the shift is for gradient and fisher masks) starts from the least squares fit
+to these, full fine-tuning counting as density 1, and is then moved to the least mean of loss^2 + distance^2. The loss is what a
+cell would give away at the law's rate, read off between the rates tried, in points of accuracy or percent of perplexity; beyond
+them it is that of the last. The distance to the best rate, in decades, keeps the law from the edges of flat curves.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from quality import results
 from report import RESULTS, command_line, markdown, write_markdown
 from sprand.training import rates
 
-WIDTHS = {"shakespeare": 64, "sst2": 384, "subj": 384, "qnli": 384}
+RMS = {"shakespeare": 0.137, "sst2": 0.0614, "subj": 0.0614, "qnli": 0.0614}  # of the linear weights
 METHODS = ("random", "uniform", "run2", "run4", "run8", "snip", "force", "grasp", *rates.SHIFTS, "full")
 POINT = {"accuracy": 0.01, "perplexity": math.log(1.01)}  # one point of accuracy; one percent of perplexity
 
@@ -73,7 +73,7 @@ def cells(done: results.Results) -> list[Cell]:
     found: dict[tuple[str, str, float | None], list[tuple[float, float]]] = {}
     metric = {}
     for run, outcome in done.items():
-        if run.method in METHODS and run.seed == 0 and run.lr and run.task in WIDTHS:
+        if run.method in METHODS and run.seed == 0 and run.lr and run.task in RMS:
             good = outcome["dev"] if outcome["metric"] == "accuracy" else -math.log(outcome["dev"])
             if math.isfinite(good):
                 found.setdefault((run.task, run.method, run.budget), []).append((math.log10(run.lr), good))
@@ -98,27 +98,21 @@ def best_of(tried: Sequence[tuple[float, float]]) -> tuple[float, bool]:
 
 
 def features(cell: Cell) -> list[float]:
-    """What A, B, C, BELOW and the shift are multiplied by."""
-    x, narrow = math.log10(cell.density), max(0.0, math.log10(rates.MEASURED_WIDTH / WIDTHS[cell.task]))
-    return [1.0, x, x * x, narrow, rates.fade(cell.density) * (cell.method in rates.SHIFTS)]
+    """What A, B and the shift are multiplied by."""
+    return [1.0, math.log10(cell.density), rates.fade(cell.density) * (cell.method in rates.SHIFTS)]
 
 
 def predicted(cell: Cell, coefficients: Sequence[float]) -> float:
     """log10 of the law's rate for a cell."""
-    own = sum(f * c for f, c in zip(features(cell), coefficients, strict=True))
-    return own + math.log10(rates.MEASURED_WIDTH / WIDTHS[cell.task])
+    return math.log10(RMS[cell.task]) + sum(f * c for f, c in zip(features(cell), coefficients, strict=True))
 
 
 def fit(of: Sequence[Cell]) -> list[float]:
-    """The coefficients A, B, C, BELOW and the shift."""
-    goal = [cell.best - predicted(cell, [0.0] * 5) for cell in of]
-    free = [axis for axis in range(5) if axis != 3 or len({WIDTHS[cell.task] for cell in of}) > 1]
-    matrix = torch.tensor([[features(cell)[axis] for axis in free] for cell in of], dtype=torch.float64)
-    solved = torch.linalg.lstsq(matrix, torch.tensor(goal, dtype=torch.float64)[:, None], driver="gelsd").solution[:, 0]
-    start = [0.0] * 5
-    for axis, value in zip(free, solved.tolist(), strict=True):
-        start[axis] = value
-    return descend(start, free, lambda coefficients: cost(of, coefficients))
+    """The coefficients A, B and the shift."""
+    goal = [cell.best - predicted(cell, [0.0] * 3) for cell in of]
+    matrix = torch.tensor([features(cell) for cell in of], dtype=torch.float64)
+    start = torch.linalg.lstsq(matrix, torch.tensor(goal, dtype=torch.float64)[:, None], driver="gelsd").solution[:, 0]
+    return descend(start.tolist(), lambda coefficients: cost(of, coefficients))
 
 
 def cost(of: Sequence[Cell], coefficients: Sequence[float]) -> float:
@@ -127,13 +121,13 @@ def cost(of: Sequence[Cell], coefficients: Sequence[float]) -> float:
     return sum(cell.loss_at(r) ** 2 + (r - cell.best) ** 2 for cell, r in zip(of, rate, strict=True)) / len(of)
 
 
-def descend(point: list[float], free: Sequence[int], height: Callable[[Sequence[float]], float]) -> list[float]:
-    """A minimum by steps along one or two of the free axes, halved where none goes down: the losses have corners."""
-    axes = [[axis] for axis in free] + [list(pair) for pair in itertools.combinations(free, 2)]
+def descend(point: list[float], height: Callable[[Sequence[float]], float]) -> list[float]:
+    """A minimum by steps along one or two axes, halved where none goes down: the losses have corners."""
+    axes = [[axis] for axis in range(3)] + [list(pair) for pair in itertools.combinations(range(3), 2)]
     moves = [dict(zip(pair, signs, strict=True)) for pair in axes for signs in itertools.product((-1, 1), repeat=len(pair))]
     size, low = 0.2, height(point)
     while size > 1e-3:
-        near = [[p + size * move.get(axis, 0) * (0.25 if axis == 2 else 1) for axis, p in enumerate(point)] for move in moves]
+        near = [[p + size * move.get(axis, 0) for axis, p in enumerate(point)] for move in moves]
         heights = [height(other) for other in near]
         least = min(range(len(near)), key=heights.__getitem__)
         if heights[least] < low - 1e-9:
@@ -145,7 +139,7 @@ def descend(point: list[float], free: Sequence[int], height: Callable[[Sequence[
 
 def shipped(cell: Cell) -> float:
     """log10 of what `sprand.suggest_lr` gives."""
-    return math.log10(rates.suggest_lr(density=cell.density, width=WIDTHS[cell.task], strategy=cell.method))
+    return math.log10(rates.rate(RMS[cell.task], cell.density, cell.method))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not of:
         parser.error(f"expected runs at three rates or more in {', '.join(map(str, files))}, got none")
     coefficients = fit(of)
-    names = ["A", "B", "C", "BELOW", "shift of gradient and fisher"]
-    in_use = [rates.A, rates.B, rates.C, rates.BELOW, rates.SHIFTS["gradient"]]
+    names = ["A", "B", "shift of gradient and fisher"]
+    in_use = [math.log10(rates.FACTOR), -0.5, rates.SHIFTS["gradient"]]
     law = [{"name": n, "fit": c, "now": u} for n, c, u in zip(names, coefficients, in_use, strict=True)]
     without = {task: fit([cell for cell in of if cell.task != task]) for task in dict.fromkeys(cell.task for cell in of)}
     rows = [
@@ -217,18 +211,18 @@ def summary_of(name: str, rows: Sequence[dict]) -> dict[str, object]:
 
 
 def draw(of: Sequence[Cell], path: Path) -> None:
-    """A panel per width: the best rates against density, arrows at edges, and the law for each group of strategies."""
-    figure, panels = figure_with([f"{width} wide" for width in sorted({WIDTHS[cell.task] for cell in of})], path)
+    """A panel per size of weights: the best rates against density, arrows at edges, and the law for each group of strategies."""
+    figure, panels = figure_with([f"rms {rms}" for rms in sorted({RMS[cell.task] for cell in of})], path)
     if figure is None:
         return
     groups = {"gradient and fisher": ("#7570b3", True), "all others": ("#d95f02", False)}
     for panel, title in panels:
-        width = int(title.split()[0])
+        rms = float(title.split()[1])
         densities = [10 ** (-4 + i / 20) for i in range(81)]
         for name, (colour, shifted) in groups.items():
-            line = [rates.suggest_lr(density=d, width=width, strategy="gradient" if shifted else "random") for d in densities]
+            line = [rates.rate(rms, d, "gradient" if shifted else "random") for d in densities]
             panel.plot(densities, line, color=colour, label=f"law, {name}")
-            mine = [cell for cell in of if WIDTHS[cell.task] == width and (cell.method in rates.SHIFTS) == shifted]
+            mine = [cell for cell in of if RMS[cell.task] == rms and (cell.method in rates.SHIFTS) == shifted]
             for edge, mark in ((False, "o"), (True, "x")):
                 dots = [cell for cell in mine if cell.edge == edge]
                 panel.plot([c.density for c in dots], [10**c.best for c in dots], mark, color=colour, alpha=0.7, markersize=5)

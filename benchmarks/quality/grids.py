@@ -176,19 +176,20 @@ SUITE = Grid(
 GRIDS = {"suite": SUITE, "first_look": FIRST_LOOK}
 
 
-def own(plan: TaskPlan, width: int) -> Grid:
+def own(plan: TaskPlan, width: int, rms: float) -> Grid:
     """The suite on another model and other files: four rates around the default of each method.
 
     Args:
         plan: the task.
         width: the model's hidden size.
+        rms: the root mean square of its linear weights.
     """
 
     def rates(task: str, method: str, budget: float | None) -> list[float]:
         if method in PEER_RATES and method != "full":
             middle = peer_rate(method, width)
         else:
-            middle = sprand.suggest_lr(density=budget or 1.0, width=width, strategy=method)
+            middle = sprand.suggest_lr(density=budget or 1.0, rms=rms, strategy=method)
         return [float(f"{middle * HALF_DECADE**step:.1e}") for step in (-1.5, -0.5, 0.5, 1.5)]
 
     blocks = tuple(("own", budget) for budget in (0.01, 0.001, 0.05, 0.003, 0.0003))

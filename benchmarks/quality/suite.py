@@ -17,12 +17,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sprand
 from quality import results, tables
 from quality.grids import GRIDS, HALF_DECADE, Cell, Grid, own
 from quality.results import Results
 from quality.training import Run, TaskPlan, perform
 from report import RESULTS, command_line, progress
+from sprand.adapters.state import active_sites
+from sprand.cli.finetune.methods import width_of
 from sprand.cli.finetune.settings import Settings
+from sprand.training.magnitude import root_mean_square
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"max_steps": 4, "limit_train": 32, "limit_eval": 16, "calibration_examples": 16}
@@ -159,15 +163,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _own(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Grid:
-    from transformers import AutoConfig
+    from transformers import AutoModel
 
     absent = [name for name in ("model", "train", "dev", "test") if getattr(options, name) is None]
     if absent:
         parser.error(f"own: give --{absent[0]}")
     files = [str(getattr(options, name).resolve()) for name in ("train", "dev", "test")]
     plan = TaskPlan(options.model, *files, {}, old=str(options.old.resolve()) if options.old else None)
-    config = AutoConfig.from_pretrained(options.model)
-    return own(plan, getattr(config, "hidden_size", None) or config.n_embd)
+    model = sprand.apply(AutoModel.from_pretrained(options.model), density=0.01)
+    return own(plan, width_of(model), root_mean_square(active_sites(model), {}))
 
 
 def _setting(text: str) -> tuple[str, object]:

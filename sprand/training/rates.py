@@ -1,105 +1,126 @@
-"""The learning rate to start with: rising as density and width fall, lower for entries that were chosen by their gradients."""
+"""The learning rate to start with, from the size of the weights that train, and from how many of their entries do."""
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 
 from torch import nn
 
-from ..adapters.state import active_sites, mask_of
+from ..adapters.state import active_sites, known_state, state_of
+from ..layers import sharding
+from ..layers.sites import Site
+from .magnitude import root_mean_square
 
-# log10(lr) = A + B log10(density) + C log10(density)^2 + shift at MEASURED_WIDTH; fitted by benchmarks/quality/fit_lr.py
-A, B, C = -3.70, -0.94, -0.125
-BELOW = 0.63  # what the exponent of 1/width grows by below MEASURED_WIDTH
-MEASURED_WIDTH, LEAST_WIDTH = 384, 64
+FACTOR = 0.008  # of the root mean square, over the root of the density
 LEAST_DENSITY = 3e-4
-SHIFTS = {"gradient": -0.47, "fisher": -0.47}
+SHIFTS = {"gradient": -0.7, "fisher": -0.7}  # decades
+LAYOUT_SHIFTS = {"columns": -0.35}  # decades
 
 
 def suggest_lr(
     model: nn.Module | None = None,
     *,
     density: float | None = None,
-    width: int | None = None,
+    rms: float | None = None,
     strategy: str | None = None,
+    layout: str | None = None,
+    width: int | None = None,
 ) -> float:
     """A learning rate for AdamW on a sparse model with a schedule down to 0, where none is known to be better.
 
-    It is what `sprand finetune` takes by default. Fewer entries have to move farther, so the rate rises as the density falls. It
-    falls as 1/width, and entries with the largest gradients ("gradient", "fisher") need a third. docs/learning_rate.md shows
-    what it was fitted to and what it costs against tuned rates; wider than 384 it is an extrapolation.
+    It is what `sprand finetune` takes by default. Adam moves each entry by about the rate, and n of the entries of a row add up
+    like sqrt(n) of them: so the rate is a share of the root mean square of the weights, over the root of the density. Entries
+    with the largest gradients ("gradient", "fisher") need a lower one. docs/learning_rate.md shows what it was fitted to and
+    what it costs against tuned rates.
+
+    The weights are read without what their entries have learned, so that the rate is the same at any time of a training.
+    Linear weights count, and embeddings, biases and norms where nothing else is targeted. Of a quantized weight a dense copy is
+    made, one weight at a time. Where a model is sharded, every rank must call this.
 
     Args:
-        model: prepared by `sprand.apply`, or by PEFT with `sprand.peft.SprandConfig`: gives the three that are not given here.
+        model: prepared by `sprand.apply`, or by PEFT with `sprand.peft.SprandConfig`: gives what is not given here.
         density: trained entries over entries of the targeted weights, in (0, 1].
-        width: the model's hidden size.
+        rms: the root mean square of the targeted weights; where it is given, none is read.
         strategy: how the entries were chosen, as in `SparseConfig`; one without a name here counts as "random".
+        layout: how they fall, as in `SparseConfig`.
+        width: plays no part any more; leave it out.
 
     Returns:
         The rate, to two digits.
 
     Raises:
-        ValueError: Density and width are neither given nor known by the model, or out of range.
+        ValueError: Density and root mean square are neither given nor known by the model, or out of range.
     """
+    if width is not None:
+        warnings.warn("suggest_lr: width plays no part any more; leave it out", DeprecationWarning, stacklevel=2)
     if model is not None:
-        known, chosen = _known_of(model)
-        density = known if density is None else density
-        width = width_of(model) if width is None else width
-        strategy = chosen if strategy is None else strategy
-    if density is None or width is None:
-        raise ValueError("suggest_lr: expected a model of sprand.apply, or density and width; give density=0.01, width=768 say")
+        with sharding.gathered(model, "suggest_lr"):
+            sites = active_sites(model)
+            density = _density_of(sites) if density is None else density
+            rms = _rms_of(model, sites) if rms is None else rms
+        chosen = _choice_of(model)
+        strategy = chosen[0] if strategy is None else strategy
+        layout = chosen[1] if layout is None else layout
+    if density is None or rms is None:
+        raise ValueError(
+            "suggest_lr: expected a model of sprand.apply, or density and rms, the root mean square of the targeted weights; "
+            "give density=0.01, rms=0.02 say"
+        )
     if not 0 < density <= 1:
         raise ValueError(f"density: expected a fraction in (0, 1], got {density!r}")
-    if not width >= 1:
-        raise ValueError(f"width: expected the hidden size, at least 1, got {width!r}")
-    x = math.log10(max(density, LEAST_DENSITY))
-    shift = SHIFTS.get(strategy or "random", 0.0) * fade(density)
-    return two_digits(10 ** (A + B * x + C * x * x + shift) * width_factor(width))
+    if not 0 < rms < math.inf:
+        raise ValueError(
+            f"rms: expected the root mean square of the targeted weights, a positive number, got {rms!r}; load the model's "
+            "weights first, or choose a learning rate yourself"
+        )
+    return two_digits(rate(rms, density, strategy, layout))
 
 
-def _known_of(model: nn.Module) -> tuple[float, str | None]:
-    """Density and strategy of the entries that a model trains now."""
-    sites = active_sites(model)
-    deltas = {id(delta): delta.numel() for site in sites for delta in site.deltas}
-    return sum(deltas.values()) / sum(site.numel for site in sites), _strategy_of(model)
+def rate(rms: float, density: float, strategy: str | None = None, layout: str | None = None) -> float:
+    """The law itself: every number in it stands at the top of this file.
 
-
-def _strategy_of(model: nn.Module) -> str | None:
-    """How the active entries were chosen; None where nothing says so, or active adapters differ in it."""
-    if not hasattr(model, "peft_config"):
-        return (mask_of(model).selection or {}).get("strategy")
-    active = getattr(model, "active_adapters", model.peft_config)  # a method of models of transformers; plain modules have none
-    strategies = {getattr(model.peft_config[name], "strategy", None) for name in (active() if callable(active) else active)}
-    return strategies.pop() if len(strategies) == 1 else None
-
-
-def width_of(model: nn.Module) -> int:
-    """The hidden size of a Hugging Face model; of another, the most frequent width of its linears' inputs.
-
-    Raises:
-        ValueError: The model has neither a hidden size nor a linear layer.
+    Args:
+        rms: the root mean square of the targeted weights.
+        density: trained entries over entries of the targeted weights, in (0, 1].
+        strategy: how the entries were chosen; any without a name above counts as "random", and None does.
+        layout: how they fall; any without a name above counts as "unstructured", and None does.
     """
-    config = getattr(model, "config", None)
-    named = getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or getattr(config, "d_model", 0)
-    if named:
-        return int(named)
-    widths = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
-    if not widths:
-        raise ValueError("suggest_lr: the model has no hidden_size in its config and no linear layer; give width")
-    return max(set(widths), key=widths.count)
-
-
-def width_factor(width: float) -> float:
-    """What a rate at `MEASURED_WIDTH` is multiplied by: falling as 1/width, faster below it, and the same from 64 down."""
-    ratio = MEASURED_WIDTH / max(width, LEAST_WIDTH)
-    return ratio * max(ratio, 1.0) ** BELOW
+    shift = SHIFTS.get(strategy, 0.0) + LAYOUT_SHIFTS.get(layout, 0.0)
+    return FACTOR * rms / math.sqrt(max(density, LEAST_DENSITY)) * 10 ** (shift * fade(density))
 
 
 def fade(density: float) -> float:
-    """How much of a strategy's shift counts: all up to 10 %, none at 100 %, where every strategy trains the same entries."""
+    """How much of a shift counts: all up to 10 %, none at 100 %, where every strategy trains the same entries."""
     return min(1.0, -math.log10(density))
 
 
 def two_digits(value: float) -> float:
     """A rate as people write one."""
     return float(f"{value:.1e}")
+
+
+def _density_of(sites: Sequence[Site]) -> float:
+    """Trained entries over entries of the weights that they are in."""
+    deltas = {id(delta): math.prod(sharding.shape_of(delta)) for site in sites for delta in site.deltas}
+    return sum(deltas.values()) / sum(site.numel for site in sites)
+
+
+def _rms_of(model: nn.Module, sites: Sequence[Site]) -> float:
+    """The root mean square of the targeted weights, without what trains or trained in them."""
+    state = known_state(model)
+    return root_mean_square(sites, {} if state is None or state.current is None else state.current.frozen)
+
+
+def _choice_of(model: nn.Module) -> tuple[str | None, str | None]:
+    """Strategy and layout of the active entries; None where nothing says so, or active adapters differ in it."""
+    if not hasattr(model, "peft_config"):
+        adapter = state_of(model).current
+        chosen = adapter.selection or {}
+        return chosen.get("strategy"), chosen.get("layout", adapter.config.layout)
+    active = getattr(model, "active_adapters", model.peft_config)  # a method of models of transformers; plain modules have none
+    configs = [model.peft_config[name] for name in (active() if callable(active) else active)]
+    strategies = {getattr(config, "strategy", None) for config in configs}
+    layouts = {(getattr(config, "selection", None) or {}).get("layout", getattr(config, "layout", None)) for config in configs}
+    return tuple(found.pop() if len(found) == 1 else None for found in (strategies, layouts))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...training.rates import MEASURED_WIDTH
 from .. import CliError
 from ..files import prepare_folder
 from ..parser import add_json, add_out
 from . import options as shared
-from .settings import COMPARABLE, PEER_RATES, SCHEDULES, Resume, Settings
+from .settings import COMPARABLE, MEASURED_WIDTH, PEER_RATES, SCHEDULES, Resume, Settings
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -20,8 +19,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="fine-tune a Hugging Face model on a file",
         description="Fine-tune a Hugging Face model by training a share of its weights, drawn at random or by score. Without "
         "--model and --train it runs a demo: a sentence model learns to tell docstrings apart.",
-        epilog="The learning rate, where not given, is that of sprand.suggest_lr, by density, width and strategy. Ctrl-C writes "
-        "a checkpoint and says how to go on.",
+        epilog="The learning rate, where not given, is that of sprand.suggest_lr, by density, strategy and the size of the "
+        "weights. Ctrl-C writes a checkpoint and says how to go on.",
         examples="""
             sprand finetune --out runs/demo --compare lora,full
             sprand finetune --model gpt2 --train notes.txt --out runs/notes

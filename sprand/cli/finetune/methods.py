@@ -22,7 +22,7 @@ from ...selection.pattern import RANDOM_STRATEGIES
 from ...selection.rules import DEFAULT_DENSITY
 from ...selection.strategies import STRATEGIES
 from ...selection.targets import find_targets, view_of
-from ...training.rates import suggest_lr, width_of
+from ...training.rates import suggest_lr
 from .. import CliError, require
 from ..files import failing_in_words
 from .data import limited
@@ -199,6 +199,22 @@ def peer(name: str, model: nn.Module, settings: Settings, targets: list[str], co
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=settings.weight_decay, fused=True)
     return Method(name, model, trained, optimizer, lr, note)
+
+
+def width_of(model: nn.Module) -> int:
+    """The hidden size of a Hugging Face model; of another, the most frequent width of its linears' inputs.
+
+    Raises:
+        CliError: The model has neither a hidden size nor a linear layer.
+    """
+    config = getattr(model, "config", None)
+    named = getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or getattr(config, "d_model", 0)
+    if named:
+        return int(named)
+    widths = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
+    if not widths:
+        raise CliError("--compare: the model has no hidden_size in its config and no linear layer; give --compare-lr.")
+    return max(set(widths), key=widths.count)
 
 
 def adapter_bytes(method: Method, directory: Path) -> int:

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ...training.rates import two_digits, width_factor
+from ...training.rates import two_digits
 from .. import CliError
 from ..parser import option_of
 
@@ -25,7 +25,9 @@ POSITIVE = (
     "lr", "epochs", "max_steps", "batch_size", "grad_accumulation", "max_length", "max_grad_norm", "eval_every",
     "checkpoint_every", "keep", "limit_train", "limit_eval", "calibration_examples",
 )  # fmt: skip
-PEER_RATES = {"lora": 2e-3, "full": 3e-4, "head": 1e-2}
+PEER_RATES = {"lora": 2e-3, "full": 3e-4, "head": 1e-2}  # at MEASURED_WIDTH
+BELOW = 0.63  # what the exponent of 1/width grows by below MEASURED_WIDTH
+MEASURED_WIDTH, LEAST_WIDTH = 384, 64
 
 
 class Resume(enum.Enum):
@@ -162,5 +164,6 @@ def _budget(text: str) -> int | float:
 
 
 def peer_rate(method: str, width: int) -> float:
-    """The learning rate of a compared method where none is given: `PEER_RATES`, scaled by `width_factor`."""
-    return two_digits(PEER_RATES[method] * width_factor(width))
+    """The learning rate of a compared method where none is given: `PEER_RATES`, falling as 1/width, and faster below 384."""
+    ratio = MEASURED_WIDTH / max(width, LEAST_WIDTH)
+    return two_digits(PEER_RATES[method] * ratio * max(ratio, 1.0) ** BELOW)
