@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_a_model_gives_density_size_of_weights_and_strategy():
     assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, rms=rms, strategy="gradient")
     given = sprand.suggest_lr(model, strategy="random", rms=0.5, density=0.1, layout="columns")
     assert given == sprand.suggest_lr(density=0.1, rms=0.5, layout="columns")
+
+
+@pytest.mark.parametrize("strategy", ["random", "gradient"])
+def test_whole_columns_get_their_own_rate_however_they_come(strategy):
+    base = weights()
+    data, loss = [torch.randn(8, 128)], lambda m, x: m(x).square().mean()
+    fields = {"density": 0.05, "strategy": strategy, "layout": "columns", "data": data, "loss_fn": loss}
+    mask = sprand.select(copy.deepcopy(base), **fields)
+    expected = sprand.suggest_lr(density=mask.nnz / (2 * 64 * 128), rms=linear_rms(base), strategy=strategy, layout="columns")
+    assert expected < sprand.suggest_lr(density=0.05, rms=linear_rms(base), strategy=strategy)
+    assert sprand.suggest_lr(sprand.apply(copy.deepcopy(base), **fields)) == expected
+    assert strategy == "random" or sprand.suggest_lr(sprand.apply(copy.deepcopy(base), strategy=mask)) == expected
 
 
 @pytest.mark.parametrize("factor", [2.0**-6, 2.0, 10.0])
@@ -262,3 +275,22 @@ def fsdp1_gathers_what_it_flattened(rank, folder):
 
 
 test_two_ranks = ranks.test_of([same_rate_as_one_process, fsdp1_gathers_what_it_flattened])
+
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def test_the_page_states_the_law():
+    page = (DOCS / "learning_rate.md").read_text()
+    assert f"lr = {rates.FACTOR:g} rms / sqrt(density)" in page and f"below {rates.LEAST_DENSITY:.2%}".replace("%", " %") in page
+
+
+@pytest.mark.parametrize("recipe", ["axolotl", "llama_factory"])
+def test_recipes_show_a_rate_that_the_law_gives(recipe):
+    page = (DOCS / "recipes" / f"{recipe}.md").read_text()
+    shown = re.findall(r"^(?:base_model|model_name_or_path|learning_rate): (\S+)", page, re.MULTILINE)
+    smollm2 = 0.19338  # the root mean square of its linear weights
+    assert shown == [
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        f"{sprand.suggest_lr(density=0.01, rms=smollm2):.1e}".replace("e-0", "e-"),
+    ]
