@@ -169,6 +169,8 @@ def chooser(case: Case, model, data) -> Callable[[], int]:
     fields: dict[str, object] = {"strategy": case.method, "density": case.density, "scope": "global"}
     if case.method == BOUNDED:
         fields |= {"strategy": "snip", "calibration_memory": case.memory}
+    if fields["strategy"] in STRATEGIES and STRATEGIES[fields["strategy"]].columns:
+        fields["layout"] = "columns"
     if fields["strategy"] == "grasp":
         fields["strategy_options"] = {"temperature": 1.0}
     return lambda: sprand.select(model, data=data, loss_fn=loss, calibration_examples=None, **fields).nnz

@@ -27,7 +27,8 @@ def run(*arguments: object) -> int:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_strategy_chooses_and_its_mask_trains(bert, rows, tmp_path, strategy, capsys):
     mask = tmp_path / "mask.safetensors"
-    asked = ("--strategy", strategy, "--density", 0.02, "--data", rows, "--out", mask, "--json")
+    amount = ("--density", 0.1, "--layout", "columns") if STRATEGIES[strategy].columns else ("--density", 0.02)
+    asked = ("--strategy", strategy, *amount, "--data", rows, "--out", mask, "--json")
     assert run("select", bert, *asked, "--plot", tmp_path / "mask.png") == 0
     printed = capsys.readouterr()
     said = json.loads(printed.out)

@@ -61,6 +61,10 @@ def failing_loss(model, batch):
     return loss_that_draws(model, batch)
 
 
+def layout_of(strategy):
+    return {"layout": "columns"} if STRATEGIES[strategy].columns else {}
+
+
 def lively():
     torch.manual_seed(0)
     model = Lively()
@@ -111,7 +115,7 @@ def test_the_model_is_untouched(strategy, training):
     before = everything(model)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*points_and_labels()), batch_size=8, shuffle=True)
     given = {"data": loader, "loss_fn": loss_that_draws} if strategy in WITH_DATA else {}
-    sprand.select(model, strategy=strategy, density=0.1, **given)
+    sprand.select(model, strategy=strategy, density=0.1, **given, **layout_of(strategy))
     assert_same(everything(model), before)
 
 
@@ -120,7 +124,7 @@ def test_the_model_is_untouched_after_an_exception(strategy):
     model, failing_loss.calls = lively(), 0
     before = everything(model)
     with pytest.raises(RuntimeError, match="third batch"):
-        sprand.select(model, strategy=strategy, data=batches(), loss_fn=failing_loss)
+        sprand.select(model, strategy=strategy, density=0.1, data=batches(), loss_fn=failing_loss, **layout_of(strategy))
     assert_same(everything(model), before)
 
 

@@ -15,7 +15,7 @@ from sprand.selection.strategies import STRATEGIES
 
 BUDGETLESS = ("untrained", "full", "head")
 SAME_MASK = {"taylor_fo": "snip"}  # tested in tests/test_selection.py: one order, one mask
-SALIENCE = tuple(name for name in STRATEGIES if name not in SAME_MASK)
+SALIENCE = tuple(name for name, strategy in STRATEGIES.items() if name not in SAME_MASK and not strategy.columns)
 RUNS = tuple(layout for layout in LAYOUTS if layout.startswith("run"))
 Cell = tuple[str, str, float | None]
 HALF_DECADE = 10**0.5

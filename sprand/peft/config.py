@@ -145,9 +145,10 @@ class SprandConfig(PeftConfig):
 
     def _refuse_strategy(self) -> None:
         if self.strategy in STRATEGIES or self.strategy == GIVEN:
+            layout = "" if self.layout == "unstructured" else f", layout={self.layout!r}"
             raise ValueError(
                 f"strategy: {self.strategy!r} chooses entries by looking at the model, which a config cannot; choose them first, "
-                f"mask = sprand.select(model, strategy={self.strategy!r}, density=0.01, data=batches), and pass "
+                f"mask = sprand.select(model, strategy={self.strategy!r}{layout}, density=0.01, data=batches), and pass "
                 "SprandConfig(mask=mask), or the path of a file written by mask.save(path)"
             )
         raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..layers.sites import Site
 from .batches import Batches, loss_of, scaled_logits, split
 from .flow import flow
+from .inputs import SCORES, InputSums
 from .strategies import Stats
 from .untouched import untouched
 
@@ -139,6 +140,9 @@ def calibrate(
     if needs is None:
         yield from ((site, Stats()) for site in sites)
         return
+    if needs in SCORES:
+        yield from _of_inputs(model, sites, needs, run)
+        return
     for site in sites:
         if not site.weight.is_floating_point():
             raise ValueError(f"calibration: expected a floating point weight, got {site.weight.dtype} for {site.name}")
@@ -164,13 +168,27 @@ def calibrate(
                     sums = _hessian_products(model, group, batches, run, gradient.values)
             else:
                 sums, examples = _gradients(model, group, batches, run, needs)
-        logger.info(
-            "calibration: group %d of %d, %d targets, %d examples, %.1f s so far, accumulators of %.0f MB, peak %s",
-            number + 1, len(groups), len(group), examples, time.perf_counter() - started, _bytes_of(group, run) / 1e6,
-            _peak(group[0].device),
-        )  # fmt: skip
+        _log((number + 1, len(groups)), group, examples, started, _bytes_of(group, run))
         for site in group:
             yield site, Stats(**{needs: sums.values.pop(site.name)}, examples=examples)
+
+
+def _of_inputs(model: nn.Module, sites: Sequence[Site], needs: str, run: Calibration) -> Iterator[tuple[Site, Stats]]:
+    """The scores of the inputs of each target, in one pass: their accumulators are small."""
+    sums, batches = InputSums(sites, needs), Batches(model, run.data, run.examples, 1)
+    started = time.perf_counter()
+    with untouched(model, checkpointing=needs == "token_fisher"):
+        examples = sums.collect(model, batches, run.loss_fn)
+    _log((1, 1), sites, examples, started, sum(value.nbytes for value in sums.values.values()))
+    for site in sites:
+        yield site, Stats(**{needs: sums.values[site.name]}, examples=examples)
+
+
+def _log(place: tuple[int, int], group: Sequence[Site], examples: int, started: float, size: int) -> None:
+    logger.info(
+        "calibration: group %d of %d, %d targets, %d examples, %.1f s so far, accumulators of %.0f MB, peak %s",
+        *place, len(group), examples, time.perf_counter() - started, size / 1e6, _peak(group[0].device),
+    )  # fmt: skip
 
 
 def _flows(model: nn.Module, group: Sequence[Site], batches: Batches | None, run: Calibration) -> Sums:

@@ -16,6 +16,8 @@ from ..layers.sites import Site
 from . import pattern
 from .calibration import Calibration, calibrate
 from .config import SparseConfig
+from .inputs import SCORES as INPUT_SCORES
+from .inputs import has_inputs
 from .ranking import Bounds, Ranking
 from .strategies import Stats, strategy_of
 from .targets import Targets
@@ -185,6 +187,12 @@ def _by_score(
         raise ValueError(
             f"strategy {_called(config)!r} needs data to calibrate on; give data=, batches with labels or with a loss_fn"
         )
+    for site in targets.sites if known.needs in INPUT_SCORES else ():
+        if not has_inputs(site):
+            raise ValueError(
+                f"strategy {_called(config)!r} scores the inputs of linear layers, and {site.name} is in a "
+                f"{type(site.module).__name__}; leave it out, or choose by another strategy"
+            )
     options = dict(known.options) | dict(config.strategy_options or {})
     every = _bounds(config, targets, sizes, total, avoided)
     ranking = Ranking(total - sum(bounds.least * bounds.units.size for bounds in every))
@@ -216,7 +224,8 @@ def _keys(config: SparseConfig, bounds: Bounds, stats: Stats, options: Mapping[s
         score = strategy.score(weight, stats, **options)
     if score.isnan().any():
         raise ValueError(f"strategy {_called(config)!r}: {int(score.isnan().sum()):,} scores of {name} are NaN")
-    keys = order_keys(bounds.units.means(score, strategy.squares)).to(weight.device)
+    means = score if strategy.columns else bounds.units.means(score, strategy.squares)
+    keys = order_keys(means).to(weight.device)
     if config.preserve_zeros:
         keys.masked_fill_(weight.flatten() == 0, EXCLUDED)
     if bounds.avoided is not None:

@@ -80,7 +80,7 @@ def _ones_of(module: nn.Module, inputs: Sequence[Any], output: Tensor) -> Tensor
 
 def _ones_like_batch(model: nn.Module, batch: Any, has_loss: bool) -> Any:
     """The output for the inputs of a batch, whose floating point tensors are ones."""
-    inputs = _inputs_of(model, batch, has_loss)
+    inputs = inputs_of(model, batch, has_loss)
     if has_loss or (isinstance(batch, (Mapping, tuple, list)) and len(inputs) < len(batch)):
         warnings.warn("synflow: of data it takes what the model's forward needs; labels and loss_fn play no part", stacklevel=2)
     try:
@@ -92,7 +92,7 @@ def _ones_like_batch(model: nn.Module, batch: Any, has_loss: bool) -> Any:
         ) from error
 
 
-def _inputs_of(model: nn.Module, batch: Any, has_loss: bool) -> Any:
+def inputs_of(model: nn.Module, batch: Any, has_loss: bool) -> Any:
     """What of a batch is input: what the forward takes, of a tuple that goes with a loss without labels, its last, if it can."""
     parameters = inspect.signature(model.forward).parameters
     kinds = [parameter.kind for parameter in parameters.values()]

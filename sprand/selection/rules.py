@@ -27,6 +27,10 @@ def normalized(fields: Mapping[str, Any]) -> dict[str, Any]:
     _check_types(fields)
     kind = _kind_of(fields["strategy"])
     _check_layout(fields["layout"], kind, fields["preserve_zeros"])
+    if kind == "scored" and STRATEGIES[fields["strategy"]].columns and fields["layout"] != COLUMNS:
+        raise ValueError(
+            f"strategy: {fields['strategy']!r} scores whole columns; give layout='columns' with it, got {fields['layout']!r}"
+        )
     _check_scope(fields["scope"], kind)
     _check_bounds(fields["min_density"], fields["max_density"], fields["scope"])
     stored = {

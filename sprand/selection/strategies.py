@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEEDS = ("gradient", "fisher", "hessian_gradient", "flow")  # fields of Stats; what calibration can find out
+NEEDS = ("gradient", "fisher", "hessian_gradient", "flow", "activation", "token_fisher")  # fields of Stats
 
 
 @dataclass
 class Stats:
-    """What calibration found out about one target, in float32 (bfloat16 where asked), of the weight's shape.
+    """What calibration found out about one target, in float32 (bfloat16 where asked), of the weight's shape but for the last two.
 
     Attributes:
         gradient: mean over the examples of the gradient of the loss.
         fisher: mean over the examples of the square of each example's own gradient.
         hessian_gradient: Hessian of the mean loss times its gradient, over all targets together.
         flow: gradient of SynFlow's sum of outputs, with respect to the absolute weight.
+        activation: `[inputs]`, float64, of a linear layer: mean over the examples of the sum over tokens of the squared input.
+        token_fisher: `[inputs]`, float64, of a linear layer: the same of the squared input times the squared length of the
+            token's gradient at the output.
         examples: how many examples were seen.
     """
 
@@ -28,6 +31,8 @@ class Stats:
     fisher: Tensor | None = None
     hessian_gradient: Tensor | None = None
     flow: Tensor | None = None
+    activation: Tensor | None = None
+    token_fisher: Tensor | None = None
     examples: int = 0
 
 
@@ -42,6 +47,7 @@ class Strategy:
         positive: whether only a positive score speaks for an entry.
         squares: whether the score of several entries together, a column, is the sum of the squares of their scores, and not the
             sum. It is so where the score is the size of a signed number.
+        columns: whether the score is one of each column of a linear layer, `[inputs]`, as the mean over its entries.
     """
 
     score: Callable[..., Tensor]
@@ -49,6 +55,7 @@ class Strategy:
     options: Mapping[str, float] = field(default_factory=dict)
     positive: bool = False
     squares: bool = False
+    columns: bool = False
 
     @property
     def wants_data(self) -> bool:
@@ -60,12 +67,12 @@ STRATEGIES: dict[str, Strategy] = {}
 
 
 def strategy(
-    needs: str | None = None, positive: bool = False, squares: bool = False, **options: float
+    needs: str | None = None, positive: bool = False, squares: bool = False, columns: bool = False, **options: float
 ) -> Callable[[Callable], Callable]:
     """Enter a score function under its own name."""
 
     def enter(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        STRATEGIES[score.__name__] = Strategy(score, needs, options, positive, squares)
+        STRATEGIES[score.__name__] = Strategy(score, needs, options, positive, squares, columns)
         return score
 
     return enter
@@ -165,6 +172,21 @@ def lift(weight: Tensor, stats: Stats, rank: int) -> Tensor:
     top = vectors[:, -int(rank) :]
     low = top @ (top.T @ exact)
     return (low if wide else low.T).abs().view(weight.shape)
+
+
+@strategy(needs="activation", columns=True)
+def activation(weight: Tensor, stats: Stats) -> Tensor:
+    """Sum over tokens of x^2, of the input x that a column reads; a forward pass alone, and every token counts, padding too."""
+    return stats.activation
+
+
+@strategy(needs="token_fisher", columns=True)
+def token_fisher(weight: Tensor, stats: Stats) -> Tensor:
+    """Sum over tokens of |dY|^2 x^2, of the gradient dY at the layer's output: the sum over a column of squared gradients.
+
+    Of `fisher`, which squares the gradient of each example, it differs by what the tokens of an example have in common.
+    """
+    return stats.token_fisher * (stats.token_fisher.numel() / weight.numel())
 
 
 def _times(weight: Tensor, other: Tensor) -> Tensor:

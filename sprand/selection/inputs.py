@@ -1,0 +1,147 @@
+"""Scores of inputs: what comes into linear layers, summed over tokens as batches go through; no weight gets a gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.sites import Site
+from .batches import Batches, call, loss_of
+from .flow import inputs_of
+from .units import CHUNK, column_axis
+
+SCORES = ("activation", "token_fisher")  # fields of Stats
+
+
+def has_inputs(site: Site) -> bool:
+    """Whether every module that holds the weight is a linear layer, which is called with the inputs that its columns read."""
+    linear = all(isinstance(module, nn.Linear) or _is_conv1d(module) for module, _ in site.owners)
+    return linear and column_axis(site) is not None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+
+
+class InputSums:
+    """Sums over tokens, for each input of the linear layers of some targets.
+
+    Args:
+        sites: the targets, see `has_inputs`.
+        score: `"activation"`: of the squares of the input; `"token_fisher"`: of these, times the squared length of the token's
+            gradient at the output. Each token has a gradient of its own, so this is the sum over a column of the squares of the
+            gradients of its entries, had every token been an example.
+
+    Attributes:
+        values: `[inputs]`, float64, by the name of the target.
+    """
+
+    def __init__(self, sites: Sequence[Site], score: str) -> None:
+        self.sites, self.score = sites, score
+        self.values = {
+            site.name: torch.zeros(site.shape[column_axis(site)], dtype=torch.float64, device=site.device) for site in sites
+        }
+        self._called: set[str] = set()
+        self._weight = 1.0
+
+    def collect(self, model: nn.Module, batches: Batches, loss_fn: Any) -> int:
+        """Sum over batches, and divide by the number of examples, which is returned.
+
+        Raises:
+            ValueError: A target was not called, or its inputs or gradients were not finite.
+        """
+        examples = 0
+        with self._listening():
+            for number, (count, batch) in enumerate(batches):
+                if self.score == "token_fisher":
+                    self._weight = float(count) ** 2  # of the gradients of a mean over as many examples
+                    loss_of(model, batch, loss_fn, number).backward()
+                else:
+                    _forward(model, batch, loss_fn)
+                examples += count
+        self._finish(examples)
+        return examples
+
+    def _finish(self, examples: int) -> None:
+        for site in self.sites:
+            if site.name not in self._called:
+                raise ValueError(
+                    f"strategy {self.score!r}: the layer of {site.name} was not called on this data (another module may read its "
+                    "weight, or no token came to it); leave it out by exclude_modules, or give more data"
+                )
+            value = self.values[site.name].div_(examples)
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"calibration: the inputs of {site.name}, or the gradients at its output, are not finite; look at the data, "
+                    "or load the model in bfloat16 or float32"
+                )
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for site in self.sites:
+                for module, _ in site.owners:
+                    hook = functools.partial(self._see, site.name)
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _see(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
+        self._called.add(name)
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        if self.score == "activation":
+            self._add(name, x, None)
+            return None
+        if not torch.is_grad_enabled():  # the first of two runs of a layer that is checkpointed
+            return None
+        if not output.requires_grad:
+            output = output + output.new_zeros((), requires_grad=True)
+        version = x._version
+
+        def take(grads: Sequence[Tensor | None]) -> None:
+            if grads[0] is None:
+                return
+            if x._version != version:
+                raise ValueError(
+                    f"strategy {self.score!r}: the input of {name} was changed in place after it was read; make that operation "
+                    "one that is not in place, or leave the layer out by exclude_modules"
+                )
+            self._add(name, x, grads[0])
+
+        _made_by(output).register_prehook(take)
+        return output
+
+    def _add(self, name: str, x: Tensor, grad: Tensor | None) -> None:
+        """Add the squares of an input `[..., inputs]`, each token times the squared length of its gradient `[..., outputs]`."""
+        total = self.values[name]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows = x.reshape(-1, x.shape[-1])
+        step = max(1, CHUNK // x.shape[-1])
+        lengths = None if grad is None else grad.detach().reshape(rows.shape[0], -1)
+        for first in range(0, rows.shape[0], step):
+            squares = rows[first : first + step].to(dtype).square()
+            if lengths is None:
+                total += squares.sum(0, dtype=torch.float64).to(total.device)
+                continue
+            own = lengths[first : first + step].double().square().sum(1)
+            largest = own.max().clamp_min(torch.finfo(torch.float64).tiny)  # small gradients do not vanish in float32
+            sums = squares.T @ (own / largest).to(dtype)
+            total += (sums.double() * (largest * self._weight)).to(total.device)
+
+
+def _made_by(output: Tensor) -> Any:
+    """The node of the graph that makes an output; a later operation in place does not move it, as it does that of a view."""
+    base = output._base if output._is_view() else None
+    return output.grad_fn if base is None or base.numel() != output.numel() else base.grad_fn
+
+
+def _forward(model: nn.Module, batch: Any, loss_fn: Any) -> None:
+    with torch.no_grad():
+        if loss_fn is not None:
+            loss_fn(model, batch)
+        else:
+            call(model, inputs_of(model, batch, has_loss=False))
