@@ -218,7 +218,8 @@ def peak_of(device: str) -> Iterator[list[float]]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     known = (*STRATEGIES, BOUNDED, *NAIVE)
-    parser.add_argument("--methods", nargs="+", choices=known, default=list(known))
+    of_entries = [name for name in known if name not in STRATEGIES or not STRATEGIES[name].columns]
+    parser.add_argument("--methods", nargs="+", choices=known, default=of_entries)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--key-value", type=int, default=768, help="width of keys and values")
