@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+import warnings
 
 import pytest
 import torch
@@ -307,3 +308,36 @@ def test_an_untrained_adapter_is_a_lora_that_changes_nothing(tmp_path):
     wrapped.save_pretrained(tmp_path / "ours")
     export_adapter(tmp_path / "ours", tmp_path / "lora", llama(), to="lora")
     assert_equal(merged(tmp_path / "lora"), dict(llama().state_dict()))
+
+
+def test_a_model_of_conv1d_by_files_and_one_without_its_head(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "base")
+    for kind in (transformers.GPT2LMHeadModel, transformers.GPT2Model):
+        model = moved(sprand.apply(kind.from_pretrained(tmp_path / "base"), layout="columns", density=0.1))
+        sprand.save(model, tmp_path / "ours")
+        arguments = ["export", tmp_path / "ours", "--to", "lora", "--base", tmp_path / "base", "-o", tmp_path / "lora"]
+        with warnings.catch_warnings(record=True) as caught:
+            assert main.run([*map(str, arguments)]) == 0
+        said = "without its head, and servers that load GPT2LMHeadModel may leave the LoRA out without a word"
+        assert any(said in str(warning.message) for warning in caught) == (kind is transformers.GPT2Model)
+        stock = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "lora")
+        assert stock.peft_config["default"].fan_in_fan_out
+        assert_equal(dict(stock.merge_and_unload().state_dict()), dict(sprand.merge(model).state_dict()))
+
+
+def test_what_was_combined_or_found_as_a_difference_is_a_lora_too(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    for seed in (0, 1):
+        model = moved(sprand.apply(llama(), layout="columns", density=0.1, seed=seed), seed)
+        sprand.save(model, tmp_path / str(seed))
+    run = lambda *arguments: main.run([*map(str, arguments)])  # noqa: E731
+    assert run("combine", tmp_path / "0", tmp_path / "1", "--base", tmp_path / "base", "-o", tmp_path / "both") == 0
+    assert run("merge", tmp_path / "base", tmp_path / "both", tmp_path / "merged") == 0
+    assert run("diff", tmp_path / "base", tmp_path / "merged", "-o", tmp_path / "found") == 0
+    expected = dict(type(llama()).from_pretrained(tmp_path / "merged").state_dict())
+    for adapter in ("both", "found"):
+        assert run("export", tmp_path / adapter, "--to", "lora", "--base", tmp_path / "base", "-o", tmp_path / "lora") == 0
+        assert_equal(merged(tmp_path / "lora"), expected)

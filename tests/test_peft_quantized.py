@@ -11,7 +11,7 @@ from torch import nn
 import sprand
 from models import MLP, assert_same_bits, built
 from peft_models import deltas, llama, logits, peft, positions, train, trainable
-from sprand.peft import SprandConfig
+from sprand.peft import SprandConfig, export_adapter
 from sprand.peft.quantized import QuantizedLayer
 from sprand.serving import DeltaSync
 
@@ -256,3 +256,17 @@ def test_the_values_of_a_packed_weight_are_not_sent():
     model = peft.get_peft_model(quantized("nf4"), SprandConfig(density=0.2, target_modules=["down_proj"]))
     with pytest.raises(ValueError, match=r"down_proj.weight is stored quantized.*; train a base in 16 or 32 bits"):
         DeltaSync(model)
+
+
+def test_columns_trained_over_a_quantized_base_are_a_lora_of_the_trained_values(tmp_path):
+    model = peft.get_peft_model(quantized("nf4"), SprandConfig(layout="columns", density=0.05))
+    train(model, torch.optim.AdamW(trainable(model), lr=1e-2))
+    model.eval().save_pretrained(tmp_path / "ours")
+    peft.save_as_lora(tmp_path / "converted", model, 1.0)
+    export_adapter(tmp_path / "ours", tmp_path / "exported", quantized("nf4"), to="lora")
+    for folder in ("converted", "exported"):
+        stock = peft.PeftModel.from_pretrained(quantized("nf4"), tmp_path / folder)
+        for name, delta in deltas(model).items():
+            columns = torch.cat([b for key, b in stock.state_dict().items() if f"{name.removesuffix('weight')}lora_B" in key])
+            assert torch.equal(columns.flatten(), delta)
+        assert torch.allclose(logits(stock), logits(model), atol=0.02)  # the product is added in bfloat16

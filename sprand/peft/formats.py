@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def supertuning(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, 
 
 
 def _of_files(to: str, adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits, folder: Path) -> list[Path]:
-    sites = sites_of_base(checkpoint.folder)
+    sites = BaseModel.of(checkpoint.folder).sites
     linear = {name for name, site in sites.items() if site.parameter == "weight" and isinstance(site.module, nn.Linear)}
     changes = changes_of_files(to, adapter, checkpoint, edits, linear, NOT_LINEAR.format(to))
     return write(folder, to, changes, heads_of(adapter), **fields_of(adapter))
@@ -140,12 +140,37 @@ def _change_of(parameter: EditedParameter) -> Change | None:
     return Change(parameter.name, parameter.shape, indices, deltas, base if narrow else None)
 
 
-def sites_of_base(folder: Path) -> dict[str, Site]:
-    """The weights of a checkpoint's model, by their names in it and in the model without its head.
+@dataclass(frozen=True)
+class BaseModel:
+    """The model of a checkpoint, without its values.
 
-    Raises:
-        ValueError: No configuration says which model it is.
+    Attributes:
+        kind: the class that its configuration names.
+        own: its weights by their names in it.
+        headless: the same by their names in the model without its head.
     """
+
+    kind: str
+    own: dict[str, Site]
+    headless: dict[str, Site]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The weights by all of these names."""
+        return self.headless | self.own
+
+    @classmethod
+    def of(cls, folder: Path) -> BaseModel:
+        """The model of a checkpoint's folder.
+
+        Raises:
+            ValueError: No configuration says which model it is.
+        """
+        model = _model_of(folder)
+        return cls(type(model).__name__, weights_of(model), weights_of(model.base_model))
+
+
+def _model_of(folder: Path) -> nn.Module:
     how = "expected a folder of transformers, whose config.json names the architecture; or call sprand.peft.export_adapter"
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -155,8 +180,7 @@ def sites_of_base(folder: Path) -> dict[str, Site]:
     if not kinds:
         raise ValueError(f"{folder}: {how}")
     with torch.device("meta"):
-        model = kinds[0](config)
-    return weights_of(model.base_model) | weights_of(model)
+        return kinds[0](config)
 
 
 def _as_shira(changes: Sequence[Change]) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -27,7 +27,7 @@ from ..kernels.dtypes import dtype_name
 from ..layers.sites import Site
 from ..selection.units import Units
 from .changes import Change, Sites
-from .formats import changes_of_files, fields_of, heads_of, sites_of_base
+from .formats import BaseModel, changes_of_files, fields_of, heads_of
 
 LINEAR, TRANSPOSED, EMBEDDING, CONVOLUTION = "linear", "transposed", "embedding", "convolution"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -199,10 +199,13 @@ class Lora:
 def lora(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, folder: Path, **options: Any) -> list[Path]:
     """A folder for `PeftModel.from_pretrained` and for servers of LoRA."""
     checkpoint, edits = applied
-    sites = sites_of_base(checkpoint.folder)
+    base = BaseModel.of(checkpoint.folder)
+    sites = base.sites
     known = {name for name, site in sites.items() if kind_of(site) is not None}
     changes = changes_of_files("lora", adapter, checkpoint, edits, known, NO_FACTORS)
-    return Lora.of(exact(changes, adapter), sites, heads_of(adapter), **options, **fields_of(adapter)).save(folder)
+    made = Lora.of(exact(changes, adapter), sites, heads_of(adapter), **options, **fields_of(adapter))
+    _warn_of_names(base, changes)
+    return made.save(folder)
 
 
 def exact(changes: Iterable[Change], adapter: AdapterFile) -> list[Change]:
@@ -236,6 +239,17 @@ def _targets(names: Iterable[str], modules: Iterable[str]) -> list[str] | str:
 def _ends(names: Iterable[str]) -> set[str]:
     """What comes after any dot of these names."""
     return {name[at + 1 :] for name in names for at, sign in enumerate(name) if sign == "."}
+
+
+def _warn_of_names(base: BaseModel, changes: Sequence[Change]) -> None:
+    """Say that servers of a model with a head will not find what was trained in one without."""
+    first = next((change.name for change in changes if change.name not in base.own), None)
+    if first is not None:
+        warnings.warn(
+            f"{first} is called so in a model without its head, and servers that load {base.kind} may leave the LoRA out without "
+            f"a word; train on {base.kind} to serve it there",
+            stacklevel=3,
+        )
 
 
 def _warn_of_rounding(deltas: Sequence[Tensor], dtype: torch.dtype) -> None:
