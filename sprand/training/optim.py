@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..layers import sharding
-from ..layers.entries import WatchedParameter
+from ..layers.entries import Entries, WatchedParameter
 from ..layers.module import SparseModule, targets_by_delta
 from ..layers.sites import named_parameters
 
-Target = tuple[nn.Parameter, SparseModule, str]  # a delta, and the module and name of its weight
-Targets = Mapping[int, tuple[SparseModule, str]]  # the same by the identity of the delta
+Target = tuple[nn.Parameter, nn.Parameter, Entries]  # a delta, its weight, and its entries
+Targets = Mapping[int, tuple[SparseModule, str]]  # by the identity of a delta, the module and name of its weight
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -144,8 +144,9 @@ class SparseAdamW(torch.optim.AdamW):
                 )
             self._init_state(p)
             target = targets.get(id(p))
-            if target is not None and _fusable(p, *target):
-                fused.append((p, *target))
+            entries = None if target is None else _fusable(p, *target)
+            if entries is not None:
+                fused.append((p, target[0]._parameters[target[1]], entries))
             else:
                 dense.append(p)
         return fused, dense
@@ -174,8 +175,8 @@ class SparseAdamW(torch.optim.AdamW):
 
     def _sparse_step(self, items: list[Target], group: dict[str, Any], coef: Tensor | None, found_inf: Tensor | None) -> None:
         deltas = [p for p, _, _ in items]
-        entries = [module.sparse_entries(name) for _, module, name in items]
-        weights = [module._parameters[name] for _, module, name in items]
+        weights = [weight for _, weight, _ in items]
+        entries = [own for _, _, own in items]
         exp_avgs, exp_avg_sqs, steps = self._advanced(deltas, found_inf)
         ops.sparse_adamw_(
             [weight.data for weight in weights],
@@ -228,17 +229,17 @@ class SparseAdamW(torch.optim.AdamW):
             state["step"] = state["step"].to(p.device)
 
 
-def _fusable(p: nn.Parameter, module: SparseModule, name: str) -> bool:
-    """Whether the fused step can take a delta; one that others cast, sharded or moved is a dense parameter to it."""
+def _fusable(p: nn.Parameter, module: SparseModule, name: str) -> Entries | None:
+    """The entries of a delta that the fused step can take; one that others cast, sharded or moved is a dense parameter to it."""
     if not isinstance(module, SparseModule):  # the delta of a weight that is stored packed
-        return False
+        return None
     weight = module._parameters[name]
     if sharding.is_sharded(p) or type(p.data) is not Tensor or type(weight.data) is not Tensor or not weight.is_contiguous():
-        return False
+        return None
     entries = module.sparse_entries(name)
     own = entries.delta is p and module.sparse_active
     same_dtypes = entries.base.dtype == weight.dtype and p.dtype == ops.accumulation_dtype(weight.dtype)
-    return own and same_dtypes and p.device == weight.device
+    return entries if own and same_dtypes and p.device == weight.device else None
 
 
 def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
