@@ -19,11 +19,11 @@ from report import markdown as table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPS = (
-    "sddmm", "embedding_grad", "gather", "patch_", "patch_all_", "scatter_add_all_",
+    "sddmm", "linear_grad", "linear_input_grad", "embedding_grad", "gather", "patch_", "patch_all_", "scatter_add_all_",
     "sparse_adamw_", "stratified_indices_", "uniform_indices_",
 )  # fmt: skip
 LAYOUTS = ("unstructured", "run2", "run4", "run8")
-TOKEN_OPS = ("sddmm", "embedding_grad")
+TOKEN_OPS = ("sddmm", "linear_grad", "linear_input_grad", "embedding_grad")
 FOR_ALL = ("patch_all_", "scatter_add_all_", "sparse_adamw_")  # operators on TARGETS equal weights in one call
 TARGETS = 8
 SHORTEST = 5e-4
@@ -81,6 +81,20 @@ def contestants(op: str, p: Problem) -> dict[str, Call]:
         return {
             **{_ours(layout): _sddmm(p, indices) for layout, indices in p.layouts.items()},
             "matmul + index_select": lambda: (p.grad_output.t() @ p.input).view(-1).index_select(0, wide).float(),
+        }
+    if op == "linear_grad":
+        thin = p.input[:, : max(1, nnz // len(p.weight))].contiguous()  # of as many whole columns as hold so many entries
+        return {
+            "sprand": lambda: ops.linear_grad(p.grad_output, thin),
+            "matmul": lambda: (thin.t() @ p.grad_output).t().float().contiguous(),
+            "matmul in float32": lambda: (thin.float().t() @ p.grad_output.float()).t().contiguous(),
+        }
+    if op == "linear_input_grad":
+        return {
+            "sprand": lambda: ops.linear_input_grad(p.grad_output, p.weight, p.indices, p.base, p.delta, 1.0, False),
+            "index_put_ + matmul": lambda: (
+                p.grad_output @ flat.index_put_((wide,), (p.base + p.delta).to(dtype)).view(p.weight.shape)
+            ),
         }
     if op == "embedding_grad":
         rows = len(p.weight)

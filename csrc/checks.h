@@ -40,10 +40,10 @@ inline void check_runs(const char* op, const Tensor& indices, int64_t rows, int6
                   op, ": expected runs of ", run_rows, " x ", run_cols, " that divide rows, cols and the entries");
 }
 
-inline void check_sddmm(const Tensor& grad_output, const Tensor& input) {
-  STD_TORCH_CHECK(grad_output.dim() == 2 && input.dim() == 2 && grad_output.size(0) == input.size(0),
-                  "sddmm: expected grad_output [T, out] and input [T, in]");
-  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "sddmm: expected one dtype");
+inline void check_product(const char* op, const Tensor& grad_output, const Tensor& input) {
+  STD_TORCH_CHECK(grad_output.dim() == 2 && input.dim() == 2 && grad_output.size(0) == input.size(0), op,
+                  ": expected grad_output [T, out] and input [T, in]");
+  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), op, ": expected one dtype");
 }
 
 }  // namespace sprand

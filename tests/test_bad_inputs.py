@@ -23,6 +23,12 @@ def adamw(**changed):
     ops.sparse_adamw_(**lists, **ADAMW)
 
 
+def input_grad(**changed):
+    names = ("grad_output", "weight", "indices", "base", "delta")
+    values = (torch.zeros(2, WEIGHT.shape[0]), WEIGHT, INDICES, ENTRIES, ENTRIES)
+    ops.linear_input_grad(**dict(zip(names, values, strict=True)) | changed, scale=1.0, transposed=False)
+
+
 BAD = {
     "sddmm of a 3-d input": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(1, 2, 6), INDICES),
     "sddmm of different tokens": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(3, 6), INDICES),
@@ -33,6 +39,14 @@ BAD = {
     "sddmm with 2-d indices": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6), INDICES[None]),
     "sddmm with strided indices": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6), INDICES[::2]),
     "sddmm with indices elsewhere": lambda: ops.sddmm(torch.zeros(2, 4), torch.zeros(2, 6), INDICES.to("meta")),
+    "linear_grad of a 3-d input": lambda: ops.linear_grad(torch.zeros(2, 4), torch.zeros(1, 2, 6)),
+    "linear_grad of different tokens": lambda: ops.linear_grad(torch.zeros(2, 4), torch.zeros(3, 6)),
+    "linear_grad of two dtypes": lambda: ops.linear_grad(torch.zeros(2, 4), torch.zeros(2, 6).bfloat16()),
+    "linear_grad of integers": lambda: ops.linear_grad(torch.zeros(2, 4).int(), torch.zeros(2, 6).int()),
+    "linear_input_grad of a transposed weight": lambda: input_grad(weight=WEIGHT.T),
+    "linear_input_grad of other features": lambda: input_grad(grad_output=torch.zeros(2, 5)),
+    "linear_input_grad with a short base": lambda: input_grad(base=ENTRIES[:2]),
+    "linear_input_grad with a long delta": lambda: input_grad(delta=torch.zeros(4)),
     "embedding_grad of a 3-d gradient": lambda: ops.embedding_grad(torch.zeros(1, 2, 6), TOKENS, INDICES),
     "embedding_grad of 2-d tokens": lambda: ops.embedding_grad(torch.zeros(2, 6), TOKENS[None], INDICES),
     "embedding_grad of fewer tokens": lambda: ops.embedding_grad(torch.zeros(2, 6), TOKENS[1:], INDICES),

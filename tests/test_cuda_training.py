@@ -207,11 +207,14 @@ def run_every_operator(device: str) -> dict[str, Tensor]:
         entries = make_entries(problem, torch.bfloat16, torch.int32, device)
         sides = make_sddmm(problem, torch.bfloat16, torch.int32, device)
         results[f"sddmm {problem}"] = ops.sddmm(*sides)
+        results[f"linear_grad {problem}"] = ops.linear_grad(*sides[:2])
         results[f"embedding_grad {problem}"] = ops.embedding_grad(*make_embedding(problem, torch.bfloat16, torch.int32, device))
         results[f"gather {problem}"] = ops.gather(entries.weight, entries.indices)
         results[f"patch_ {problem}"] = entries.weight.clone()
         ops.patch_(results[f"patch_ {problem}"], entries.indices, entries.base, entries.delta, 0.3)
         entry, lists = entries.indices, ([entries.base], [entries.delta])
+        made = entries.weight.clone(), entries.indices, entries.base, entries.delta, 0.3, False
+        results[f"linear_input_grad {problem}"] = ops.linear_input_grad(sides[0], *made)
         for name, values in (("patch_all_", lists), ("scatter_add_all_", lists[1:])):
             weight = entries.weight.clone()
             getattr(ops, name)([weight], [entry], *values, [0.3])

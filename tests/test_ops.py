@@ -84,6 +84,49 @@ def test_sddmm_reads_no_row_or_column_that_was_not_chosen(ops, dtype, device):
 
 @problem_table
 @dtypes
+@implementations
+def test_linear_grad_is_the_weight_gradient(ops, problem, dtype, device):
+    skip_unsupported(device, dtype)
+    grad_output, input, _ = make_sddmm(problem, dtype, torch.int32, device)
+    oracle = grad_output.double().T @ input.double()
+    result = ops.linear_grad(grad_output, input)
+    assert result.is_contiguous() and result.dtype == sum_dtype(dtype)
+    plain = grad_output.float().T @ input.float()
+    assert_within(result, oracle, tolerance(plain, oracle, result.dtype))
+
+
+@dtypes
+@implementations
+def test_linear_grad_takes_any_strides(ops, dtype, device):
+    skip_unsupported(device, dtype)
+    grad_output, input, _ = make_sddmm(ORDINARY, dtype, torch.int32, device)
+    oracle = grad_output.double().T @ input.double()
+    offset = torch.nn.functional.pad(grad_output, (3, 5), value=float("nan"))[:, 3:-5], input.T.contiguous().T
+    result = ops.linear_grad(*offset)
+    plain = grad_output.float().T @ input.float()
+    assert_within(result, oracle, tolerance(plain, oracle, result.dtype))
+
+
+@problem_table
+@dtypes
+@implementations
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear_input_grad_is_that_of_the_patched_weight(ops, problem, dtype, transposed, device):
+    skip_unsupported(device, dtype)
+    entries = make_entries(problem, dtype, torch.int32, device)
+    weight = oracle_patch(entries, 0.5)
+    grad_output = torch.randn(7, weight.shape[1 if transposed else 0], dtype=dtype, device=device)
+    result = ops.linear_input_grad(grad_output, entries.weight, entries.indices, entries.base, entries.delta, 0.5, transposed)
+    used = weight.to(dtype)  # rounded as a weight is
+    oracle = grad_output.double() @ (used.T if transposed else used).double()
+    assert result.shape == oracle.shape and result.dtype == dtype
+    plain = torch.float32 if dtype == torch.float64 else dtype
+    limit = tolerance(grad_output.to(plain) @ (used.T if transposed else used).to(plain), oracle, dtype)
+    assert_within(result, oracle, limit)
+
+
+@problem_table
+@dtypes
 @index_dtypes
 @implementations
 def test_gather_reads_the_bits(ops, problem, dtype, index_dtype, device):
@@ -230,8 +273,12 @@ def sample_calls(device: str = "cpu") -> dict[str, tuple]:
     lists = (made.weights, made.indices, made.bases, made.deltas, made.grads[0], made.exp_avgs, made.exp_avg_sqs)
     one, zero = torch.ones((), device=device), torch.zeros((), device=device)
     steps = [one.clone() for _ in made.steps]
+    written = entries.weight.clone(), entries.indices, entries.base, entries.delta, 0.5
+    torch.ops.sprand.patch_(*written)
     return {
         "sddmm": make_sddmm(ORDINARY, torch.bfloat16, torch.int32, device),
+        "linear_grad": make_sddmm(ORDINARY, torch.bfloat16, torch.int32, device)[:2],
+        "linear_input_grad": (torch.randn(9, ORDINARY.rows, device=device), *written, False),
         "embedding_grad": (*make_embedding(ORDINARY, torch.bfloat16, torch.int32, device), 3),
         "gather": (entries.weight, entries.indices),
         "patch_": (entries.weight, entries.indices, entries.base, entries.delta, 0.5),
@@ -267,6 +314,9 @@ def test_fakes_tell_shape_and_dtype(dtype):
     grad_output, input, indices = (value.to("meta") for value in make_sddmm(ORDINARY, dtype, torch.int32))
     result = torch.ops.sprand.sddmm(grad_output, input, indices)
     assert (result.shape, result.dtype, result.device.type) == ((ORDINARY.nnz,), sum_dtype(dtype), "meta")
+    result = torch.ops.sprand.linear_grad(grad_output, input)
+    shape = ORDINARY.rows, ORDINARY.cols
+    assert (result.shape, result.dtype, result.device.type) == (shape, sum_dtype(dtype), "meta")
     result = torch.ops.sprand.embedding_grad(input, torch.empty(ORDINARY.tokens, dtype=torch.int64, device="meta"), indices)
     assert (result.shape, result.dtype, result.device.type) == ((ORDINARY.nnz,), sum_dtype(dtype), "meta")
     weight = torch.empty(ORDINARY.rows, ORDINARY.cols, dtype=dtype, device="meta")

@@ -57,7 +57,7 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, const std::function
   torch::stable::parallel_for(begin, end, grain, f);
 }
 
-DType sddmm_type(ScalarType type) {
+DType sddmm_type(const char* op, ScalarType type) {
   switch (type) {
     case ScalarType::Float:
       return DType::f32;
@@ -68,24 +68,35 @@ DType sddmm_type(ScalarType type) {
     case ScalarType::Half:
       return DType::f16;
     default:
-      STD_TORCH_CHECK(false, "sddmm: expected float32, float64, bfloat16 or float16");
+      STD_TORCH_CHECK(false, op, ": expected float32, float64, bfloat16 or float16");
   }
   return DType::f32;
+}
+
+// The entries at `indices` of grad_output^T input, or all of them, as a vector.
+Tensor product(const char* op, const Tensor& grad_output, const Tensor& input, const Tensor* indices) {
+  check_product(op, grad_output, input);
+  const Tensor g = torch::stable::contiguous(grad_output), x = torch::stable::contiguous(input);
+  const int64_t nnz = indices ? indices->numel() : g.size(1) * x.size(1);
+  const bool is_long = indices && long_indices(op, *indices);
+  Tensor result = torch::stable::new_empty(g, {nnz}, sum_type(g));
+  sddmm({g.const_data_ptr(), x.const_data_ptr(), indices ? indices->const_data_ptr() : nullptr, result.mutable_data_ptr(),
+         g.size(0), g.size(1), x.size(1), nnz, is_long, sddmm_type(op, g.scalar_type())},
+        {static_cast<int64_t>(torch::stable::get_num_threads()),
+         [](int64_t n, const std::function<void(int64_t, int64_t)>& f) { run_parallel(0, n, 1, f); }});
+  return result;
 }
 
 // table and launch are a GPU's schedule.
 Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& indices, const std::optional<Tensor>&,
                 const std::vector<int64_t>&) {
-  check_sddmm(grad_output, input);
-  const bool is_long = long_indices("sddmm", indices);
+  check_product("sddmm", grad_output, input);
   check_range("sddmm", indices, grad_output.size(1) * input.size(1));
-  const Tensor g = torch::stable::contiguous(grad_output), x = torch::stable::contiguous(input);
-  Tensor result = torch::stable::new_empty(g, {indices.numel()}, sum_type(g));
-  sddmm({g.const_data_ptr(), x.const_data_ptr(), indices.const_data_ptr(), result.mutable_data_ptr(), g.size(0), g.size(1),
-         x.size(1), indices.numel(), is_long, sddmm_type(g.scalar_type())},
-        {static_cast<int64_t>(torch::stable::get_num_threads()),
-         [](int64_t n, const std::function<void(int64_t, int64_t)>& f) { run_parallel(0, n, 1, f); }});
-  return result;
+  return product("sddmm", grad_output, input, &indices);
+}
+
+Tensor linear_grad_op(const Tensor& grad_output, const Tensor& input) {
+  return torch::stable::view(product("linear_grad", grad_output, input, nullptr), {grad_output.size(1), input.size(1)});
 }
 
 Tensor embedding_grad_op(const Tensor& grad_output, const Tensor& tokens, const Tensor& indices,
@@ -302,6 +313,7 @@ STABLE_TORCH_LIBRARY_IMPL(sprand, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sprand, CPU, m) {
   m.impl("sddmm", TORCH_BOX(&sprand::cpu::sddmm_op));
+  m.impl("linear_grad", TORCH_BOX(&sprand::cpu::linear_grad_op));
   m.impl("embedding_grad", TORCH_BOX(&sprand::cpu::embedding_grad_op));
   m.impl("gather", TORCH_BOX(&sprand::cpu::gather_op));
   m.impl("patch_", TORCH_BOX(&sprand::cpu::patch_op));

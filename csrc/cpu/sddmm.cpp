@@ -16,6 +16,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -78,6 +79,21 @@ int64_t equal_rows(const Index* indices, int64_t in, const Run* run, const Run* 
   return end - run >= 4 && equal(2) && equal(3) ? 4 : 2;
 }
 
+// The runs of all entries, for which no index is read.
+std::vector<Run> all_runs(const SddmmArgs& a) {
+  std::vector<Run> runs;
+  for (int64_t group = 0; group * kColumnsAtOnce < a.in; ++group) {
+    const int64_t begin = group * kColumnsAtOnce, count = std::min(kColumnsAtOnce, a.in - begin);
+    for (int64_t row = 0; row < a.out;) {
+      const int64_t left = std::min(a.out, (row / kRowsAtOnce + 1) * kRowsAtOnce) - row, rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      runs.push_back({row, group, row * a.in + begin, count, rows, a.in});
+      row += rows;
+    }
+  }
+  std::stable_sort(runs.begin(), runs.end());
+  return runs;
+}
+
 template <class Index>
 std::vector<Run> runs_of(const SddmmArgs& a) {
   const Index* indices = static_cast<const Index*>(a.indices);
@@ -102,10 +118,10 @@ std::vector<Run> runs_of(const SddmmArgs& a) {
   return runs;
 }
 
-// Tokens [token, stop) of the runs [begin, end), added to `result`.
+// Tokens [token, stop) of the runs [begin, end), added to `result`; `columns_of_all` are 0, 1, ... where all entries are meant.
 template <class Index>
-void multiply(const SddmmArgs& a, const SddmmKernels& k, const Run* begin, const Run* end, int64_t token, int64_t stop,
-              char* result) {
+void multiply(const SddmmArgs& a, const SddmmKernels& k, const Index* columns_of_all, const Run* begin, const Run* end,
+              int64_t token, int64_t stop, char* result) {
   thread_local Workspace panels;
   const Index* indices = static_cast<const Index*>(a.indices);
   const int64_t size = element_size(a.dtype), sum_size = a.dtype == DType::f64 ? 8 : 4;
@@ -121,8 +137,9 @@ void multiply(const SddmmArgs& a, const SddmmKernels& k, const Run* begin, const
         high = std::min(low + kRowsAtOnce, a.out);
         k.pack(static_cast<const char*>(a.grad_output) + (token * a.out + low) * size, a.out, tokens, high - low, rows);
       }
-      dots_of(k, indices)(run->rows, rows + (run->row - low) * kPanelBytes, columns, indices + run->first, run->count,
-                          run->row * a.in, vectors, result + run->first * sum_size, run->stride);
+      const Index* at = indices ? indices + run->first : columns_of_all + run->group * kColumnsAtOnce;
+      dots_of(k, at)(run->rows, rows + (run->row - low) * kPanelBytes, columns, at, run->count, indices ? run->row * a.in : 0,
+                     vectors, result + run->first * sum_size, run->stride);
     }
   }
 }
@@ -139,7 +156,9 @@ void add_partials(const Sum* partials, int64_t splits, int64_t nnz, Sum* result,
 template <class Index>
 void run(const SddmmArgs& a, const Parallel& parallel) {
   const SddmmKernels k = sddmm_kernels(a.dtype);
-  const std::vector<Run> runs = runs_of<Index>(a);
+  const std::vector<Run> runs = a.indices ? runs_of<Index>(a) : all_runs(a);
+  std::vector<Index> columns_of_all(a.indices ? 0 : a.in);
+  std::iota(columns_of_all.begin(), columns_of_all.end(), Index{0});
   const int64_t sum_size = a.dtype == DType::f64 ? 8 : 4, blocks = (a.tokens + k.tokens - 1) / k.tokens;
   const int64_t splits = std::clamp(kPartialBytes / (a.nnz * sum_size), int64_t(1), std::min(kMostSplits, blocks));
   const bool serial = a.tokens * (a.nnz + a.in + a.out) < kSerialWork;
@@ -155,7 +174,7 @@ void run(const SddmmArgs& a, const Parallel& parallel) {
         for (int64_t r = 0; r < run->rows; ++r)
           std::memset(result + (run->first + r * run->stride) * sum_size, 0, run->count * sum_size);
       if (first < last)
-        multiply<Index>(a, k, first, last, split * blocks / splits * k.tokens,
+        multiply<Index>(a, k, columns_of_all.data(), first, last, split * blocks / splits * k.tokens,
                         std::min(a.tokens, (split + 1) * blocks / splits * k.tokens), result);
     }
   };

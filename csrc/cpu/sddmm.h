@@ -38,7 +38,7 @@ struct Parallel {
 struct SddmmArgs {
   const void* grad_output;  // [T, out], contiguous
   const void* input;        // [T, in], contiguous
-  const void* indices;      // [nnz], sorted; int32, or int64 if long_indices
+  const void* indices;      // [nnz], sorted; int32, or int64 if long_indices; null for all out * in entries
   void* result;             // [nnz], float, or double for f64
   int64_t tokens, out, in, nnz;
   bool long_indices;

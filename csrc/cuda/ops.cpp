@@ -50,7 +50,7 @@ std::optional<RowsPlan> plan_of(const char* op, const std::optional<Tensor>& tab
 Tensor sddmm_op(const Tensor& grad_output, const Tensor& input, const Tensor& indices, const std::optional<Tensor>& table,
                 const std::vector<int64_t>& launch_numbers) {
   constexpr const char* op = "sddmm";
-  check_sddmm(grad_output, input);
+  check_product(op, grad_output, input);
   check_device(op, grad_output, input);
   const DType dtype = value_type(op, input);
   const Indices positions = positions_of(op, indices, input);

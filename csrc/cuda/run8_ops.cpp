@@ -14,7 +14,7 @@ constexpr const char* kOp = "sddmm_run8";
 
 Tensor sddmm_run8_op(const Tensor& grad_output, const Tensor& input, const Tensor& table, const std::vector<int64_t>& launch,
                      int64_t nnz) {
-  check_sddmm(grad_output, input);
+  check_product(kOp, grad_output, input);
   const ScalarType type = input.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, kOp, ": expected bfloat16 or float16 on CUDA, got ",
                   torch::headeronly::toString(type));

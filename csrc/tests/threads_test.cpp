@@ -65,14 +65,15 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 template <class T, class Index>
-void test_sddmm(DType dtype, int64_t tokens, int64_t out, int64_t in, int64_t nnz, const std::string& name) {
+void test_sddmm(DType dtype, int64_t tokens, int64_t out, int64_t in, int64_t nnz, const std::string& name, bool all = false) {
   const auto g = numbers<T>(tokens * out), x = numbers<T>(tokens * in);
   const auto indices = positions<Index>(nnz, out * in);
   std::vector<Sum<T>> first;
   for (int64_t threads : {1, 2, 5}) {
     std::vector<Sum<T>> result(nnz, Sum<T>(NAN));
     const Parallel parallel{threads, [&](int64_t n, const Body& body) { on_threads(threads, n, 1, body); }};
-    sddmm({g.data(), x.data(), indices.data(), result.data(), tokens, out, in, nnz, sizeof(Index) == 8, dtype}, parallel);
+    const void* at = all ? nullptr : indices.data();
+    sddmm({g.data(), x.data(), at, result.data(), tokens, out, in, nnz, sizeof(Index) == 8, dtype}, parallel);
     if (threads == 1) first = result;
     expect(same(result, first), name + ": other bits on " + std::to_string(threads) + " threads");
   }
@@ -149,6 +150,12 @@ void test_all(DType dtype, const std::string& name) {
         test_sddmm<T, Index>(dtype, tokens, out, in, nnz,
                              "sddmm " + name + " T " + std::to_string(tokens) + ", " + std::to_string(out) + " x " +
                                  std::to_string(in) + ", nnz " + std::to_string(nnz));
+  for (int64_t tokens : {0, 1, 200})
+    for (auto [out, in] : {std::pair<int64_t, int64_t>{1, 1}, {37, 8}, {519, 3}, {6, 3100}})
+      test_sddmm<T, Index>(
+          dtype, tokens, out, in, out * in,
+          "all entries, " + name + " T " + std::to_string(tokens) + ", " + std::to_string(out) + " x " + std::to_string(in),
+          true);
   test_sddmm<T, Index>(dtype, 70, 2, 6200, 900, "sddmm " + name + ", groups of columns");
   for (int64_t size : {1, 9, 4000})
     for (int64_t nnz : {int64_t{0}, int64_t{1}, size / 2, size})

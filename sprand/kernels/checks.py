@@ -41,13 +41,18 @@ def check_indices(op: str, indices: Tensor, other: Tensor) -> None:
         raise ValueError(f"{op}: expected indices on {other.device}, got {indices.device}")
 
 
-def check_sddmm(op: str, grad_output: Tensor, input: Tensor, indices: Tensor) -> None:
-    """Prove two matrices of as many tokens, alike in dtype and device, and no more indices than their product has entries."""
+def check_product(op: str, grad_output: Tensor, input: Tensor) -> None:
+    """Prove two matrices of as many tokens, alike in dtype and device."""
     if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
         raise ValueError(
             f"{op}: expected grad_output [T, out] and input [T, in], got {list(grad_output.shape)} and {list(input.shape)}"
         )
     check_values(op, "input", input, grad_output)
+
+
+def check_sddmm(op: str, grad_output: Tensor, input: Tensor, indices: Tensor) -> None:
+    """Prove two matrices of as many tokens, alike in dtype and device, and no more indices than their product has entries."""
+    check_product(op, grad_output, input)
     check_indices(op, indices, grad_output)
     entries = grad_output.shape[1] * input.shape[1]
     if indices.numel() > entries:

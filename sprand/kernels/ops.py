@@ -1,4 +1,4 @@
-"""The operators: one schema, one fake, one checked wrapper each. The dispatcher picks C++, CUDA or `reference.py`.
+"""The operators, each with a wrapper that checks what it is given. The dispatcher picks C++, CUDA or `reference.py`.
 
 Sizes used below: `T` tokens, `out` and `in` features, `nnz` chosen entries. `indices` are flat positions in the
 row-major weight, sorted, unique, int32 (int64 where the weight has 2**31 entries or more). They are proven once, when
@@ -13,58 +13,12 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_draw, check_embedding_grad, check_entries, check_lists, check_sddmm, check_weight
+from .checks import check_draw, check_embedding_grad, check_entries, check_lists, check_product, check_sddmm, check_weight
 from .dtypes import accumulation_dtype
 from .schedule import RUN8_DTYPES, Schedule
-
-SCHEMAS = {
-    "sddmm": "(Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> Tensor",
-    "embedding_grad": "(Tensor grad_output, Tensor tokens, Tensor indices, int? padding_idx=None) -> Tensor",
-    "sddmm_run8": "(Tensor grad_output, Tensor input, Tensor table, int[] launch, int nnz) -> Tensor",
-    "gather": "(Tensor weight, Tensor indices) -> Tensor",
-    "patch_": "(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? delta, float scale=1.0) -> ()",
-    "patch_all_": "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor[]? deltas, float[] scales) -> ()",
-    "scatter_add_all_": "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] values, float[] scales) -> ()",
-    "sparse_adamw_": (
-        "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor(b!)[] deltas, Tensor[] grads, "
-        "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor[] steps, float[] scales, float lr, float beta1, "
-        "float beta2, float eps, float weight_decay, bool maximize, Tensor? lr_tensor=None, Tensor? grad_coef=None, "
-        "Tensor? found_inf=None) -> ()"
-    ),
-    "stratified_indices_": "(Tensor(a!) indices, int rows, int cols, int key, int run_rows=1, int run_cols=1) -> ()",
-    "uniform_indices_": "(Tensor(a!) indices, int numel, int key) -> ()",
-}
-
-CUDA_ONLY = ("sddmm_run8",)  # called by `sddmm` where a schedule says so; on the CPU `sddmm` serves its patterns
-
-_library = torch.library.Library("sprand", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("sprand::sddmm")
-def _(grad_output, input, indices, table=None, launch=()):
-    return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
-
-
-@torch.library.register_fake("sprand::embedding_grad")
-def _(grad_output, tokens, indices, padding_idx=None):
-    return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
-
-
-@torch.library.register_fake("sprand::sddmm_run8")
-def _(grad_output, input, table, launch, nnz):
-    return grad_output.new_empty((nnz,), dtype=accumulation_dtype(grad_output.dtype))
-
-
-@torch.library.register_fake("sprand::gather")
-def _(weight, indices):
-    return weight.new_empty(indices.shape)
-
-
-for _name in (name for name in SCHEMAS if name.endswith("_")):
-    torch.library.register_fake(f"sprand::{_name}", lambda *args, **kwargs: None)
+from .schemas import CUDA_ONLY as CUDA_ONLY
+from .schemas import ON_BLAS as ON_BLAS
+from .schemas import SCHEMAS as SCHEMAS
 
 
 def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedule | None = None) -> Tensor:
@@ -112,16 +66,60 @@ def sddmm_dense(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: S
     for first_row, last_row, first, last in schedule.chunks:
         offset = first_row * input.shape[1]
         chosen = indices[first:last] - offset if offset else indices[first:last]
-        parts.append(torch.ops.sprand.gather(dense_rows(grad_output[:, first_row:last_row], input), chosen))
+        parts.append(torch.ops.sprand.gather(linear_grad(grad_output[:, first_row:last_row], input), chosen))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def dense_rows(grad_output: Tensor, input: Tensor) -> Tensor:
-    """`grad_output.T @ input` in the accumulation dtype: some rows of a dense gradient, as many as `grad_output` has columns."""
-    dtype, left = accumulation_dtype(input.dtype), grad_output.t()
-    if input.is_cuda and input.dtype != dtype:
-        return torch.mm(left, input, out_dtype=dtype)
-    return left.to(dtype) @ input.to(dtype)
+def linear_grad(grad_output: Tensor, input: Tensor) -> Tensor:
+    """The gradient of the weight of a linear layer, `grad_output.T @ input`, summed in the accumulation dtype.
+
+    The layer may be a part of one: some rows of a weight, or the columns of some input features. It is BLAS's product; of 16
+    bits on a CPU, where BLAS would round to them, it is that of `sddmm`, which casts no operand as a whole.
+
+    Args:
+        grad_output: `[T, out]`, float32, bfloat16, float16, or float64 on the CPU.
+        input: `[T, in]`, same dtype and device.
+
+    Returns:
+        `[out, in]`, contiguous, float32 (float64 for float64 input), summed over tokens in a fixed order.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit.
+    """
+    check_product("linear_grad", grad_output, input)
+    if input.dtype == accumulation_dtype(input.dtype):
+        return reference.linear_grad(grad_output, input)
+    return torch.ops.sprand.linear_grad(grad_output, input)
+
+
+def linear_input_grad(
+    grad_output: Tensor, weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, scale: float, transposed: bool
+) -> Tensor:
+    """The gradient of the input of a linear layer, `grad_output @ weight`, whose weight is patched first.
+
+    It is `patch_` and a product, as one operator whose result says all: a compiler sees no write, and so keeps no copy of the
+    weight for it. That the weight holds the entries afterwards is nothing to rely on.
+
+    Args:
+        grad_output: `[T, out]`.
+        weight: `[out, in]`, or `[in, out]` if transposed; contiguous. It is cast to the dtype of `grad_output`.
+        indices, base, delta, scale: as for `patch_`.
+        transposed: see weight.
+
+    Returns:
+        `[T, in]` in the dtype of `grad_output`.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit.
+    """
+    features = weight.shape[1 if transposed else 0]
+    if grad_output.dim() != 2 or grad_output.shape[1] != features:
+        raise ValueError(f"linear_input_grad: expected grad_output [T, {features}], got {list(grad_output.shape)}")
+    check_weight("linear_input_grad", weight, indices)
+    check_entries("linear_input_grad", "base", base, indices, weight.dtype)
+    if delta is not None:
+        check_entries("linear_input_grad", "delta", delta, indices, accumulation_dtype(weight.dtype))
+    return torch.ops.sprand.linear_input_grad(grad_output, weight, indices, base, delta, scale, transposed)
 
 
 def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding_idx: int | None = None) -> Tensor:

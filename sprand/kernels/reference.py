@@ -15,6 +15,7 @@ from .dtypes import accumulation_dtype
 from .schedule_run8 import run8_indices
 
 PRODUCTS_AT_ONCE = 1 << 21  # sddmm and embedding_grad hold this many addends of their sums over tokens at a time
+TOKENS_AT_ONCE = 256  # linear_grad casts the operands of so many
 DRAWS_AT_ONCE = 1 << 20
 
 
@@ -29,6 +30,30 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, table: Tensor | N
         right = input.index_select(1, indices[part] % cols).to(dtype)
         result[part] = left.mul_(right).sum(0)
     return result
+
+
+@torch.no_grad()
+def linear_grad(grad_output: Tensor, input: Tensor) -> Tensor:
+    """`grad_output.T @ input`; operands of 16 bits are multiplied in the accumulation dtype, a block of tokens at a time."""
+    dtype = accumulation_dtype(input.dtype)
+    if input.dtype == dtype:
+        return _product(grad_output, input)
+    if input.is_cuda:
+        return torch.mm(grad_output.t(), input, out_dtype=dtype)
+    result = input.new_zeros((grad_output.shape[1], input.shape[1]), dtype=dtype)
+    for part in _parts(input.shape[0], TOKENS_AT_ONCE):
+        result += _product(grad_output[part].to(dtype), input[part].to(dtype))
+    return result
+
+
+@torch.no_grad()
+def linear_input_grad(
+    grad_output: Tensor, weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, scale: float, transposed: bool
+) -> Tensor:
+    """`grad_output @ weight` after `patch_`, which is the one that serves the weight's device."""
+    torch.ops.sprand.patch_(weight, indices, base, delta, scale)
+    used = weight.to(grad_output.dtype)
+    return grad_output @ (used.t() if transposed else used)
 
 
 @torch.no_grad()
@@ -181,6 +206,13 @@ def uniform_indices_(indices: Tensor, numel: int, key: int) -> None:
         while (outside := drawn >= numel).any():
             drawn[outside] = _feistel(drawn[outside], half, key)
         indices[part] = drawn
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left.T @ right`; BLAS is faster where the narrower matrix comes first."""
+    if right.shape[1] < left.shape[1]:
+        return (right.t() @ left).t().contiguous()
+    return left.t() @ right
 
 
 def _parts(total: int, size: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from .schedule_run8 import run8_schedule
 
 TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
 # Sums in another order, or other roundings on the way; the rest is exact to the bit.
-ROUNDED = ("sddmm", "sddmm_run8", "embedding_grad", "sparse_adamw_")
+ROUNDED = ("sddmm", "sddmm_run8", "linear_grad", "linear_input_grad", "embedding_grad", "sparse_adamw_")
 
 
 def run(devices: Sequence[str]) -> list[dict[str, Any]]:
@@ -98,6 +98,8 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
     base = reference.gather(weight, indices)
     if op == "sddmm":
         return {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype), "indices": indices}
+    if op == "linear_grad":
+        return {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype)}
     if op == "embedding_grad":
         tokens = torch.arange(TOKENS).square() % 12  # 0, 1, 4 and 9 by turns
         return {"grad_output": normal(TOKENS, COLS, kind=dtype), "tokens": tokens, "indices": indices, "padding_idx": 9}
@@ -111,6 +113,9 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
         return {"weight": weight, "indices": indices}
     if op == "patch_":
         return {"weight": weight, "indices": indices, "base": base, "delta": normal(NNZ), "scale": 0.5}
+    if op == "linear_input_grad":
+        entries = {"weight": weight, "indices": indices, "base": base, "delta": normal(NNZ), "scale": 0.5}
+        return {"grad_output": normal(TOKENS, ROWS, kind=dtype), **entries, "transposed": False}
     if op.endswith("_all_"):
         lists = {"weights": [weight, normal(ROWS, COLS)], "indices": [indices, indices.long()], "scales": [0.5, -2.0]}
         if op == "scatter_add_all_":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from . import offload, sharding
+from .columns import NOTHING_WHOLE, Whole, whole_in
 from .entries import Candidates, Entries, Schedules, Sealed, Written
 from .module import SparseModule, change_class, sparse_class, track, untrack, write_parameters
 from .sites import Owner, Site, joined, site_of
@@ -36,6 +37,7 @@ class Target:
         sealed: tells whether the indices are what they were.
         schedules: how a GPU samples the gradient of a linear layer.
         candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
+        whole: the columns or rows of a linear layer's weight that the entries are all of.
         frozen: whether an earlier mask left trained values in the weight, which a new base would lose.
         name: its name in the model, for messages.
         leader: the first owner of a weight that several modules share, in whose state its entries are; None for that one itself.
@@ -50,6 +52,7 @@ class Target:
     sealed: Sealed = field(default_factory=Sealed)
     schedules: Schedules | None = None
     candidates: Candidates | None = None
+    whole: Whole = NOTHING_WHOLE
     frozen: bool = False
     name: str = ""
     leader: Owner | None = None
@@ -117,6 +120,7 @@ class AttachedModule(SparseModule):
             target.written,
             target.schedules,
             target.candidates,
+            target.whole,
         )
 
     def sparse_sites(self, prefix: str) -> Iterator[Site]:
@@ -130,12 +134,13 @@ class AttachedModule(SparseModule):
         return ((self._parameters[target.delta], name) for name, target in self._sprand_targets.items())
 
     def make_schedule(self, parameter: str) -> None:
-        """Settle how a GPU samples the gradient of this parameter; called when its indices or its device change."""
+        """Settle how the gradient of this parameter is sampled; called when its indices or its device change."""
         weight = self._parameters[parameter]
         target = self._sprand_targets[parameter]
         target.sealed = Sealed(self._buffers[target.indices])
-        target.schedules = None
+        target.schedules, target.whole = None, NOTHING_WHOLE
         if self._is_sampled and parameter == "weight":
+            target.whole = whole_in(sharding.shape_of(weight), self._buffers[target.indices])
             target.schedules = Schedules.on_gpu(weight, self._buffers[target.indices])
         if target.schedules is not None:
             target.schedules.of(weight.dtype)  # a graph that is compiled before any forward can make none

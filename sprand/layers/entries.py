@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..kernels.schedule import Schedule
 from ..kernels.tuning import schedule_for
+from .columns import NOTHING_WHOLE, Whole
 from .sharding import is_dtensor
 
 
@@ -198,6 +199,7 @@ class Entries:
         written: shared by all uses of the weight, or None to write every time.
         schedules: how a GPU samples the gradient of a linear layer, or None.
         candidates: sees the gradient of the whole weight in backward, chunk by chunk, or None.
+        whole: the columns or rows that these are all entries of.
     """
 
     delta: Tensor
@@ -207,12 +209,14 @@ class Entries:
     written: Written | None = None
     schedules: Schedules | None = None
     candidates: Candidates | None = None
+    whole: Whole = NOTHING_WHOLE
 
     def on(self, device: torch.device) -> Entries:
         """The same entries on a device; their gradient comes back from there."""
         if self.delta.device == device:
             return self
-        return Entries(self.delta.to(device), self.indices.to(device), self.base.to(device), self.scale)
+        whole = Whole(*(None if lines is None else lines.to(device) for lines in self.whole))
+        return Entries(self.delta.to(device), self.indices.to(device), self.base.to(device), self.scale, whole=whole)
 
     def values(self) -> Tensor:
         """What the weight holds at the chosen entries, `[nnz]` in its dtype: cast(base + scale * delta)."""
@@ -238,19 +242,26 @@ class Entries:
         A weight of another dtype than base is one that FSDP2 cast for its mixed precision: the sum is rounded once, to it.
         """
         self._end_mark(weight)
-        delta = self._change()
-        if self.base.dtype == weight.dtype:
-            ops.patch_(weight.data, self.indices, self.base, delta, self.scale)
-            return
-        change = self.scale * delta
-        values = torch.where(change == 0, self.base, self.base + change)  # -0.0 + 0.0 would be 0.0
-        ops.patch_(weight.data, self.indices, values.to(weight.dtype), None)
+        ops.patch_(weight.data, self.indices, *self._change_of(weight))
+
+    def input_grad(self, grad_output: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        """What `ops.linear_input_grad` gives, `[T, in]`, of rows `[T, out]` and a whole weight."""
+        return ops.linear_input_grad(grad_output, weight.data, self.indices, *self._change_of(weight), transposed)
 
     def restore(self, weight: Tensor) -> None:
         """Make the chosen entries of `weight` hold base, bit for bit."""
         if self.written is not None:
             self.written.forget()
         ops.patch_(weight.data, self.indices, self.base.to(weight.dtype), None)
+
+    def _change_of(self, weight: Tensor) -> tuple[Tensor, Tensor | None, float]:
+        """Base, delta and scale as the operators take them for a weight, which may have another dtype than base."""
+        delta = self._change()
+        if self.base.dtype == weight.dtype:
+            return self.base, delta, self.scale
+        change = self.scale * delta
+        values = torch.where(change == 0, self.base, self.base + change)  # -0.0 + 0.0 would be 0.0
+        return values.to(weight.dtype), None, 1.0
 
     def _change(self) -> Tensor:
         """The delta in the dtype that the operators add in.

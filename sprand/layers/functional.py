@@ -2,7 +2,8 @@
 
 Each function writes `weight.flatten()[indices] = cast(base + scale * delta)` before it uses the weight, in forward and
 again in backward (a sharded weight is gathered anew there). The write goes through `weight.data`, which has a version
-counter of its own: two forwards before one backward are legal. What backward keeps is the input and references.
+counter of its own: two forwards before one backward are legal. What backward keeps is the input, or the part of it that belongs
+to whole columns (`columns.py`), and references.
 """
 
 from __future__ import annotations
@@ -117,6 +118,9 @@ class Lookup(NamedTuple):
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, transposed: bool = False) -> Tensor:
     """`torch.nn.functional.linear` with a patched weight; the gradient of delta is sampled, never dense.
 
+    Of the input only what that gradient needs is kept for backward: where whole columns train, those features of it; where delta
+    needs no gradient, nothing.
+
     Args:
         input: `[..., in]`.
         weight: `[out, in]`, frozen; `[in, out]` if transposed (Hugging Face's `Conv1D`).
@@ -141,7 +145,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         leading, input = input.shape[:-1], input.flatten(0, -2)
     schedule = None if entries.schedules is None else entries.schedules.of(input.dtype)
     product = Product(cast, transposed, schedule)
-    output = _Linear.apply(input, weight, bias, entries.delta, entries.indices, entries.base, Use.of(entries), product)
+    features = None if entries.candidates is not None else entries.whole.inputs(transposed)
+    operands = input, weight, bias, entries.delta, entries.indices, entries.base
+    output = _Linear.apply(*operands, Use.of(entries), product, features)
     return output if leading is None else output.unflatten(0, leading)
 
 
@@ -219,37 +225,52 @@ def _is_written_without_autograd(weight: Tensor, entries: Entries) -> bool:
 class _Linear(torch.autograd.Function):
     """Forward: y = x W^T + b.  Backward: dx = dy W, ddelta = scale * (dy^T x)[indices] (SDDMM), db = sum dy.
 
-    Shapes: x [..., in], W [out, in], dy [..., out], delta, indices, base [nnz].
+    Of whole columns, those of the input features F: ddelta = scale * dy^T x[:, F], and of x nothing else is kept.
+
+    Shapes: x [..., in], W [out, in], dy [..., out], delta, indices, base [nnz], F [c].
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, delta, indices, base, use, product):
+    def forward(ctx, input, weight, bias, delta, indices, base, use, product, features):
         use.write(weight, delta, indices, base)
         use.await_backward(ctx)
-        ctx.save_for_backward(input, weight, delta, indices, base)
-        ctx.use, ctx.product = use, product
+        kept = None
+        if ctx.needs_input_grad[3]:
+            kept = input if features is None else input.index_select(-1, features)
+        ctx.save_for_backward(kept, weight, delta, indices, base)
+        ctx.use, ctx.product, ctx.is_packed = use, product, features is not None
         return product(input, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        input, weight, delta, indices, base = ctx.saved_tensors
+        kept, weight, delta, indices, base = ctx.saved_tensors
         use, product = ctx.use, ctx.product
-        use.write(weight, delta, indices, base)
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
+            use.write(weight, delta, indices, base)
         use.begin_backward()
         grad_input = grad_bias = grad_delta = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[0]:
-            grad_input = (rows @ product.rows_of(weight)).view(input.shape)
+            if is_compiling:  # a write of its own would be moved to forward, which would keep a copy of the weight for it
+                grad_rows = Entries(delta, indices, base, use.scale).input_grad(rows, weight, product.transposed)
+            else:
+                grad_rows = rows @ product.rows_of(weight)
+            grad_input = grad_rows.view(*grad_output.shape[:-1], grad_rows.shape[-1])
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         if ctx.needs_input_grad[3]:
-            columns = input.reshape(-1, input.shape[-1])
+            columns = kept.reshape(-1, kept.shape[-1])
             left, right = (columns, rows) if product.transposed else (rows, columns)
-            grad_delta = use.to_delta(ops.sddmm(left, right, indices, product.schedule), delta)
+            if ctx.is_packed:
+                sampled = ops.linear_grad(left, right).flatten()
+            else:
+                sampled = ops.sddmm(left, right, indices, product.schedule)
+            grad_delta = use.to_delta(sampled, delta)
             if use.candidates is not None:
                 use.candidates.add_linear(left, right)
-        return grad_input, None, grad_bias, grad_delta, None, None, None, None
+        return grad_input, None, grad_bias, grad_delta, None, None, None, None, None
 
 
 class _Embedding(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..kernels.host import merge_indices
 from ..layers import sharding
+from ..layers.columns import NOTHING_WHOLE, Whole, whole_in
 from ..layers.entries import Entries, Schedules, Written
 
 Names = tuple[str, ...]  # of adapters, in their order
@@ -124,10 +125,11 @@ class AdapterTarget:
         self.merged: tuple[str, ...] = ()
         self.written = Written()
         self._ordered: dict[str, bool] = {}
+        self._whole: dict[Names, Whole] = {}
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_unions": {}, "_union_bases": {}, "_schedules": {}}
+        return self.__dict__ | {"_unions": {}, "_union_bases": {}, "_schedules": {}, "_whole": {}}
 
     def known(self, names: Iterable[str]) -> list[str]:
         """Those of the adapters that train entries of this parameter."""
@@ -140,6 +142,12 @@ class AdapterTarget:
         self._union_bases: dict[Names, Tensor] = {}
         self._schedules: dict[tuple[Names, torch.device], Schedules | None] = {}
 
+    def forget_positions(self, name: str) -> None:
+        """The indices of an adapter are others, or elsewhere."""
+        self._ordered.pop(name, None)
+        self._whole = {names: whole for names, whole in self._whole.items() if name not in names}
+        self.forget()
+
     def forget_base(self) -> None:
         """The weight holds a new base: read it anew before the next use."""
         self.indices.replaced |= set(self.indices)
@@ -150,6 +158,10 @@ class AdapterTarget:
         with torch.no_grad():
             for name in self.indices:
                 self._settle(weight, name)
+            if self.in_effect and is_whole(weight):  # a graph that is compiled takes what is known
+                indices, _ = self._indices_and_base(self.in_effect)
+                self.whole_of(weight.shape, self.in_effect, indices)
+                self._schedules_of(weight, self.in_effect, indices)
 
     def cast_base(self, weight: Tensor) -> None:
         """Let each base have the dtype of the weight, which a module's own cast changes, and FSDP2's mixed precision does not."""
@@ -164,7 +176,14 @@ class AdapterTarget:
             self._settle(weight, name)
         indices, base = self._indices_and_base(names)
         delta, scale = self._delta_and_scale(names, base)
-        return Entries(delta, indices, base, scale, self.written, self._schedules_of(weight, names, indices))
+        schedules = self._schedules_of(weight, names, indices)
+        return Entries(delta, indices, base, scale, self.written, schedules, whole=self.whole_of(weight.shape, names, indices))
+
+    def whole_of(self, shape: Sequence[int], names: Names, indices: Tensor) -> Whole:
+        """The columns or rows that the union of adapters is all of; a graph that is compiled takes what is known."""
+        if names not in self._whole and not torch.compiler.is_compiling():
+            self._whole[names] = whole_in(shape, indices)
+        return self._whole.get(names, NOTHING_WHOLE)
 
     @property
     def in_effect(self) -> tuple[str, ...]:
@@ -245,7 +264,7 @@ class AdapterTarget:
         with _settling:  # a second thread must not read a base from what the first one has written
             if self.indices[name].device != weight.device:
                 self.indices._buffers[name] = self.indices[name].to(weight.device)
-                self.forget()
+                self.forget_positions(name)
             if self._is_base_known(weight, name):
                 self.bases._buffers[name] = self.bases[name].to(weight.device)
             else:
@@ -265,10 +284,9 @@ class AdapterTarget:
         others = [other for other in self.in_effect if other != name and other in self.bases]
         if others and is_whole(weight):
             self._restore(weight, others)
-        self._ordered.pop(name, None)
+        self.forget_positions(name)
         self.bases[name] = _gather(sharding.whole(weight), self.indices[name], self.in_order(name))
         self.indices.replaced.discard(name)
-        self.forget()
 
     def _restore(self, weight: Tensor, names: Sequence[str]) -> None:
         for name in names:

@@ -64,16 +64,21 @@ class QuantizedLayer(SprandLayer):
         if not target.active:
             return self.base_layer(x, *args, **kwargs)
         indices, delta = self._change(target)
+        features = target.whole_of(self._shape, target.active, indices).columns
         base_layer, given = self.get_base_layer(), x.dtype
         if not self.quantization_backend.supports_merge:
-            return self.base_layer(x, *args, **kwargs) + _SparseProduct.apply(x, delta, indices, self._shape[0]).to(given)
+            if features is None:
+                change = _SparseProduct.apply(x, delta, indices, self._shape[0])
+            else:
+                change = F.linear(x.index_select(-1, features).float(), delta.view(-1, len(features)))
+            return self.base_layer(x, *args, **kwargs) + change.to(given)
         if torch.is_autocast_enabled(x.device.type):
             x, given = x.to(torch.get_autocast_dtype(x.device.type)), torch.get_autocast_dtype(x.device.type)
         elif getattr(base_layer, "compute_dtype", None) is not None and getattr(base_layer, "compute_type_is_set", True):
             x = x.to(base_layer.compute_dtype)
         bias = None if base_layer.bias is None else base_layer.bias.to(x.dtype)
         read = self.quantization_backend.get_base_weight
-        return _DequantizedLinear.apply(x, bias, delta, indices, read, base_layer).to(given)
+        return _DequantizedLinear.apply(x, bias, delta, indices, read, base_layer, features).to(given)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: what was trained would be quantized anew, and be another thing.
@@ -145,7 +150,7 @@ def _settle(target: AdapterTarget, name: str) -> None:
     if indices.device != device or name in target.indices.replaced:
         target.indices._buffers[name] = indices.to(device)
         target.indices.replaced.discard(name)
-        target.forget()
+        target.forget_positions(name)
 
 
 def _patched(read: Callable[[nn.Module], Tensor], layer: nn.Module, indices: Tensor, delta: Tensor) -> Tensor:
@@ -160,29 +165,35 @@ def _patched(read: Callable[[nn.Module], Tensor], layer: nn.Module, indices: Ten
 class _DequantizedLinear(torch.autograd.Function):
     """Forward: y = x W^T + b with W made from the packed weight.  Backward: W made again; dx = dy W, ddelta = (dy^T x)[indices].
 
-    Shapes: x [..., in], dy [..., out], delta, indices [nnz]. Kept for backward: x, delta, indices.
+    Shapes: x [..., in], dy [..., out], delta, indices [nnz]. Kept for backward: x (of whole columns, those of the input features
+    F [c]: x[:, F]), delta, indices.
     """
 
     @staticmethod
-    def forward(ctx, input, bias, delta, indices, read, layer):
+    def forward(ctx, input, bias, delta, indices, read, layer, features):
         weight = _patched(read, layer, indices, delta).to(input.dtype)
-        ctx.save_for_backward(input, delta, indices)
-        ctx.read, ctx.layer = read, layer
+        kept = None
+        if ctx.needs_input_grad[2]:
+            kept = input if features is None else input.index_select(-1, features)
+        ctx.save_for_backward(kept, delta, indices)
+        ctx.read, ctx.layer, ctx.is_packed = read, layer, features is not None
         return F.linear(input, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        input, delta, indices = ctx.saved_tensors
+        kept, delta, indices = ctx.saved_tensors
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_delta = None
         if ctx.needs_input_grad[0]:
             weight = _patched(ctx.read, ctx.layer, indices, delta).to(rows.dtype)
-            grad_input = (rows @ weight).view(input.shape)
+            grad_input = (rows @ weight).view(*grad_output.shape[:-1], weight.shape[1])
             del weight
         if ctx.needs_input_grad[2]:
-            grad_delta = ops.sddmm(rows, input.reshape(-1, input.shape[-1]), indices).to(delta.dtype)
-        return grad_input, None, grad_delta, None, None, None
+            columns = kept.reshape(-1, kept.shape[-1])
+            sampled = ops.linear_grad(rows, columns).flatten() if ctx.is_packed else ops.sddmm(rows, columns, indices)
+            grad_delta = sampled.to(delta.dtype)
+        return grad_input, None, grad_delta, None, None, None, None
 
 
 class _SparseProduct(torch.autograd.Function):

@@ -146,7 +146,7 @@ def _linear_chunks(grad_output: Tensor, input: Tensor) -> Iterator[tuple[int, Te
     cols = input.shape[1]
     height = schedule.chunk_rows(cols)
     for row in range(0, grad_output.shape[1], height):
-        yield row * cols, ops.dense_rows(grad_output[:, row : row + height], input).flatten()
+        yield row * cols, ops.linear_grad(grad_output[:, row : row + height], input).flatten()
 
 
 def _embedding_chunks(
