@@ -7,12 +7,15 @@
         callbacks=[SparseCheckpointCallback()],  # checkpoints are plain merged models, with the adapter in a folder beside
     )
     trainer.add_callback(VisibleShareCallback(trainer))
+    trainer.add_callback(LearningRateCallback())  # says that a rate is too high, and which one to try
 
 Models of `sprand.peft` need no callback for their checkpoints.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -33,6 +36,7 @@ from ..layers.entries import Entries
 from ..layers.module import sparse_modules
 from ..layers.sites import Site, sites_of
 from ..selection import pattern
+from ..training.divergence import is_worth_a_look, rate_to_try, stays_above_start
 from ..training.dynamic import DynamicMask
 from ..training.optim import SparseAdamW
 
@@ -85,6 +89,59 @@ class VisibleShareCallback(TrainerCallback):
         """Follow a log of the training loss by one of the share."""
         if "loss" in logs:
             self.trainer.log({"visible_share": visible_share(self.trainer.model)})
+
+
+class LearningRateCallback(TrainerCallback):
+    """Says that a learning rate is too high, and which one to try: `Trainer(model, ..., callbacks=[LearningRateCallback()])`.
+
+    It ends the training with an error where the loss, or the norm of the gradient, is not finite. After half of the steps and at
+    the end it warns where each of the last quarter of the logged losses lies above the first one, by more than that quarter
+    is wide; it takes 20 losses to say so. Any model will do, and nothing that is trained changes.
+
+    It lets the log show losses that are not finite, which transformers hides by default (`args.logging_nan_inf_filter`).
+    """
+
+    _looked = 0  # at which step
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have losses logged as they are."""
+        args.logging_nan_inf_filter = False
+        self._looked = state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Look at a log of the training loss.
+
+        Raises:
+            RuntimeError: The loss or the norm of the gradient is not finite; under fp16 norms may be so, and the step is skipped.
+        """
+        if "loss" not in logs:
+            return
+        for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradient")):
+            value = float(logs.get(name, 0.0))
+            if not math.isfinite(value) and not (args.fp16 and name == "grad_norm"):
+                raise RuntimeError(
+                    f"LearningRateCallback: {what} became {value} by step {state.global_step}, and the learning rate "
+                    f"({args.learning_rate:g}) may be too high; try learning_rate={rate_to_try(args.learning_rate):g}"
+                )
+        if is_worth_a_look(state.global_step, self._looked, state.max_steps):
+            self._warn(args, state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the losses of the whole training, where its last step logged none."""
+        if self._looked < state.global_step:
+            self._warn(args, state)
+
+    def _warn(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._looked = state.global_step
+        said = stays_above_start([line["loss"] for line in state.log_history if "loss" in line])
+        if said is not None and state.is_world_process_zero:
+            warnings.warn(
+                f"LearningRateCallback: {said}. The learning rate ({args.learning_rate:g}) may be too high: try "
+                f"learning_rate={rate_to_try(args.learning_rate):g}",
+                stacklevel=2,
+            )
 
 
 class SparseCheckpointCallback(TrainerCallback):

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from ...training.divergence import is_worth_a_look, rate_to_try, stays_above_start
 from .. import Stopped
 from .methods import Method
 from .peak_memory import PeakMemory
 from .progress import Log
 from .settings import Settings
 from .tasks import Task, batches
-from .training_checkpoints import Resumed, TrainingCheckpoints, diverged
+from .training_checkpoints import Resumed, TrainingCheckpoints, diverged, rate_option
 
 ANEW = Resumed()
 UNTIMED_STEPS = 2  # the first steps make buffers and warm caches
@@ -108,6 +109,8 @@ def train(
             _prove_finite(loss, norm, step, method, checkpoints)
             log.write(history, method=method.name, step=step, loss=loss, lr=lr, grad_norm=norm, seconds=round(pace.last, 4))
             bar.advance(step, loss)
+            if is_worth_a_look(step, step - 1, steps):
+                _warn_of_rate(method, history, log)
             if step % evaluate_every == 0 or step == steps:
                 with memory.paused():
                     measured = task.evaluate(method.model, settings.batch_size, device)
@@ -165,6 +168,14 @@ def _prove_finite(loss: float, norm: float, step: int, method: Method, checkpoin
     for what, value in (("loss", loss), ("gradient's norm", norm)):
         if not math.isfinite(value):
             raise diverged(f"the {what} became {value}", step, method, checkpoints)
+
+
+def _warn_of_rate(method: Method, history: list[dict[str, Any]], log: Log) -> None:
+    """Say that a rate is too high, where the losses do."""
+    said = stays_above_start([line["loss"] for line in history if "loss" in line])
+    if said is not None:
+        advice = f"try {rate_option(method)}{rate_to_try(method.lr):g}"
+        log.say(f"warning: {method.name}: {said}. The learning rate ({method.lr:g}) may be too high: {advice}.")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...files import states
 from ...files.atomic import remove_stale
 from ...layers.sites import sites_of
+from ...training.divergence import rate_to_try
 from .. import CliError, TrainingFailed
 from .methods import Method
 from .settings import Settings
@@ -176,10 +177,15 @@ def identity(method: Method, settings: Settings, steps: int, rows: list[dict[str
 def diverged(what: str, step: int, method: Method, checkpoints: TrainingCheckpoints | None) -> TrainingFailed:
     """The error for a run whose numbers are no longer finite."""
     kept = f" {checkpoints.describe_last()}" if checkpoints else ""
-    option = "--lr" if method.name == "sprand" else f"--compare-lr {method.name}="
     return TrainingFailed(
-        f"{method.name}: {what} at step {step}; training stopped. Try a lower {option} (now {method.lr:g}).{kept}"
+        f"{method.name}: {what} at step {step}; training stopped. The learning rate ({method.lr:g}) may be too high: try "
+        f"{rate_option(method)}{rate_to_try(method.lr):g}.{kept}"
     )
+
+
+def rate_option(method: Method) -> str:
+    """What a rate of this method is written behind."""
+    return "--lr " if method.name == "sprand" else f"--compare-lr {method.name}="
 
 
 def _fingerprint(method: Method) -> str:
