@@ -10,6 +10,7 @@ is used, its chosen entries are set to `cast(base + delta)`. So forward is the f
 of the chosen entries alone, and what is trained is bit for bit what is merged; `unmerge` gives the base back, bit for bit.
 
 - To start and to stop: `apply`, or `select` to choose entries first; `merge`, `unmerge`, `disabled`. All options: `SparseConfig`.
+  `choose` makes a choice by one batch that would wait for the first training forward.
 - To train: `SparseAdamW`, or any optimizer over `parameters`; `suggest_lr`; `DynamicMask` exchanges entries on the way.
 - Adapters: `save`, `load`, `switch`, `combine`. A `Mask` is a choice of entries on its own.
 - To look: `summary`, `print_trainable_parameters`, `visible_share`, `plot_selection`.
@@ -29,6 +30,7 @@ The folders are rooms, and a room imports only rooms above it in this list:
 """
 
 from .adapters.apply import apply, select
+from .adapters.first_forward import choose
 from .adapters.model import combine, disabled, merge, named_parameters, parameters, switch, unmerge, write
 from .adapters.plots import plot_selection
 from .adapters.save_and_load import load, save
@@ -52,6 +54,7 @@ __all__ = [
     "SparseModule",
     "__version__",
     "apply",
+    "choose",
     "combine",
     "disabled",
     "load",

@@ -13,11 +13,11 @@ from ..kernels import native
 from ..layers import sharding
 from ..selection import pattern
 from ..selection.calibration import Calibration
-from ..selection.choose import choose
+from ..selection.choose import choose, waits
 from ..selection.config import AS_GIVEN, SparseConfig
 from ..selection.mask import Mask
 from ..selection.targets import Targets, find_targets, view_of
-from . import replaced
+from . import first_forward, replaced
 from .attaching import add, detached
 from .disjoint import Disjoint, avoided, selection_without, taken_by
 from .state import Adapter, known_state
@@ -46,7 +46,9 @@ def apply(
         config: what to train; or its fields as keywords, `apply(model, density=0.01, seed=0)`.
         name: what to call the adapter in `switch`.
         disjoint: leave out what others train, as in `select`.
-        data: batches, for strategies that score entries, as in `select`; so are the next five.
+        data: batches, for strategies that score entries, as in `select`; so are the next five. Without them `"activation"`
+            chooses columns in the first forward in training mode, by that batch alone, or in `sprand.choose(model, batch)`; an
+            optimizer may be made before.
         loss_fn: gives the loss of a batch.
         calibration_memory: bytes for summed gradients.
         calibration_dtype: of summed gradients.
@@ -74,7 +76,7 @@ def apply(
     native.warn_if_slow()
     run = Calibration(data, loss_fn, calibration_memory, calibration_dtype, calibration_device, calibration_examples)
     with detached(model):
-        mask, targets = _chosen(model, config, disjoint, run)
+        mask, targets = _chosen(model, config, disjoint, run, may_wait=True)
         saved = {site.name: site.weight.data for site in targets.saved}
         if state is not None:  # whose adapters may train the same parameters
             saved = {key: value.clone() for key, value in saved.items()}
@@ -82,8 +84,13 @@ def apply(
     adapter = Adapter(config, chosen, saved=saved, selection=mask.selection)
     if mask.selection is not None and config.strategy in pattern.RANDOM_STRATEGIES:  # drawn among what others leave free
         adapter.config = dataclasses.replace(config, **AS_GIVEN)
+    if waits(config, run):
+        adapter.waiting = {site.name: first_forward.columns_at(site, chosen[site.name]) for site in targets.sites}
     replaced.watch()
-    return add(model, name, adapter)
+    add(model, name, adapter)
+    if adapter.waiting:
+        first_forward.watch(model)
+    return model
 
 
 def select(
@@ -150,11 +157,13 @@ def _config_of(config: SparseConfig | None, fields: Mapping[str, Any]) -> Sparse
     return config or SparseConfig(**fields)
 
 
-def _chosen(model: nn.Module, config: SparseConfig, disjoint: Disjoint, run: Calibration) -> tuple[Mask, Targets]:
+def _chosen(
+    model: nn.Module, config: SparseConfig, disjoint: Disjoint, run: Calibration, may_wait: bool = False
+) -> tuple[Mask, Targets]:
     """The entries that a configuration chooses, and what it targets, in a model that has no adapter attached."""
     view = view_of(model)
     targets = find_targets(view, config)
     taken = taken_by(model, disjoint)
-    indices = choose(config, targets, run, avoided(view, targets, taken))
+    indices = choose(config, targets, run, avoided(view, targets, taken), may_wait)
     shapes = {site.name: site.shape for site in targets.sites}
     return Mask(indices, shapes, selection_without(config, taken)), targets

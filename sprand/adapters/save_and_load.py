@@ -25,7 +25,7 @@ from ..layers.sites import Site, named_parameters, sites_of
 from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.units import Units, column_axis
-from . import replaced
+from . import first_forward, replaced
 from .architecture import architecture_of
 from .attaching import add
 from .file import AdapterFile, draw, finite
@@ -62,6 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if adapter is None:
         raise ValueError("save: no adapter is active; call sprand.switch(model, name) first")
     offload.refuse(model, "save")
+    first_forward.refuse_waiting(bool(first_forward.found(model)), "save")
     sharding.reshard(model)
     with sharding.gathered(model, "save"):
         return _save(model, state, adapter, path)

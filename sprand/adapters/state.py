@@ -34,6 +34,7 @@ class Adapter:
         frozen: entries that trained under an earlier mask, and those of rows that were added, by parameter name.
         added: the first row that a parameter was given after `apply`, by its name.
         selection: how the entries were chosen, where not by a random draw: fields of `SparseConfig` as JSON types.
+        waiting: the columns `[c]` that keep the place of those which the first training forward chooses, by parameter name.
     """
 
     config: SparseConfig
@@ -44,6 +45,7 @@ class Adapter:
     frozen: dict[str, Frozen] = field(default_factory=dict)
     added: dict[str, int] = field(default_factory=dict)
     selection: dict[str, Any] | None = None
+    waiting: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -25,8 +25,10 @@ with imported_from_peft():
     from .layer import SprandLayer
     from .lora_conversion import install
     from .model import SprandModel
+    from .waiting import register as register_waiting
 
 register(SprandConfig, SprandModel)
 install()
+register_waiting()
 
 __all__ = ["SprandConfig", "SprandLayer", "SprandModel", "accelerate", "export_adapter", "hotswap", "import_adapter"]

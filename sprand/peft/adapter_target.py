@@ -104,6 +104,7 @@ class AdapterTarget:
         active: adapters that a forward uses now, in their order.
         merged: adapters that are merged into the weight.
         written: whether the weight holds the delta of the one active adapter already.
+        waiting: the columns `[c]` that keep the place of those which the first training forward chooses, by adapter.
         candidates, frozen: as in a model of `sprand.apply` whose mask changes, which that of a PEFT model does not.
     """
 
@@ -124,6 +125,7 @@ class AdapterTarget:
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.written = Written()
+        self.waiting: dict[str, Tensor] = {}
         self._ordered: dict[str, bool] = {}
         self._whole: dict[Names, Whole] = {}
         self.forget()

@@ -43,7 +43,9 @@ class SprandConfig(PeftConfig):
             `classifier` if there is one.
         layers_to_transform: of `target_modules` only those in layers with these numbers; an int or a list.
         layers_pattern: name of the list of layers, for `layers_to_transform`; by default any.
-        strategy: `"random"` (stratified) or `"uniform"`. Entries that were chosen by a score are given by `mask`.
+        strategy: `"random"` (stratified) or `"uniform"`; with layout `"columns"` also `"activation"`, which chooses them in the
+            first forward in training mode, by what comes into the layers there (see `sprand.choose`). Entries that were chosen
+            by another score are given by `mask`.
         mask: the entries themselves: a `sprand.Mask`, a mapping `{parameter name: bool mask or flat indices}`, or the path
             of a mask file. They decide what is targeted, too; the adapter's file then stores the indices. Entries apart from
             those of other tasks are a mask as well, since a config sees no model: `sprand.select(base, disjoint=[...])`.
@@ -105,7 +107,7 @@ class SprandConfig(PeftConfig):
         self._check_targets()
         if self.mask is not None:
             self._take_mask()
-        elif self.strategy not in RANDOM_STRATEGIES:
+        elif self.strategy not in RANDOM_STRATEGIES and not self._can_wait():
             self._refuse_strategy()
         else:
             self.density = SparseConfig(
@@ -143,6 +145,10 @@ class SprandConfig(PeftConfig):
             (self.selection or {}).get("strategy", GIVEN) if self.strategy in (*RANDOM_STRATEGIES, GIVEN) else self.strategy
         )
 
+    def _can_wait(self) -> bool:
+        """Whether the first training forward can choose by the strategy."""
+        return self.strategy in STRATEGIES and STRATEGIES[self.strategy].can_wait
+
     def _refuse_strategy(self) -> None:
         if self.strategy in STRATEGIES or self.strategy == GIVEN:
             layout = "" if self.layout == "unstructured" else f", layout={self.layout!r}"
@@ -172,7 +178,12 @@ class SprandConfig(PeftConfig):
     @property
     def drawn(self) -> bool:
         """Whether the entries follow from the seed."""
-        return self.indices is None and not self.indices_saved
+        return self.indices is None and not self.indices_saved and not self._can_wait()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the entries of a new adapter are chosen at the first training forward."""
+        return self.targets is None and self.indices is None and self._can_wait()
 
     @property
     def draw(self) -> Tensor | None:

@@ -12,6 +12,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..adapters.first_forward import columns_at
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.attached import BASE, DELTA, INDICES
@@ -57,12 +58,25 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         delta = self._zeros(site, indices.numel())
         modules[adapter_name] = Delta(delta.to("meta") if low_cpu_mem_usage else delta)
         positions.put(adapter_name, indices, persistent=not config.drawn)
+        if config.waits:
+            target.waiting[adapter_name] = columns_at(site, indices)
         self._read_base(site, target, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer makes of its input, with the active adapters in its weights."""
         return self.base_layer(*args, **kwargs)
+
+    def sprand_put(self, parameter: str, adapter_name: str, indices: Tensor) -> None:
+        """Give an adapter whose delta is zero other entries `[nnz]` of a parameter, sorted and as many."""
+        target = self.sprand_targets[parameter]
+        live, weight = target.indices[adapter_name], self.get_base_layer()._parameters.get(parameter)
+        live.copy_(indices)
+        target.indices.replaced.add(adapter_name)
+        target.waiting.pop(adapter_name, None)
+        target.forget()
+        if self.quantization_backend is None and weight is not None:
+            target.read_base(weight)
 
     def sprand_weights(self) -> Iterator[tuple[str, Tensor, AdapterTarget]]:
         """Name, weight and target of every parameter that an adapter trains."""

@@ -15,14 +15,16 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..adapters import first_forward
 from ..kernels import native
 from ..layers import sharding
 from ..layers.first_backward import watch
+from ..selection.mask import selection_of
 from .config import SprandConfig
 from .hosted import refuse_applied
 from .layer import SprandLayer, adapter_targets, layer_class
 from .loading import check_loadable
-from .plan import Plan, make_plan
+from .plan import Plan, as_of_apply, make_plan
 from .quantized import QuantizedLayer
 from .tensors import put_back, taken_out
 from .undoing import take_back, whole_or_not_at_all
@@ -87,6 +89,10 @@ class SprandModel(BaseTuner):
             self.peft_config[adapter_name] = given
             del self.__dict__["_plan"], self.__dict__["_planned"], self.__dict__["_low_cpu_mem_usage"]
         watch(model)
+        if config.waits:
+            given.saved["selection"] = selection_of(as_of_apply(config))
+            for module in (self, model):  # PEFT calls the forward of the model itself, and others call the model alone
+                first_forward.watch(module)
         remember(self)
 
     def add_weighted_adapter(

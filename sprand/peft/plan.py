@@ -112,15 +112,15 @@ def _chosen(model: nn.Module, config: SprandConfig, weights: Mapping[str, Site])
     if isinstance(output, BaseTunerLayer):
         output = output.get_base_layer()
     view = View(model, dict(base_modules(model)), weights, output)
-    sparse, in_full = _as_of_apply(config), _in_full(model, config, view)
+    sparse, in_full = as_of_apply(config), _in_full(model, config, view)
     if config.layers_to_transform not in (None, []):
         sparse = _in_layers(config, view, sparse, in_full)
     targets = find_targets(view, sparse, in_full)
-    chosen = choose(sparse, targets)
+    chosen = choose(sparse, targets, may_wait=config.waits)
     return [(site, chosen[site.name]) for site in targets.sites if chosen[site.name].numel()]
 
 
-def _as_of_apply(config: SprandConfig) -> SparseConfig:
+def as_of_apply(config: SprandConfig) -> SparseConfig:
     """The same choice in the terms of `sprand.apply`, which knows no numbers of layers."""
     fields = {"density": config.density, "budget": config.budget, "strategy": config.strategy}
     if config.indices is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.architecture import architecture_of
+from ..adapters.first_forward import refuse_waiting
 from ..adapters.layout import DRAW, PREFIX, UNITS, said_of_draw, written_versions
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
@@ -20,6 +21,7 @@ from .adapter_target import AdapterTarget
 from .config import SprandConfig
 from .layer import SprandLayer, adapter_targets
 from .plan import check_same_base, describe
+from .waiting import waits
 
 BY_ITSELF = (
     "load its folder under a name that the model does not have yet, and without a config, so that its own adapter_config.json is "
@@ -36,6 +38,7 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
         ValueError: Values are missing, or not finite.
     """
     targets = list(adapter_targets(model, adapter_name))
+    refuse_waiting(any(waits(layer, parameter, adapter_name) for _, layer, parameter, _ in targets), "save")
     names = [_names(plain_name(key), parameter, adapter_name) for key, _, parameter, _ in targets]
     own = {name for pair in names for name in pair}
     gathered = _gathered(model, {name: value for name, value in state_dict.items() if plain_name(name) in own})
@@ -56,7 +59,7 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
                 result[_of_units(listed, axis)] = units
         described[target.name] = describe(site, indices, layer.sprand_base_of(parameter, adapter_name), axis)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config.saved = {
+    config.saved = {name: config.saved[name] for name in ("selection",) if name in config.saved} | {
         "targets": described,
         "indices_saved": not config.drawn,
         "untrained": None,  # PEFT trains whole modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ from .config import SparseConfig
 from .inputs import SCORES as INPUT_SCORES
 from .inputs import has_inputs
 from .ranking import Bounds, Ranking
-from .strategies import Stats, strategy_of
+from .strategies import STRATEGIES, Stats, strategy_of
 from .targets import Targets
 from .units import Units, column_axis
 
@@ -27,7 +28,11 @@ Avoided = Mapping[str, Tensor]  # entries that may not be chosen, ascending, by 
 
 
 def choose(
-    config: SparseConfig, targets: Targets, run: Calibration | None = None, avoided: Avoided | None = None
+    config: SparseConfig,
+    targets: Targets,
+    run: Calibration | None = None,
+    avoided: Avoided | None = None,
+    may_wait: bool = False,
 ) -> dict[str, Tensor]:
     """The indices of every target, by the name of its site.
 
@@ -36,13 +41,14 @@ def choose(
         targets: the weights that it means, without trained entries.
         run: what calibration may use.
         avoided: entries that may not be chosen.
+        may_wait: where `waits` says so, draw columns that keep the place of those that the first training forward chooses.
 
     Raises:
         ValueError: The budget is larger than the targets hold, or have free, or rounds to nothing, or to no column of a target; a
             given mask does not fit; or scores cannot be computed.
     """
     avoided = avoided or {}
-    scored = targets.masks is None and config.strategy not in pattern.RANDOM_STRATEGIES
+    scored = targets.masks is None and config.strategy not in pattern.RANDOM_STRATEGIES and not (may_wait and waits(config, run))
     for site in targets.sites:
         reads_values = scored or config.preserve_zeros or site.name in avoided
         if reads_values and site.weight.is_meta:
@@ -51,9 +57,44 @@ def choose(
         return _given(config, targets, avoided)
     sizes = [_size(config, site) for site in targets.sites]
     total = _total(config, targets, sum(sizes))
+    if may_wait and waits(config, run):
+        return _keeping_places(config, targets, sizes, total, avoided)
     if scored:
         return _by_score(config, targets, sizes, total, run or Calibration(), avoided)
     return _at_random(config, targets, sizes, total, avoided)
+
+
+def waits(config: SparseConfig, run: Calibration | None = None) -> bool:
+    """Whether a configuration leaves the choice to the first training forward."""
+    known = STRATEGIES.get(config.strategy) if isinstance(config.strategy, str) else None
+    return known is not None and known.can_wait and (run is None or run.data is None)
+
+
+def _keeping_places(
+    config: SparseConfig, targets: Targets, sizes: Sequence[int], total: int, avoided: Avoided
+) -> dict[str, Tensor]:
+    """Columns as many as are to be chosen, which are there until they are."""
+    if config.scope == "global":
+        raise ValueError(
+            f"strategy {config.strategy!r} without data chooses in the first training forward, when the number of columns of "
+            "each target is settled; leave out scope='global', or give data="
+        )
+    if avoided:
+        raise ValueError(
+            f"strategy {config.strategy!r} without data knows of no entries to leave out; leave out disjoint, or give data="
+        )
+    _check_inputs(config, targets)
+    return _at_random(dataclasses.replace(config, strategy="random"), targets, sizes, total, avoided)
+
+
+def _check_inputs(config: SparseConfig, targets: Targets) -> None:
+    """Prove that targets are what a strategy that looks at inputs can score."""
+    for site in targets.sites:
+        if not has_inputs(site):
+            raise ValueError(
+                f"strategy {_called(config)!r} scores the inputs of linear layers, and {site.name} is in a "
+                f"{type(site.module).__name__}; leave it out, or choose by another strategy"
+            )
 
 
 def _size(config: SparseConfig, site: Site) -> int:
@@ -187,12 +228,8 @@ def _by_score(
         raise ValueError(
             f"strategy {_called(config)!r} needs data to calibrate on; give data=, batches with labels or with a loss_fn"
         )
-    for site in targets.sites if known.needs in INPUT_SCORES else ():
-        if not has_inputs(site):
-            raise ValueError(
-                f"strategy {_called(config)!r} scores the inputs of linear layers, and {site.name} is in a "
-                f"{type(site.module).__name__}; leave it out, or choose by another strategy"
-            )
+    if known.needs in INPUT_SCORES:
+        _check_inputs(config, targets)
     options = dict(known.options) | dict(config.strategy_options or {})
     every = _bounds(config, targets, sizes, total, avoided)
     ranking = Ranking(total - sum(bounds.least * bounds.units.size for bounds in every))

@@ -20,7 +20,7 @@ SCORES = ("activation", "token_fisher")  # fields of Stats
 
 def has_inputs(site: Site) -> bool:
     """Whether every module that holds the weight is a linear layer, which is called with the inputs that its columns read."""
-    linear = all(isinstance(module, nn.Linear) or _is_conv1d(module) for module, _ in site.owners)
+    linear = site.backend is not None or all(isinstance(module, nn.Linear) or _is_conv1d(module) for module, _ in site.owners)
     return linear and column_axis(site) is not None
 
 
@@ -39,6 +39,7 @@ class InputSums:
 
     Attributes:
         values: `[inputs]`, float64, by the name of the target.
+        called: names of the targets whose layers were called.
     """
 
     def __init__(self, sites: Sequence[Site], score: str) -> None:
@@ -46,7 +47,7 @@ class InputSums:
         self.values = {
             site.name: torch.zeros(site.shape[column_axis(site)], dtype=torch.float64, device=site.device) for site in sites
         }
-        self._called: set[str] = set()
+        self.called: set[str] = set()
         self._weight = 1.0
 
     def collect(self, model: nn.Module, batches: Batches, loss_fn: Any) -> int:
@@ -56,7 +57,7 @@ class InputSums:
             ValueError: A target was not called, or its inputs or gradients were not finite.
         """
         examples = 0
-        with self._listening():
+        with self.listening():
             for number, (count, batch) in enumerate(batches):
                 if self.score == "token_fisher":
                     self._weight = float(count) ** 2  # of the gradients of a mean over as many examples
@@ -64,12 +65,17 @@ class InputSums:
                 else:
                     _forward(model, batch, loss_fn)
                 examples += count
-        self._finish(examples)
+        self.finish(examples)
         return examples
 
-    def _finish(self, examples: int) -> None:
+    def finish(self, examples: int) -> None:
+        """Divide by the number of examples.
+
+        Raises:
+            ValueError: A target was not called, or its inputs or gradients were not finite.
+        """
         for site in self.sites:
-            if site.name not in self._called:
+            if site.name not in self.called:
                 raise ValueError(
                     f"strategy {self.score!r}: the layer of {site.name} was not called on this data (another module may read its "
                     "weight, or no token came to it); leave it out by exclude_modules, or give more data"
@@ -82,7 +88,8 @@ class InputSums:
                 )
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
+        """Inside, every call of a target's layer adds to its sums."""
         with ExitStack() as stack:
             for site in self.sites:
                 for module, _ in site.owners:
@@ -91,7 +98,7 @@ class InputSums:
             yield
 
     def _see(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
-        self._called.add(name)
+        self.called.add(name)
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if self.score == "activation":
             self._add(name, x, None)

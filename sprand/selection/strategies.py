@@ -48,6 +48,7 @@ class Strategy:
         squares: whether the score of several entries together, a column, is the sum of the squares of their scores, and not the
             sum. It is so where the score is the size of a signed number.
         columns: whether the score is one of each column of a linear layer, `[inputs]`, as the mean over its entries.
+        can_wait: whether the first training forward can choose by it, where no data is given before.
     """
 
     score: Callable[..., Tensor]
@@ -56,6 +57,7 @@ class Strategy:
     positive: bool = False
     squares: bool = False
     columns: bool = False
+    can_wait: bool = False
 
     @property
     def wants_data(self) -> bool:
@@ -67,12 +69,17 @@ STRATEGIES: dict[str, Strategy] = {}
 
 
 def strategy(
-    needs: str | None = None, positive: bool = False, squares: bool = False, columns: bool = False, **options: float
+    needs: str | None = None,
+    positive: bool = False,
+    squares: bool = False,
+    columns: bool = False,
+    can_wait: bool = False,
+    **options: float,
 ) -> Callable[[Callable], Callable]:
     """Enter a score function under its own name."""
 
     def enter(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        STRATEGIES[score.__name__] = Strategy(score, needs, options, positive, squares, columns)
+        STRATEGIES[score.__name__] = Strategy(score, needs, options, positive, squares, columns, can_wait)
         return score
 
     return enter
@@ -174,7 +181,7 @@ def lift(weight: Tensor, stats: Stats, rank: int) -> Tensor:
     return (low if wide else low.T).abs().view(weight.shape)
 
 
-@strategy(needs="activation", columns=True)
+@strategy(needs="activation", columns=True, can_wait=True)
 def activation(weight: Tensor, stats: Stats) -> Tensor:
     """Sum over tokens of x^2, of the input x that a column reads; a forward pass alone, and every token counts, padding too."""
     return stats.activation

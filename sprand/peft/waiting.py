@@ -1,0 +1,52 @@
+"""Adapters of PEFT whose columns wait for the first training forward: found, so that it can choose them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..adapters.first_forward import Door, Waiting, columns_at, doors
+from ..layers.sites import Site
+from .layer import SprandLayer
+
+
+def register() -> None:
+    """Let the first training forward of a model of PEFT find what waits."""
+    doors.append(Door(_active, _any))
+
+
+def waits(layer: SprandLayer, parameter: str, adapter_name: str) -> bool:
+    """Whether an adapter's columns of a parameter keep the place of others; what a checkpoint has brought waits no more."""
+    target = layer.sprand_targets[parameter]
+    drawn = target.waiting.get(adapter_name)
+    if drawn is None or torch.equal(columns_at(layer.sprand_site(parameter), target.indices[adapter_name]), drawn):
+        return drawn is not None
+    del target.waiting[adapter_name]
+    return False
+
+
+def _active(module: nn.Module) -> list[Waiting]:
+    return list(_of_layer(module)) if isinstance(module, SprandLayer) else []
+
+
+def _any(module: nn.Module) -> bool:
+    if not isinstance(module, SprandLayer):
+        return False
+    return any(waits(module, key, name) for key, target in module.sprand_targets.items() for name in list(target.waiting))
+
+
+def _of_layer(layer: SprandLayer) -> Iterator[Waiting]:
+    for parameter, target in layer.sprand_targets.items():
+        for name in target.active:
+            if waits(layer, parameter, name):
+                put = functools.partial(layer.sprand_put, parameter, name)
+                yield Waiting(_called(layer.sprand_site(parameter), layer), target.waiting[name].numel(), put)
+
+
+def _called(site: Site, layer: SprandLayer) -> Site:
+    """The weight with the modules that are called: of a packed one this is the layer, which reads what it stands for."""
+    return site if site.backend is None else replace(site, owners=[(layer, site.parameter)])
