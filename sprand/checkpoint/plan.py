@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..selection import pattern
 from ..selection.choose import column_shares, fewest_entries
 from ..selection.units import Units
+from .kept_inputs import Input, inputs_by_layer, kept_by_columns, kept_by_lora, kept_whole
 from .names import INPUTS, OUTPUTS
 from .shards import DTYPES, TRAINABLE
 
@@ -60,7 +61,8 @@ class Need:
         values: of trained scalars kept beside the model: deltas, LoRA's matrices, float32 copies.
         grads, moments: of the trained scalars.
         indices, base: positions, and base values of the entries.
-        activations: an estimate.
+        activations: an estimate of what every method keeps for backward.
+        inputs: of linear layers, kept for backward by this method.
         file: what is saved.
         columns: of layout `"columns"`, how many of each linear weight train, and of how many, by its name.
     """
@@ -74,13 +76,15 @@ class Need:
     indices: int = 0
     base: int = 0
     activations: int
+    inputs: int
     file: int
     columns: dict[str, tuple[int, int]] | None = None
 
     @property
     def total(self) -> int:
         """All that is in memory: everything but the file."""
-        return self.weights + self.values + self.grads + self.moments + self.indices + self.base + self.activations
+        state = self.values + self.grads + self.moments + self.indices + self.base
+        return self.weights + state + self.activations + self.inputs
 
 
 def plan(
@@ -97,8 +101,12 @@ def plan(
 
     For each trained entry sprand keeps a delta, its gradient and two moments in float32, an index of 4 bytes (8 in weights from
     2**31 entries), and the base value; LoRA four float32 values for each of its own; full fine-tuning a gradient in the weights'
-    dtype, two float32 moments, and for 16-bit weights a float32 copy. Activations are estimated: what goes into and comes out of
-    each linear layer, or with checkpointing what enters each layer and all of one; and float32 logits with their gradient.
+    dtype, two float32 moments, and for 16-bit weights a float32 copy.
+
+    What backward reads is kept. Of the inputs of linear layers that is every distinct one for single entries and full
+    fine-tuning, the trained features of it for columns, and for LoRA what `kept_inputs.kept_by_lora` says. All else is estimated,
+    and alike: what comes out of each linear layer and goes into those that read the same, or with checkpointing what enters each
+    layer and all of one; and float32 logits with their gradient.
 
     Args:
         weights: of the checkpoint.
@@ -123,12 +131,44 @@ def plan(
         raise ValueError(f"density: expected fractions in (0, 1], got {bad[0]}")
     units = columns_of(weights) if layout == pattern.COLUMNS else None
     held = sum(weight.numel * weight.itemsize for weight in weights)
-    activations = _activations(weights, targets, tokens, checkpointing)
-    needs = [_sparse(targets, density, held, activations, units) for density in densities]
+    work = Work.of(weights, targets, tokens, checkpointing)
+    needs = [_sparse(targets, density, held, work, units) for density in densities]
     if memory is not None:
-        needs.append(_largest(targets, memory, held, activations, units))
-    needs += [_lora(targets, rank, held, activations) for rank in ranks]
-    return [*needs, _full(weights, held, activations)]
+        needs.append(_largest(targets, memory, held, work, units))
+    needs += [_lora(targets, rank, held, work) for rank in ranks]
+    return [*needs, _full(weights, held, work)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step keeps for backward.
+
+    Attributes:
+        tokens: of a batch.
+        checkpointing: activations are computed again in backward.
+        activations: bytes that every method keeps.
+        layers: the distinct inputs of linear layers, by layer.
+    """
+
+    tokens: int
+    checkpointing: bool
+    activations: int
+    layers: list[list[Input]]
+
+    @classmethod
+    def of(cls, weights: Sequence[Weight], targets: Sequence[Weight], tokens: int, checkpointing: bool) -> Work:
+        """The work of a model."""
+        units = columns_of(weights)
+        layers = inputs_by_layer((weight.name, units[weight.name].count, weight.itemsize) for weight in targets)
+        return cls(tokens, checkpointing, tokens * _activations(weights, targets, layers, checkpointing), layers)
+
+    def kept(self, bytes_of: Callable[[Iterable[Input]], int]) -> int:
+        """Bytes of inputs that a method keeps: of all layers, or of the largest, which is computed again.
+
+        Args:
+            bytes_of: bytes a token that it keeps of the inputs of a layer.
+        """
+        return self.tokens * (max if self.checkpointing else sum)(map(bytes_of, self.layers))
 
 
 def columns_of(weights: Sequence[Weight]) -> dict[str, Units]:
@@ -147,15 +187,16 @@ def least_density(weights: Sequence[Weight]) -> float:
     return fewest_entries(units) / sum(unit.numel for unit in units) if units else 0.0
 
 
-def _sparse(
-    targets: Sequence[Weight], density: float, held: int, activations: int, units: dict[str, Units] | None = None
-) -> Need:
+def _sparse(targets: Sequence[Weight], density: float, held: int, work: Work, units: dict[str, Units] | None = None) -> Need:
     counts, columns = {weight: round(density * weight.numel) for weight in targets}, None
     if units is not None:
         shares = column_shares(units, round(density * sum(weight.numel for weight in targets)))
         counts = dict(zip(targets, shares, strict=True))
         columns = {weight.name: (count // units[weight.name].size, units[weight.name].count) for weight, count in counts.items()}
-    total = sum(counts.values())
+    total, inputs = sum(counts.values()), work.kept(kept_whole)
+    if columns is not None:
+        trained = {name: count for name, (count, _) in columns.items()}
+        inputs = work.kept(lambda layer: kept_by_columns(layer, trained))
     percent = f"{density:.4%}".rstrip("%").rstrip("0").rstrip(".")
     return Need(
         method=f"sprand {percent} %{' in columns' if units is not None else ''}",
@@ -167,12 +208,13 @@ def _sparse(
         moments=2 * total * WIDE,
         indices=sum(count * pattern.index_dtype(weight.numel).itemsize for weight, count in counts.items()),
         base=sum(count * weight.itemsize for weight, count in counts.items()),
-        activations=activations,
+        activations=work.activations,
+        inputs=inputs,
         file=total * WIDE,
     )
 
 
-def _lora(targets: Sequence[Weight], rank: int, held: int, activations: int) -> Need:
+def _lora(targets: Sequence[Weight], rank: int, held: int, work: Work) -> Need:
     count = rank * sum(sum(weight.shape) for weight in targets)
     return Need(
         method=f"LoRA r={rank}",
@@ -181,12 +223,13 @@ def _lora(targets: Sequence[Weight], rank: int, held: int, activations: int) -> 
         values=count * WIDE,
         grads=count * WIDE,
         moments=2 * count * WIDE,
-        activations=activations,
+        activations=work.activations,
+        inputs=work.kept(lambda layer: kept_by_lora(layer, rank)),
         file=count * WIDE,
     )
 
 
-def _full(weights: Sequence[Weight], held: int, activations: int) -> Need:
+def _full(weights: Sequence[Weight], held: int, work: Work) -> Need:
     trainable = [weight for weight in weights if weight.is_trainable]
     count = sum(weight.numel for weight in trainable)
     return Need(
@@ -196,14 +239,16 @@ def _full(weights: Sequence[Weight], held: int, activations: int) -> Need:
         values=sum(weight.numel * WIDE for weight in trainable if weight.itemsize == 2),
         grads=sum(weight.numel * weight.itemsize for weight in trainable),
         moments=2 * count * WIDE,
-        activations=activations,
+        activations=work.activations,
+        inputs=work.kept(kept_whole),
         file=held,
     )
 
 
-def _largest(targets: Sequence[Weight], memory: int, held: int, activations: int, units: dict[str, Units] | None = None) -> Need:
+def _largest(targets: Sequence[Weight], memory: int, held: int, work: Work, units: dict[str, Units] | None = None) -> Need:
     """The largest density, of three digits, whose need is within the memory."""
-    everything = _sparse(targets, 1.0, held, activations, units)
+    everything = _sparse(targets, 1.0, held, work, units)
+    activations = work.activations + (everything.inputs if units is None else 0)
     share = (memory - held - activations) / (everything.total - held - activations)
     if share <= 0:
         raise ValueError(
@@ -213,19 +258,22 @@ def _largest(targets: Sequence[Weight], memory: int, held: int, activations: int
     share = min(1.0, share)
     step = 10.0 ** (math.floor(math.log10(share)) - 2)
     density = math.floor(share / step) * step
-    while density > step and _sparse(targets, density, held, activations, units).total > memory:
+    while density > step and _sparse(targets, density, held, work, units).total > memory:
         density -= step
-    return _sparse(targets, density, held, activations, units)
+    return _sparse(targets, density, held, work, units)
 
 
-def _activations(weights: Sequence[Weight], targets: Sequence[Weight], tokens: int, checkpointing: bool) -> int:
-    layers: dict[str, list[Weight]] = {}
-    for weight in targets:
-        number = next((part for part in weight.name.split(".") if part.isdigit()), "")
-        layers.setdefault(number, []).append(weight)
-    whole = [sum(sum(weight.shape) * weight.itemsize for weight in layer) for layer in layers.values()]
-    entering = [max(min(weight.shape) * weight.itemsize for weight in layer) for layer in layers.values()]
+def _activations(
+    weights: Sequence[Weight], targets: Sequence[Weight], layers: Sequence[Sequence[Input]], checkpointing: bool
+) -> int:
+    """Bytes a token that every method keeps."""
+    named = {weight.name: weight for weight in targets}
+    of_layers = [[named[name] for one in layer for name in one.readers] for layer in layers]
+    whole = [
+        sum(sum(weight.shape) * weight.itemsize for weight in of_layer) - kept_whole(layer)
+        for of_layer, layer in zip(of_layers, layers, strict=True)
+    ]
+    entering = [max(min(weight.shape) * weight.itemsize for weight in of_layer) for of_layer in of_layers]
     kept = sum(entering) + max(whole) if checkpointing else sum(whole)
     vocabulary = max((weight.shape[0] for weight in weights if weight.name.endswith((*OUTPUTS, *INPUTS))), default=0)
-    logits = 2 * WIDE * vocabulary
-    return tokens * (kept + logits)
+    return kept + 2 * WIDE * vocabulary

@@ -18,7 +18,7 @@ from .table import UNITS, print_table, size_text
 
 BYTES = UNITS | {"": 1, "B": 1, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DENSITIES = (0.001, 0.01, 0.05)
-STATE, ENTRIES = ("values", "grads", "moments"), ("indices", "base")
+STATE = ("values", "grads", "moments", "indices", "base")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -30,7 +30,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "fine-tuning with AdamW. Nothing is loaded; of a model on the Hub only the headers are fetched.",
         epilog="sprand: delta, gradient and two moments in float32, index, and base value of each entry. LoRA: four float32 of "
         "each of its values. Full: gradients in the weights' dtype, two float32 moments, a float32 copy of 16-bit weights. "
-        "Activations are a rough estimate, the same for all; what the GPU's kernels and libraries take comes on top. "
+        "Inputs of linear layers that backward reads are kept: every distinct one; for columns what they read of it; for LoRA "
+        "over 16-bit weights a float32 copy for each layer. Other activations are a rough estimate, the same for all; what the "
+        "GPU's kernels and libraries take comes on top. "
         "Linear layers are those without the output head.",
         examples="""
             sprand plan openai-community/gpt2
@@ -74,8 +76,9 @@ def run(options: argparse.Namespace) -> int:
     weights, activations = size_text(needs[0].weights), size_text(needs[0].activations)
     print(f"{total:,} parameters, {targets:,} of them in linear layers")
     print(f"all hold {weights} of weights and about {activations} of activations ({options.tokens:,} tokens)\n")
-    print_table([("method", "trained", "state", "entries", "total", "file"), *map(_row, needs)])
-    print("\nstate: values, gradients and moments; entries: indices and base values")
+    print_table([("method", "trained", "state", "inputs", "total", "file"), *map(_row, needs)])
+    print("\nstate: values, gradients, moments, indices, and base values of entries")
+    print("inputs: of linear layers, kept for backward")
     in_columns = [need for need in needs if need.columns is not None]
     if in_columns:
         print("\ncolumns of each weight that train\n")
@@ -105,8 +108,8 @@ def _of_columns(needs: Sequence[Need]) -> Iterator[tuple[str, ...]]:
 
 
 def _row(need: Need) -> tuple[str, ...]:
-    state, entries = (sum(getattr(need, part) for part in parts) for parts in (STATE, ENTRIES))
-    return need.method, f"{need.trained:,}", *map(size_text, (state, entries, need.total, need.file))
+    state = sum(getattr(need, part) for part in STATE)
+    return need.method, f"{need.trained:,}", *map(size_text, (state, need.inputs, need.total, need.file))
 
 
 def _bytes(text: str) -> int:
