@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -26,6 +27,7 @@ from models import tokens_and_labels
 
 WORLD = 2
 LR = 1e-2
+IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "sprand.peft"]  # once, and not by each rank
 
 
 class Net(nn.Module):
@@ -131,13 +133,22 @@ def _one_rank(rank, port, folder, module, names):
     dist.destroy_process_group()
 
 
+def start(function, args=(), nprocs=WORLD) -> None:
+    """As `torch.multiprocessing.spawn`, of ranks that are forked from a process that has imported what takes seconds."""
+    method = "spawn"
+    if sys.platform == "linux" and not torch.cuda.is_available():  # a context of CUDA is lost in a fork
+        method = "forkserver"
+        multiprocessing.set_forkserver_preload(IMPORTED)
+    mp.start_processes(function, args, nprocs, start_method=method)
+
+
 def run(module: str, names, folder: Path) -> list[dict[str, str | None]]:
     """Run functions `name(rank, folder)` of a test module on two ranks: by rank, each one's traceback, or None."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     try:
-        mp.spawn(_one_rank, (port, str(folder), module, list(names)), nprocs=WORLD)
+        start(_one_rank, (port, str(folder), module, list(names)))
     except Exception as error:  # one rank's failed check may bring the other one down in a collective
         print(error)
     return [json.loads(path.read_text()) if path.exists() else {} for path in (folder / f"{rank}.json" for rank in range(WORLD))]

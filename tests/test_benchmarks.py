@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+import ranks
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -165,6 +167,7 @@ def test_wire_counts_what_each_method_sends(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(BENCHMARKS)
     import bench_wire
 
+    monkeypatch.setattr(bench_wire.mp, "spawn", ranks.start)
     assert bench_wire.main(["--quick", "--out", str(tmp_path)]) == 0
     rows = {(row["strategy"], row["method"]): row for row in read(tmp_path / "wire.csv")}
     assert set(rows) == {(strategy, method) for strategy in ("ddp", "fsdp2") for method in ("sprand@0.01", "lora", "full")}

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import ranks
 import sprand
 from dynamic_masks import LR, MODES, Drawn, train
 from models import MLP, assert_same_bits, bits, built, points_and_labels
@@ -91,7 +91,7 @@ def test_ranks_move_the_mask_alike_and_by_all_gradients(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
+    ranks.start(one_rank, (port, str(tmp_path)))
     for density in (0.2, 0.5):
         first, second = (torch.load(tmp_path / f"{rank} {density}.pt") for rank in range(2))
         assert_same_bits(first, second)
