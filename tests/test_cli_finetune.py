@@ -75,17 +75,33 @@ def test_the_adapter_loads_into_the_model_it_describes(bert, rows, tmp_path):
     assert all(torch.equal(base[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resume_in_a_new_process_is_exact(bert, rows, tmp_path, accumulation):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    asked = ["finetune", "--model", bert, "--train", rows, "--density", 0.05, "--batch-size", 8, "--max-steps", 14]
-    asked = [*map(str, [*asked, "--grad-accumulation", accumulation, "--checkpoint-every", 7])]
-    assert main.run([*asked, "--out", str(whole)]) == 0
-    half = whole / "checkpoints" / "step-00000007.safetensors"
-    command = [sys.executable, "-m", "sprand", *asked, "--out", str(resumed), "--resume", str(half)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+RESUMES = """
+import json, sys
+from sprand.cli import main
+sys.exit(any([main.run(arguments) for arguments in json.loads(sys.argv[1])]))
+"""
+ACCUMULATIONS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def resumed_in_a_new_process(bert, rows, tmp_path_factory):
+    """By accumulated batches: the folder of a whole run, and that of one resumed from its half; one process resumes all."""
+    folder, runs, resumes = tmp_path_factory.mktemp("resumed"), {}, []
+    for accumulation in ACCUMULATIONS:
+        whole, resumed = runs[accumulation] = folder / f"whole {accumulation}", folder / f"resumed {accumulation}"
+        asked = ["finetune", "--model", bert, "--train", rows, "--density", 0.05, "--batch-size", 8, "--max-steps", 14]
+        asked = [*map(str, [*asked, "--grad-accumulation", accumulation, "--checkpoint-every", 7])]
+        assert main.run([*asked, "--out", str(whole)]) == 0
+        resumes.append([*asked, "--out", str(resumed), "--resume", str(whole / "checkpoints" / "step-00000007.safetensors")])
+    done = subprocess.run([sys.executable, "-c", RESUMES, json.dumps(resumes)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "7 steps done" in done.stdout
+    assert done.stdout.count("7 steps done") == len(ACCUMULATIONS)
+    return runs
+
+
+@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
+def test_resume_in_a_new_process_is_exact(resumed_in_a_new_process, accumulation):
+    whole, resumed = resumed_in_a_new_process[accumulation]
     a, b = (states.read(out / "checkpoints" / "step-00000014.safetensors", training_checkpoints.KIND) for out in (whole, resumed))
     assert a["trained"].keys() == b["trained"].keys()
     assert all(torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"])

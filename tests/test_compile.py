@@ -19,7 +19,7 @@ class Tower(nn.Module):
 
     def __init__(self, conv1d: type[nn.Module] | None) -> None:
         super().__init__()
-        self.embed = nn.Embedding(30, 16)
+        self.embed = nn.Embedding(30, 16, padding_idx=4)
         self.linear = nn.Linear(16, 24)
         self.transposed = conv1d(16, 24) if conv1d is not None else nn.Linear(24, 16)
         self.conv = nn.Conv2d(1, 4, 3, padding=1)

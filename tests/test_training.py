@@ -316,39 +316,6 @@ def test_autocast_equals_a_dense_layer_under_autocast():
     torch.testing.assert_close(model.second.sprand_delta.grad, wanted, rtol=2**-7, atol=wanted.abs().max().item() * 2**-7)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_training_equals_eager(backend):
-    x, y = points_and_labels()
-    eager, compiled = (sprand.apply(built(MLP), density=0.3) for _ in range(2))
-    fast = torch.compile(compiled, fullgraph=True, backend=backend)
-    for model, run in ((eager, eager), (compiled, fast)):
-        optimizer = torch.optim.AdamW(sprand.parameters(model), lr=1e-2, fused=True)
-        for _ in range(4):
-            F.cross_entropy(run(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    for a, b in zip(sprand.parameters(eager), sprand.parameters(compiled), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        assert b.abs().sum() > 0
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_embedding_trains_as_eager(backend):
-    tokens = torch.randint(0, 30, (8, 20), generator=torch.Generator().manual_seed(0))
-    model = nn.Sequential(nn.Embedding(30, 16, padding_idx=4), nn.Tanh(), nn.Linear(16, 30))
-    eager, compiled = (sprand.apply(copy.deepcopy(model), density=0.4, target_modules=["0", "2"]) for _ in range(2))
-    fast = torch.compile(compiled, fullgraph=True, backend=backend)
-    for model, run in ((eager, eager), (compiled, fast)):
-        optimizer = torch.optim.AdamW(sprand.parameters(model), lr=1e-2)
-        for _ in range(4):
-            F.cross_entropy(run(tokens).flatten(0, 1), tokens.roll(1, 1).flatten()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    for a, b in zip(sprand.parameters(eager), sprand.parameters(compiled), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        assert b.abs().sum() > 0
-
-
 def test_tied_weights_train_once_and_get_both_gradients():
     model = built(Tied).double()
     dense = copy.deepcopy(model)
