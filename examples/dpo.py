@@ -6,10 +6,12 @@ import tempfile
 
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import DPOConfig, DPOTrainer
 
+import sprand
 from sprand.peft import SprandConfig
 
 NUMBERS = [str(i) for i in range(40)]
@@ -39,13 +41,14 @@ def pretrained() -> LlamaForCausalLM:
 def main(folder: str) -> None:
     """Train the preference of a model, and ask the trained model and its reference."""
     set_seed(0)
+    model = get_peft_model(pretrained(), SprandConfig(density=0.05))
     args = DPOConfig(
-        folder, max_steps=40, per_device_train_batch_size=16, learning_rate=1e-2, report_to="none", use_cpu=True, seed=0,
-        disable_tqdm=True, logging_steps=20, logging_first_step=True, save_strategy="no", bf16=False,
+        folder, max_steps=40, per_device_train_batch_size=16, learning_rate=sprand.suggest_lr(model), report_to="none", seed=0,
+        use_cpu=True, disable_tqdm=True, logging_steps=20, logging_first_step=True, save_strategy="no", bf16=False,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": NUMBERS[4:36], "chosen": UP, "rejected": DOWN})
-    words, config = tokenizer(), SprandConfig(density=0.05)
-    trainer = DPOTrainer(pretrained(), args=args, train_dataset=data, processing_class=words, peft_config=config)
+    words = tokenizer()
+    trainer = DPOTrainer(model, args=args, train_dataset=data, processing_class=words)
     trainer.train()
     print(f"the first loss, which should be ln 2: {trainer.state.log_history[0]['loss']:.6f}")
     prompt = {"input_ids": torch.tensor([words.encode("20")]), "max_new_tokens": 3, "do_sample": False}

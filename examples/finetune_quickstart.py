@@ -35,7 +35,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2)
     sprand.apply(model, density=0.01, modules_to_save=["classifier"])
     sprand.print_trainable_parameters(model)
-    optimizer = sprand.SparseAdamW(model, lr=3e-3)
+    optimizer = sprand.SparseAdamW(model, lr=sprand.suggest_lr(model))
     for step in range(15):
         loss = model(**{k: v[train] for k, v in inputs.items()}, labels=labels[train]).loss
         loss.backward()
