@@ -261,12 +261,14 @@ def test_the_rank_that_vllm_is_started_with(tmp_path, rank, started_with):
 def test_what_vllm_does_not_serve_is_said(tmp_path):
     layers = {"up": nn.Linear(600, 4), "conv": nn.Conv1d(8, 4, 3), "embed": nn.Embedding(9, 8), "lm_head": nn.Linear(8, 9)}
     model = nn.ModuleDict(layers)
-    config = peft.LoraConfig(r=8, rank_pattern={"up": 573}, target_modules=["up", "conv", "embed", "lm_head"])
+    targets = ["up", "conv", "embed", "lm_head"]
+    config = peft.LoraConfig(r=8, rank_pattern={"up": 573}, target_modules=targets, bias="lora_only")
     peft.get_peft_model(model, config).save_pretrained(tmp_path, save_embedding_layers=False)
     options = vllm_options(tmp_path)
     assert options.command is None and options.max_lora_rank is None
     said = "\n".join(options.unserved)
     assert "vLLM takes ranks up to 512, and this adapter has 573: train fewer columns" in said
+    assert "vLLM takes no adapter with DoRA or trained biases: merge it (sprand merge)" in said
     assert "vLLM has no LoRA for convolutions (conv): merge it (sprand merge)" in said
     assert "vLLM serves a LoRA of lm_head, embed for models only whose embedding_modules list it" in said
     sprand.save(sprand.apply(llama(), density=0.1), tmp_path / "entries")

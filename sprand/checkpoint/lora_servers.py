@@ -77,6 +77,8 @@ def _refused(settings: dict[str, Any], factors: dict[str, int], rank: int, fitti
     if settings.get("modules_to_save"):
         modules = ", ".join(settings["modules_to_save"])
         refused.append(f"vLLM takes no adapter with modules trained in full ({modules}): {instead}")
+    if settings.get("use_dora") or settings.get("bias", "none") != "none":
+        refused.append(f"vLLM takes no adapter with DoRA or trained biases: {instead}")
     convolutions = [name for name, dimensions in factors.items() if dimensions > 2]
     if convolutions:
         refused.append(f"vLLM has no LoRA for convolutions ({', '.join(convolutions)}): {instead}")
