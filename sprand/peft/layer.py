@@ -74,7 +74,7 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         live.copy_(indices)
         target.indices.replaced.add(adapter_name)
         target.waiting.pop(adapter_name, None)
-        target.forget()
+        target.forget_positions(adapter_name)
         if self.quantization_backend is None and weight is not None:
             target.read_base(weight)
 

@@ -34,9 +34,7 @@ def _active(module: nn.Module) -> list[Waiting]:
 
 
 def _any(module: nn.Module) -> bool:
-    if not isinstance(module, SprandLayer):
-        return False
-    return any(waits(module, key, name) for key, target in module.sprand_targets.items() for name in list(target.waiting))
+    return isinstance(module, SprandLayer) and any(target.waiting for target in module.sprand_targets.values())
 
 
 def _of_layer(layer: SprandLayer) -> Iterator[Waiting]:
