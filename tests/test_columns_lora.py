@@ -271,6 +271,11 @@ def test_what_vllm_does_not_serve_is_said(tmp_path):
     assert "vLLM takes no adapter with DoRA or trained biases: merge it (sprand merge)" in said
     assert "vLLM has no LoRA for convolutions (conv): merge it (sprand merge)" in said
     assert "vLLM serves a LoRA of lm_head, embed for models only whose embedding_modules list it" in said
+    tasks = peft.LoraConfig(target_modules=["up"], modules_to_save=["score"])
+    peft.get_peft_model(nn.ModuleDict({"up": nn.Linear(8, 4), "score": nn.Linear(4, 2)}), tasks).save_pretrained(
+        tmp_path / "task"
+    )
+    assert vllm_options(tmp_path / "task").unserved == ()
     sprand.save(sprand.apply(llama(), density=0.1), tmp_path / "entries")
     with pytest.raises(ValueError, match="is of type SPRAND, expected LORA; sprand export --to lora makes one"):
         vllm_options(tmp_path / "entries")

@@ -14,6 +14,7 @@ from ..files.described import header_of, parse, read_json
 from .names import OUTPUTS
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks of vllm/config/lora.py
+VLLM_IN_FULL = ("classifier", "score")  # which vLLM takes of an adapter as they are, for classification
 HEADS = tuple(name.removesuffix(".weight") for name in OUTPUTS)
 
 
@@ -74,9 +75,9 @@ def _refused(settings: dict[str, Any], factors: dict[str, int], rank: int, fitti
             f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this adapter has {rank}: train fewer columns of such weights, or "
             + instead
         )
-    if settings.get("modules_to_save"):
-        modules = ", ".join(settings["modules_to_save"])
-        refused.append(f"vLLM takes no adapter with modules trained in full ({modules}): {instead}")
+    in_full = [name for name in settings.get("modules_to_save") or () if name not in VLLM_IN_FULL]
+    if in_full:
+        refused.append(f"vLLM takes no adapter with modules trained in full ({', '.join(in_full)}): {instead}")
     if settings.get("use_dora") or settings.get("bias", "none") != "none":
         refused.append(f"vLLM takes no adapter with DoRA or trained biases: {instead}")
     convolutions = [name for name, dimensions in factors.items() if dimensions > 2]
