@@ -15,8 +15,9 @@ from torch import Tensor, nn
 VOCABULARY = 1024
 LEARNING_RATE = 1e-3
 PEER_DENSITY = 0.01
+OURS = {"sprand": ("sprand", "unstructured"), "sprand-columns": ("sprand, columns", "columns")}  # label and layout
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-METHODS = ("frozen", "sprand", "lora", "lora-bf16", "shira", "peft-sparta", "supertuning", "full")
+METHODS = ("frozen", "sprand", "sprand-columns", "lora", "lora-bf16", "shira", "peft-sparta", "supertuning", "full")
 ON_PEFT = ("frozen", "shira", "shira-accelerated", "supertuning", "supertuning-accelerated", "sprand-peft")
 
 Attach = Callable[[nn.Module], tuple[nn.Module, torch.optim.Optimizer | None]]
@@ -152,11 +153,15 @@ def fresh(base: nn.Module) -> nn.Module:
 
 
 def expand(names: Sequence[str], densities: Sequence[float], dtype: str) -> list[Method]:
-    """The methods to run, `sprand` once per density, peers at the count of `PEER_DENSITY`."""
+    """The methods to run, those of `OURS` once per density, peers at the count of `PEER_DENSITY`."""
     methods = []
     for name in names:
-        if name == "sprand":
-            methods += [Method(f"sprand@{d:g}", f"sprand {100 * d:g} %", d, partial(attach_sprand, density=d)) for d in densities]
+        if name in OURS:
+            label, layout = OURS[name]
+            methods += [
+                Method(f"{name}@{d:g}", f"{label} {100 * d:g} %", d, partial(attach_sprand, density=d, layout=layout))
+                for d in densities
+            ]
         elif name != "lora-bf16" or dtype == "bf16":
             label, density, attach = PEERS[name]
             methods.append(Method(name, label, density, attach))
@@ -179,11 +184,11 @@ def attach_full(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, adamw(model.parameters())
 
 
-def attach_sprand(model: nn.Module, density: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+def attach_sprand(model: nn.Module, density: float, layout: str = "unstructured") -> tuple[nn.Module, torch.optim.Optimizer]:
     """This project, with its own optimizer."""
     import sprand
 
-    model = sprand.apply(model, density=density, seed=0)
+    model = sprand.apply(model, density=density, layout=layout, seed=0)
     return model, sprand.SparseAdamW(model, lr=LEARNING_RATE)
 
 

@@ -24,14 +24,20 @@ def assert_close(model, expected):
 
 
 def compiled_layers_read_trained_weights_in_backward(rank, folder):
-    """Inductor writes into the gathered weight, and its backward of a convolution or a norm reads it, gathered anew."""
-    model = made()
-    for layer in (model.conv, model.norm):
-        layer.compile(fullgraph=True)
-        fully_shard(layer, reshard_after_forward=True)
-    fully_shard(model)
-    train(model, adamw(model), HALVES[rank : rank + 1], steps=3)
-    assert_close(model, trained_alone(steps=3))
+    """Inductor writes into the gathered weight, and the backward of each layer reads it, gathered anew."""
+    for layout in ("unstructured", "columns"):
+        torch.compiler.reset()
+
+        def make(layout=layout):
+            return made(**TARGETS | {"layout": layout})
+
+        model = make()
+        for layer in (model.linear, model.conv, model.norm):
+            layer.compile(fullgraph=True)
+            fully_shard(layer, reshard_after_forward=True)
+        fully_shard(model)
+        train(model, adamw(model), HALVES[rank : rank + 1], steps=3)
+        assert_close(model, trained_alone(make, steps=3))
 
 
 def compiled_layers_of_peft_do_so_too(rank, folder):

@@ -53,6 +53,18 @@ def every_resharding_trains_as_one_process(rank, folder):
         assert_same_training(trained_sharded(rank, again), alone)
 
 
+def whole_columns_train_as_one_process(rank, folder):
+    """Each rank gathers weights and shards deltas; which features of an input are kept is known to it as to one process."""
+
+    def make():
+        return made(**TARGETS | {"layout": "columns"})
+
+    model = sharded(make())
+    train(model, adamw(model), HALVES[rank : rank + 1])
+    assert_same_training(model, trained_alone(make))
+    assert model.linear.sparse_entries().whole.columns is not None
+
+
 def sparse_adamw_steps_shards_as_fused_adamw_does(rank, folder):
     """Sharded deltas take torch's fused AdamW, whose last bit depends on where in a vector register an element lies."""
 
@@ -300,7 +312,7 @@ def a_copy_follows_the_shards(rank, folder):
 
 
 CHECKS = (
-    every_resharding_trains_as_one_process, sparse_adamw_steps_shards_as_fused_adamw_does,
+    every_resharding_trains_as_one_process, whole_columns_train_as_one_process, sparse_adamw_steps_shards_as_fused_adamw_does,
     clipping_and_scaling_know_the_whole_norm, mixed_precision_computes_in_what_it_says, state_dicts_hold_the_trained_weights,
     a_resumed_run_goes_on_exactly, a_sharded_model_takes_a_new_base,
     a_model_may_be_filled_after_it_is_sharded, adapters_are_saved_from_shards, disabled_is_the_base_model,

@@ -252,15 +252,7 @@ class _Linear(torch.autograd.Function):
         use.begin_backward()
         grad_input = grad_bias = grad_delta = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
-        if ctx.needs_input_grad[0]:
-            if is_compiling:  # a write of its own would be moved to forward, which would keep a copy of the weight for it
-                grad_rows = Entries(delta, indices, base, use.scale).input_grad(rows, weight, product.transposed)
-            else:
-                grad_rows = rows @ product.rows_of(weight)
-            grad_input = grad_rows.view(*grad_output.shape[:-1], grad_rows.shape[-1])
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3]:  # first: what comes from the layer behind is in the cache still
             columns = kept.reshape(-1, kept.shape[-1])
             left, right = (columns, rows) if product.transposed else (rows, columns)
             if ctx.is_packed:
@@ -270,6 +262,14 @@ class _Linear(torch.autograd.Function):
             grad_delta = use.to_delta(sampled, delta)
             if use.candidates is not None:
                 use.candidates.add_linear(left, right)
+        if ctx.needs_input_grad[0]:
+            if is_compiling:  # a write of its own would be moved to forward, which would keep a copy of the weight for it
+                grad_rows = Entries(delta, indices, base, use.scale).input_grad(rows, weight, product.transposed)
+            else:
+                grad_rows = rows @ product.rows_of(weight)
+            grad_input = grad_rows.view(*grad_output.shape[:-1], grad_rows.shape[-1])
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
         return grad_input, None, grad_bias, grad_delta, None, None, None, None, None
 
 
