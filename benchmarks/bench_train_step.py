@@ -134,9 +134,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: does it run at all?")
     options = parser.parse_args(argv)
     if options.quick:
-        options.widths, options.tokens, options.layers, options.densities = [64], 64, 1, [PEER_DENSITY]
+        options.widths, options.tokens, options.layers, options.densities = [128], 64, 1, [PEER_DENSITY]
         options.repeats, options.warmup, options.dtypes = 2, 1, ["fp32"]
-        options.memory_width, options.memory_layers, options.memory_tokens = 64, 1, [64]
+        options.memory_width, options.memory_layers, options.memory_tokens = 128, 1, [64]
         options.memory_steps, options.memory_repeats, options.checkpointing = 2, 1, [0]
     if min(options.repeats, options.memory_repeats, options.tokens) < 1 or options.warmup < 0:
         parser.error("expected at least one repeat and one token")
