@@ -110,9 +110,10 @@ def test_a_base_that_was_evaluated_before_it_is_wrapped_gives_the_output_of_its_
         assert torch.equal(logits(model.unload()), before)
 
 
+@pytest.mark.parametrize("layout", ["unstructured", "columns"])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_gradient_is_that_of_the_dequantized_weight(kind):
-    model = peft.get_peft_model(quantized(kind), SprandConfig(density=0.2, target_modules=["down_proj"]))
+def test_the_gradient_is_that_of_the_dequantized_weight(kind, layout):
+    model = peft.get_peft_model(quantized(kind), SprandConfig(density=0.2, target_modules=["down_proj"], layout=layout))
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     target = layer.sprand_targets["weight"]
     torch.manual_seed(0)
@@ -135,13 +136,14 @@ def test_the_gradient_is_that_of_the_dequantized_weight(kind):
     assert ours <= 2 * torchs
 
 
-def test_what_backward_keeps_is_no_dense_weight():
-    model = peft.get_peft_model(quantized("nf4"), SprandConfig(density=0.1, target_modules=["down_proj"]))
+@pytest.mark.parametrize("layout, features", [("unstructured", INNER), ("columns", round(0.1 * INNER))])
+def test_what_backward_keeps_is_no_dense_weight(layout, features):
+    model = peft.get_peft_model(quantized("nf4"), SprandConfig(density=0.1, target_modules=["down_proj"], layout=layout))
     layer, shapes = model.base_model.model.model.layers[0].mlp.down_proj, []
     x = torch.randn(3, INNER, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
         layer(x)
-    assert (WIDTH, INNER) not in shapes and (3, INNER) in shapes
+    assert (WIDTH, INNER) not in shapes and [shape for shape in shapes if shape[0] == 3] == [(3, features)]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -221,7 +223,8 @@ class Opaque(nn.Module):
         return nn.functional.linear(x, self.qweight)
 
 
-def test_a_format_that_cannot_be_dequantized_gains_a_sparse_product(monkeypatch):
+@pytest.mark.parametrize("layout", ["unstructured", "columns"])
+def test_a_format_that_cannot_be_dequantized_gains_a_sparse_product(monkeypatch, layout):
     from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 
     from sprand.peft import plan
@@ -234,7 +237,7 @@ def test_a_format_that_cannot_be_dequantized_gains_a_sparse_product(monkeypatch)
     )
     opaque, dense = built(MLP), built(MLP)
     opaque.second = Opaque(opaque.second)
-    fields = {"density": 0.2, "target_modules": ["second"]}
+    fields = {"density": 0.2, "target_modules": ["second"], "layout": layout}
     ours, reference = peft.get_peft_model(opaque, SprandConfig(**fields)), peft.get_peft_model(dense, SprandConfig(**fields))
     assert_same_bits(positions(ours), positions(reference))
     x = torch.randn(7, 16)
