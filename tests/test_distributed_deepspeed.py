@@ -12,7 +12,7 @@ from torch import nn
 import ranks
 import sprand
 from models import assert_same_bits, tokens_and_labels
-from ranks import HALVES, LR, Net, adamw, assert_same_training, made, train, trained_alone
+from ranks import HALVES, LR, TARGETS, Net, adamw, assert_same_training, made, train, trained_alone
 from sprand.layers.sharding import whole
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -67,6 +67,18 @@ def every_stage_trains_as_one_process(rank, folder):
         model = made()
         go(engine(model, adamw(model), stage), rank)
         assert_same_training(model, alone)
+
+
+def whole_columns_train_as_one_process(rank, folder):
+    def make():
+        return made(**TARGETS | {"layout": "columns"})
+
+    alone = trained_alone(make)
+    for stage in (2, 3):
+        model = make()
+        go(engine(model, adamw(model), stage), rank)
+        assert_same_training(model, alone)
+        assert model.linear.sparse_entries().whole.columns is not None
 
 
 def sparse_adamw_steps_as_fused_adamw_does(rank, folder):
@@ -190,9 +202,9 @@ def zero_3_suggests_the_rate_of_one_process(rank, folder):
 
 
 CHECKS = (
-    every_stage_trains_as_one_process, sparse_adamw_steps_as_fused_adamw_does, sparse_adamw_is_asked_for_by_a_flag,
-    adapters_are_saved, a_checkpoint_resumes_exactly, zero_3_refuses_what_it_cannot_do, zero_3_is_disabled_exactly,
-    bfloat16_models_train, zero_3_suggests_the_rate_of_one_process,
+    every_stage_trains_as_one_process, whole_columns_train_as_one_process, sparse_adamw_steps_as_fused_adamw_does,
+    sparse_adamw_is_asked_for_by_a_flag, adapters_are_saved, a_checkpoint_resumes_exactly, zero_3_refuses_what_it_cannot_do,
+    zero_3_is_disabled_exactly, bfloat16_models_train, zero_3_suggests_the_rate_of_one_process,
 )  # fmt: skip
 
 test_two_ranks = ranks.test_of(CHECKS)
