@@ -22,7 +22,6 @@ OPS = (
     "sddmm", "linear_grad", "linear_input_grad", "embedding_grad", "gather", "patch_", "patch_all_", "scatter_add_all_",
     "sparse_adamw_", "stratified_indices_", "uniform_indices_",
 )  # fmt: skip
-LAYOUTS = ("unstructured", "run2", "run4", "run8")
 TOKEN_OPS = ("sddmm", "linear_grad", "linear_input_grad", "embedding_grad")
 FOR_ALL = ("patch_all_", "scatter_add_all_", "sparse_adamw_")  # operators on TARGETS equal weights in one call
 TARGETS = 8
@@ -42,9 +41,8 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Problem:
-    """One weight and everything that the operators take beside it; as many positions in each of some layouts."""
+    """One weight and everything that the operators take beside it."""
 
-    layouts: dict[str, torch.Tensor]
     weight: torch.Tensor
     indices: torch.Tensor
     base: torch.Tensor
@@ -53,33 +51,28 @@ class Problem:
     input: torch.Tensor
 
     @classmethod
-    def of(
-        cls, shape: tuple[int, int], density: float, dtype: torch.dtype, tokens: int, layouts: Sequence[str] = LAYOUTS[:1]
-    ) -> Problem:
+    def of(cls, shape: tuple[int, int], density: float, dtype: torch.dtype, tokens: int) -> Problem:
         from sprand.kernels import ops
         from sprand.selection import pattern
 
         generator = torch.Generator().manual_seed(0)
         rows, cols = shape
-        run = max(math.prod(pattern.run_of(layout, shape)) for layout in layouts)
-        nnz = max(round(rows * cols * density) // run, 1) * run
-        drawn = {layout: pattern.draw("random", "", shape, nnz, 1, layout=layout) for layout in layouts}
-        indices = next(iter(drawn.values()))
+        indices = pattern.draw("random", "", shape, max(round(rows * cols * density), 1), 1)
         weight = torch.randn(shape, generator=generator).to(dtype)
         delta = torch.randn(indices.shape, generator=generator) * 0.01
         sides = [torch.randn((tokens, size), generator=generator).to(dtype) for size in shape]
-        return cls(drawn, weight, indices, ops.gather(weight, indices), delta, *sides)
+        return cls(weight, indices, ops.gather(weight, indices), delta, *sides)
 
 
 def contestants(op: str, p: Problem) -> dict[str, Call]:
-    """Ours first, in each layout, then ways to do the same in plain PyTorch, with int64 indices, as it likes them best."""
+    """Ours first, then ways to do the same in plain PyTorch, with int64 indices, as it likes them best."""
     from sprand.kernels import ops
 
     flat, wide = p.weight.view(-1), p.indices.long()
     nnz, dtype = len(wide), p.weight.dtype
     if op == "sddmm":
         return {
-            **{_ours(layout): _sddmm(p, indices) for layout, indices in p.layouts.items()},
+            "sprand": lambda: ops.sddmm(p.grad_output, p.input, p.indices),
             "matmul + index_select": lambda: (p.grad_output.t() @ p.input).view(-1).index_select(0, wide).float(),
         }
     if op == "linear_grad":
@@ -133,16 +126,6 @@ def contestants(op: str, p: Problem) -> dict[str, Call]:
         "sprand": lambda: ops.uniform_indices_(drawn, flat.numel(), 7),
         "randperm": lambda: torch.randperm(flat.numel())[:nnz],
     }
-
-
-def _ours(layout: str) -> str:
-    return "sprand" if layout == "unstructured" else f"sprand, {layout}"
-
-
-def _sddmm(p: Problem, indices: torch.Tensor) -> Call:
-    from sprand.kernels import ops
-
-    return lambda: ops.sddmm(p.grad_output, p.input, indices)
 
 
 def copies(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -218,14 +201,12 @@ def alternate(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def time_op(
-    op: str, shape: tuple[int, int], density: float, dtype: str, tokens: int, repeats: int, layouts: Sequence[str]
-) -> list[Row]:
+def time_op(op: str, shape: tuple[int, int], density: float, dtype: str, tokens: int, repeats: int) -> list[Row]:
     """One row per contestant; the rows of sprand carry `speedup`, against the fastest other of the same run."""
     from sprand import native
 
-    p = Problem.of(shape, density, DTYPES[dtype], tokens, layouts if op == "sddmm" else LAYOUTS[:1])
-    layout_of = {_ours(layout): layout for layout in p.layouts}
+    p = Problem.of(shape, density, DTYPES[dtype], tokens)
+    layout_of = {"sprand": "unstructured"}
     targets = TARGETS if op in FOR_ALL else 1
     rows: list[dict[str, object]] = []
     for name, taken in alternate(contestants(op, p), repeats).items():
@@ -267,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.say(f"{op}, {dtype}")
             lines = []
             for shape, density in problems:
-                here = time_op(op, shape, density, dtype, options.tokens, options.repeats, options.layouts)
+                here = time_op(op, shape, density, dtype, options.tokens, options.repeats)
                 rows += here
                 lines += summary_lines(here)
                 bar.advance()
@@ -295,7 +276,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=[shape_of(s) for s in shapes], help="out x in")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01, 0.05])
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of sddmm; others are unstructured")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=20, help="samples per contestant")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -16,16 +16,16 @@ from sprand.selection import pattern
 INK, FROZEN, CHOSEN, SECOND = "#1f2933", "#dfe5ec", "#d9480f", "#1971c2"
 IMAGES = Path(__file__).parent / "images"
 SHAPE = (24, 48)
-DRAWS = (("random", "unstructured"), ("uniform", "unstructured"), ("random", "run4"), ("random", "run8"))
+DRAWS = (("random", "unstructured"), ("uniform", "unstructured"), ("random", "columns"))
 
 
 def positions() -> Path:
     """One draw of each kind, a twelfth of a small weight."""
-    figure, axes = plt.subplots(1, len(DRAWS), figsize=(13.5, 2.3))
+    figure, axes = plt.subplots(1, len(DRAWS), figsize=(10.1, 2.3))
     colours = matplotlib.colors.ListedColormap([FROZEN, CHOSEN])
     for axis, (strategy, layout) in zip(axes, DRAWS, strict=True):
         chosen = torch.zeros(SHAPE).flatten()
-        chosen[pattern.draw(strategy, "weight", SHAPE, 96, seed=0, layout=layout).long()] = 1
+        chosen[pattern.draw(strategy, "weight", SHAPE, 96, seed=0, layout=layout, axis=1).long()] = 1
         axis.pcolormesh(chosen.view(SHAPE).flip(0), cmap=colours, edgecolors="white", linewidth=0.4)
         axis.set_title(f'strategy="{strategy}"' if layout == "unstructured" else f'layout="{layout}"', fontsize=10, color=INK)
         axis.set_aspect("equal")

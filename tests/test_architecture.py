@@ -147,14 +147,12 @@ def test_kernels_know_tensors_only():
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)
 def test_one_operator_is_one_name_in_five_places(op):
-    assert hasattr(ops, op) or op in ops.CUDA_ONLY
+    assert hasattr(ops, op)
     assert re.search(rf"^def {op}\(", (PACKAGE / "kernels" / "reference.py").read_text(), re.M)
-    left_out = ("cpu",) if op in ops.CUDA_ONLY else ops.ON_BLAS.get(op, ())
-    for folder in sorted({"cpu", "cuda"} - set(left_out)):
+    for folder in sorted({"cpu", "cuda"} - set(ops.ON_BLAS.get(op, ()))):
         text = "".join(path.read_text() for path in sorted((ROOT / "csrc" / folder).glob("*.cpp")))
         assert f'm.impl("{op}"' in text, f"csrc/{folder} registers no {op}"
-    tests = "test_sddmm_run8.py" if op == "sddmm_run8" else "test_ops.py"
-    assert re.search(rf"\b{op}\b", (ROOT / "tests" / tests).read_text())
+    assert re.search(rf"\b{op}\b", (ROOT / "tests" / "test_ops.py").read_text())
 
 
 @pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "tests").glob("*.py")), *NATIVE_SOURCES], ids=called)

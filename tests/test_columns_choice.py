@@ -232,7 +232,7 @@ BAD = {
         {"strategy": {"second.weight": torch.tensor([3])}, "layout": "columns"},
         "layout: a dict of masks or indices fixes the positions; leave out layout='columns'",
     ),
-    "layout": ({"layout": "column"}, "layout: expected one of unstructured, run2, run4, run8, columns, got 'column'"),
+    "layout": ({"layout": "column"}, "layout: expected one of unstructured, columns, got 'column'"),
 }  # fmt: skip
 
 

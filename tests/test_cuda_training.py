@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import sprand
 from problems import ORDINARY, PROBLEMS, bits, make_adamw, make_embedding, make_entries, make_sddmm
 from sprand.adapters.file import WEIGHTS_FILE
-from sprand.kernels.schedule_run8 import run8_schedule
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and a CUDA build of torch")
 REPEATS = 10
@@ -224,10 +223,6 @@ def run_every_operator(device: str) -> dict[str, Tensor]:
             drawn = torch.empty_like(entries.indices)
             getattr(ops, name)(drawn, *sizes, 7)
             results[f"{name} {problem}"] = drawn
-    if device == "cuda":
-        runs = sprand.selection.pattern.draw("random", "weight", (96, 128), 800, 0, device, layout="run8")
-        sides = (torch.randn(65, size, generator=torch.Generator().manual_seed(1)).bfloat16().to(device) for size in (96, 128))
-        results["sddmm_run8"] = ops.sddmm_run8(*sides, *run8_schedule(runs, 96, 128), 800)
     made = make_adamw([ORDINARY, SPLIT], torch.bfloat16, torch.int32, device)
     for grads in made.grads:
         for count in made.steps:
@@ -251,7 +246,7 @@ def run_every_operator(device: str) -> dict[str, Tensor]:
 
 def test_every_operator_repeats_bit_for_bit(device):
     expected = run_every_operator(device)
-    for op in set(sprand.kernels.ops.SCHEMAS) - set(sprand.kernels.ops.CUDA_ONLY):
+    for op in sprand.kernels.ops.SCHEMAS:
         assert any(name.startswith(op) for name in expected), f"{op} is not repeated here"
     for _ in range(REPEATS - 1):
         assert_equal_bits(expected, run_every_operator(device))

@@ -22,9 +22,9 @@ from sprand.serving import AdapterPool
 
 PeftModel = peft.PeftModel
 BASE = Path(__file__).parent / "adapters_of_0_1_0" / "base.safetensors"
-OLD = {  # what sprand 0.1.0 wrote, and what was written before each target was a line of text
+OLD = {  # what sprand 0.1.0 wrote, what was written before each target was a line of text, and what was drawn in runs
     f"{version}-{path.parent.name}": path.parent
-    for version in ("0_1_0", "format_3")
+    for version in ("0_1_0", "format_3", "runs")
     for path in sorted((Path(__file__).parent / f"adapters_of_{version}").glob("*/adapter_config.json"))
 }
 
@@ -63,7 +63,6 @@ GIVEN = {"second.weight": torch.arange(0, 576, 5), "first.bias": torch.tensor([1
 GIVEN_COLUMNS = {"second.weight": torch.arange(576).view(24, 24)[:, 2::5].flatten(), "first.bias": torch.tensor([1, 3])}
 KINDS = {
     "every layer": (EveryLayer, EVERY_TARGET | {"density": 0.2}),
-    "runs": (MLP, {"density": 0.2, "layout": "run4", "modules_to_save": ["third"]}),
     "columns": (MLP, {"density": 0.2, "layout": "columns", "modules_to_save": ["third"]}),
     "columns of every layer": (EveryLayer, EVERY_TARGET | {"density": 0.2, "layout": "columns", "strategy": "uniform"}),
     "uniform": (MLP, {"density": 0.2, "strategy": "uniform", "seed": 9}),
@@ -185,6 +184,33 @@ def test_adapters_of_earlier_versions_stay_readable(tmp_path, path):
     assert_same_bits(bits(sprand.merge(sprand.load(model(), tmp_path / "new"))), expected)
     if not frozen:
         assert_same_bits(bits(PeftModel.from_pretrained(model(), tmp_path / "new").merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize("path", [path for name, path in OLD.items() if name.startswith("runs")], ids=lambda path: path.name)
+def test_adapters_that_were_drawn_in_runs_train_on_as_given_masks(tmp_path, path):
+    """Both doors train the same entries on, and what they save says where these came from, and needs no draw."""
+    state = load_file(BASE)
+    expected = {name: value.flatten() for name, value in load_file(path / "trained.safetensors").items()}
+
+    def model():
+        model = MLP()
+        model.load_state_dict(state)
+        return model
+
+    ours, theirs = sprand.load(model(), path), PeftModel.from_pretrained(model(), path, is_trainable=True)
+    assert ours._sprand.current.config.strategy == "given"
+    layout, trained = path.name.partition("_")[2], merged(trained_further(ours))
+    assert_same_bits(merged(trained_further(theirs)), trained)
+    assert sum(int((value != state[name].flatten()).sum()) for name, value in trained.items()) > 100
+    ours, theirs = sprand.load(model(), path), PeftModel.from_pretrained(model(), path)
+    sprand.save(ours, tmp_path / "save")
+    theirs.save_pretrained(tmp_path / "save_pretrained")
+    for name in ("save", "save_pretrained"):
+        file = AdapterFile.read(tmp_path / name)
+        assert file.config.strategy == "given" and file.config.layout == "unstructured"
+        assert file.selection["layout"] == layout and layout in inspect(tmp_path / name).chosen
+        for loaded in (sprand.load(model(), tmp_path / name), PeftModel.from_pretrained(model(), tmp_path / name)):
+            assert_same_bits(merged(loaded), expected)
 
 
 def test_peft_says_in_a_sentence_what_it_cannot_hold(tmp_path):

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sprand.kernels import ops
-from sprand.selection import pattern
+from sprand.selection import old_runs, pattern
+from sprand.selection.old_runs import RUNS
 
 SIGNIFICANCE = 1e-4
 SHAPES = [(6, 24, 10), (6, 24, 30), (5, 12, 7), (1, 40, 3), (40, 1, 9), (3, 16, 47), (16, 8, 16)]
-RUNS = {layout: run for layout, run in pattern.RUNS.items() if layout != "unstructured"}
 shapes = pytest.mark.parametrize("rows, cols, nnz", SHAPES, ids=lambda n: str(n))
 
 
@@ -231,7 +231,7 @@ def test_marginals_of_runs_are_uniform(strategy, run):
     rows, cols, runs = 8 * run[0], 24 * run[1], 30
     layout = next(name for name in RUNS if RUNS[name] == run)
     size = run[0] * run[1]
-    draws = [pattern.draw(strategy, "w", (rows, cols), runs * size, seed, layout=layout).long() for seed in range(3000)]
+    draws = [old_runs.draw_runs(strategy, "w", (rows, cols), runs * size, seed, layout).long() for seed in range(3000)]
     draws = torch.stack([whole_runs(indices, rows, cols, run) for indices in draws])
     assert_even(draws, 8 * 24)
     one = draws.gather(1, torch.randint(runs, (len(draws), 1), generator=torch.Generator().manual_seed(0))).squeeze(1)
@@ -255,30 +255,23 @@ def test_eight_runs_of_a_quarter_warp_meet_eight_banks(run_rows, runs, cols):
 @pytest.mark.parametrize("layout", RUNS)
 @pytest.mark.parametrize("strategy", ["random", "uniform"])
 def test_run_layouts_draw_sorted_positions_and_other_names_others(strategy, layout):
-    one, two = (pattern.draw(strategy, name, (64, 96), 640, 0, layout=layout) for name in ("a", "b"))
+    one, two = (old_runs.draw_runs(strategy, name, (64, 96), 640, 0, layout) for name in ("a", "b"))
     assert one.dtype == torch.int32
     assert (one.diff() > 0).all()
     whole_runs(one.long(), 64, 96, RUNS[layout])
     assert torch.isin(one, two).sum() < 320
-    assert pattern.draw(strategy, "a", (64, 96), 640, 0, device="meta", layout=layout).shape == (640,)
 
 
 @pytest.mark.parametrize("layout, shape", [("run2", (15, 8)), ("run4", (30, 8)), ("run8", (16, 12)), ("run2", (120,))])
 @pytest.mark.parametrize("strategy", ["random", "uniform"])
 def test_weights_that_hold_no_whole_runs_are_drawn_unstructured(strategy, layout, shape):
-    drawn = pattern.draw(strategy, "w", shape, 13, 3, layout=layout)
+    drawn = old_runs.draw_runs(strategy, "w", shape, 13, 3, layout)
     assert torch.equal(drawn, pattern.draw(strategy, "w", shape, 13, 3))
-
-
-def test_runs_divide_a_weight_of_more_dimensions_by_its_rows_and_all_else():
-    assert pattern.run_of("run2", (4, 3, 5)) == (2, 1)
-    assert pattern.run_of("run8", (3, 4, 6)) == (1, 8)
-    assert pattern.run_of("run8", (8, 3, 3)) == (1, 1)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(st.data())
-def test_shares_of_runs_are_whole_and_miss_the_total_by_less_than_a_run(data):
+def test_shares_of_columns_are_whole_and_miss_the_total_by_less_than_a_column(data):
     runs = data.draw(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=8))
     sizes = [run * data.draw(st.integers(0, 60)) for run in runs]
     total = data.draw(st.integers(0, sum(sizes)))
@@ -310,15 +303,18 @@ def test_every_position_of_a_vector_longer_than_a_row_is_drawn_as_often(numel, n
     assert_uniform(draws.gather(1, torch.randint(nnz, (len(draws), 1))).squeeze(1), numel)
 
 
-@pytest.mark.parametrize("layout", pattern.RUNS)
+@pytest.mark.parametrize("layout", ["unstructured", *RUNS])
 @pytest.mark.parametrize("shape", [(2**32,), (2**33 + 5,), (8, 2**33), (2**33, 8), (3, 5, 2**32)], ids=str)
 def test_weights_beyond_32_bits_are_drawn_evenly(shape, layout):
     numel, nnz = math.prod(shape), 4096
-    indices = pattern.draw("random", "w", shape, nnz, 0, layout=layout)
+    drawn_in_runs = layout in RUNS
+    draw = old_runs.draw_runs if drawn_in_runs else pattern.draw
+    indices = draw("random", "w", shape, nnz, 0, layout=layout)
     assert indices.dtype == torch.int64 and indices.shape == (nnz,)
     pattern.check_indices("w", indices, numel)
-    run_rows, run_cols = pattern.run_of(layout, shape)
     cols = numel // shape[0] if len(shape) > 1 else numel
+    fits = drawn_in_runs and len(shape) > 1 and shape[0] % RUNS[layout][0] == 0 and cols % RUNS[layout][1] == 0
+    run_rows, run_cols = RUNS[layout] if fits else (1, 1)
     row, column = indices // cols, indices % cols
     _, members = torch.stack([row // run_rows, column // run_cols]).unique(dim=1, return_counts=True)
     assert (members == run_rows * run_cols).all()
@@ -329,9 +325,8 @@ def test_weights_beyond_32_bits_are_drawn_evenly(shape, layout):
 def test_free_positions_beyond_32_bits_are_drawn():
     shape, nnz = (2**17, 2**16), 5000
     avoided = pattern.draw("random", "other", shape, nnz, 0)
-    for layout in pattern.RUNS:
-        indices = pattern.draw_free("random", "w", shape, nnz, 0, avoided, layout)
-        pattern.check_indices("w", indices, 2**33)
-        assert indices.shape == (nnz,) and not torch.isin(indices, avoided).any()
-        per_part = torch.bincount(indices * 8 // 2**33, minlength=8)
-        assert (per_part - nnz / 8).abs().max() <= 32
+    indices = pattern.draw_free("random", "w", shape, nnz, 0, avoided)
+    pattern.check_indices("w", indices, 2**33)
+    assert indices.shape == (nnz,) and not torch.isin(indices, avoided).any()
+    per_part = torch.bincount(indices * 8 // 2**33, minlength=8)
+    assert (per_part - nnz / 8).abs().max() <= 32

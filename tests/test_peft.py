@@ -16,7 +16,8 @@ from sprand.peft import SprandConfig, SprandLayer
 
 
 @pytest.mark.parametrize(
-    "fields", [{"density": 0.1}, {"budget": 333}, {"budget": 0.02}, {"strategy": "uniform"}, {"layout": "run8", "density": 0.2}]
+    "fields",
+    [{"density": 0.1}, {"budget": 333}, {"budget": 0.02}, {"strategy": "uniform"}, {"layout": "columns", "density": 0.2}],
 )
 def test_both_doors_choose_the_same_entries(fields):
     ours, theirs = llama(), llama()

@@ -152,7 +152,7 @@ def test_names_in_the_steps_of_contributing_exist():
     text = read("CONTRIBUTING.md")
     for name, file in {
         "ORACLES": "tests/test_selection.py", "OPTIONS": "tests/test_selection.py", "needs_none": "tests/test_selection.py",
-        "SCHEMAS": "sprand/kernels/schemas.py", "CUDA_ONLY": "sprand/kernels/schemas.py", "ON_BLAS": "sprand/kernels/schemas.py",
+        "SCHEMAS": "sprand/kernels/schemas.py", "ON_BLAS": "sprand/kernels/schemas.py",
         "_arguments": "sprand/kernels/selftest.py",
         "ROUNDED": "sprand/kernels/selftest.py", "sample_calls": "tests/test_ops.py",
         "run_every_operator": "tests/test_cuda_training.py",

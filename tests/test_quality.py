@@ -136,7 +136,6 @@ def test_every_method_of_the_suite_trains_its_budget(suite: ModuleType, tmp_path
     trained = {row["method"]: int(row["trained"]) for row in rows if row["budget"]}
     budget = trained["random"]
     assert all(trained[name] == budget for name in ("uniform", "gradient", "snip"))
-    assert all(budget - 8 < trained[name] <= budget for name in ("run2", "run4", "run8"))
     assert trained["lora"] == trained["shira"]
     assert 0.5 * budget < trained["peft-sparta"] < 2 * budget
     before = float(next(row["old"] for row in rows if row["method"] == "untrained"))

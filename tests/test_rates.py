@@ -35,7 +35,7 @@ def linear_rms(model: nn.Module) -> float:
     return rms_of(*(module.weight for module in model.modules() if isinstance(module, nn.Linear)))
 
 
-@pytest.mark.parametrize("layout", [None, "unstructured", "run8", "columns"])
+@pytest.mark.parametrize("layout", [None, "unstructured", "columns"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_it_rises_as_density_falls_and_in_proportion_to_the_weights(strategy, layout):
     densities = (3e-4, 1e-3, 3e-3, 1e-2, 5e-2, 0.3, 1.0)

@@ -300,7 +300,7 @@ BAD = {
     "examples": ({"strategy": "snip", "calibration_examples": 0}, "calibration_examples: expected"),
     "budget too large": ({"strategy": "magnitude", "budget": 10**6}, "1,000,000 entries were asked for"),
     "unknown option": ({"strategy": "grasp", "strategy_options": {"heat": 3}}, "strategy_options: expected temperature"),
-    "layout": ({"strategy": "snip", "layout": "run2"}, "runs are drawn at random"),
+    "layout": ({"strategy": "snip", "layout": "run2"}, "runs of adjacent entries .*layout='columns'"),
     "bounds": ({"strategy": "snip", "scope": "global", "min_density": 0.5, "max_density": 0.1}, "0 <= min <= max <= 1"),
     "local bounds": ({"strategy": "snip", "min_density": 0.5}, "expected scope='global'"),
     "bounds that exclude": ({"strategy": "magnitude", "scope": "global", "min_density": 0.5}, "together the targets train"),

@@ -24,14 +24,6 @@ def test_budget_is_exact(budget):
     assert sum(p.numel() for p in sprand.parameters(model)) == budget
 
 
-@pytest.mark.parametrize("layout, run", [("run2", 2), ("run4", 4), ("run8", 8)])
-@pytest.mark.parametrize("budget", [8, 77, 1056])
-def test_budget_in_runs_is_the_number_of_whole_runs_below_it(layout, run, budget):
-    model = sprand.apply(built(MLP), budget=budget, layout=layout)
-    assert sum(p.numel() for p in sprand.parameters(model)) == budget // run * run
-    assert all(entries % run == 0 for entries in (p.numel() for p in sprand.parameters(model)))
-
-
 def test_budget_as_a_fraction_counts_all_parameters():
     model = built(MLP)
     everything = sum(p.numel() for p in model.parameters())
@@ -104,12 +96,12 @@ BAD = {
     "budget too large": ({"budget": 10**6}, "1,000,000 entries were asked for, but the targets hold 1,056"),
     "budget zero": ({"budget": 0}, "at least 1"),
     "strategy": ({"strategy": "lottery"}, "strategy: expected one of random, uniform"),
-    "layout": ({"layout": "run3"}, "layout: expected one of unstructured, run2, run4, run8, columns, got 'run3'"),
+    "layout": ({"layout": "run3"}, "layout: expected one of unstructured, columns, got 'run3'"),
     "layout of a mask": (
-        {"strategy": {"second.weight": torch.ones(24, 24, dtype=torch.bool)}, "layout": "run2"},
-        "layout: a dict of masks or indices fixes the positions; leave out layout='run2'",
+        {"strategy": {"second.weight": torch.ones(24, 24, dtype=torch.bool)}, "layout": "columns"},
+        "layout: a dict of masks or indices fixes the positions; leave out layout='columns'",
     ),
-    "less than a run": ({"layout": "run8", "budget": 7}, "7 entries are less than one run of 8"),
+    "runs": ({"layout": "run8"}, r"layout: runs of adjacent entries \('run8'\) are drawn no more; give layout='columns'"),
     "scope": ({"scope": "global"}, "scope: expected 'local'"),
     "seed": ({"seed": 1.5}, "seed: expected an int"),
     "mask shape": (

@@ -24,48 +24,39 @@ from sprand.layers.entries import Schedules
 from sprand.selection import pattern
 
 COSTS = Costs(
-    rows_start=3e-5, rows_cycle=7e-10, rows_load=1e-11, runs_start=2.5e-5, runs_load=6e-11, runs_tile=4e-11, dense_start=5e-6,
+    rows_start=3e-5, rows_cycle=7e-10, rows_load=1e-11, dense_start=5e-6,
     dense_product=2.4e-15, dense_entry=2e-12,
 )  # fmt: skip
 
 
-def scheduled(density: float, features: int = 1024, layout: str = "unstructured"):
+def scheduled(density: float, features: int = 1024):
     nnz = round(features * features * density) // 8 * 8
-    indices = pattern.draw("random", "weight", (features, features), nnz, seed=0, layout=layout)
+    indices = pattern.draw("random", "weight", (features, features), nnz, seed=0)
     return indices, make_schedule(indices, features, features, torch.bfloat16)
 
 
-@pytest.mark.parametrize("layout", ["unstructured", "run8"])
 @pytest.mark.parametrize("density", [0.0005, 0.01, 0.03, 0.2])
-def test_the_fastest_way_is_chosen_for_every_number_of_tokens(density, layout):
-    _, schedule = scheduled(density, layout=layout)
-    assert (schedule.runs is not None) == (layout == "run8")
-    for costs in (COSTS, replace(COSTS, rows_start=5e-5), replace(COSTS, rows_cycle=6e-9), replace(COSTS, runs_tile=1e-9)):
-        chosen = costs.choose(schedule, 1024, 1024)
-        kernels = [costs.rows(schedule), *([costs.runs(schedule)] if schedule.runs else [])]
-        kernel = costs.rows(schedule) if chosen.runs is None else costs.runs(schedule)
-        assert kernel.at(4096) == min(line.at(4096) for line in kernels)
+def test_the_fastest_way_is_chosen_for_every_number_of_tokens(density):
+    _, schedule = scheduled(density)
+    for costs in (COSTS, replace(COSTS, rows_start=5e-5), replace(COSTS, rows_cycle=6e-9)):
+        chosen, kernel = costs.choose(schedule, 1024, 1024), costs.rows(schedule)
         dense = costs.dense(schedule, 1024, 1024)
         first, last = chosen.dense_tokens
         for tokens in (1, 16, 100, 512, 2048, 10_000, 1_000_000):
             assert (first <= tokens < last) == (dense.at(tokens) < kernel.at(tokens))
 
 
-@pytest.mark.parametrize("layout", ["unstructured", "run8"])
 @pytest.mark.parametrize("blocks", [1, 4, 132])
-def test_splits_are_counted_as_the_launches_do(layout, blocks, emulated):
+def test_splits_are_counted_as_the_launches_do(blocks, emulated):
     """A launch shows its splits by the size of its workspace, which there is none of for one."""
     rows, cols, nnz = 64, 96, 480
-    indices = pattern.draw("random", "weight", (rows, cols), nnz, seed=0, layout=layout)
+    indices = pattern.draw("random", "weight", (rows, cols), nnz, seed=0)
     schedule = make_schedule(indices, rows, cols, torch.bfloat16, Limits(processors=blocks))
-    count = cost_model.run_splits if layout == "run8" else cost_model.row_splits
+    count = cost_model.row_splits
     for tokens in (1, 63, 64, 127, 128, 600, 1025):
         grad_output, input = (torch.ones(tokens, size, dtype=torch.bfloat16) for size in (rows, cols))
         with fenced_results() as memories:
-            if layout == "run8":
-                emulated.sddmm_run8(grad_output, input, *schedule.runs, nnz)
-            else:
-                emulated.sddmm(grad_output, input, indices, schedule.table, schedule.launch)
+            emulated.sddmm(grad_output, input, indices, schedule.table, schedule.launch)
         _, workspace = (memory.numel() - FENCES for memory in memories)
         assert max(workspace // nnz, 1) == count(schedule, tokens)
     assert (count(schedule, tokens) > 1) == (blocks > 1)
@@ -92,11 +83,8 @@ def test_measuring_finds_the_costs_of_a_card(monkeypatch):
         way, schedule, (tokens, out_features), in_features = called[-1]
         if way == "dense":
             return COSTS.dense(schedule, out_features, in_features).at(tokens)
-        if schedule.runs is None:
-            cycles, loads = cost_model.row_work(schedule, tokens)
-            return COSTS.rows_start + COSTS.rows_cycle * cycles + COSTS.rows_load * loads
-        loads, tiles = cost_model.run_work(schedule, tokens)
-        return COSTS.runs_start + COSTS.runs_load * loads + COSTS.runs_tile * tiles
+        cycles, loads = cost_model.row_work(schedule, tokens)
+        return COSTS.rows_start + COSTS.rows_cycle * cycles + COSTS.rows_load * loads
 
     found = tuning.measure(torch.device("cpu"), torch.bfloat16, seconds)
     for name, wanted in dataclasses.asdict(COSTS).items():

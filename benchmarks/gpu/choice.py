@@ -17,12 +17,11 @@ from sprand.kernels import tuning
 from sprand.kernels.cost_model import Costs
 from sprand.kernels.schedule import Schedule
 
-WAYS = {"sprand, row kernel": "rows", "sprand, tensor cores": "runs", "sprand, dense chunks": "dense"}
-RUNS = {"unstructured": 1, "run8": 8}
-KEYS = ("layout", "out", "in", "density", "tokens")
+WAYS = {"sprand, row kernel": "rows", "sprand, dense chunks": "dense"}
+KEYS = ("out", "in", "density", "tokens")
 COLUMNS = (*KEYS, "in_fit", "chosen", "fastest", "us", "us_fastest", "lost", "measured_us", "measured_lost")
 TABLE = {
-    "layout": ("layout", ""), "shape": ("weight", ""), "percent": ("density", ""), "tokens": ("tokens", ",d"),
+    "shape": ("weight", ""), "percent": ("density", ""), "tokens": ("tokens", ",d"),
     "in_fit": ("among the fitted", ""), "chosen": ("chosen", ""), "us": ("us", ".0f"), "fastest": ("fastest", ""),
     "us_fastest": ("us", ".0f"), "lost": ("lost, %", ".1f"), "measured_lost": ("the choice of that day, %", ".1f"),
 }  # fmt: skip
@@ -33,13 +32,12 @@ class Problem:
     """A pattern and a number of tokens, and what was measured of it.
 
     Attributes:
-        layout, shape, density, tokens: what was computed.
+        shape, density, tokens: what was computed.
         schedule: of the pattern.
         taken: microseconds of each way.
         then: microseconds of what was chosen when it was measured.
     """
 
-    layout: str
     shape: tuple[int, int]
     density: float
     tokens: int
@@ -58,30 +56,29 @@ def problems(rows: Sequence[Row], dtype: torch.dtype) -> Iterator[Problem]:
     """The problems of an `ops.csv` that all ways were measured on."""
     found: dict[tuple, dict[str, float]] = {}
     for row in rows:
-        if row["op"] == "sddmm" and row["layout"] in RUNS and row["us"] is not None:
+        if row["op"] == "sddmm" and row["layout"] == "unstructured" and row["us"] is not None:
             found.setdefault(tuple(row[key] for key in KEYS), {})[row["contestant"]] = row["us"]
     schedules: dict[tuple, Schedule] = {}
-    for (layout, out_features, in_features, density, tokens), taken in found.items():
-        shape, run = (out_features, in_features), RUNS[layout]
-        wanted = {name: way for name, way in WAYS.items() if way != "runs" or run == 8}
-        if "sprand" not in taken or not all(name in taken for name in wanted):
+    for (out_features, in_features, density, tokens), taken in found.items():
+        shape = out_features, in_features
+        if "sprand" not in taken or not all(name in taken for name in WAYS):
             continue
-        key = (shape, density, run)
+        key = (shape, density)
         if key not in schedules:
-            schedules[key] = tuning.drawn(shape, density, run, dtype, torch.device("cpu"))[0]
-        measured = {way: taken[name] for name, way in wanted.items()}
-        yield Problem(layout, shape, density, tokens, schedules[key], measured, taken["sprand"])
+            schedules[key] = tuning.drawn(shape, density, dtype, torch.device("cpu"))[0]
+        measured = {way: taken[name] for name, way in WAYS.items()}
+        yield Problem(shape, density, tokens, schedules[key], measured, taken["sprand"])
 
 
 def replayed(problem: Problem, costs: Costs) -> Row:
     """What the costs choose, beside the fastest way."""
     schedule = costs.choose(problem.schedule, *problem.shape)
     first, last = schedule.dense_tokens
-    chosen = "dense" if first <= problem.tokens < last else "rows" if schedule.runs is None else "runs"
+    chosen = "dense" if first <= problem.tokens < last else "rows"
     fastest = min(problem.taken, key=problem.taken.__getitem__)
     best = problem.taken[fastest]
     return {
-        "layout": problem.layout, "out": problem.shape[0], "in": problem.shape[1], "density": problem.density,
+        "out": problem.shape[0], "in": problem.shape[1], "density": problem.density,
         "tokens": problem.tokens, "in_fit": "yes" if problem.in_fit else "", "chosen": chosen, "us": problem.taken[chosen],
         "fastest": fastest, "us_fastest": best, "lost": 100 * (problem.taken[chosen] / best - 1), "measured_us": problem.then,
         "measured_lost": 100 * (problem.then / best - 1), "shape": f"{problem.shape[0]}x{problem.shape[1]}",
@@ -108,7 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         (way, problem.schedule, problem.shape, problem.tokens, taken / 1e6)
         for problem in fitting
         for way, taken in problem.taken.items()
-        if way != "rows" or problem.layout == "unstructured"
     ]
     costs = tuning.fitted(cases)
     rows = [replayed(problem, costs) for problem in found]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from bench_ops import Problem, contestants, shape_of
 from peers import sampled_addmm, spops
 from report import Row, command_line, end_as_by_ctrl_c, markdown, progress, write_csv, write_markdown
 
-LAYOUTS = ("unstructured", "run2", "run4", "run8")
 PARTS = ("cublas", "entries", "adamw", "dtypes", "sddmm", "peers")  # long ones late, for a budget; foreign kernels last
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SECTOR = 32
@@ -88,29 +86,27 @@ class Bench:
     def _sddmm_problems(self) -> Iterator[tuple]:
         for shape in self.options.shapes:
             for density in self.options.densities:
-                for layout in self.layouts:
-                    for tokens in self.options.tokens:
-                        yield shape, tokens, density, layout, "bf16"
+                for tokens in self.options.tokens:
+                    yield shape, tokens, density, "bf16"
 
-    def _sddmm(self, shape, tokens: int, density: float, layout: str, dtype: str) -> list[dict[str, object]]:
+    def _sddmm(self, shape, tokens: int, density: float, dtype: str) -> list[dict[str, object]]:
         from sprand.kernels import ops
 
         grad_output, input = self._sides(shape, tokens, DTYPES[dtype])
-        indices = self._draw(shape, density, layout, DTYPES[dtype])
+        indices = self._draw(shape, density, DTYPES[dtype])
         calls = self._sampled(grad_output, input, indices)
         ours = calls["sprand"]
-        if layout == "unstructured":  # the dense product costs the same for every layout
-            calls["dW + gather"] = lambda: ops.gather(grad_output.t() @ input, indices)
-            if product := wide_product(grad_output, input):
-                calls["dW in fp32 + gather"] = lambda: ops.gather(product(), indices)
+        calls["dW + gather"] = lambda: ops.gather(grad_output.t() @ input, indices)
+        if product := wide_product(grad_output, input):
+            calls["dW in fp32 + gather"] = lambda: ops.gather(product(), indices)
         nnz, entries = len(indices), shape[0] * shape[1]
         size = input.element_size()
         rows = []
         for name, taken in self.clock.alternate(calls).items():
             row = {"op": "sddmm", "contestant": name, **_of(shape, tokens, dtype), **microseconds(taken)}
-            row |= {"layout": layout, "density": density, "nnz": nnz}
+            row |= {"layout": "unstructured", "density": density, "nnz": nnz}
             sampled = name.startswith("sprand") and name != "sprand, dense chunks"
-            what = ("sddmm", layout, density) if sampled else ("dW + gather", None, None)
+            what = ("sddmm", "unstructured", density) if sampled else ("dW + gather", None, None)
             row["predicted_us"] = self.predicted.get((*what, *shape, tokens)) if dtype == "bf16" else None
             row |= _rates(row, size * tokens * sum(shape) + 8 * nnz, 2 * tokens * (nnz if sampled else entries))
             rows.append(row)
@@ -122,7 +118,7 @@ class Bench:
         shape, tokens = self.options.shapes[0], self.options.tokens[min(1, len(self.options.tokens) - 1)]
         for dtype in ("fp32", "fp16"):
             for density in self.options.densities:
-                yield shape, tokens, density, "unstructured", dtype
+                yield shape, tokens, density, dtype
 
     _dtypes = _sddmm
 
@@ -132,7 +128,7 @@ class Bench:
 
     def _peers(self, shape, tokens: int, density: float, peer) -> list[dict[str, object]]:
         grad_output, input = self._sides(shape, tokens, torch.float32)
-        indices = self._draw(shape, density, "unstructured", torch.float32)
+        indices = self._draw(shape, density, torch.float32)
         facts = {"op": "sddmm", **_of(shape, tokens, "fp32"), "layout": "unstructured", "density": density, "nnz": len(indices)}
         ours = self._sampled(grad_output, input, indices)["sprand"]
         try:
@@ -180,7 +176,7 @@ class Bench:
         from sprand.kernels import ops
 
         shape = max(self.options.shapes, key=lambda s: s[0] * s[1])
-        pattern = self._draw(shape, density, "unstructured", torch.bfloat16)
+        pattern = self._draw(shape, density, torch.bfloat16)
         count = max(round(entries / len(pattern)), 1)
         weights = [torch.zeros(shape, dtype=torch.bfloat16, device=self.device) for _ in range(count)]
         indices, wide = ([pattern.to(dtype, copy=True) for _ in weights] for dtype in (torch.int32, torch.int64))
@@ -220,14 +216,14 @@ class Bench:
         grad_output, input = (torch.randn((tokens, size), device=self.device).to(dtype) for size in shape)
         return grad_output, input
 
-    def _draw(self, shape: tuple[int, int], density: float, layout: str, dtype: torch.dtype) -> torch.Tensor:
+    def _draw(self, shape: tuple[int, int], density: float, dtype: torch.dtype) -> torch.Tensor:
         """The positions that `sprand.apply` gives a linear layer of that shape."""
         import sprand
 
-        key = shape, density, layout, dtype
+        key = shape, density, dtype
         if self._drawn[0] != key:
             layer = torch.nn.Linear(shape[1], shape[0], bias=False, device=self.device, dtype=dtype)
-            model = sprand.apply(torch.nn.Sequential(layer), target_modules=["0"], density=density, layout=layout)
+            model = sprand.apply(torch.nn.Sequential(layer), target_modules=["0"], density=density)
             self._drawn = key, model[0].sprand_indices
         return self._drawn[1]
 
@@ -244,27 +240,17 @@ class Bench:
         made = make_schedule(indices, *sizes)
         calls = {"sprand": lambda: ops.sddmm(grad_output, input, indices, chosen)}
         if made is not None:
-            rows = dataclasses.replace(made, runs=None)
-            calls["sprand, row kernel"] = lambda: ops.sddmm(grad_output, input, indices, rows)
+            calls["sprand, row kernel"] = lambda: ops.sddmm(grad_output, input, indices, made)
             calls["sprand, dense chunks"] = lambda: ops.sddmm_dense(grad_output, input, indices, made)
-            if made.runs is not None:
-                calls["sprand, tensor cores"] = lambda: ops.sddmm(grad_output, input, indices, made)
         return calls
 
     def _problem(self, shape: tuple[int, int], density: float) -> Problem:
         from sprand.kernels import ops
 
         weight = torch.randn(shape, device=self.device).to(torch.bfloat16)
-        indices = self._draw(shape, density, "unstructured", torch.bfloat16)
+        indices = self._draw(shape, density, torch.bfloat16)
         delta = torch.randn(len(indices), device=self.device) * 0.01
-        return Problem({}, weight, indices, ops.gather(weight, indices), delta, weight, weight)
-
-    @property
-    def layouts(self) -> list[str]:
-        """Those of the options that this sprand has; the others are named once."""
-        if not hasattr(self, "_layouts"):
-            self._layouts = usable_layouts(self.options.layouts)
-        return self._layouts
+        return Problem(weight, indices, ops.gather(weight, indices), delta, weight, weight)
 
 
 def wide_product(grad_output: torch.Tensor, input: torch.Tensor) -> Call | None:
@@ -272,21 +258,6 @@ def wide_product(grad_output: torch.Tensor, input: torch.Tensor) -> Call | None:
     if input.dtype == torch.float32 or not input.is_cuda:
         return None
     return lambda: torch.mm(grad_output.t(), input, out_dtype=torch.float32)
-
-
-def usable_layouts(wanted: Sequence[str]) -> list[str]:
-    """The layouts that `SparseConfig` takes; what it says of the others is printed."""
-    from sprand import SparseConfig
-
-    usable = []
-    for layout in wanted:
-        try:
-            SparseConfig(layout=layout)
-        except ValueError as error:
-            print(f"layout {layout} is left out: {error}", file=sys.stderr)
-        else:
-            usable.append(layout)
-    return usable
 
 
 def _of(shape: tuple[int, int], tokens: int | None, dtype: str) -> dict[str, object]:
@@ -356,7 +327,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-shape", type=shape_of, default=shape_of("1024x1024"), help="of peers that know fp32 alone")
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192, 16384])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.0001, 0.001, 0.005, 0.01, 0.05])
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--adamw-entries", nargs="+", type=int, default=[8_000_000, 42_000_000, 70_000_000])
     parser.add_argument("--adamw-density", type=float, default=0.01)
     parser.add_argument("--samples", type=int, default=20)

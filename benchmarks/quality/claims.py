@@ -59,7 +59,7 @@ CLAIMS = (
     ),
     Claim(
         "Runs, or single entries?",
-        "`layout` makes kernels cheaper by training short runs; what does that cost?",
+        "`layout` made kernels cheaper by training short runs, until 0.1.0; what did that cost?",
         (("run2", "random"), ("run4", "random"), ("run8", "random")),
     ),
 )

@@ -10,13 +10,11 @@ import sprand
 from quality.training import TaskPlan
 from quality.variants import VARIANTS
 from sprand.cli.finetune.settings import PEER_RATES, peer_rate
-from sprand.selection.pattern import LAYOUTS
 from sprand.selection.strategies import STRATEGIES
 
 BUDGETLESS = ("untrained", "full", "head")
 SAME_MASK = {"taylor_fo": "snip"}  # tested in tests/test_selection.py: one order, one mask
 SALIENCE = tuple(name for name, strategy in STRATEGIES.items() if name not in SAME_MASK and not strategy.columns)
-RUNS = tuple(layout for layout in LAYOUTS if layout.startswith("run"))
 Cell = tuple[str, str, float | None]
 HALF_DECADE = 10**0.5
 
@@ -145,7 +143,7 @@ FIRST_LOOK = Grid(
     },
 )  # fmt: skip
 
-CONFIRMING = ("random", "lora", "gradient", "run8", "shira", "peft-sparta", "full", "head")
+CONFIRMING = ("random", "lora", "gradient", "shira", "peft-sparta", "full", "head")
 SUITE = Grid(
     title="Quality at equal trained counts",
     tasks={
@@ -157,7 +155,7 @@ SUITE = Grid(
         "qnli": rows_of("qnli_small", limit_train=2500, epochs=2.0, batch_size=32, max_length=64),
     },
     methods=(
-        *("random", "lora", "gradient", "run4", "uniform", "run2", "run8", "snip", "shira", "peft-sparta"),
+        *("random", "lora", "gradient", "uniform", "snip", "shira", "peft-sparta"),
         *(*VARIANTS, "full", "head"),
     ),
     blocks=(
@@ -166,7 +164,7 @@ SUITE = Grid(
     ),
     confirms={
         **dict.fromkeys(("sst2", "subj"), CONFIRMING), "qnli": ("random", "lora"),
-        **dict.fromkeys((("sst2", 0.001), ("subj", 0.001)), ("random", "lora", "gradient", "run8")),
+        **dict.fromkeys((("sst2", 0.001), ("subj", 0.001)), ("random", "lora", "gradient")),
     },
     rates=suite_rates,
     extend=True,

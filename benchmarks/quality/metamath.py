@@ -272,7 +272,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--old", type=Path, help="a text to measure forgetting on")
     add("--rank", type=int, default=32, help="the trained count is that of LoRA at this rank (default 32)")
     add("--targets", nargs="+", default=["q_proj", "v_proj"], help="layers (default q_proj v_proj)")
-    add("--layout", default="unstructured", help="of random entries: unstructured, run2, run4 or run8")
+    add("--layout", default="unstructured", help="of a random draw: unstructured or columns")
     add("--lr", type=float, help="default: sprand.suggest_lr; of peers, that of the comparison")
     add("--weight-decay", type=float, help="default 0; of peers, that of the comparison")
     add("--seeds", nargs="+", type=int, default=[0])

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..files.forms import OBJECT, TEXT, WHOLE, list_of, optional, record, simple
 from ..layers.sites import joined
-from ..selection.config import AS_GIVEN, GIVEN
+from ..selection.config import AS_GIVEN, GIVEN, SparseConfig
 from ..selection.mask import check_selection
-from ..selection.pattern import PATTERN_VERSION
+from ..selection.old_runs import are_runs, draw_runs
+from ..selection.pattern import PATTERN_VERSION, RANDOM_STRATEGIES
 from ..version import __version__
 from .architecture import check_architecture
 from .fingerprint import check_targets, in_full, line_of
@@ -167,6 +168,9 @@ def opened(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
     _check_draw(config["config"], tensors.get(PREFIX + DRAW))
     optional(list_of(TEXT))("its untrained", said.get("untrained"))
     tensors = {names.get(name, name): value for name, value in tensors.items() if name != PREFIX + DRAW}
+    if _drawn_in_runs(config["config"]):
+        tensors |= _indices_of_runs(config["config"], targets, tensors)
+        config |= {"config": config["config"] | AS_GIVEN, "selection": selection_of_runs(config["config"])}
     versions = {name: said[name] for name in (*VERSIONS, "checksum")}
     untrained = said.get("untrained") or []
     heads = [name for name in _heads(targets, tensors) if name not in untrained]
@@ -180,6 +184,28 @@ def _check_draw(config: Mapping[str, Any], draw: Tensor | None) -> None:
     said = said_of_draw(draw_of(*(config.get(name) for name in ("strategy", "layout", "seed"))))
     if said_of_draw(draw) != said:
         raise ValueError(f"its tensors are of the draw {said_of_draw(draw)}, and it says {said}")
+
+
+def _drawn_in_runs(config: Mapping[str, Any]) -> bool:
+    return are_runs(config.get("layout")) and config.get("strategy") in RANDOM_STRATEGIES
+
+
+def _indices_of_runs(config: Mapping[str, Any], targets: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The indices of entries that were drawn in runs, by their names in a file that holds them."""
+    seed = SparseConfig.from_dict({**config, "layout": "unstructured"}).seed
+    indices = {}
+    for name, target in targets.items():
+        delta = tensors.get(key("delta", name))
+        if delta is None or list(delta.shape) != [target["nnz"]]:
+            raise ValueError(f"expected {target['nnz']} values for {name}, got {None if delta is None else list(delta.shape)}")
+        drawn = draw_runs(config["strategy"], name, target["shape"], target["nnz"], seed, config["layout"])
+        indices[key("indices", name)] = drawn
+    return indices
+
+
+def selection_of_runs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How entries were chosen that were drawn in runs, as the record of a given mask."""
+    return {name: config[name] for name in ("strategy", "density", "budget", "layout", "seed") if config.get(name) is not None}
 
 
 def _described_by(settings: Mapping[str, Any]) -> dict[str, Any]:

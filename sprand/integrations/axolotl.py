@@ -31,7 +31,7 @@ class SprandArgs(BaseModel):
     sprand_exclude_modules: list[str] | str | None = Field(None, description="Modules left out: names or an expression.")
     sprand_target_parameters: list[str] | None = Field(None, description="Further weights: embeddings, experts, biases.")
     sprand_modules_to_save: list[str] | None = Field(None, description="Modules trained in full.")
-    sprand_layout: str | None = Field(None, description="unstructured, columns, run2, run4 or run8.")
+    sprand_layout: str | None = Field(None, description="unstructured or columns.")
     sprand_mask: str | None = Field(None, description="A mask file of sprand select, instead of a random draw.")
     sprand_seed: int | None = Field(None, description="Seed of the random draw.")
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import check_draw, check_embedding_grad, check_entries, check_lists, check_product, check_sddmm, check_weight
 from .dtypes import accumulation_dtype
-from .schedule import RUN8_DTYPES, Schedule
-from .schemas import CUDA_ONLY as CUDA_ONLY
+from .schedule import Schedule
 from .schemas import ON_BLAS as ON_BLAS
 from .schemas import SCHEMAS as SCHEMAS
 
@@ -29,7 +28,7 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedul
         input: `[T, in]`, same dtype and device.
         indices: `[nnz]`, flat positions `row * in + column`, sorted.
         schedule: how a GPU walks this pattern (`sprand.kernels.schedule.make_schedule`); without one a slower kernel for any
-            pattern serves there. Where the schedule says so, `sddmm_dense` or `sddmm_run8` serves instead.
+            pattern serves there. Where the schedule says so, `sddmm_dense` serves instead.
 
     Returns:
         `[nnz]`, float32 (float64 for float64 input), summed over tokens in a fixed order.
@@ -43,8 +42,6 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: Schedul
     first, last = schedule.dense_tokens
     if first <= input.shape[0] < last:
         return sddmm_dense(grad_output, input, indices, schedule)
-    if schedule.runs is not None and input.dtype in RUN8_DTYPES:
-        return torch.ops.sprand.sddmm_run8(grad_output, input, *schedule.runs, indices.numel())
     return torch.ops.sprand.sddmm(grad_output, input, indices, schedule.table, schedule.launch)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .dtypes import accumulation_dtype
-from .schedule_run8 import run8_indices
 
 PRODUCTS_AT_ONCE = 1 << 21  # sddmm and embedding_grad hold this many addends of their sums over tokens at a time
 TOKENS_AT_ONCE = 256  # linear_grad casts the operands of so many
@@ -76,12 +75,6 @@ def embedding_grad(grad_output: Tensor, tokens: Tensor, indices: Tensor, padding
         token = order[begin[entry] + count[entry] - end[entry] + pair]
         result.index_add_(0, entry, grad_output[token, columns[entry]].to(result.dtype))
     return result
-
-
-@torch.no_grad()
-def sddmm_run8(grad_output: Tensor, input: Tensor, table: Tensor, launch: Sequence[int], nnz: int) -> Tensor:
-    """`sddmm` at the entries that a schedule of `schedule_run8.py` was made from."""
-    return sddmm(grad_output, input, run8_indices(table, launch, input.shape[1], nnz))
 
 
 @torch.no_grad()

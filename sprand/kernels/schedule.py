@@ -9,7 +9,6 @@ that keeps the eight lanes of a shared-memory phase on different banks.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +19,8 @@ from torch import Tensor
 
 from . import host
 from .limits import Limits, ceil_div
-from .run8_units import are_runs
-from .schedule_run8 import run8_schedule
 
 BANKS = 8  # of 16 bytes, which a GPU's shared memory serves at once
-RUN8_DTYPES = (torch.bfloat16, torch.float16)
 SAMPLED_ROWS, SAMPLED_RANKS = 2048, 64  # of a pattern, to judge its bank conflicts
 FEW_CONFLICTS = 1.3  # wavefronts per phase, up to which nothing is gained by ordering
 MOST_PADDING = 8  # slots per entry, beyond which an aligned schedule is out of the question
@@ -93,7 +89,6 @@ class Schedule:
         blocks: multiprocessors to fill.
         cost: cycles of one multiprocessor per 8 tokens, by the model of the design: a figure to compare schedules by.
         chunks: `(first row, last row, first entry, last entry)` of row chunks whose dense gradient stays in L2.
-        runs: table and numbers of the tensor-core kernel, for a pattern of runs of 8 columns in 16 bits (`schedule_run8`).
         dense_tokens: the token counts `[first, last)` for which `sddmm` takes these chunks instead of the row kernel.
     """
 
@@ -106,7 +101,6 @@ class Schedule:
     blocks: int
     cost: float
     chunks: tuple[tuple[int, int, int, int], ...]
-    runs: tuple[Tensor, list[int]] | None = None
     dense_tokens: tuple[int, int] = (0, 0)
 
     @property
@@ -135,11 +129,7 @@ def make_schedule(
     limits = limits or Limits.of(indices.device)
     rows = Rows.of(indices, out_features, in_features)
     fitting = [variant for variant in VARIANTS[dtype] if variant.shared_bytes <= limits.shared_bytes]
-    schedule = _best(rows, fitting, limits.processors)
-    if schedule is not None and dtype in RUN8_DTYPES and are_runs(indices, in_features):
-        runs = run8_schedule(indices, out_features, in_features, limits=limits)
-        schedule = dataclasses.replace(schedule, runs=runs)
-    return schedule
+    return _best(rows, fitting, limits.processors)
 
 
 def _best(rows: Rows, variants: Sequence[Variant], processors: int) -> Schedule | None:

@@ -14,7 +14,6 @@ SCHEMAS = {
         "(Tensor grad_output, Tensor weight, Tensor indices, Tensor base, Tensor? delta, float scale, bool transposed) -> Tensor"
     ),
     "embedding_grad": "(Tensor grad_output, Tensor tokens, Tensor indices, int? padding_idx=None) -> Tensor",
-    "sddmm_run8": "(Tensor grad_output, Tensor input, Tensor table, int[] launch, int nnz) -> Tensor",
     "gather": "(Tensor weight, Tensor indices) -> Tensor",
     "patch_": "(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? delta, float scale=1.0) -> ()",
     "patch_all_": "(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor[]? deltas, float[] scales) -> ()",
@@ -31,7 +30,6 @@ SCHEMAS = {
 
 # Operators that `reference.py` serves on these devices, since they are products of PyTorch's own.
 ON_BLAS = {"linear_grad": ("cuda",), "linear_input_grad": ("cpu", "cuda")}
-CUDA_ONLY = ("sddmm_run8",)  # called by `sddmm` where a schedule says so; on the CPU `sddmm` serves its patterns
 
 _library = torch.library.Library("sprand", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -58,11 +56,6 @@ def _(grad_output, weight, indices, base, delta, scale, transposed):
 @torch.library.register_fake("sprand::embedding_grad")
 def _(grad_output, tokens, indices, padding_idx=None):
     return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
-
-
-@torch.library.register_fake("sprand::sddmm_run8")
-def _(grad_output, input, table, launch, nnz):
-    return grad_output.new_empty((nnz,), dtype=accumulation_dtype(grad_output.dtype))
 
 
 @torch.library.register_fake("sprand::gather")

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from . import native, ops, reference
 from .dtypes import LOW_PRECISION, dtype_name
-from .schedule_run8 import run8_schedule
 
 TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
 # Sums in another order, or other roundings on the way; the rest is exact to the bit.
-ROUNDED = ("sddmm", "sddmm_run8", "linear_grad", "linear_input_grad", "embedding_grad", "sparse_adamw_")
+ROUNDED = ("sddmm", "linear_grad", "linear_input_grad", "embedding_grad", "sparse_adamw_")
 
 
 def run(devices: Sequence[str]) -> list[dict[str, Any]]:
@@ -52,8 +51,6 @@ def run(devices: Sequence[str]) -> list[dict[str, Any]]:
 def _dtypes(op: str, device: str) -> Sequence[torch.dtype]:
     if op.endswith("indices_"):
         return torch.int32, torch.int64
-    if op == "sddmm_run8" and torch.device(device).type == "cuda":
-        return torch.bfloat16, torch.float16
     return LOW_PRECISION
 
 
@@ -103,12 +100,6 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
     if op == "embedding_grad":
         tokens = torch.arange(TOKENS).square() % 12  # 0, 1, 4 and 9 by turns
         return {"grad_output": normal(TOKENS, COLS, kind=dtype), "tokens": tokens, "indices": indices, "padding_idx": 9}
-    if op == "sddmm_run8":
-        runs = torch.randperm(ROWS * COLS // 8, generator=generator)[: NNZ // 8].sort().values
-        indices = (runs[:, None] * 8 + torch.arange(8)).flatten()
-        table, launch = run8_schedule(indices, ROWS, COLS)
-        left, right = normal(TOKENS, ROWS, kind=dtype), normal(TOKENS, COLS, kind=dtype)
-        return {"grad_output": left, "input": right, "table": table, "launch": launch, "nnz": indices.numel()}
     if op == "gather":
         return {"weight": weight, "indices": indices}
     if op == "patch_":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..version import __version__
 from . import ops
-from .cost_model import EVERY, Costs, row_work, run_work
+from .cost_model import EVERY, Costs, row_work
 from .dtypes import dtype_name
 from .schedule import Schedule, make_schedule
 
@@ -128,10 +128,10 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: Callable[[Callabl
     cases = []
     for shape, tokens in itertools.product(MEASURED_SHAPES, MEASURED_TOKENS):
         sides = [torch.randn(tokens, features, device=device).to(dtype) for features in shape]
-        for density, run in itertools.product(MEASURED_DENSITIES, (1, 8)):
-            schedule, indices = drawn(shape, density, run, dtype, device)
+        for density in MEASURED_DENSITIES:
+            schedule, indices = drawn(shape, density, dtype, device)
             taken = seconds(functools.partial(ops.sddmm, *sides, indices, schedule))
-            cases.append(("rows" if run == 1 else "runs", schedule, shape, tokens, taken))
+            cases.append(("rows", schedule, shape, tokens, taken))
         taken = seconds(functools.partial(ops.sddmm_dense, *sides, indices, schedule))
         cases.append(("dense", schedule, shape, tokens, taken))
     return fitted(cases)
@@ -141,29 +141,23 @@ def fitted(cases: Iterable[tuple[str, Schedule, tuple[int, int], int, float]]) -
     """The costs behind measured times.
 
     Args:
-        cases: of each call, its way (rows, runs or dense), schedule, the weight's shape, tokens, and seconds.
+        cases: of each call, its way (rows or dense), schedule, the weight's shape, tokens, and seconds.
     """
-    measured: dict[str, list[tuple[list[float], float]]] = {"rows": [], "runs": [], "dense": []}
+    measured: dict[str, list[tuple[list[float], float]]] = {"rows": [], "dense": []}
     for way, schedule, (out_features, in_features), tokens, taken in cases:
         entries = float(out_features * in_features)
         if way == "dense":
             measured[way].append(([float(len(schedule.chunks)), tokens * entries, entries], taken))
-        elif way == "rows":
+        else:
             measured[way].append(([1.0, *row_work(schedule, tokens)], taken))
-        elif schedule.runs is not None:
-            measured[way].append(([1.0, *run_work(schedule, tokens)], taken))
-    runs = fit(measured["runs"]) if measured["runs"] else (0.0, 0.0, 0.0)
-    return Costs(*fit(measured["rows"]), *runs, *fit(measured["dense"]))
+    return Costs(*fit(measured["rows"]), *fit(measured["dense"]))
 
 
-def drawn(shape: tuple[int, int], density: float, run: int, dtype: torch.dtype, device: torch.device) -> tuple[Schedule, Tensor]:
-    """A random pattern of runs of so many columns, and its schedule."""
+def drawn(shape: tuple[int, int], density: float, dtype: torch.dtype, device: torch.device) -> tuple[Schedule, Tensor]:
+    """A random pattern of single entries, and its schedule."""
     out_features, in_features = shape
-    nnz = round(out_features * in_features * density)
-    runs = torch.empty(nnz // run, dtype=torch.int32, device=device)
-    ops.stratified_indices_(runs, out_features, in_features // run, 0)
-    members = torch.arange(run, dtype=torch.int32, device=device)
-    indices = (runs[:, None] * run + members).flatten()
+    indices = torch.empty(round(out_features * in_features * density), dtype=torch.int32, device=device)
+    ops.stratified_indices_(indices, out_features, in_features, 0)
     return make_schedule(indices, out_features, in_features, dtype), indices
 
 

@@ -19,6 +19,7 @@ from ..adapters.layout import draw_of, in_short, portable
 from ..files import described
 from ..selection.config import GIVEN, SparseConfig
 from ..selection.mask import Mask
+from ..selection.old_runs import are_runs
 from ..selection.pattern import RANDOM_STRATEGIES, same_entries
 from ..selection.strategies import STRATEGIES
 from ..selection.targets import HEADS
@@ -49,8 +50,8 @@ class SprandConfig(PeftConfig):
         mask: the entries themselves: a `sprand.Mask`, a mapping `{parameter name: bool mask or flat indices}`, or the path
             of a mask file. They decide what is targeted, too; the adapter's file then stores the indices. Entries apart from
             those of other tasks are a mask as well, since a config sees no model: `sprand.select(base, disjoint=[...])`.
-        layout: how random positions may fall: `"unstructured"`, `"run2"`, `"run4"`, `"run8"`, or `"columns"`: whole input columns
-            of linear weights, as in `SparseConfig`.
+        layout: how random positions may fall: `"unstructured"`, or `"columns"`: whole input columns of linear weights, as in
+            `SparseConfig`.
         seed: of the random draw. None takes a new one now, so that whoever copies this config draws the same entries.
         targets: written by `save_pretrained`: shape, count and a fingerprint of the base by parameter name.
         indices_saved: written by `save_pretrained`: whether the indices are in the file, or follow from the seed.
@@ -178,7 +179,7 @@ class SprandConfig(PeftConfig):
     @property
     def drawn(self) -> bool:
         """Whether the entries follow from the seed."""
-        return self.indices is None and not self.indices_saved and not self._can_wait()
+        return self.indices is None and not self.indices_saved and not self._can_wait() and not are_runs(self.layout)
 
     @property
     def waits(self) -> bool:
@@ -188,7 +189,8 @@ class SprandConfig(PeftConfig):
     @property
     def draw(self) -> Tensor | None:
         """What the file says of how the entries were drawn; None where they were not."""
-        return draw_of(self.strategy, self.layout, self.seed) if self.drawn else None
+        in_runs = are_runs(self.layout) and not self.indices_saved
+        return draw_of(self.strategy, self.layout, self.seed) if self.drawn or in_runs else None
 
     def __eq__(self, other: object) -> bool:
         """Whether all fields are equal, and the masks choose the same entries."""

@@ -24,6 +24,7 @@ from ..selection import pattern
 from ..selection.choose import choose
 from ..selection.config import SparseConfig
 from ..selection.mask import Mask
+from ..selection.old_runs import are_runs, draw_runs
 from ..selection.targets import HEADS, View, closest, find_targets, output_of
 from .config import SprandConfig
 
@@ -193,7 +194,10 @@ def _saved(config: SprandConfig, sites: Sequence[Site], adapter_name: str) -> Pl
             continue
         nnz = config.targets[name]["nnz"]
         if not config.indices_saved:
-            indices = draw(config, name, config.targets[name], nnz).to(site.device)
+            if are_runs(config.layout):
+                indices = draw_runs(config.strategy, name, site.shape, nnz, config.seed, config.layout).to(site.device)
+            else:
+                indices = draw(config, name, config.targets[name], nnz).to(site.device)
             check_same_base(adapter_name, site, indices, config.targets[name])
         elif config.indices is not None:
             indices = config.indices[name].to(site.device)

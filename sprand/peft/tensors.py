@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..adapters.architecture import architecture_of
 from ..adapters.first_forward import refuse_waiting
-from ..adapters.layout import DRAW, PREFIX, UNITS, said_of_draw, written_versions
+from ..adapters.layout import DRAW, PREFIX, UNITS, said_of_draw, selection_of_runs, written_versions
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
 from ..layers.sites import WRAPPED, Site, plain_name
 from ..selection import pattern
+from ..selection.config import AS_GIVEN
+from ..selection.old_runs import are_runs
 from ..selection.units import column_axis, whole_units
 from .adapter_target import AdapterTarget
 from .config import SprandConfig
@@ -66,6 +68,9 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
         "versions": written_versions(described),
         "architecture": architecture_of(base, with_head=bool(heads)),
     }
+    if are_runs(config.layout):
+        own = None if config.sparse_config is None else config.sparse_config | AS_GIVEN
+        config.saved |= {"layout": "unstructured", "selection": selection_of_runs(vars(config)), "sparse_config": own}
     saved = {_in_base(name, outer): value for name, value in result.items()}
     if saved and config.drawn:
         saved[(PREFIX if hasattr(model, "get_base_model") else "") + DRAW] = config.draw
@@ -118,6 +123,8 @@ def put_back(
             _check_same_entries(adapter_name, target, result.pop(names[1]))
         elif indices is not None:
             config.indices = (config.indices or {}) | {target.name: indices}
+        elif are_runs(config.layout):  # the seed drew what the state now names
+            result[names[1]] = target.indices[adapter_name]
     return result
 
 

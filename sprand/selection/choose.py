@@ -144,23 +144,19 @@ def _axis(config: SparseConfig, site: Site) -> int | None:
 
 
 def _units(config: SparseConfig, site: Site) -> Units:
-    """What is chosen of a target as a whole, beside runs."""
+    """What is chosen of a target as a whole."""
     return Units.of(site.shape, _axis(config, site))
 
 
 def _shares(config: SparseConfig, targets: Targets, sizes: Sequence[int], total: int) -> list[int]:
-    """How many entries of each target, whole runs or columns.
+    """How many entries of each target, whole columns.
 
     Raises:
-        ValueError: They are more than the targets hold, less than one run, or no column of a target.
+        ValueError: They are more than the targets hold, or no column of a target.
     """
     if config.layout == pattern.COLUMNS:
         return column_shares({site.name: _units(config, site) for site in targets.sites}, total)
-    runs = [math.prod(pattern.run_of(config.layout, site.shape)) for site in targets.sites]
-    counts = pattern.shares(sizes, total, runs)
-    if not any(counts):
-        raise ValueError(f"layout {config.layout!r}: {total} entries are less than one run of {max(runs)}; raise the budget")
-    return counts
+    return pattern.shares(sizes, total)
 
 
 def column_shares(units: Mapping[str, Units], total: int) -> list[int]:

@@ -49,10 +49,8 @@ class SparseConfig:
             (in a weight of groups as it is stored); of an embedding a feature; of any other tensor single entries. Every
             strategy chooses columns: by the sum of the scores of their entries, or of the squares where a score is the size of
             a signed number (`"magnitude"`, `"gradient"`, `"taylor_fo"`, `"lift"`; a callable with an attribute `squares` that is
-            true). For random draws also runs of entries: `"run2"`, `"run4"` (one column of 2 or 4 adjacent rows), `"run8"` (8
-            adjacent columns of one row); a target whose rows or columns do not divide into runs, or of one dimension, is drawn
-            unstructured. Each target's count is whole columns or runs: together they are the asked number of entries, or less by
-            less than one of them.
+            true). Each target's count is whole columns: together they are the asked number of entries, or less by less than one
+            of them.
         scope: `"local"`: each target gets its share of the entries, at least one column; `"global"`: the largest scores of all
             targets, of columns by the mean over their entries, since they differ in size; some targets may get none.
         min_density: least fraction of the entries of each target, for `scope="global"`.

@@ -17,9 +17,8 @@ from .units import Units, index_dtype
 
 RANDOM_STRATEGIES = ("random", "uniform")
 GIVEN = "given"  # how a strategy of explicit masks or indices is named in JSON
-RUNS = {"unstructured": (1, 1), "run2": (2, 1), "run4": (4, 1), "run8": (1, 8)}  # rows and columns of a run
 COLUMNS = "columns"  # of units, whose dimension `selection.units.column_axis` tells
-LAYOUTS = (*RUNS, COLUMNS)
+LAYOUTS = ("unstructured", COLUMNS)
 LONGEST_ROW = 2**32 - 1  # of a matrix that a stratified draw is made in; it has no more rows either
 PATTERN_VERSION = 1  # changes with csrc/pattern_math.h: an adapter that stores a seed names the version it was drawn with
 
@@ -38,24 +37,24 @@ def draw(
 
     `"random"` is stratified: every entry is drawn with the same probability, rows differ by at most one entry, and one
     entry falls into each of a row's equal strata. A weight with 2**32 rows or columns, or more, is drawn as one vector, cut into
-    equal rows. `"uniform"` is a simple random sample without replacement. Of a run layout the same holds for its runs, and of
-    `"columns"` for the columns, as one vector.
+    equal rows. `"uniform"` is a simple random sample without replacement. Of `"columns"` the same holds for the columns, as one
+    vector.
 
     Args:
         strategy: `"random"` or `"uniform"`.
         name: name of the parameter; other names give independent draws.
         shape: shape of the weight.
-        nnz: number of entries, whole runs or columns.
+        nnz: number of entries, whole columns.
         seed: any int.
         device: where the indices are made.
-        layout: a name in `LAYOUTS`; a weight that it does not fit (see `run_of`) is drawn unstructured.
+        layout: a name in `LAYOUTS`.
         axis: the dimension of `"columns"`; None draws entries.
 
     Returns:
         `[nnz]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
 
     Raises:
-        ValueError: The strategy is unknown, or there are more entries than the weight has, or a part of a run or column.
+        ValueError: The strategy is unknown, or there are more entries than the weight has, or a part of a column.
     """
     if strategy not in RANDOM_STRATEGIES:
         raise ValueError(f"expected a random strategy, one of {', '.join(RANDOM_STRATEGIES)}, got {strategy!r}")
@@ -64,32 +63,31 @@ def draw(
         units = Units.of(shape, axis)
         key = draw_key(f"{strategy} {layout}", name, shape, seed)
         return units.entries(_draw_vector(strategy, units.count, _units_in(name, units, nnz), key, device))
-    run_rows, run_cols = run_of(layout, shape)
-    run = run_rows * run_cols
-    if nnz % run:
-        raise ValueError(f"{name}: expected whole runs of {run} entries (layout {layout}), got {nnz} entries")
     rows = shape[0] if len(shape) > 1 else 1
     cols = numel // max(rows, 1)
-    key = draw_key(f"{strategy} {layout}" if run > 1 else strategy, name, shape, seed)
+    key = draw_key(strategy, name, shape, seed)
     if strategy == "random" and max(rows, cols) <= LONGEST_ROW:
         indices = torch.empty(nnz, dtype=index_dtype(numel), device=device)
-        ops.stratified_indices_(indices, rows, cols, key, run_rows, run_cols)
+        ops.stratified_indices_(indices, rows, cols, key)
         return indices
-    runs = torch.empty(nnz // run, dtype=index_dtype(numel), device=device)
-    fill = ops.uniform_indices_ if strategy == "uniform" else _stratified_vector_
-    fill(runs, numel // run, key)
-    return _expanded(runs, run, cols if run_rows > 1 else 1)
+    return _filled(strategy, numel, nnz, key, device)
 
 
 def _draw_vector(strategy: str, numel: int, count: int, key: int, device: torch.device | str) -> Tensor:
     """`[count]` of `numel` positions, ascending."""
-    positions = torch.empty(count, dtype=index_dtype(numel), device=device)
     if strategy == "random" and numel <= LONGEST_ROW:
+        positions = torch.empty(count, dtype=index_dtype(numel), device=device)
         ops.stratified_indices_(positions, 1, numel, key)
         return positions
-    fill = ops.uniform_indices_ if strategy == "uniform" else _stratified_vector_
+    return _filled(strategy, numel, count, key, device)
+
+
+def _filled(strategy: str, numel: int, count: int, key: int, device: torch.device | str) -> Tensor:
+    """The same of any vector, by a draw in no order."""
+    positions = torch.empty(count, dtype=index_dtype(numel), device=device)
+    fill = ops.uniform_indices_ if strategy == "uniform" else stratified_vector_
     fill(positions, numel, key)
-    return _expanded(positions, 1, 1)
+    return positions if positions.is_meta else positions.sort().values
 
 
 def _units_in(name: str, units: Units, nnz: int) -> int:
@@ -99,7 +97,7 @@ def _units_in(name: str, units: Units, nnz: int) -> int:
     return nnz // units.size
 
 
-def _stratified_vector_(positions: Tensor, numel: int, key: int) -> None:
+def stratified_vector_(positions: Tensor, numel: int, key: int) -> None:
     """Fill `positions` with a stratified draw, in no order, from a vector longer than `LONGEST_ROW`.
 
     The vector is cut into the fewest equal rows. The few positions behind the last whole row are drawn only where all others
@@ -127,7 +125,7 @@ def draw_free(
     layout: str = "unstructured",
     axis: int | None = None,
 ) -> Tensor:
-    """`draw`, of the positions (the runs, the columns) that hold none of some entries, as if the others were not there.
+    """`draw`, of the positions (the columns) that hold none of some entries, as if the others were not there.
 
     The free positions, in their order, are drawn from as a vector: every one with the same probability.
 
@@ -147,16 +145,7 @@ def draw_free(
         return units.entries(
             _drawn_free(strategy, name, units.count, _units_in(name, units, nnz), seed, units.holding(avoided), units.size)
         )
-    run_rows, run_cols = run_of(layout, shape)
-    run = run_rows * run_cols
-    step = numel // max(shape[0], 1) if run_rows > 1 else 1
-    if nnz % run:
-        raise ValueError(f"{name}: expected whole runs of {run} entries (layout {layout}), got {nnz} entries")
-    avoided = avoided.long()
-    if run > 1:
-        avoided = (avoided // (run * step) * step + avoided % step).unique()
-    runs = _drawn_free(strategy, name, numel // run, nnz // run, seed, avoided, run)
-    return _expanded(runs.to(index_dtype(numel)), run, step)
+    return _drawn_free(strategy, name, numel, nnz, seed, avoided.long(), 1).to(index_dtype(numel))
 
 
 def _drawn_free(strategy: str, name: str, numel: int, count: int, seed: int, avoided: Tensor, size: int) -> Tensor:
@@ -179,34 +168,6 @@ def check_free(name: str, nnz: int, free: int) -> None:
             f"disjoint: {nnz:,} entries of {name} were asked for, but {free:,} are free; lower the density or budget, target "
             "more modules, or leave out fewer"
         )
-
-
-def _expanded(runs: Tensor, run: int, step: int) -> Tensor:
-    """The entries of runs, ascending; `step` is from one entry of a run to the next."""
-    if run > 1:
-        first = runs // step * (run * step) + runs % step
-        offsets = torch.arange(run, dtype=runs.dtype, device=runs.device) * step
-        runs = (first + offsets[:, None]).flatten()
-    return runs if runs.is_meta else runs.sort().values
-
-
-def run_of(layout: str, shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a run in a weight, seen as a matrix `[shape[0], everything else]`.
-
-    It is `(1, 1)`, unstructured, for a weight of fewer than two dimensions, for one whose rows (`"run2"`, `"run4"`) or columns
-    (`"run8"`) are no multiple of the run, and for `"columns"`, which are no runs.
-
-    Raises:
-        ValueError: The layout is unknown.
-    """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if len(shape) < 2 or layout == COLUMNS:
-        return 1, 1
-    run_rows, run_cols = RUNS[layout]
-    rows, cols = shape[0], math.prod(shape[1:])
-    fits = rows % run_rows == 0 and cols % run_cols == 0
-    return (run_rows, run_cols) if fits else (1, 1)
 
 
 def draw_key(strategy: str, name: str, shape: Sequence[int], seed: int) -> int:
@@ -305,21 +266,21 @@ def check_indices(name: str, indices: Tensor, numel: int, of: str = "entries") -
         raise ValueError(f"{name}: index {value} (entry {bad}) {relation}; expected sorted, distinct indices")
 
 
-def shares(sizes: Sequence[int], total: int, runs: Sequence[int] | None = None) -> list[int]:
+def shares(sizes: Sequence[int], total: int, units: Sequence[int] | None = None) -> list[int]:
     """Divide `total` entries over targets in proportion to their sizes (largest remainders, then order).
 
     Args:
         sizes: entries of each target.
         total: how many to choose of them all.
-        runs: entries of one run of each target; they divide its size. By default 1.
+        units: entries of one column of each target; they divide its size. By default 1.
 
     Returns:
-        How many of each, whole runs. They add up to `total`, or, with runs, to less by less than the longest run.
+        How many of each, whole columns. They add up to `total`, or, with columns, to less by less than the largest.
 
     Raises:
         ValueError: `total` is more than all targets hold.
     """
-    runs = runs or [1] * len(sizes)
+    units = units or [1] * len(sizes)
     everything = sum(sizes)
     if total > everything:
         raise ValueError(
@@ -327,11 +288,11 @@ def shares(sizes: Sequence[int], total: int, runs: Sequence[int] | None = None) 
         )
     if everything == 0:
         return [0] * len(sizes)
-    counts = [total * size // (everything * run) * run for size, run in zip(sizes, runs, strict=True)]
+    counts = [total * size // (everything * unit) * unit for size, unit in zip(sizes, units, strict=True)]
     remainders = [total * size - everything * count for size, count in zip(sizes, counts, strict=True)]
     left = total - sum(counts)
-    for i in sorted(range(len(sizes)), key=lambda i: (-Fraction(remainders[i], runs[i]), i)):
-        if remainders[i] and runs[i] <= left:
-            counts[i] += runs[i]
-            left -= runs[i]
+    for i in sorted(range(len(sizes)), key=lambda i: (-Fraction(remainders[i], units[i]), i)):
+        if remainders[i] and units[i] <= left:
+            counts[i] += units[i]
+            left -= units[i]
     return counts

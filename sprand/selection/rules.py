@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .old_runs import RUNS
 from .pattern import COLUMNS, GIVEN, LAYOUTS, RANDOM_STRATEGIES
 from .strategies import STRATEGIES
 
@@ -72,21 +73,21 @@ def _kind_of(strategy: Any) -> str:
 
 
 def _check_layout(layout: str, kind: str, preserve_zeros: bool) -> None:
+    if layout in RUNS:
+        raise ValueError(
+            f"layout: runs of adjacent entries ({layout!r}) are drawn no more; give layout='columns', whole input columns, which "
+            "take less time and memory"
+        )
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if layout == "unstructured":
         return
     if kind == "given":
         raise ValueError(f"layout: a dict of masks or indices fixes the positions; leave out layout={layout!r}")
-    if layout == COLUMNS:
-        if preserve_zeros:
-            raise ValueError(
-                "preserve_zeros: a whole column trains, and the zeros in it with it; leave out preserve_zeros, or "
-                "layout='columns'"
-            )
-        return
-    if kind != "random" or preserve_zeros:
-        raise ValueError(f"layout: runs are drawn at random, of all entries; leave out layout={layout!r}")
+    if preserve_zeros:
+        raise ValueError(
+            "preserve_zeros: a whole column trains, and the zeros in it with it; leave out preserve_zeros, or layout='columns'"
+        )
 
 
 def _check_scope(scope: str, kind: str) -> None:

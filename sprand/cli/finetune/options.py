@@ -47,7 +47,7 @@ def add_amount(group: argparse._ArgumentGroup) -> None:
     add(
         "--layout",
         choices=LAYOUTS,
-        help="entries one by one (default), whole columns, or runs of 2 or 4 adjacent rows or 8 columns",
+        help="entries one by one (default), or whole columns",
     )
     add(
         "--sparta", action="store_true", default=None, help="the SpaRTA recipe: v and o projections, density over the whole model"
