@@ -64,7 +64,7 @@ def test_rate_and_visible_share_are_those_of_its_entries(kind):
     model = KINDS[kind]()
     (delta,) = trainable(model)
     rms = model(torch.eye(IN)).square().mean().sqrt().item()
-    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=delta.numel() / (IN * OUT), rms=rms)
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=delta.numel() / (IN * OUT), rms=rms, width=min(IN, OUT))
     assert sprand.visible_share(model) == 0
     rate, changed = sprand.suggest_lr(model), delta.numel() // 4
     delta.data[:changed] = 1.0

@@ -386,7 +386,7 @@ def test_the_default_rate_is_held_against_the_tuned_one(
     arguments += ["--masks", str(tmp_path / "masks"), "--out", str(out)]
     assert default_rate.main(arguments) == 0
     rows = read(out / "default_rate.csv")
-    assert {float(row["lr"]) for row in rows} == {sprand.suggest_lr(density=0.01, rms=0.137)} and len(rows) == 3
+    assert {float(row["lr"]) for row in rows} == {sprand.suggest_lr(density=0.01, rms=0.137, width=64)} and len(rows) == 3
     tuned = [row for row in read(out / "suite.csv") if row["method"] == "random" and row["seed"] == "1"]
     mean, default = (sum(float(row["test"]) for row in found) / 3 for found in (
         [row for row in read(out / "suite.csv") if row["lr"] == tuned[0]["lr"]], rows,

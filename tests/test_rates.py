@@ -35,47 +35,51 @@ def linear_rms(model: nn.Module) -> float:
     return rms_of(*(module.weight for module in model.modules() if isinstance(module, nn.Linear)))
 
 
-@pytest.mark.parametrize("layout", [None, "unstructured", "columns"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_it_rises_as_density_falls_and_in_proportion_to_the_weights(strategy, layout):
+def test_it_rises_as_density_falls_and_in_proportion_to_the_weights(strategy):
     densities = (3e-4, 1e-3, 3e-3, 1e-2, 5e-2, 0.3, 1.0)
-    found = [rates.rate(0.1, density, strategy, layout) for density in densities]
-    if strategy in (None, "random", "snip") and layout != "columns":  # the shift of the others fades
+    found = [rates.rate(0.1, density, strategy) for density in densities]
+    if strategy in (None, "random", "snip"):  # the shift of the others fades
         assert found == sorted(found, reverse=True) and len(set(found)) == len(found)
-    assert [rates.rate(0.4, density, strategy, layout) for density in densities] == [4 * rate for rate in found]
-    assert rates.rate(0.1, 1e-9, strategy, layout) == found[0]
+    assert [rates.rate(0.4, density, strategy) for density in densities] == [4 * rate for rate in found]
+    assert rates.rate(0.1, 1e-9, strategy) == found[0]
 
 
-def test_gradient_masks_and_columns_get_a_lower_rate_until_all_entries_train():
+def test_narrow_models_get_a_higher_rate():
+    found = [sprand.suggest_lr(density=0.01, rms=0.1, width=width) for width in (64, 128, 256, 384)]
+    assert found == sorted(found, reverse=True) and len(set(found)) == len(found)
+    assert sprand.suggest_lr(density=0.01, rms=0.1, width=16) == found[0]
+    assert sprand.suggest_lr(density=0.01, rms=0.1, width=4096) == sprand.suggest_lr(density=0.01, rms=0.1) == found[-1]
+
+
+def test_gradient_masks_get_a_lower_rate_until_all_entries_train():
     for density in (1e-3, 1e-2, 5e-2):
         plain = rates.rate(0.1, density)
-        for other in ({"strategy": "gradient"}, {"strategy": "fisher"}, {"layout": "columns"}):
-            assert rates.rate(0.1, density, **other) < plain / 2
-            assert rates.rate(0.1, 1.0, **other) == rates.rate(0.1, 1.0)
+        for strategy in ("gradient", "fisher"):
+            assert rates.rate(0.1, density, strategy) < plain / 2
+            assert rates.rate(0.1, 1.0, strategy) == rates.rate(0.1, 1.0)
 
 
 def test_a_model_gives_density_size_of_weights_and_strategy():
     base = weights()
     rms = linear_rms(base)
     model = sprand.apply(copy.deepcopy(base), density=0.02)
-    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, rms=rms)
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, rms=rms, width=64)
     data, loss = [torch.randn(8, 128)], lambda m, x: m(x).square().mean()
     model = sprand.apply(copy.deepcopy(base), density=0.02, strategy="gradient", data=data, loss_fn=loss)
-    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, rms=rms, strategy="gradient")
-    given = sprand.suggest_lr(model, strategy="random", rms=0.5, density=0.1, layout="columns")
-    assert given == sprand.suggest_lr(density=0.1, rms=0.5, layout="columns")
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, rms=rms, width=64, strategy="gradient")
+    given = sprand.suggest_lr(model, strategy="random", rms=0.5, density=0.1, width=200)
+    assert given == sprand.suggest_lr(density=0.1, rms=0.5, width=200)
 
 
 @pytest.mark.parametrize("strategy", ["random", "gradient"])
-def test_whole_columns_get_their_own_rate_however_they_come(strategy):
+def test_whole_columns_get_the_rate_of_single_entries(strategy):
     base = weights()
     data, loss = [torch.randn(8, 128)], lambda m, x: m(x).square().mean()
     fields = {"density": 0.05, "strategy": strategy, "layout": "columns", "data": data, "loss_fn": loss}
     mask = sprand.select(copy.deepcopy(base), **fields)
-    expected = sprand.suggest_lr(density=mask.nnz / (2 * 64 * 128), rms=linear_rms(base), strategy=strategy, layout="columns")
-    assert expected < sprand.suggest_lr(density=0.05, rms=linear_rms(base), strategy=strategy)
+    expected = sprand.suggest_lr(density=mask.nnz / (2 * 64 * 128), rms=linear_rms(base), strategy=strategy, width=64)
     assert sprand.suggest_lr(sprand.apply(copy.deepcopy(base), **fields)) == expected
-    assert strategy == "random" or sprand.suggest_lr(sprand.apply(copy.deepcopy(base), strategy=mask)) == expected
 
 
 @pytest.mark.parametrize("factor", [2.0**-6, 2.0, 10.0])
@@ -94,7 +98,7 @@ def test_embeddings_biases_and_norms_do_not_count_beside_linear_weights():
     assert rms < 0.2 < rms_of(model[0].weight)
     every = ["0.weight", "1.weight", "1.bias", "2.weight", "2.bias", "3.weight"]
     applied = sprand.apply(copy.deepcopy(model), density=0.1, target_modules=None, target_parameters=every)
-    assert sprand.suggest_lr(applied, density=0.1) == sprand.suggest_lr(density=0.1, rms=rms)
+    assert sprand.suggest_lr(applied, density=0.1) == sprand.suggest_lr(density=0.1, rms=rms, width=64)
     norm = sprand.apply(copy.deepcopy(model), density=0.5, target_modules=None, target_parameters=["1.weight"])
     assert sprand.suggest_lr(norm) == sprand.suggest_lr(density=0.5, rms=1.0)
 
@@ -103,7 +107,7 @@ def test_a_tied_weight_is_the_embedding_that_it_is():
     model = nn.ModuleDict({"embed": nn.Embedding(32, 16), "body": nn.Linear(16, 16), "head": nn.Linear(16, 32, bias=False)})
     model["head"].weight = model["embed"].weight
     applied = sprand.apply(model, density=0.25, target_modules=["head", "body"])
-    assert sprand.suggest_lr(applied) == sprand.suggest_lr(density=0.25, rms=rms_of(model["body"].weight))
+    assert sprand.suggest_lr(applied) == sprand.suggest_lr(density=0.25, rms=rms_of(model["body"].weight), width=16)
 
 
 def learned(model: nn.Module) -> nn.Module:
@@ -151,6 +155,7 @@ def test_what_an_earlier_mask_left_changes_nothing():
         ({"density": 1.5, "rms": 0.1}, "density: expected a fraction"),
         ({"density": 0.1, "rms": 0.0}, "rms: expected the root mean square"),
         ({"density": 0.1, "rms": math.inf}, "rms: expected the root mean square"),
+        ({"density": 0.1, "rms": 0.1, "width": 0}, "width: expected the hidden size"),
         ({"density": 0.1, "rms": math.nan}, "rms: expected the root mean square"),
     ],
 )
@@ -167,7 +172,7 @@ def test_weights_without_values_are_said():
         ValueError, match=r"0\.weight, which is on the meta device \(or offloaded\); load the weights first, or give rms"
     ):
         sprand.suggest_lr(model)
-    assert sprand.suggest_lr(model, rms=0.1) == pytest.approx(sprand.suggest_lr(density=0.1, rms=0.1), rel=0.03)
+    assert sprand.suggest_lr(model, rms=0.1) == pytest.approx(sprand.suggest_lr(density=0.1, rms=0.1, width=64), rel=0.03)
     for value in (0.0, math.nan):
         model = sprand.apply(weights(), density=0.1)
         for module in model[::2]:
@@ -175,11 +180,6 @@ def test_weights_without_values_are_said():
             module.sprand_base.fill_(value)
         with pytest.raises(ValueError, match="rms: expected the root mean square of the targeted weights, a positive number"):
             sprand.suggest_lr(model)
-
-
-def test_a_width_is_said_to_play_no_part():
-    with pytest.warns(DeprecationWarning, match="width plays no part any more; leave it out"):
-        assert sprand.suggest_lr(density=0.1, rms=0.1, width=64) == sprand.suggest_lr(density=0.1, rms=0.1)
 
 
 @pytest.mark.parametrize("asked", [[], ["--lr", "auto"]])
@@ -205,7 +205,7 @@ def test_finetune_counts_targets_that_a_mask_leaves_empty():
     indices = {"0.weight": torch.arange(0, 64 * 64, 16, dtype=torch.int32), "1.weight": torch.empty(0, dtype=torch.int32)}
     mask = sprand.Mask(indices, {name: (64, 64) for name in indices})
     method = methods.sparse(model, Settings(model="m", train=Path("t"), out=Path("o")), mask)
-    assert method.lr == sprand.suggest_lr(density=1 / 32, rms=rms) != sprand.suggest_lr(density=1 / 16, rms=rms)
+    assert method.lr == sprand.suggest_lr(density=1 / 32, rms=rms, width=64)
 
 
 def test_a_peft_model_gives_them_too():
@@ -215,11 +215,11 @@ def test_a_peft_model_gives_them_too():
     base = weights()
     rms = linear_rms(base)
     model = peft.get_peft_model(copy.deepcopy(base), SprandConfig(density=0.02))
-    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, rms=rms)
+    assert sprand.suggest_lr(model) == sprand.suggest_lr(density=0.02, rms=rms, width=64)
     mask = sprand.Mask({"0.weight": torch.arange(40)}, {"0.weight": (64, 128)}, {"strategy": "gradient"})
     chosen = peft.get_peft_model(copy.deepcopy(base), SprandConfig(mask=mask))
     first = rms_of(base[0].weight)
-    assert sprand.suggest_lr(chosen) == sprand.suggest_lr(density=40 / 8192, rms=first, strategy="gradient")
+    assert sprand.suggest_lr(chosen) == sprand.suggest_lr(density=40 / 8192, rms=first, width=64, strategy="gradient")
     with chosen.disable_adapter(), pytest.raises(ValueError, match="no adapter of this PEFT model is active"):
         sprand.suggest_lr(chosen)
 
@@ -232,7 +232,7 @@ def test_adapters_of_a_peft_model_that_have_learned_or_are_merged_change_nothing
     model = peft.get_peft_model(copy.deepcopy(base), SprandConfig(density=0.02, seed=1))
     model.add_adapter("other", SprandConfig(density=0.05, seed=2))
     model.base_model.set_adapter(["default", "other"])
-    expected = sprand.suggest_lr(density=0.07, rms=linear_rms(base))
+    expected = sprand.suggest_lr(density=0.07, rms=linear_rms(base), width=64)
     assert sprand.suggest_lr(model) == pytest.approx(expected, rel=0.03)  # each count is rounded to whole entries
     before = sprand.suggest_lr(model)
     with torch.no_grad():
@@ -282,7 +282,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 def test_the_page_states_the_law():
     page = (DOCS / "learning_rate.md").read_text()
-    assert f"lr = {rates.FACTOR:g} rms / sqrt(density)" in page and f"below {rates.LEAST_DENSITY:.2%}".replace("%", " %") in page
+    law = f"lr = {rates.FACTOR:g} rms / density^{rates.EXPONENT:g} x ({rates.NARROW} / width)^{rates.STEEPNESS:g}"
+    assert law in page and f"below {rates.LEAST_DENSITY:.2%}".replace("%", " %") in page
 
 
 @pytest.mark.parametrize("recipe", ["axolotl", "llama_factory"])

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sprand
 from quality import results, tables
-from quality.fit_lr import RMS
+from quality.fit_lr import RMS, WIDTHS
 from quality.grids import SUITE
 from quality.training import Run, perform
 from report import RESULTS, command_line, markdown, progress, write_markdown
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def runs_of(row: tables.Summary) -> list[Run]:
     """A cell's runs at the default rate, one for each seed."""
-    lr = sprand.suggest_lr(density=row["budget"], rms=RMS[row["task"]], strategy=row["method"])
+    task = row["task"]
+    lr = sprand.suggest_lr(density=row["budget"], rms=RMS[task], strategy=row["method"], width=WIDTHS[task])
     return [Run(row["task"], row["method"], row["budget"], lr, seed) for seed in SUITE.seeds]
 
 

@@ -4,7 +4,7 @@ A cell is a task, a method and a budget with its rates; goodness is the accuracy
 Its best rate is the vertex of a parabola through the best of its rates and the two beside it, on a logarithmic axis, or the
 edge. The law
 
-    log10(lr) = log10(rms) + A + B log10(density) + shift
+    log10(lr) = log10(rms) + A + B log10(density) + C log10(384 / width where that is less) + shift
 
 (rms is the root mean square of the linear weights, the shift is for gradient and fisher masks) starts from the least squares fit
 to these, full fine-tuning counting as density 1, and is then moved to the least mean of loss^2 + distance^2. The loss is what a
@@ -32,7 +32,9 @@ from report import RESULTS, command_line, markdown, write_markdown
 from sprand.training import rates
 
 RMS = {"shakespeare": 0.137, "sst2": 0.0614, "subj": 0.0614, "qnli": 0.0614}  # of the linear weights
+WIDTHS = {"shakespeare": 64, "sst2": 384, "subj": 384, "qnli": 384}
 METHODS = ("random", "uniform", "run2", "run4", "run8", "snip", "force", "grasp", *rates.SHIFTS, "full")
+AXES = 4  # coefficients
 POINT = {"accuracy": 0.01, "perplexity": math.log(1.01)}  # one point of accuracy; one percent of perplexity
 
 
@@ -98,8 +100,9 @@ def best_of(tried: Sequence[tuple[float, float]]) -> tuple[float, bool]:
 
 
 def features(cell: Cell) -> list[float]:
-    """What A, B and the shift are multiplied by."""
-    return [1.0, math.log10(cell.density), rates.fade(cell.density) * (cell.method in rates.SHIFTS)]
+    """What A, B, C and the shift are multiplied by."""
+    narrow = max(0.0, math.log10(rates.NARROW / WIDTHS[cell.task]))
+    return [1.0, math.log10(cell.density), narrow, rates.fade(cell.density) * (cell.method in rates.SHIFTS)]
 
 
 def predicted(cell: Cell, coefficients: Sequence[float]) -> float:
@@ -108,8 +111,8 @@ def predicted(cell: Cell, coefficients: Sequence[float]) -> float:
 
 
 def fit(of: Sequence[Cell]) -> list[float]:
-    """The coefficients A, B and the shift."""
-    goal = [cell.best - predicted(cell, [0.0] * 3) for cell in of]
+    """The coefficients A, B, C and the shift."""
+    goal = [cell.best - predicted(cell, [0.0] * AXES) for cell in of]
     matrix = torch.tensor([features(cell) for cell in of], dtype=torch.float64)
     start = torch.linalg.lstsq(matrix, torch.tensor(goal, dtype=torch.float64)[:, None], driver="gelsd").solution[:, 0]
     return descend(start.tolist(), lambda coefficients: cost(of, coefficients))
@@ -123,7 +126,7 @@ def cost(of: Sequence[Cell], coefficients: Sequence[float]) -> float:
 
 def descend(point: list[float], height: Callable[[Sequence[float]], float]) -> list[float]:
     """A minimum by steps along one or two axes, halved where none goes down: the losses have corners."""
-    axes = [[axis] for axis in range(3)] + [list(pair) for pair in itertools.combinations(range(3), 2)]
+    axes = [[axis] for axis in range(AXES)] + [list(pair) for pair in itertools.combinations(range(AXES), 2)]
     moves = [dict(zip(pair, signs, strict=True)) for pair in axes for signs in itertools.product((-1, 1), repeat=len(pair))]
     size, low = 0.2, height(point)
     while size > 1e-3:
@@ -139,7 +142,7 @@ def descend(point: list[float], height: Callable[[Sequence[float]], float]) -> l
 
 def shipped(cell: Cell) -> float:
     """log10 of what `sprand.suggest_lr` gives."""
-    return math.log10(rates.rate(RMS[cell.task], cell.density, cell.method))
+    return math.log10(rates.rate(RMS[cell.task], cell.density, cell.method, WIDTHS[cell.task]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,8 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not of:
         parser.error(f"expected runs at three rates or more in {', '.join(map(str, files))}, got none")
     coefficients = fit(of)
-    names = ["A", "B", "shift of gradient and fisher"]
-    in_use = [math.log10(rates.FACTOR), -0.5, rates.SHIFTS["gradient"]]
+    names = ["A", "B", "C", "shift of gradient and fisher"]
+    in_use = [math.log10(rates.FACTOR), -rates.EXPONENT, rates.STEEPNESS, rates.SHIFTS["gradient"]]
     law = [{"name": n, "fit": c, "now": u} for n, c, u in zip(names, coefficients, in_use, strict=True)]
     without = {task: fit([cell for cell in of if cell.task != task]) for task in dict.fromkeys(cell.task for cell in of)}
     rows = [
@@ -218,9 +221,10 @@ def draw(of: Sequence[Cell], path: Path) -> None:
     groups = {"gradient and fisher": ("#7570b3", True), "all others": ("#d95f02", False)}
     for panel, title in panels:
         rms = float(title.split()[1])
+        width = next(WIDTHS[task] for task in WIDTHS if RMS[task] == rms)
         densities = [10 ** (-4 + i / 20) for i in range(81)]
         for name, (colour, shifted) in groups.items():
-            line = [rates.rate(rms, d, "gradient" if shifted else "random") for d in densities]
+            line = [rates.rate(rms, d, "gradient" if shifted else "random", width) for d in densities]
             panel.plot(densities, line, color=colour, label=f"law, {name}")
             mine = [cell for cell in of if RMS[cell.task] == rms and (cell.method in rates.SHIFTS) == shifted]
             for edge, mark in ((False, "o"), (True, "x")):

@@ -187,7 +187,7 @@ def own(plan: TaskPlan, width: int, rms: float) -> Grid:
         if method in PEER_RATES and method != "full":
             middle = peer_rate(method, width)
         else:
-            middle = sprand.suggest_lr(density=budget or 1.0, rms=rms, strategy=method)
+            middle = sprand.suggest_lr(density=budget or 1.0, rms=rms, strategy=method, width=width)
         return [float(f"{middle * HALF_DECADE**step:.1e}") for step in (-1.5, -0.5, 0.5, 1.5)]
 
     blocks = tuple(("own", budget) for budget in (0.01, 0.001, 0.05, 0.003, 0.0003))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -13,10 +12,12 @@ from ..layers import sharding
 from ..layers.sites import Site
 from .magnitude import root_mean_square
 
-FACTOR = 0.008  # of the root mean square, over the root of the density
+# rate = FACTOR rms / density^EXPONENT; fitted by benchmarks/quality/fit_lr.py
+FACTOR, EXPONENT = 0.0037, 0.6
 LEAST_DENSITY = 3e-4
-SHIFTS = {"gradient": -0.7, "fisher": -0.7}  # decades
-LAYOUT_SHIFTS = {"columns": -0.35}  # decades
+NARROW, STEEPNESS = 384, 1.25  # below that width the rate rises by this power of it
+LEAST_WIDTH = 64
+SHIFTS = {"gradient": -0.5, "fisher": -0.5}  # decades
 
 
 def suggest_lr(
@@ -25,15 +26,14 @@ def suggest_lr(
     density: float | None = None,
     rms: float | None = None,
     strategy: str | None = None,
-    layout: str | None = None,
     width: int | None = None,
 ) -> float:
     """A learning rate for AdamW on a sparse model with a schedule down to 0, where none is known to be better.
 
-    It is what `sprand finetune` takes by default. Adam moves each entry by about the rate, and n of the entries of a row add up
-    like sqrt(n) of them: so the rate is a share of the root mean square of the weights, over the root of the density. Entries
-    with the largest gradients ("gradient", "fisher") need a lower one. docs/learning_rate.md shows what it was fitted to and
-    what it costs against tuned rates.
+    It is what `sprand finetune` takes by default: a share of the root mean square of the weights that train, since Adam moves each
+    entry by about the rate. Fewer entries have to move farther, so it rises as the density falls; entries with the largest
+    gradients ("gradient", "fisher") need a third; and models narrower than 384 want more. docs/learning_rate.md shows what it was
+    fitted to and what it costs against tuned rates.
 
     The weights are read without what their entries have learned, so that the rate is the same at any time of a training.
     Linear weights count, and embeddings, biases and norms where nothing else is targeted. Of a quantized weight a dense copy is
@@ -44,8 +44,7 @@ def suggest_lr(
         density: trained entries over entries of the targeted weights, in (0, 1].
         rms: the root mean square of the targeted weights; where it is given, none is read.
         strategy: how the entries were chosen, as in `SparseConfig`; one without a name here counts as "random".
-        layout: how they fall, as in `SparseConfig`.
-        width: plays no part any more; leave it out.
+        width: the model's hidden size; from 384 on it plays no part, and where neither it nor a model is given, none does.
 
     Returns:
         The rate, to two digits.
@@ -53,16 +52,13 @@ def suggest_lr(
     Raises:
         ValueError: Density and root mean square are neither given nor known by the model, or out of range.
     """
-    if width is not None:
-        warnings.warn("suggest_lr: width plays no part any more; leave it out", DeprecationWarning, stacklevel=2)
     if model is not None:
         with sharding.gathered(model, "suggest_lr"):
             sites = active_sites(model)
             density = _density_of(sites) if density is None else density
             rms = _rms_of(model, sites) if rms is None else rms
-        chosen = _choice_of(model)
-        strategy = chosen[0] if strategy is None else strategy
-        layout = chosen[1] if layout is None else layout
+        width = _width_of(sites) if width is None else width
+        strategy = _strategy_of(model) if strategy is None else strategy
     if density is None or rms is None:
         raise ValueError(
             "suggest_lr: expected a model of sprand.apply, or density and rms, the root mean square of the targeted weights; "
@@ -75,20 +71,23 @@ def suggest_lr(
             f"rms: expected the root mean square of the targeted weights, a positive number, got {rms!r}; load the model's "
             "weights first, or choose a learning rate yourself"
         )
-    return two_digits(rate(rms, density, strategy, layout))
+    if width is not None and not width >= 1:
+        raise ValueError(f"width: expected the hidden size, at least 1, got {width!r}")
+    return two_digits(rate(rms, density, strategy, width))
 
 
-def rate(rms: float, density: float, strategy: str | None = None, layout: str | None = None) -> float:
+def rate(rms: float, density: float, strategy: str | None = None, width: int | None = None) -> float:
     """The law itself: every number in it stands at the top of this file.
 
     Args:
         rms: the root mean square of the targeted weights.
         density: trained entries over entries of the targeted weights, in (0, 1].
         strategy: how the entries were chosen; any without a name above counts as "random", and None does.
-        layout: how they fall; any without a name above counts as "unstructured", and None does.
+        width: the hidden size; None counts as `NARROW`.
     """
-    shift = SHIFTS.get(strategy, 0.0) + LAYOUT_SHIFTS.get(layout, 0.0)
-    return FACTOR * rms / math.sqrt(max(density, LEAST_DENSITY)) * 10 ** (shift * fade(density))
+    narrow = NARROW / min(max(width or NARROW, LEAST_WIDTH), NARROW)
+    shift = SHIFTS.get(strategy, 0.0) * fade(density)
+    return FACTOR * rms / max(density, LEAST_DENSITY) ** EXPONENT * narrow**STEEPNESS * 10**shift
 
 
 def fade(density: float) -> float:
@@ -113,14 +112,16 @@ def _rms_of(model: nn.Module, sites: Sequence[Site]) -> float:
     return root_mean_square(sites, {} if state is None or state.current is None else state.current.frozen)
 
 
-def _choice_of(model: nn.Module) -> tuple[str | None, str | None]:
-    """Strategy and layout of the active entries; None where nothing says so, or active adapters differ in it."""
+def _width_of(sites: Sequence[Site]) -> int | None:
+    """The most frequent shorter side of the targeted matrices: the hidden size of a transformer; None without a matrix."""
+    sides = [min(site.shape[0], site.numel // site.shape[0]) for site in sites if len(site.shape) > 1]
+    return max(set(sides), key=sides.count) if sides else None
+
+
+def _strategy_of(model: nn.Module) -> str | None:
+    """How the active entries were chosen; None where nothing says so, or active adapters differ in it."""
     if not hasattr(model, "peft_config"):
-        adapter = state_of(model).current
-        chosen = adapter.selection or {}
-        return chosen.get("strategy"), chosen.get("layout", adapter.config.layout)
+        return (state_of(model).current.selection or {}).get("strategy")
     active = getattr(model, "active_adapters", model.peft_config)  # a method of models of transformers; plain modules have none
-    configs = [model.peft_config[name] for name in (active() if callable(active) else active)]
-    strategies = {getattr(config, "strategy", None) for config in configs}
-    layouts = {(getattr(config, "selection", None) or {}).get("layout", getattr(config, "layout", None)) for config in configs}
-    return tuple(found.pop() if len(found) == 1 else None for found in (strategies, layouts))
+    strategies = {getattr(model.peft_config[name], "strategy", None) for name in (active() if callable(active) else active)}
+    return strategies.pop() if len(strategies) == 1 else None
