@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import sprand
@@ -102,6 +103,14 @@ LOWEST = {
         "gradients": {3e-4: -6, 1e-3: -6, 3e-3: -6, 1e-2: -7, 5e-2: -8},
         "lora": {3e-4: -5, 1e-3: -5, 3e-3: -5, 1e-2: -6, 5e-2: -6}, "full": {None: -9}, "head": {None: -5},
     },
+    "chat": {
+        "entries": {1e-3: -3, 2.875e-3: -3, 1e-2: -5, 5e-2: -5}, "gradients": {1e-3: -6, 1e-2: -7, 5e-2: -8},
+        "lora": {1e-3: -6, 2.875e-3: -6, 1e-2: -6, 5e-2: -6},
+    },
+}  # fmt: skip
+CHAT = {
+    "max_steps": 100, "batch_size": 4, "limit_eval": 96, "warmup": 0.0, "dtype": "bfloat16", "calibration_examples": 128, "prompt_column": "question",
+    "completion_column": "answer",
 }  # fmt: skip
 
 
@@ -192,3 +201,34 @@ def own(plan: TaskPlan, width: int, rms: float) -> Grid:
 
     blocks = tuple(("own", budget) for budget in (0.01, 0.001, 0.05, 0.003, 0.0003))
     return dataclasses.replace(SUITE, title="Quality on a task of your own", tasks={"own": plan}, blocks=blocks, rates=rates)
+
+
+def chat(model: Path, data: Path, folder: Path) -> Grid:
+    """Tasks of a language model with a chat template: school maths, and words spelled backward.
+
+    Args:
+        model: its folder.
+        data: folder with `gsm8k`.
+        folder: where rows of `reasoning-gym` are made.
+    """
+
+    def rows(place: Path, length: int, **options: Any) -> TaskPlan:
+        files = [str((place / f"{part}.jsonl").resolve()) for part in ("train", "dev", "test")]
+        return TaskPlan(str(model.resolve()), *files, CHAT | {"max_length": length} | options, chat=True)
+
+    def rates(task: str, method: str, budget: float | None) -> list[float]:
+        return [lattice(LOWEST["chat"][family(method)][budget] + step) for step in range(4)]
+
+    return Grid(
+        title="Quality on a language model with a chat template",
+        tasks={
+            "gsm8k": rows(data / "gsm8k", 160),
+            "spell_backward": rows(folder / "spell_backward", 64),
+        },
+        methods=("random", "gradient", "lora", "relative"),
+        blocks=tuple((task, budget) for budget in (0.01, 0.001, 0.05) for task in ("spell_backward", "gsm8k")),
+        rates=rates,
+        extend=True,
+        seeds=(0,),
+        many_budgets=True,
+    )

@@ -69,7 +69,7 @@ def attach(name: str, model: nn.Module, lr: float | None, budget: float | None, 
 
 
 def fit(model: nn.Module, target: int) -> tuple[str, list[str]]:
-    """The choice of layers whose count at some rank is nearest to `target`; the widest choice of those within 10 %."""
+    """The choice of layers whose count at some rank is nearest to `target`; the widest choice of those within 15 %."""
     linear = [
         n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] not in ("lm_head", "classifier")
     ]
@@ -83,7 +83,7 @@ def fit(model: nn.Module, target: int) -> tuple[str, list[str]]:
         per_rank = _per_rank(model, layers)
         rank = max(1, round(target / per_rank))
         off = abs(math.log(rank * per_rank / target))
-        fits.append((0.0 if off < 0.1 else off, order, name, layers))
+        fits.append((0.0 if off < 0.15 else off, order, name, layers))
     return min(fits)[2:]
 
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sprand
 from quality import results, tables
-from quality.grids import GRIDS, HALF_DECADE, Cell, Grid, own
+from quality.chat import write_reasoning
+from quality.grids import GRIDS, HALF_DECADE, Cell, Grid, chat, own
 from quality.results import Results
 from quality.training import Run, TaskPlan, perform
 from report import RESULTS, command_line, progress
@@ -89,7 +90,7 @@ def missing(cell: Cell, grid: Grid, options: argparse.Namespace, done: Results) 
     if open_:
         return open_
     best = results.best(tried, done)
-    if grid.extend and best in (tried[0], tried[-1]) and len(tried) > 1:
+    if grid.extend and not options.rates and best in (tried[0], tried[-1]) and len(tried) > 1:
         lr = best.lr / HALF_DECADE if best is tried[0] else best.lr * HALF_DECADE
         beyond = dataclasses.replace(best, lr=float(f"{lr:.1e}"))
         if beyond not in done:
@@ -101,7 +102,7 @@ def missing(cell: Cell, grid: Grid, options: argparse.Namespace, done: Results) 
 
 def rates(cell: Cell, grid: Grid, options: argparse.Namespace) -> list[float]:
     """The learning rates that a cell tries at first, rising."""
-    tried = grid.rates(*cell)
+    tried = sorted(options.rates) if options.rates else grid.rates(*cell)
     return tried[1:3] if options.quick else tried
 
 
@@ -116,14 +117,15 @@ def plan_of(run: Run, grid: Grid, options: argparse.Namespace) -> TaskPlan:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", nargs="?", choices=(*GRIDS, "own"), default="suite")
+    parser.add_argument("grid", nargs="?", choices=(*GRIDS, "chat", "own"), default="suite")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all of the grid")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: those that the grid plans for each task")
     parser.add_argument("--budgets", nargs="+", type=float, help="fractions of the targeted weights (default: as planned)")
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to try instead of the grid's, none beyond them")
     parser.add_argument("--seeds", nargs="+", type=int, help="the first tries the rates (default: those of the grid)")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each (default 2)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default cpu)")
-    parser.add_argument("--model", help="own: a directory, or a name on the Hub")
+    parser.add_argument("--model", help="own, chat: a directory, or a name on the Hub")
     for part in ("train", "dev", "test"):
         parser.add_argument(f"--{part}", type=Path, help=f"own: {part} rows, a file as for sprand finetune")
     parser.add_argument("--old", type=Path, help="own: a text to measure forgetting on")
@@ -145,7 +147,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.set, options.name = dict(options.set), options.name or options.grid
     if options.set and options.name in GRIDS:
         parser.error("--set: give a --name, so that runs of another size do not stand among those of the grid")
-    options.found = grid = GRIDS[options.grid] if options.grid in GRIDS else _own(options, parser)
+    options.found = grid = GRIDS[options.grid] if options.grid in GRIDS else KINDS[options.grid](options, parser)
     for name, known in {
         "tasks": tuple(grid.tasks),
         "methods": grid.methods,
@@ -172,6 +174,23 @@ def _own(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Grid:
     plan = TaskPlan(options.model, *files, {}, old=str(options.old.resolve()) if options.old else None)
     model = sprand.apply(AutoModel.from_pretrained(options.model), density=0.01)
     return own(plan, width_of(model), root_mean_square(active_sites(model), {}))
+
+
+def _chat(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Grid:
+    if options.model is None or not (Path(options.model) / "chat_template.jinja").is_file():
+        parser.error(
+            f"chat: expected --model with the folder of a language model that has a chat template, got {options.model}; "
+            f"`python {options.shared}/models/smollm2/make.py FOLDER` makes one (its README says what it needs)"
+        )
+    folder = ROOT / "runs" / "reasoning"
+    grid = chat(Path(options.model), options.shared / "data", folder)
+    for task in options.tasks or grid.tasks:
+        if task in grid.tasks and not Path(grid.tasks[task].train).is_file():
+            write_reasoning(task, folder / task)
+    return grid
+
+
+KINDS = {"own": _own, "chat": _chat}
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quality import peers, variants
+from quality import chat, peers, variants
 from report import one_thread
 from sprand.cli import TrainingFailed
 from sprand.cli.finetune import data, methods, models, tasks, training
@@ -33,6 +33,7 @@ class TaskPlan:
         train, dev, test: files under the data folder, or absolute.
         options: further fields of `Settings`.
         old: for a language model, a file of text like that which it was trained on before; None measures no forgetting.
+        chat: whether rows go through the model's chat template; such a task trains on the answers alone, without warm-up.
     """
 
     model: str | None
@@ -41,6 +42,7 @@ class TaskPlan:
     test: str
     options: dict[str, Any]
     old: str | None = None
+    chat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +72,16 @@ def perform(run: Run, plan: TaskPlan, shared: Path, masks: Path) -> tuple[Outcom
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(run, plan, shared, Path(folder))
-        dataset = data.load(settings)
+        whole = dataclasses.replace(settings, limit_train=None, limit_eval=None) if plan.chat else settings
+        dataset = data.load(whole)
         model, tokenizer = load(settings, dataset)
-        task = tasks.make(dataset, tokenizer, settings)
-        others = {"test": plan.test} | ({"old": plan.old} if plan.old else {})
-        held_out = {"dev": task} | {
-            name: tasks.make(data.load(dataclasses.replace(settings, eval=shared / "data" / file)), tokenizer, settings)
-            for name, file in others.items()
-        }
+        make = chat.Chat if plan.chat else tasks.make
+        task = make(dataset, tokenizer, settings)
+        test = make(data.load(dataclasses.replace(whole, eval=shared / "data" / plan.test)), tokenizer, settings)
+        held_out = {"dev": task, "test": test}
+        if plan.old:
+            old = dataclasses.replace(settings, eval=shared / "data" / plan.old)
+            held_out["old"] = tasks.make(data.load(old), tokenizer, settings)
         device = models.pick_device(settings.device)
         model, started, head = model.to(device), time.perf_counter(), peers.head_size(model)
         if run.method == "untrained":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from sprand.layers.sites import sites_of
 LAYERS = {"random-vo": ("v", "o"), "random-qv": ("q", "v")}
 CHANGES = 8  # of a moving mask, over a run
 MOVING = ("regrow", "recompute")
-VARIANTS = (*LAYERS, *MOVING)
+VARIANTS = (*LAYERS, *MOVING, "relative")
 
 
 def attach(name: str, model: nn.Module, budget: float, settings: Settings, task: tasks.Task, steps: int) -> methods.Method:
@@ -28,7 +29,8 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
     `random-vo` and `random-qv` spend the budget of all linear layers on the value and output, or query and value projections.
     `regrow` begins with random entries and exchanges a fifth of them for those with the largest gradients; `recompute` begins
     with a gradient mask and chooses it anew on the weights as they are (SPEFT's dynamic masking). Both change the mask eight
-    times, for the last time after two thirds of the steps.
+    times, for the last time after two thirds of the steps. `relative` gives each tensor of random entries the rate times the root
+    mean square of its weights over that of all.
 
     Args:
         name: which.
@@ -46,6 +48,10 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
         return methods.sparse(
             model, dataclasses.replace(own, density=None, budget=str(count), target_modules=tuple(layers)), None
         )
+    if name == "relative":
+        method = methods.sparse(model, own, None)
+        scale_rates(method.optimizer, relative_rms(model))
+        return method
     plain = copy.deepcopy(model)
     method = methods.sparse(model, own, methods.chosen(model, own, task))
     every = max(1, 2 * steps // (3 * CHANGES))
@@ -61,6 +67,29 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
         mask = sprand.DynamicMask(model, method.optimizer, mode="recompute", strategy=again, **moving)
     method.optimizer.register_step_post_hook(lambda *_: mask.step())
     return method
+
+
+def relative_rms(model: nn.Module) -> dict[int, float]:
+    """Of each trained tensor, by its id, the root mean square of the weights it is part of, over that of all such weights."""
+    squares = {site.entries.delta: float(site.weight.detach().float().square().sum()) for site in sites_of(model)}
+    sizes = {site.entries.delta: site.weight.numel() for site in sites_of(model)}
+    mean = sum(squares.values()) / sum(sizes.values())
+    return {id(delta): math.sqrt(square / sizes[delta] / mean) for delta, square in squares.items()}
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, shares: dict[int, float]) -> None:
+    """Multiply the rate of each tensor by its share, 1 where it has none, in every step; schedules see the rate without."""
+    for group in list(optimizer.param_groups):
+        first, *others = group["params"]
+        group["params"] = [first]
+        for parameter in others:
+            optimizer.add_param_group({**group, "params": [parameter]})
+
+    def scale(*_: object) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= shares.get(id(group["params"][0]), 1.0)
+
+    optimizer.register_step_pre_hook(scale)
 
 
 def changed(model: nn.Module) -> int:
