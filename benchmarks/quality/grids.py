@@ -109,8 +109,8 @@ LOWEST = {
     },
 }  # fmt: skip
 CHAT = {
-    "max_steps": 100, "batch_size": 4, "limit_eval": 96, "warmup": 0.0, "dtype": "bfloat16", "calibration_examples": 128, "prompt_column": "question",
-    "completion_column": "answer",
+    "max_steps": 100, "batch_size": 4, "limit_eval": 96, "warmup": 0.0, "dtype": "bfloat16", "calibration_examples": 128,
+    "prompt_column": "question", "completion_column": "answer",
 }  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def chat(model: Path, data: Path, folder: Path) -> Grid:
             "gsm8k": rows(data / "gsm8k", 160),
             "spell_backward": rows(folder / "spell_backward", 64),
         },
-        methods=("random", "gradient", "lora", "relative"),
+        methods=("random", "columns", "gradient", "lora", "relative"),
         blocks=tuple((task, budget) for budget in (0.01, 0.001, 0.05) for task in ("spell_backward", "gsm8k")),
         rates=rates,
         extend=True,

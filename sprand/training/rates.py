@@ -13,9 +13,9 @@ from ..layers.sites import Site
 from .magnitude import root_mean_square
 
 # rate = FACTOR rms / density^EXPONENT; fitted by benchmarks/quality/fit_lr.py
-FACTOR, EXPONENT = 0.0037, 0.6
+FACTOR, EXPONENT = 0.0043, 0.6
 LEAST_DENSITY = 3e-4
-NARROW, STEEPNESS = 384, 1.25  # below that width the rate rises by this power of it
+NARROW, STEEPNESS = 384, 1.17  # below that width the rate rises by this power of it
 LEAST_WIDTH = 64
 SHIFTS = {"gradient": -0.5, "fisher": -0.5}  # decades
 
@@ -30,10 +30,10 @@ def suggest_lr(
 ) -> float:
     """A learning rate for AdamW on a sparse model with a schedule down to 0, where none is known to be better.
 
-    It is what `sprand finetune` takes by default: a share of the root mean square of the weights that train, since Adam moves each
-    entry by about the rate. Fewer entries have to move farther, so it rises as the density falls; entries with the largest
-    gradients ("gradient", "fisher") need a third; and models narrower than 384 want more. docs/learning_rate.md shows what it was
-    fitted to and what it costs against tuned rates.
+    It is what `sprand finetune` takes by default: a share of the root mean square of the weights that train, since Adam moves
+    each entry by about the rate. Fewer entries have to move farther, so it rises as the density falls; entries with the largest
+    gradients ("gradient", "fisher") need a third; and models narrower than 384 want more. docs/learning_rate.md shows what it
+    was fitted to and what it costs against tuned rates.
 
     The weights are read without what their entries have learned, so that the rate is the same at any time of a training.
     Linear weights count, and embeddings, biases and norms where nothing else is targeted. Of a quantized weight a dense copy is
