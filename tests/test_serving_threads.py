@@ -130,11 +130,12 @@ def test_no_thread_waits_for_ever(four):
     pool = AdapterPool(built(EveryLayer))
     for name in "ab":
         pool.add(name, four[name])
-    inside, order = [threading.Event() for _ in range(12)], []
+    inside, order, asked = [threading.Event() for _ in range(12)], [], threading.Event()
 
     def link(number):
         def job():
             assert number == 0 or inside[number - 1].wait(20)
+            assert number < 4 or asked.wait(20)
             with pool.use("a"):
                 order.append("a")
                 inside[number].set()
@@ -145,6 +146,7 @@ def test_no_thread_waits_for_ever(four):
 
     def other():
         assert inside[2].wait(20)
+        asked.set()
         with pool.use("b"):
             order.append("b")
 
