@@ -394,3 +394,54 @@ def test_the_default_rate_is_held_against_the_tuned_one(
     assert f"| {100 * (default / mean - 1):+.1f} |" in (out / "default_rate.md").read_text()
     monkeypatch.setattr(default_rate, "perform", None)
     assert default_rate.main(arguments) == 0
+
+
+def test_a_chat_is_learned_by_its_answers_and_rows_that_are_too_long_are_not_counted(quality: None, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from quality.chat import Chat
+    from sprand.cli.finetune.data import Dataset, Example
+    from sprand.cli.finetune.settings import Settings
+
+    folder = save_llama(tmp_path / "tiny")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).double()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w1 ' if m['role'] == 'user' else 'w2 ' }}{{ m['content'] }} w3 {% endfor %}"
+        "{% if add_generation_prompt %}w2 {% endif %}"
+    )
+    short = [Example("w4 w5", "w6 w7"), Example("w8", "w9"), Example("w10", "w11 w12 w13")]
+    rows = [short[0], Example(" ".join(WORDS), "w9"), *short[1:]]
+    settings = Settings(model=str(folder), train=None, out=tmp_path, max_length=12, limit_eval=2)
+    task = Chat(Dataset("causal-lm", rows, rows), tokenizer, settings)
+    assert len(task.train) == 3 and len(task.eval) == 2
+    texts = ["w1 w4 w5 w3 w2 w6 w7 w3", "w1 w8 w3 w2 w9 w3"]
+    expected = []
+    for text, answer in zip(texts, (3, 2), strict=True):
+        tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        chances = model(tokens[None]).logits[0].log_softmax(-1)
+        expected.append(-sum(chances[i - 1, tokens[i]].item() for i in range(len(tokens) - answer, len(tokens))))
+    losses, terms, _ = task.outcomes(model, 2, torch.device("cpu"))
+    assert terms.tolist() == [3, 2]
+    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
+def test_relative_rates_are_shares_of_the_size_of_each_weight_in_every_step(quality: None) -> None:
+    from quality import variants
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False))
+    with torch.no_grad():
+        for layer, size in zip(model, (1.0, 3.0), strict=True):
+            layer.weight.fill_(size)
+    sprand.apply(model, sprand.SparseConfig(density=0.25))
+    optimizer = sprand.SparseAdamW(model, lr=0.1, weight_decay=0.0)
+    deltas = list(optimizer.param_groups[0]["params"])
+    variants.scale_rates(optimizer, variants.relative_rms(model))
+    for _ in range(2):
+        before = [delta.detach().clone() for delta in deltas]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        for delta in deltas:
+            delta.grad = torch.ones_like(delta)
+        optimizer.step()
+        moved = [float((delta - old).abs().mean()) for delta, old in zip(deltas, before, strict=True)]
+        assert moved == pytest.approx([0.1 / 5**0.5, 0.3 / 5**0.5], rel=1e-4)
