@@ -76,7 +76,7 @@ def _check_layout(layout: str, kind: str, preserve_zeros: bool) -> None:
     if layout in RUNS:
         raise ValueError(
             f"layout: runs of adjacent entries ({layout!r}) are drawn no more; give layout='columns', whole input columns, which "
-            "take less time and memory"
+            "keep no inputs for backward"
         )
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
