@@ -12,7 +12,7 @@ from ..layers import sharding
 from ..layers.sites import Site
 from .magnitude import root_mean_square
 
-# rate = FACTOR rms / density^EXPONENT; fitted by benchmarks/quality/fit_lr.py
+# rate = FACTOR rms / density^EXPONENT; chosen beside the fit of benchmarks/quality/fit_lr.py, which prints both
 FACTOR, EXPONENT = 0.0043, 0.6
 LEAST_DENSITY = 3e-4
 NARROW, STEEPNESS = 384, 1.17  # below that width the rate rises by this power of it
