@@ -10,7 +10,12 @@ from typing import Any
 import torch
 
 Accessors = tuple[Callable[[], Any], Callable[[Any], object]]
-NOT_OF_TESTS = ("PYTEST", "TORCHINDUCTOR", "PYTORCH_NVML")  # set by pytest, by torch's compiler, by the import of DeepSpeed
+NOT_OF_TESTS = (
+    "PYTEST",
+    "TORCHINDUCTOR",
+    "PYTORCH_NVML",
+    "KMP_",
+)  # set by pytest, torch's compiler, imports of DeepSpeed, sklearn
 
 
 def attribute(owner: object, name: str) -> Accessors:

@@ -9,7 +9,7 @@ from .. import CliError
 from ..files import prepare_folder
 from ..parser import add_json, add_out
 from . import options as shared
-from .settings import COMPARABLE, MEASURED_WIDTH, PEER_RATES, SCHEDULES, Resume, Settings
+from .settings import CLASS_WEIGHTS, COMPARABLE, MEASURED_WIDTH, PEER_RATES, SCHEDULES, Resume, Settings
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -38,6 +38,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     shared.add_choice(sparse)
     sparse.add_argument("--mask", type=Path, metavar="FILE", help="instead of all these: the entries that sprand select chose")
     _add_training(parser.add_argument_group("training"))
+    shared.add_measures(parser.add_argument_group("measures, on held-out rows"))
     _add_output(parser.add_argument_group("output and comparison"))
 
 
@@ -88,6 +89,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help=f"pulls weights to their pre-trained values (default {Settings.weight_decay:g})",
     )
+    add("--class-weights", choices=CLASS_WEIGHTS, help="balanced: in the loss, each class counts as much as the others")
     add("--max-grad-norm", type=float, metavar="X", help=f"default {Settings.max_grad_norm:g}")
     shared.add_start(group, seeded="positions, data order, new head and dropout")
     add("--eval-every", type=int, metavar="N", help="steps (default: three times in all)")

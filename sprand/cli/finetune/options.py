@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from ...selection.pattern import LAYOUTS, RANDOM_STRATEGIES
@@ -94,6 +95,16 @@ def add_choice(group: argparse._ArgumentGroup) -> None:
         metavar="BYTES",
         help="for summed gradients; less means more passes (default: half of what is free)",
     )
+
+
+def add_measures(group: argparse._ArgumentGroup) -> None:
+    """Add what is measured of a language model beside its loss."""
+    add = group.add_argument
+    add("--score", metavar="NAME", help="of generated text: exact, or a function as package.module:function")
+    add("--answer-pattern", metavar="REGEX", help="exact: compare the last match in the text and in the reference")
+    add("--score-rows", type=int, metavar="N", help=f"rows to generate for (default {Settings.score_rows})")
+    add("--max-new-tokens", type=int, metavar="N", help=f"of a generated text (default {Settings.max_new_tokens})")
+    add("--forgetting", type=Path, metavar="FILE", help="a text whose perplexity is measured as well")
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from ...adapters.file import FOLDER_OF_RUN
 from ...files import described
 from .. import CliError, Stopped, require
 from ..files import prepare_folder
-from . import data, methods, models, report, tasks, verify
+from . import data, measures, methods, models, report, tasks, verify
 from .progress import Log
 from .settings import Resume, Settings
 from .training import ANEW, Outcome, total_steps, train
 from .training_checkpoints import Resumed, TrainingCheckpoints, identity
 
-PACKAGES = ("rich", "matplotlib", "transformers")
+PACKAGES = ("rich", "matplotlib", "transformers", "sklearn")
 
 
 def finetune(settings: Settings, as_json: bool = False) -> list[report.Result]:
@@ -69,6 +69,7 @@ class Run:
         self.settings, self.out = settings, settings.out
         self.device = models.pick_device(settings.device)
         self.dataset = data.load(settings)
+        measures.check(settings, self.dataset.task)
         refuse_to_overwrite(settings)
         prepare_folder(self.out)
         model, tokenizer = self.load_model()
@@ -99,9 +100,10 @@ class Run:
     def train_entries(self) -> None:
         """Train the model's chosen entries, from a checkpoint if one is asked for, and save and prove the adapter."""
         settings, method, adapter = self.settings, self.method, self.out / FOLDER_OF_RUN
+        self.before = self._measured(method)
         torch.manual_seed(settings.seed)
         resumed = self._resumed()
-        outcome = train(method, self.task, settings, self.device, self.log, checkpoints=self.checkpoints, resumed=resumed)
+        outcome = train(method, self.task, settings, self.device, self.log, self.before.numbers, self.checkpoints, resumed)
         sprand.save(method.model, adapter)
         self._keep(method, outcome)
         if settings.verify:
@@ -114,7 +116,7 @@ class Run:
         gc.collect()
         method = methods.peer(name, self.load_model()[0], self.settings, self.targets, self.count)
         torch.manual_seed(self.settings.seed)
-        outcome = train(method, self.task, self.settings, self.device, self.log, before=self.results[0].before)
+        outcome = train(method, self.task, self.settings, self.device, self.log, before=self.before.numbers)
         self._keep(method, outcome)
 
     def write_results(self) -> dict[str, Any]:
@@ -128,6 +130,7 @@ class Run:
         content = report.content(self.settings, self.task, self.results, versions, self.checks)
         described.write_json(self.out / "results.json", content)
         report.print_table(self.log, self.task, self.results, self.device.type)
+        report.print_measures(self.log, self.results[0])
         for sentence in self.checks:
             self.log.say(f"checked: {sentence}")
         self.log.say(f"written to {self.out}: adapter/ training_curve.png results.json metrics.jsonl")
@@ -176,9 +179,12 @@ class Run:
                 f"otherwise; OMP_NUM_THREADS={before} before this command makes it exact"
             )
 
+    def _measured(self, method: methods.Method) -> measures.Measures:
+        return measures.measure(method.model, self.task, self.settings, self.device)
+
     def _keep(self, method: methods.Method, outcome: Outcome) -> None:
         size = methods.adapter_bytes(method, self.out / FOLDER_OF_RUN)
-        self.results.append(report.Result.of(method, outcome, size))
+        self.results.append(report.Result.of(method, outcome, size, self.before, self._measured(method)))
         self.histories.append(outcome.history)
 
     def _description(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import require
 from ..table import size_text
+from .measures import SHOWN_CLASSES, SHOWN_SAMPLES, Measures
 from .methods import Method
 from .peak_memory import HOW
 from .progress import Log
@@ -29,6 +30,7 @@ class Result:
     lr: float
     before: dict[str, float]
     after: dict[str, float]
+    shown: dict[str, Any]
     trained_weights: int
     adapter_bytes: int
     seconds_per_step: float
@@ -36,10 +38,11 @@ class Result:
     steps: int
 
     @classmethod
-    def of(cls, method: Method, outcome: Outcome, adapter_bytes: int) -> Result:
+    def of(cls, method: Method, outcome: Outcome, adapter_bytes: int, before: Measures, after: Measures) -> Result:
         """The row of a trained method."""
+        shown = {"before": before.shown(), "after": after.shown()}
         return cls(
-            method.name, method.note, method.lr, outcome.before, outcome.after, method.count, adapter_bytes,
+            method.name, method.note, method.lr, before.numbers, after.numbers, shown, method.count, adapter_bytes,
             round(outcome.seconds_per_step, 5), outcome.peak_bytes, outcome.steps,
         )  # fmt: skip
 
@@ -69,6 +72,34 @@ def print_table(log: Log, task: Task, results: Sequence[Result], device: str) ->
         shares = [result.after["accuracy"] for result in results]
         worst = max((share * (1 - share) / len(task.eval)) ** 0.5 for share in shares)
         log.say(f"One seed; the standard error of an accuracy here is up to {100 * worst:.1f} points.")
+
+
+def print_measures(log: Log, result: Result) -> None:
+    """All that was measured of a method before and after, the confusion matrix, and a few samples."""
+    rows = [(name, *(f"{part[name]:.4g}" for part in (result.before, result.after))) for name in result.after]
+    log.table([("", "before", "after"), *rows], f"{result.method}, on held-out rows")
+    shown_before, shown = result.shown["before"], result.shown["after"]
+    if 0 < len(shown.get("classes", ())) <= SHOWN_CLASSES:
+        log.table(confusion_rows(shown["classes"], shown["confusion"]), "rows by their class (lines), and the class given after")
+    samples = list(zip(shown_before.get("samples", ()), shown.get("samples", ()), strict=True))[:SHOWN_SAMPLES]
+    for number, (before, after) in enumerate(samples, 1):
+        log.say(f"held-out sample {number}")
+        parts = {"prompt": after["prompt"], "reference": after["reference"]}
+        parts |= {"before": before["generated"], "after": after["generated"]}
+        for name, text in parts.items():
+            log.say(f"  {name:9}  {shortened(text)}")
+
+
+def confusion_rows(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:
+    """A confusion matrix as the rows of a table."""
+    rows = [(name, *map(str, line)) for name, line in zip(classes, confusion, strict=True)]
+    return [("class", *classes), *rows]
+
+
+def shortened(text: str, most: int = 240) -> str:
+    """A text on one line, of a long one the begin and the end."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def plot(path: Path, histories: Sequence[list[dict[str, Any]]], task: Task) -> None:

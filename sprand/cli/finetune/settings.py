@@ -17,13 +17,14 @@ POOLINGS = ("auto", "mean", "model")
 COMPARABLE = ("lora", "full", "head")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
+CLASS_WEIGHTS = ("balanced",)
 
 FIXED_BY_MASK = (
     "density", "budget", "target_modules", "strategy", "strategy_option", "scope", "preserve_zeros", "layout", "sparta",
 )  # fmt: skip
 POSITIVE = (
     "lr", "epochs", "max_steps", "batch_size", "grad_accumulation", "max_length", "max_grad_norm", "eval_every",
-    "checkpoint_every", "keep", "limit_train", "limit_eval", "calibration_examples",
+    "checkpoint_every", "keep", "limit_train", "limit_eval", "calibration_examples", "score_rows", "max_new_tokens",
 )  # fmt: skip
 PEER_RATES = {"lora": 2e-3, "full": 3e-4, "head": 1e-2}  # at MEASURED_WIDTH
 BELOW = 0.63  # what the exponent of 1/width grows by below MEASURED_WIDTH
@@ -88,6 +89,12 @@ class Settings:
     compare: tuple[str, ...] = ()
     compare_lr: tuple[tuple[str, float], ...] = ()
     verify: bool = False
+    class_weights: str | None = None
+    score: str | None = None
+    answer_pattern: str | None = None
+    score_rows: int = 100
+    max_new_tokens: int = 64
+    forgetting: Path | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .. import CliError
 from .data import Dataset, Example, limited
+from .generation import IGNORED
+from .measures import class_weights
 from .settings import Settings
 
-IGNORED = -100  # the label of a token that no loss is taken of
 Batch = dict[str, Tensor]
 
 
@@ -44,6 +45,7 @@ class Task(abc.ABC):
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
+        self.class_weights: Tensor | None = None
         self.train: list[dict[str, Any]] = []
         self.eval: list[dict[str, Any]] = []
 
@@ -66,7 +68,8 @@ class Task(abc.ABC):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int, int]:
         """Of a batch: the summed loss, how many terms it sums, and how many predictions were right."""
         logits, labels = self._predicted(model, batch)
-        total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        total = nn.functional.cross_entropy(logits.float(), labels, weights, ignore_index=IGNORED, reduction="sum")
         return total, self.terms(batch), int((logits.argmax(-1) == labels).sum())
 
     def evaluate(self, model: nn.Module, batch_size: int, device: torch.device) -> dict[str, float]:
@@ -193,6 +196,8 @@ class CausalLM(Task):
 def make(data: Dataset, tokenizer: Any, settings: Settings) -> Task:
     """The task that a data set is for, with its rows tokenised, and no more of them than asked for."""
     task = (Classification if data.task == "classification" else CausalLM)(data, tokenizer, settings.max_length)
+    if settings.class_weights:
+        task.class_weights = class_weights([row["labels"] for row in task.train], len(data.labels))
     source = random.Random(settings.seed)
     task.train = limited(task.train, settings.limit_train, source)
     task.eval = limited(task.eval, settings.limit_eval, source)
