@@ -250,9 +250,9 @@ def test_a_trainer_that_is_resumed_keeps_its_columns(tmp_path, door):
 
 
 BAD = {
-    "another score": (MLP, {"strategy": "token_fisher"}, "'token_fisher' needs data to calibrate on"),
+    "another score": (MLP, {"strategy": "gradient"}, "'gradient' needs data to calibrate on"),
     "another layout": (MLP, {"layout": "unstructured"}, "'activation' scores whole columns; give layout='columns'"),
-    "global": (MLP, {"scope": "global"}, "without data chooses in the first training forward, .* leave out scope='global'"),
+    "global": (MLP, {"scope": "global"}, "without data chooses while the model trains, .* leave out scope='global'"),
     "disjoint": (MLP, {"disjoint": {"first.weight": torch.tensor([3])}}, "knows of no entries to leave out; leave out disjoint"),
     "an embedding": (EveryLayer, {"target_modules": ["embed"]}, "scores the inputs of linear layers, and embed.weight is in a"),
 }  # fmt: skip

@@ -81,6 +81,20 @@ def whole_columns_train_as_one_process(rank, folder):
         assert model.linear.sparse_entries().whole.columns is not None
 
 
+def columns_are_chosen_in_the_first_steps_as_by_one_process(rank, folder):
+    scoring = {"layout": "columns", "strategy": "token_fisher", "score_steps": 2}
+
+    def make():
+        return made(density=0.2, target_modules=["linear"], modules_to_save=["head"], **scoring)
+
+    alone = trained_alone(make)
+    for stage in (1, 2, 3):
+        model = make()
+        go(engine(model, adamw(model), stage), rank)
+        assert torch.equal(model.linear.sprand_indices, alone.linear.sprand_indices)
+        assert_same_training(model, alone)
+
+
 def sparse_adamw_steps_as_fused_adamw_does(rank, folder):
     for stage in (1, 2, 3):
         ours, torchs = made(), made()
@@ -202,7 +216,8 @@ def zero_3_suggests_the_rate_of_one_process(rank, folder):
 
 
 CHECKS = (
-    every_stage_trains_as_one_process, whole_columns_train_as_one_process, sparse_adamw_steps_as_fused_adamw_does,
+    every_stage_trains_as_one_process, whole_columns_train_as_one_process,
+    columns_are_chosen_in_the_first_steps_as_by_one_process, sparse_adamw_steps_as_fused_adamw_does,
     sparse_adamw_is_asked_for_by_a_flag, adapters_are_saved, a_checkpoint_resumes_exactly, zero_3_refuses_what_it_cannot_do,
     zero_3_is_disabled_exactly, bfloat16_models_train, zero_3_suggests_the_rate_of_one_process,
 )  # fmt: skip

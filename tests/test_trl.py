@@ -42,13 +42,13 @@ def options(folder, **others):
     return defaults | others
 
 
-def sft(base, folder, resume=None, model=None, callbacks=None, **others):
+def sft(base, folder, resume=None, model=None, callbacks=None, config=None, **others):
     """A finished training of a language model on sentences that count."""
     args = trl.SFTConfig(**options(folder, max_length=16, **others))
     trainer = trl.SFTTrainer(
         model=base if model is None else model, args=args, train_dataset=datasets.Dataset.from_dict({"text": COUNTING}),
         eval_dataset=datasets.Dataset.from_dict({"text": COUNTING[:4]}), callbacks=callbacks,
-        peft_config=SprandConfig(density=DENSITY) if model is None else None,
+        peft_config=(config or SprandConfig(density=DENSITY)) if model is None else None,
         processing_class=transformers.AutoTokenizer.from_pretrained(base), optimizer_cls_and_kwargs=sparse_adamw(args),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
@@ -64,6 +64,16 @@ def test_sft_trains_saves_and_resumes_to_the_bit(base, tmp_path):
     assert_same_bits(everything(resumed.model, resumed), everything(trainer.model, trainer))
     loaded = peft.PeftModel.from_pretrained(plain(base), tmp_path / "checkpoint-6")
     assert_same_bits(bits(loaded.merge_and_unload()), bits(trainer.model.merge_and_unload()))
+
+
+def test_sft_chooses_columns_in_its_first_steps(base, tmp_path, caplog):
+    config = SprandConfig(strategy="token_fisher", layout="columns", density=0.2, score_steps=2)
+    with caplog.at_level("INFO", "sprand"):
+        trainer = sft(base, tmp_path, config=config, save_strategy="steps", save_steps=3)
+    assert "by the gradients of the first 2 steps, in which nothing trained" in caplog.text
+    assert all(p.any() for p in trainer.model.parameters() if p.requires_grad)
+    resumed = sft(base, tmp_path, config=config, resume=str(tmp_path / "checkpoint-3"))
+    assert_same_bits(everything(resumed.model, resumed), everything(trainer.model, trainer))
 
 
 def test_sft_of_a_model_of_apply_is_the_same_training(base, tmp_path):

@@ -20,7 +20,9 @@ from ..selection.targets import Targets, find_targets, view_of
 from . import first_forward, replaced
 from .attaching import add, detached
 from .disjoint import Disjoint, avoided, selection_without, taken_by
+from .first_steps import Scoring
 from .state import Adapter, known_state
+from .waiting import columns_at
 
 
 def apply(
@@ -47,8 +49,8 @@ def apply(
         name: what to call the adapter in `switch`.
         disjoint: leave out what others train, as in `select`.
         data: batches, for strategies that score entries, as in `select`; so are the next five. Without them `"activation"`
-            chooses columns in the first forward in training mode, by that batch alone, or in `sprand.choose(model, batch)`; an
-            optimizer may be made before.
+            chooses columns in the first forward in training mode, by that batch alone, `"token_fisher"` in the first
+            `score_steps` steps, or both in `sprand.choose(model, batch)`; an optimizer may be made before.
         loss_fn: gives the loss of a batch.
         calibration_memory: bytes for summed gradients.
         calibration_dtype: of summed gradients.
@@ -85,11 +87,11 @@ def apply(
     if mask.selection is not None and config.strategy in pattern.RANDOM_STRATEGIES:  # drawn among what others leave free
         adapter.config = dataclasses.replace(config, **AS_GIVEN)
     if waits(config, run):
-        adapter.waiting = {site.name: first_forward.columns_at(site, chosen[site.name]) for site in targets.sites}
+        adapter.waiting = {site.name: columns_at(site, chosen[site.name]) for site in targets.sites}
     replaced.watch()
     add(model, name, adapter)
     if adapter.waiting:
-        first_forward.watch(model)
+        first_forward.watch(model, Scoring())
     return model
 
 

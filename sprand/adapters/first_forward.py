@@ -1,137 +1,51 @@
-"""Columns that wait for the first training forward, and are chosen there by what comes into their layers."""
+"""The first training forward of a model with columns that wait: it chooses them, or begins to sum what chooses them."""
 
 from __future__ import annotations
 
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from ..kernels import ops
-from ..kernels.topk import largest, order_keys
 from ..layers import sharding
-from ..layers.sites import Site, sites_of
-from ..selection.batches import call, mapped
+from ..selection.batches import call, loss_of, mapped
 from ..selection.flow import inputs_of
 from ..selection.inputs import InputSums
-from ..selection.units import Units, column_axis
 from ..selection.untouched import untouched
-from .state import Adapter, known_state
+from .first_steps import Scoring
+from .waiting import Waiting, doors, found
 
 logger = logging.getLogger("sprand")
 BY_HAND = "call sprand.choose(model, batch) first, on every rank"
 
 
-@dataclass
-class Waiting:
-    """The entries of one weight, drawn to keep the place of those that are to be chosen.
-
-    Attributes:
-        site: the weight, with the modules that its inputs come into.
-        count: how many columns to choose.
-        put: gives it other entries, `[nnz]`, flat and sorted.
-    """
-
-    site: Site
-    count: int
-    put: Callable[[Tensor], None]
-
-    def choose(self, sums: Tensor) -> None:
-        """Take the columns with the largest sums `[inputs]`."""
-        units = Units.of(self.site.shape, column_axis(self.site))
-        self.put(units.entries(largest(order_keys(sums).to(self.site.device), self.count)))
-
-
-@dataclass(frozen=True)
-class Door:
-    """How adapters that wait are found in a module of a model.
-
-    Attributes:
-        active: those of the adapters that are active in this module, not counting what is inside of it.
-        any: whether anything waits there, of any adapter.
-    """
-
-    active: Callable[[nn.Module], list[Waiting]]
-    any: Callable[[nn.Module], bool]
-
-
-def _of_apply(model: nn.Module) -> list[Waiting]:
-    """What waits of the active adapter of `sprand.apply`; what a checkpoint has brought waits no more."""
-    state = known_state(model)
-    adapter = None if state is None else state.current
-    if adapter is None or not adapter.waiting:
-        return []
-    sites = [site for site in sites_of(model) if site.name in adapter.waiting]
-    if not all(torch.equal(columns_at(site, site.entries.indices), adapter.waiting[site.name]) for site in sites):
-        adapter.waiting.clear()
-        return []
-    return [Waiting(site, adapter.waiting[site.name].numel(), functools.partial(_put, adapter, site)) for site in sites]
-
-
-def _any_of_apply(model: nn.Module) -> bool:
-    state = known_state(model)
-    return state is not None and any(adapter.waiting for adapter in state.adapters.values())
-
-
-doors = [Door(_of_apply, _any_of_apply)]
-
-
-def columns_at(site: Site, indices: Tensor) -> Tensor:
-    """The columns `[c]` of which these are the entries, on the CPU; none where they are no whole ones."""
-    columns = Units.of(site.shape, column_axis(site)).whole(indices.cpu())
-    return torch.empty(0, dtype=torch.int32) if columns is None else columns
-
-
-def _put(adapter: Adapter, site: Site, indices: Tensor) -> None:
-    """Give a weight of `sprand.apply` its chosen entries; its delta is zero."""
-    for module, parameter in site.owners:
-        entries, target = module.sparse_entries(parameter), module.sparse_target(parameter)
-        entries.indices.copy_(indices)
-        entries.base.copy_(ops.gather(module._parameters[parameter].data, indices))
-        target.written.forget()
-        module.make_schedule(parameter)
-    adapter.indices[site.name] = site.entries.indices
-    del adapter.waiting[site.name]
-
-
-def watch(model: nn.Module) -> None:
-    """Let the first forward of a model in training mode, with gradients, choose what waits."""
+def watch(model: nn.Module, scoring: Scoring) -> None:
+    """Let the forwards of a model in training mode, with gradients, choose what waits."""
     if _hook() not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_hook(), prepend=True, with_kwargs=True)
+        model._sprand_scoring = scoring
 
 
-def refuse_waiting(waiting: bool, what: str) -> None:
-    """Refuse what cannot be done with an adapter that waits.
-
-    Raises:
-        ValueError: It waits.
-    """
-    if waiting:
-        raise ValueError(
-            f"{what}: the columns of this adapter are chosen at the first training forward, and none was made; train first, or "
-            "call sprand.choose(model, batch)"
-        )
-
-
-def choose(model: nn.Module, batch: Any) -> nn.Module:
-    """Choose the columns that wait for the first training forward, by one batch, without training.
+def choose(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] | None = None) -> nn.Module:
+    """Choose the columns that wait for the first training forward, or for the first steps, by one batch, without training.
 
     Of several processes each calls this, with a batch of its own; they agree. It is for `torch.compile(fullgraph=True)`, for
-    models that are sharded afterwards, and wherever the first batch of training is not the one to choose by.
+    models that are sharded before their first forward, and wherever the first batch of training is not the one to choose by.
 
     Args:
         model: of `sprand.apply(model, layout="columns", strategy="activation")` without data, or of PEFT with such a config.
-        batch: what the model takes: a tensor, a tuple, or a mapping, whose labels play no part.
+        batch: what the model takes: a tensor, a tuple, or a mapping. Labels play a part where gradients choose
+            (`"token_fisher"`).
+        loss_fn: `loss_fn(model, batch)` gives the loss for these; by default it is that of the model's output.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: Nothing waits, the model is sharded, or a layer is not called on this batch.
+        ValueError: Nothing waits, the model is sharded, a layer is not called on this batch, or the model gives no loss.
     """
     waiting = found(model)
     if not waiting:
@@ -139,15 +53,19 @@ def choose(model: nn.Module, batch: Any) -> nn.Module:
     device = next(model.parameters()).device
     batch = mapped(batch, lambda tensor: tensor.to(device))
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    _choose(model, waiting, lambda: call(plain, inputs_of(plain, batch, has_loss=False)))
+    at_once, by_gradients = _divided(waiting)
+    if at_once:
+        _choose(model, at_once, lambda: call(plain, inputs_of(plain, batch, has_loss=False)))
+    if by_gradients:
+        _choose(model, by_gradients, lambda: loss_of(plain, batch, loss_fn, 0).backward())
     for module in model.modules():
         _look_no_further(module)
     return model
 
 
-def found(model: nn.Module) -> list[Waiting]:
-    """What waits of the active adapters of a model."""
-    return [waiting for module in model.modules() for door in doors for waiting in door.active(module)]
+def _divided(waiting: Sequence[Waiting]) -> tuple[list[Waiting], list[Waiting]]:
+    """What one forward can choose, and what waits for gradients."""
+    return [one for one in waiting if not one.steps], [one for one in waiting if one.steps]
 
 
 @functools.cache
@@ -162,9 +80,11 @@ def _look(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         return
     if getattr(module, "_is_replica", False):
         raise ValueError(f"columns cannot be chosen in a replica of nn.DataParallel; {BY_HAND}")
-    waiting = found(module)
-    if waiting:
-        _choose(module, waiting, lambda: module(*args, **kwargs))
+    at_once, by_gradients = _divided(found(module))
+    if at_once:
+        _choose(module, at_once, lambda: module(*args, **kwargs))
+    if by_gradients:
+        module._sprand_scoring.before_forward(module, by_gradients, (args, dict(kwargs)))
     _look_no_further(module)
 
 
@@ -176,30 +96,18 @@ def _look_no_further(module: nn.Module) -> None:
     for key in keys:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
+    module._sprand_scoring.end()
+    del module._sprand_scoring
 
 
 def _choose(model: nn.Module, waiting: Sequence[Waiting], run: Callable[[], Any]) -> None:
     sharding.refuse(model, "the choice of columns", f"before the model is sharded {BY_HAND}")
-    sums = InputSums([one.site for one in waiting], "activation")
-    with untouched(model, checkpointing=False), torch.no_grad(), sums.listening():
+    sums, by_gradients = InputSums([one.site for one in waiting], waiting[0].score), waiting[0].steps > 0
+    with untouched(model, checkpointing=by_gradients), torch.set_grad_enabled(by_gradients), sums.listening():
         run()
-    _agree(sums)
+    sums.agree()
     sums.finish(1)
     for one in waiting:
         one.choose(sums.values[one.site.name])
     columns = sum(one.count for one in waiting)
     logger.info("%d columns of %d weights were chosen by what came into them", columns, len(waiting))
-
-
-def _agree(sums: InputSums) -> None:
-    """Add up the sums of all ranks; a layer is called if it is on any of them."""
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return
-    values = list(sums.values.values())
-    called = torch.tensor([float(name in sums.called) for name in sums.values], dtype=torch.float64, device=values[0].device)
-    flat = torch.cat([called, *(value.to(called.device) for value in values)])
-    distributed.all_reduce(flat)
-    counts, *parts = flat.split([len(values), *map(len, values)])
-    sums.called = {name for name, count in zip(sums.values, counts.tolist(), strict=True) if count}
-    for value, part in zip(values, parts, strict=True):
-        value.copy_(part)

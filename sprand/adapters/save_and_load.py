@@ -25,7 +25,7 @@ from ..layers.sites import Site, named_parameters, sites_of
 from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.units import Units, column_axis
-from . import first_forward, replaced
+from . import replaced
 from .architecture import architecture_of
 from .attaching import add
 from .file import AdapterFile, draw, finite
@@ -36,6 +36,7 @@ from .layout import modules_of
 from .model import disabled, switch, write
 from .state import Adapter, State, known_state, state_of, whole_tensors
 from .trained import Trained
+from .waiting import found, refuse_waiting
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -62,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if adapter is None:
         raise ValueError("save: no adapter is active; call sprand.switch(model, name) first")
     offload.refuse(model, "save")
-    first_forward.refuse_waiting(bool(first_forward.found(model)), "save")
+    refuse_waiting(bool(found(model)), "save")
     sharding.reshard(model)
     with sharding.gathered(model, "save"):
         return _save(model, state, adapter, path)

@@ -34,7 +34,7 @@ class Adapter:
         frozen: entries that trained under an earlier mask, and those of rows that were added, by parameter name.
         added: the first row that a parameter was given after `apply`, by its name.
         selection: how the entries were chosen, where not by a random draw: fields of `SparseConfig` as JSON types.
-        waiting: the columns `[c]` that keep the place of those which the first training forward chooses, by parameter name.
+        waiting: the columns `[c]` that keep the place of those which are chosen while the model trains, by parameter name.
     """
 
     config: SparseConfig

@@ -19,6 +19,7 @@ from . import offload, sharding
 from .columns import NOTHING_WHOLE, Whole, whole_in
 from .entries import Candidates, Entries, Schedules, Sealed, Written
 from .module import SparseModule, change_class, sparse_class, track, untrack, write_parameters
+from .scores import refuse_state
 from .sites import Owner, Site, joined, site_of
 
 DELTA, INDICES, BASE = "sprand_delta", "sprand_indices", "sprand_base"
@@ -38,6 +39,7 @@ class Target:
         schedules: how a GPU samples the gradient of a linear layer.
         candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
         whole: the columns or rows of a linear layer's weight that the entries are all of.
+        scores: as in `Entries`, while columns wait to be chosen by gradients.
         frozen: whether an earlier mask left trained values in the weight, which a new base would lose.
         name: its name in the model, for messages.
         leader: the first owner of a weight that several modules share, in whose state its entries are; None for that one itself.
@@ -53,6 +55,7 @@ class Target:
     schedules: Schedules | None = None
     candidates: Candidates | None = None
     whole: Whole = NOTHING_WHOLE
+    scores: Tensor | None = None
     frozen: bool = False
     name: str = ""
     leader: Owner | None = None
@@ -121,6 +124,7 @@ class AttachedModule(SparseModule):
             target.schedules,
             target.candidates,
             target.whole,
+            target.scores,
         )
 
     def sparse_sites(self, prefix: str) -> Iterator[Site]:
@@ -174,6 +178,8 @@ class AttachedModule(SparseModule):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Entries are saved once, also those of a weight that several modules share: files hold no tensor twice."""
+        for target in self._sprand_targets.values():
+            refuse_state(target.scores, target.name)
         self.write_weights()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for target in self._sprand_targets.values():

@@ -200,6 +200,7 @@ class Entries:
         schedules: how a GPU samples the gradient of a linear layer, or None.
         candidates: sees the gradient of the whole weight in backward, chunk by chunk, or None.
         whole: the columns or rows that these are all entries of.
+        scores: `[inputs]`, a leaf whose gradient backward adds the scores of a linear layer's inputs to, or None.
     """
 
     delta: Tensor
@@ -210,6 +211,7 @@ class Entries:
     schedules: Schedules | None = None
     candidates: Candidates | None = None
     whole: Whole = NOTHING_WHOLE
+    scores: Tensor | None = None
 
     def on(self, device: torch.device) -> Entries:
         """The same entries on a device; their gradient comes back from there."""

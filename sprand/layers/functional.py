@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..kernels import ops
 from ..kernels.schedule import Schedule
 from .entries import Candidates, Entries, Written
+from .scores import scored
 
 
 class Use(NamedTuple):
@@ -148,7 +149,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
     features = None if entries.candidates is not None else entries.whole.inputs(transposed)
     operands = input, weight, bias, entries.delta, entries.indices, entries.base
     output = _Linear.apply(*operands, Use.of(entries), product, features)
-    return output if leading is None else output.unflatten(0, leading)
+    output = output if leading is None else output.unflatten(0, leading)
+    return output if entries.scores is None else scored(output, input, entries.scores)
 
 
 def embedding(

@@ -16,6 +16,7 @@ from ..kernels.host import merge_indices
 from ..layers import sharding
 from ..layers.columns import NOTHING_WHOLE, Whole, whole_in
 from ..layers.entries import Entries, Schedules, Written
+from .config import SprandConfig
 
 Names = tuple[str, ...]  # of adapters, in their order
 
@@ -104,7 +105,9 @@ class AdapterTarget:
         active: adapters that a forward uses now, in their order.
         merged: adapters that are merged into the weight.
         written: whether the weight holds the delta of the one active adapter already.
-        waiting: the columns `[c]` that keep the place of those which the first training forward chooses, by adapter.
+        waiting: the columns `[c]` that keep the place of those which are chosen while the model trains, and the configuration, by
+            adapter.
+        scores: as in `Entries`, while columns wait to be chosen by gradients.
         candidates, frozen: as in a model of `sprand.apply` whose mask changes, which that of a PEFT model does not.
     """
 
@@ -125,7 +128,8 @@ class AdapterTarget:
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.written = Written()
-        self.waiting: dict[str, Tensor] = {}
+        self.waiting: dict[str, tuple[Tensor, SprandConfig]] = {}
+        self.scores: Tensor | None = None
         self._ordered: dict[str, bool] = {}
         self._whole: dict[Names, Whole] = {}
         self.forget()
@@ -179,7 +183,8 @@ class AdapterTarget:
         indices, base = self._indices_and_base(names)
         delta, scale = self._delta_and_scale(names, base)
         schedules = self._schedules_of(weight, names, indices)
-        return Entries(delta, indices, base, scale, self.written, schedules, whole=self.whole_of(weight.shape, names, indices))
+        whole = self.whole_of(weight.shape, names, indices)
+        return Entries(delta, indices, base, scale, self.written, schedules, whole=whole, scores=self.scores)
 
     def whole_of(self, shape: Sequence[int], names: Names, indices: Tensor) -> Whole:
         """The columns or rows that the union of adapters is all of; a graph that is compiled takes what is known."""

@@ -45,14 +45,15 @@ class SprandConfig(PeftConfig):
         layers_to_transform: of `target_modules` only those in layers with these numbers; an int or a list.
         layers_pattern: name of the list of layers, for `layers_to_transform`; by default any.
         strategy: `"random"` (stratified) or `"uniform"`; with layout `"columns"` also `"activation"`, which chooses them in the
-            first forward in training mode, by what comes into the layers there (see `sprand.choose`). Entries that were chosen
-            by another score are given by `mask`.
+            first forward in training mode, by what comes into the layers there, and `"token_fisher"`, by gradients of the first
+            `score_steps` steps (see `sprand.choose`). Entries that were chosen by another score are given by `mask`.
         mask: the entries themselves: a `sprand.Mask`, a mapping `{parameter name: bool mask or flat indices}`, or the path
             of a mask file. They decide what is targeted, too; the adapter's file then stores the indices. Entries apart from
             those of other tasks are a mask as well, since a config sees no model: `sprand.select(base, disjoint=[...])`.
         layout: how random positions may fall: `"unstructured"`, or `"columns"`: whole input columns of linear weights, as in
             `SparseConfig`.
         seed: of the random draw. None takes a new one now, so that whoever copies this config draws the same entries.
+        score_steps: as in `SparseConfig`.
         targets: written by `save_pretrained`: shape, count and a fingerprint of the base by parameter name.
         indices_saved: written by `save_pretrained`: whether the indices are in the file, or follow from the seed.
         selection: written by `save_pretrained`: how entries were chosen that do not follow from the seed.
@@ -76,6 +77,7 @@ class SprandConfig(PeftConfig):
     mask: str | None = field(default=None, metadata={"help": "A sprand.Mask, a mapping of indices, or a mask file."})
     layout: str = field(default="unstructured", metadata={"help": "How random positions may fall."})
     seed: int | None = field(default=0, metadata={"help": "Seed of the random draw; None takes a new one."})
+    score_steps: int | None = field(default=None, metadata={"help": "First steps whose gradients choose columns; 8."})
     targets: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
     indices_saved: bool = field(default=False, metadata={"help": "Written by save_pretrained."})
     selection: dict | None = field(default=None, metadata={"help": "Written by save_pretrained."})
@@ -111,9 +113,8 @@ class SprandConfig(PeftConfig):
         elif self.strategy not in RANDOM_STRATEGIES and not self._can_wait():
             self._refuse_strategy()
         else:
-            self.density = SparseConfig(
-                density=self.density, budget=self.budget, layout=self.layout, seed=self.seed, strategy=self.strategy
-            ).density
+            names = ("density", "budget", "layout", "seed", "strategy", "score_steps")
+            self.density = SparseConfig(**{name: getattr(self, name) for name in names}).density
 
     def _check_targets(self) -> None:
         layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform or []
@@ -147,8 +148,8 @@ class SprandConfig(PeftConfig):
         )
 
     def _can_wait(self) -> bool:
-        """Whether the first training forward can choose by the strategy."""
-        return self.strategy in STRATEGIES and STRATEGIES[self.strategy].can_wait
+        """Whether training can choose by the strategy."""
+        return self.strategy in STRATEGIES and STRATEGIES[self.strategy].columns
 
     def _refuse_strategy(self) -> None:
         if self.strategy in STRATEGIES or self.strategy == GIVEN:
@@ -183,7 +184,7 @@ class SprandConfig(PeftConfig):
 
     @property
     def waits(self) -> bool:
-        """Whether the entries of a new adapter are chosen at the first training forward."""
+        """Whether the entries of a new adapter are chosen while the model trains."""
         return self.targets is None and self.indices is None and self._can_wait()
 
     @property

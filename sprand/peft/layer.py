@@ -12,7 +12,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..adapters.first_forward import columns_at
+from ..adapters.waiting import columns_at
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.attached import BASE, DELTA, INDICES
@@ -59,7 +59,7 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         modules[adapter_name] = Delta(delta.to("meta") if low_cpu_mem_usage else delta)
         positions.put(adapter_name, indices, persistent=not config.drawn)
         if config.waits:
-            target.waiting[adapter_name] = columns_at(site, indices)
+            target.waiting[adapter_name] = columns_at(site, indices), config
         self._read_base(site, target, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

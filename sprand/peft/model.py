@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..adapters import first_forward
+from ..adapters.first_steps import Scoring
 from ..kernels import native
 from ..layers import sharding
 from ..layers.first_backward import watch
@@ -91,8 +92,9 @@ class SprandModel(BaseTuner):
         watch(model)
         if config.waits:
             given.saved["selection"] = selection_of(as_of_apply(config))
+            scoring = Scoring()
             for module in (self, model):  # PEFT calls the forward of the model itself, and others call the model alone
-                first_forward.watch(module)
+                first_forward.watch(module, scoring)
         remember(self)
 
     def add_weighted_adapter(

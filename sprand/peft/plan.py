@@ -123,7 +123,7 @@ def _chosen(model: nn.Module, config: SprandConfig, weights: Mapping[str, Site])
 
 def as_of_apply(config: SprandConfig) -> SparseConfig:
     """The same choice in the terms of `sprand.apply`, which knows no numbers of layers."""
-    fields = {"density": config.density, "budget": config.budget, "strategy": config.strategy}
+    fields = {name: getattr(config, name) for name in ("density", "budget", "strategy", "score_steps")}
     if config.indices is not None:
         fields = {"strategy": Mask(config.indices, config.shapes) if config.shapes else config.indices}
     return SparseConfig(

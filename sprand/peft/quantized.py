@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels import ops
 from ..layers.entries import Entries
 from ..layers.module import track, untrack
+from ..layers.scores import scored
 from ..layers.sites import Site
 from .adapter_target import AdapterTarget
 from .cpu_packing import keep_stored_layout, set_may_pack
@@ -63,6 +64,11 @@ class QuantizedLayer(SprandLayer):
         target = self.sprand_targets["weight"]
         if not target.active:
             return self.base_layer(x, *args, **kwargs)
+        output = self._output(target, x, *args, **kwargs)
+        return output if target.scores is None or not torch.is_grad_enabled() else scored(output, x, target.scores)
+
+    def _output(self, target: AdapterTarget, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What `forward` gives, with adapters in effect."""
         indices, delta = self._change(target)
         features = target.whole_of(self._shape, target.active, indices).columns
         base_layer, given = self.get_base_layer(), x.dtype

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.architecture import architecture_of
-from ..adapters.first_forward import refuse_waiting
 from ..adapters.layout import DRAW, PREFIX, UNITS, said_of_draw, selection_of_runs, written_versions
+from ..adapters.waiting import refuse_waiting
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
 from ..layers.sites import WRAPPED, Site, plain_name

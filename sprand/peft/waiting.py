@@ -1,4 +1,4 @@
-"""Adapters of PEFT whose columns wait for the first training forward: found, so that it can choose them."""
+"""Adapters of PEFT whose columns wait to be chosen while the model trains: found, so that it can choose them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..adapters.first_forward import Door, Waiting, columns_at, doors
+from ..adapters.waiting import Door, Waiting, columns_at, doors
 from ..layers.sites import Site
 from .layer import SprandLayer
 
 
 def register() -> None:
-    """Let the first training forward of a model of PEFT find what waits."""
+    """Let a model of PEFT in training find what waits."""
     doors.append(Door(_active, _any))
 
 
 def waits(layer: SprandLayer, parameter: str, adapter_name: str) -> bool:
     """Whether an adapter's columns of a parameter keep the place of others; what a checkpoint has brought waits no more."""
     target = layer.sprand_targets[parameter]
-    drawn = target.waiting.get(adapter_name)
-    if drawn is None or torch.equal(columns_at(layer.sprand_site(parameter), target.indices[adapter_name]), drawn):
-        return drawn is not None
+    if adapter_name not in target.waiting:
+        return False
+    if torch.equal(columns_at(layer.sprand_site(parameter), target.indices[adapter_name]), target.waiting[adapter_name][0]):
+        return True
     del target.waiting[adapter_name]
     return False
 
@@ -41,8 +42,10 @@ def _of_layer(layer: SprandLayer) -> Iterator[Waiting]:
     for parameter, target in layer.sprand_targets.items():
         for name in target.active:
             if waits(layer, parameter, name):
+                columns, config = target.waiting[name]
                 put = functools.partial(layer.sprand_put, parameter, name)
-                yield Waiting(_called(layer.sprand_site(parameter), layer), target.waiting[name].numel(), put)
+                site = _called(layer.sprand_site(parameter), layer)
+                yield Waiting(site, name, config, columns.numel(), [target], put)
 
 
 def _called(site: Site, layer: SprandLayer) -> Site:

@@ -46,10 +46,9 @@ class Batches:
         seen = 0
         for batch in _shown(self.data, f"calibration {self.done}/{self.passes}"):
             batch = mapped(batch, lambda tensor: tensor.to(self.device))
-            first = next(_tensors(batch), None)
-            if first is None:
+            count = count_of(batch)
+            if count is None:
                 raise ValueError(f"data: expected batches with tensors, got {type(batch).__name__} without any")
-            count = first.shape[0] if first.dim() else 1
             if count == 0:
                 continue
             yield count, batch
@@ -86,6 +85,12 @@ def call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def count_of(batch: Any) -> int | None:
+    """How many examples a batch has, by the first dimension of its first tensor; None of one without any."""
+    first = next(_tensors(batch), None)
+    return None if first is None else first.shape[0] if first.dim() else 1
 
 
 def split(batch: Any, count: int) -> Iterator[Any]:

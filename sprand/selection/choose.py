@@ -41,7 +41,7 @@ def choose(
         targets: the weights that it means, without trained entries.
         run: what calibration may use.
         avoided: entries that may not be chosen.
-        may_wait: where `waits` says so, draw columns that keep the place of those that the first training forward chooses.
+        may_wait: where `waits` says so, draw columns that keep the place of those that are chosen while the model trains.
 
     Raises:
         ValueError: The budget is larger than the targets hold, or have free, or rounds to nothing, or to no column of a target; a
@@ -65,9 +65,9 @@ def choose(
 
 
 def waits(config: SparseConfig, run: Calibration | None = None) -> bool:
-    """Whether a configuration leaves the choice to the first training forward."""
+    """Whether a configuration leaves the choice to the first forward, or the first steps, of training."""
     known = STRATEGIES.get(config.strategy) if isinstance(config.strategy, str) else None
-    return known is not None and known.can_wait and (run is None or run.data is None)
+    return known is not None and known.columns and (run is None or run.data is None)
 
 
 def _keeping_places(
@@ -76,15 +76,15 @@ def _keeping_places(
     """Columns as many as are to be chosen, which are there until they are."""
     if config.scope == "global":
         raise ValueError(
-            f"strategy {config.strategy!r} without data chooses in the first training forward, when the number of columns of "
-            "each target is settled; leave out scope='global', or give data="
+            f"strategy {config.strategy!r} without data chooses while the model trains, when the number of columns of each "
+            "target is settled; leave out scope='global', or give data="
         )
     if avoided:
         raise ValueError(
             f"strategy {config.strategy!r} without data knows of no entries to leave out; leave out disjoint, or give data="
         )
     _check_inputs(config, targets)
-    return _at_random(dataclasses.replace(config, strategy="random"), targets, sizes, total, avoided)
+    return _at_random(dataclasses.replace(config, strategy="random", score_steps=None), targets, sizes, total, avoided)
 
 
 def _check_inputs(config: SparseConfig, targets: Targets) -> None:

@@ -15,7 +15,7 @@ from .pattern import GIVEN
 
 AS_GIVEN = {  # the fields of a pattern that is known by its indices alone
     "strategy": GIVEN, "strategy_options": None, "density": None, "budget": None, "layout": "unstructured", "scope": "local",
-    "min_density": 0.0, "max_density": 1.0, "preserve_zeros": False,
+    "min_density": 0.0, "max_density": 1.0, "preserve_zeros": False, "score_steps": None,
 }  # fmt: skip
 SPARTA_TARGETS = ("v_proj", "o_proj")
 SPEFT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -58,6 +58,8 @@ class SparseConfig:
         preserve_zeros: choose among entries that are not zero, so that a pruned model keeps its zeros; densities are then
             fractions of those. Not with whole columns, which may have zeros in them.
         seed: of the random draw.
+        score_steps: for `"token_fisher"` without data: how many steps of training, the first ones, sum the gradients that choose
+            columns; nothing trains in these. None is 8.
 
     Raises:
         ValueError: A value is outside of what is allowed; the message names it and what was expected.
@@ -77,6 +79,7 @@ class SparseConfig:
     max_density: float = 1.0
     preserve_zeros: bool = False
     seed: int = 0
+    score_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in rules.normalized(vars(self)).items():

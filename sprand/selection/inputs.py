@@ -8,12 +8,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from ..layers.scores import sums_over_tokens
 from ..layers.sites import Site
 from .batches import Batches, call, loss_of
 from .flow import inputs_of
-from .units import CHUNK, column_axis
+from .units import column_axis
 
 SCORES = ("activation", "token_fisher")  # fields of Stats
 
@@ -67,6 +68,19 @@ class InputSums:
                 examples += count
         self.finish(examples)
         return examples
+
+    def agree(self) -> None:
+        """Add up the sums of all ranks; a layer is called if it is on any of them."""
+        if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return
+        values = list(self.values.values())
+        called = torch.tensor([float(name in self.called) for name in self.values], dtype=torch.float64, device=values[0].device)
+        flat = torch.cat([called, *(value.to(called.device) for value in values)])
+        distributed.all_reduce(flat)
+        counts, *parts = flat.split([len(values), *map(len, values)])
+        self.called = {name for name, count in zip(self.values, counts.tolist(), strict=True) if count}
+        for value, part in zip(values, parts, strict=True):
+            value.copy_(part)
 
     def finish(self, examples: int) -> None:
         """Divide by the number of examples.
@@ -123,21 +137,9 @@ class InputSums:
         return output
 
     def _add(self, name: str, x: Tensor, grad: Tensor | None) -> None:
-        """Add the squares of an input `[..., inputs]`, each token times the squared length of its gradient `[..., outputs]`."""
+        """Add the sums over the tokens of an input `[..., inputs]`."""
         total = self.values[name]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rows = x.reshape(-1, x.shape[-1])
-        step = max(1, CHUNK // x.shape[-1])
-        lengths = None if grad is None else grad.detach().reshape(rows.shape[0], -1)
-        for first in range(0, rows.shape[0], step):
-            squares = rows[first : first + step].to(dtype).square()
-            if lengths is None:
-                total += squares.sum(0, dtype=torch.float64).to(total.device)
-                continue
-            own = lengths[first : first + step].double().square().sum(1)
-            largest = own.max().clamp_min(torch.finfo(torch.float64).tiny)  # small gradients do not vanish in float32
-            sums = squares.T @ (own / largest).to(dtype)
-            total += (sums.double() * (largest * self._weight)).to(total.device)
+        total += (sums_over_tokens(x, grad) * self._weight).to(total.device)
 
 
 def _made_by(output: Tensor) -> Any:

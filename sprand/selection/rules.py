@@ -32,6 +32,7 @@ def normalized(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"strategy: {fields['strategy']!r} scores whole columns; give layout='columns' with it, got {fields['layout']!r}"
         )
+    _check_steps(fields["score_steps"], fields["strategy"])
     _check_scope(fields["scope"], kind)
     _check_bounds(fields["min_density"], fields["max_density"], fields["scope"])
     stored = {
@@ -87,6 +88,18 @@ def _check_layout(layout: str, kind: str, preserve_zeros: bool) -> None:
     if preserve_zeros:
         raise ValueError(
             "preserve_zeros: a whole column trains, and the zeros in it with it; leave out preserve_zeros, or layout='columns'"
+        )
+
+
+def _check_steps(steps: Any, strategy: Any) -> None:
+    if steps is None:
+        return
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
+        raise ValueError(f"score_steps: expected at least 1 step, got {steps!r}")
+    if strategy != "token_fisher":
+        raise ValueError(
+            "score_steps: it is of strategy 'token_fisher' without data, whose gradients are summed while the model "
+            "trains; leave it out"
         )
 
 

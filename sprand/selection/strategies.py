@@ -47,8 +47,8 @@ class Strategy:
         positive: whether only a positive score speaks for an entry.
         squares: whether the score of several entries together, a column, is the sum of the squares of their scores, and not the
             sum. It is so where the score is the size of a signed number.
-        columns: whether the score is one of each column of a linear layer, `[inputs]`, as the mean over its entries.
-        can_wait: whether the first training forward can choose by it, where no data is given before.
+        columns: whether the score is one of each column of a linear layer, `[inputs]`, as the mean over its entries; without data
+            training itself can choose by it.
     """
 
     score: Callable[..., Tensor]
@@ -57,7 +57,6 @@ class Strategy:
     positive: bool = False
     squares: bool = False
     columns: bool = False
-    can_wait: bool = False
 
     @property
     def wants_data(self) -> bool:
@@ -73,13 +72,12 @@ def strategy(
     positive: bool = False,
     squares: bool = False,
     columns: bool = False,
-    can_wait: bool = False,
     **options: float,
 ) -> Callable[[Callable], Callable]:
     """Enter a score function under its own name."""
 
     def enter(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        STRATEGIES[score.__name__] = Strategy(score, needs, options, positive, squares, columns, can_wait)
+        STRATEGIES[score.__name__] = Strategy(score, needs, options, positive, squares, columns)
         return score
 
     return enter
@@ -181,7 +179,7 @@ def lift(weight: Tensor, stats: Stats, rank: int) -> Tensor:
     return (low if wide else low.T).abs().view(weight.shape)
 
 
-@strategy(needs="activation", columns=True, can_wait=True)
+@strategy(needs="activation", columns=True)
 def activation(weight: Tensor, stats: Stats) -> Tensor:
     """Sum over tokens of x^2, of the input x that a column reads; a forward pass alone, and every token counts, padding too."""
     return stats.activation
