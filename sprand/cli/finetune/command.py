@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         prepare_folder(settings.out)
         demo.write(settings.train.parent, settings.seed)
     elif "model" not in given:
-        raise CliError("--train needs --model: a directory in the Hugging Face layout, or a name on the Hub.")
+        raise CliError("--train needs --model: a directory in the Hugging Face layout, a GGUF file, or a name on the Hub.")
     else:
         settings = Settings(**given)
     pipeline.finetune(settings, options.json)
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--model", metavar="MODEL", help="a Hugging Face model: a folder, or a name on the Hub")
+    add("--model", metavar="MODEL", help="a Hugging Face model: a folder, or a name on the Hub; or a GGUF file")
     add("--train", type=Path, metavar="FILE", help="TSV (unquoted), CSV, JSONL, or plain text")
     add("--eval", type=Path, metavar="FILE", help="held-out data; without it, a share of the training file")
     add("--eval-share", type=float, metavar="X", help=f"that share (default {Settings.eval_share})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ...adapters.file import FOLDER_OF_RUN
 from ...files import described
 from .. import CliError, Stopped, require
 from ..files import prepare_folder
-from . import data, measures, methods, models, report, tasks, verify
+from . import data, gguf, measures, methods, models, report, tasks, verify
 from .progress import Log
 from .settings import Resume, Settings
 from .training import ANEW, Outcome, total_steps, train
@@ -66,12 +67,13 @@ class Run:
     """
 
     def __init__(self, settings: Settings, to_stderr: bool) -> None:
-        self.settings, self.out = settings, settings.out
+        self.out = settings.out
         self.device = models.pick_device(settings.device)
         self.dataset = data.load(settings)
         measures.check(settings, self.dataset.task)
         refuse_to_overwrite(settings)
         prepare_folder(self.out)
+        self.settings = settings = dataclasses.replace(settings, model=gguf.as_folder(settings.model, self.out / "model"))
         model, tokenizer = self.load_model()
         self.task = tasks.make(self.dataset, tokenizer, settings)
         self.log = Log(self.out / "metrics.jsonl", self.task.metric, to_stderr)
