@@ -9,8 +9,8 @@ from torch import nn
 
 import sprand
 from peft_models import llama, peft, train, trainable
+from sprand.layers.units import Units
 from sprand.peft import SprandConfig
-from sprand.selection.units import Units
 
 PREFIX = "base_model.model."
 

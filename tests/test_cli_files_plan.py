@@ -14,7 +14,7 @@ from checkpoints import bert, changed, llama, plain, redrawn, tensors_of, traine
 from sprand.checkpoint import export as exporting
 from sprand.checkpoint.plan import Weight, plan
 from sprand.cli import main
-from sprand.selection.units import whole_units
+from sprand.layers.units import whole_units
 
 
 def run(*arguments: object) -> int:

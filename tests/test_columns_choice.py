@@ -14,8 +14,8 @@ import sprand
 from models import EVERY_TARGET, MLP, EveryLayer, assert_same_bits, bits, built
 from peft_models import llama
 from sprand.layers.sites import weights_of
+from sprand.layers.units import Units, whole_units
 from sprand.selection import pattern
-from sprand.selection.units import Units, column_axis, whole_units
 from test_pattern import assert_even, assert_uniform
 from test_selection import MODULES, ORACLES, TARGETS, fields_of
 
@@ -55,9 +55,9 @@ KINDS = {  # module, its axis of inputs
 def test_a_column_is_all_that_reads_one_input(kind):
     make, axis = KINDS[kind]
     sites = weights_of(nn.ModuleDict({"only": make()}))
-    weights = {name: column_axis(site) for name, site in sites.items() if not name.endswith("bias")}
+    weights = {name: site.column_axis for name, site in sites.items() if not name.endswith("bias")}
     assert set(weights.values()) == {axis}
-    assert all(column_axis(site) is None for name, site in sites.items() if name.endswith("bias"))
+    assert all(site.column_axis is None for name, site in sites.items() if name.endswith("bias"))
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -82,7 +82,7 @@ def test_entries_and_columns_are_two_names_of_the_same(data):
 def test_every_column_is_drawn_as_often(strategy):
     draws = []
     for seed in range(3000):
-        indices = pattern.draw(strategy, "w", (3, 24), 15, seed, layout="columns", axis=1)
+        indices = pattern.draw(strategy, "w", (3, 24), 15, seed, axis=1)
         draws.append(torch.tensor(columns_of((3, 24), 1, indices)))
     draws = torch.stack(draws)
     assert draws.shape == (3000, 5)
@@ -93,7 +93,7 @@ def test_every_column_is_drawn_as_often(strategy):
 
 def test_other_names_seeds_and_layouts_are_other_draws():
     def drawn(name="a", seed=0, strategy="random", axis=1):
-        return pattern.draw(strategy, name, (8, 512), 8 * 64 if axis == 1 else 512 * 4, seed, layout="columns", axis=axis)
+        return pattern.draw(strategy, name, (8, 512), 8 * 64 if axis == 1 else 512 * 4, seed, axis=axis)
 
     here = columns_of((8, 512), 1, drawn())
     for other in (drawn(name="b"), drawn(seed=1), drawn(strategy="uniform")):
@@ -101,9 +101,9 @@ def test_other_names_seeds_and_layouts_are_other_draws():
     assert torch.equal(drawn(), drawn())
     assert len(columns_of((8, 512), 0, drawn(axis=0))) == 4
     assert drawn().dtype == torch.int32
-    assert pattern.draw("random", "a", (8, 512), 512, 0, "meta", "columns", 1).shape == (512,)
+    assert pattern.draw("random", "a", (8, 512), 512, 0, "meta", 1).shape == (512,)
     with pytest.raises(ValueError, match="w: expected whole columns of 8 entries, got 12 entries"):
-        pattern.draw("random", "w", (8, 512), 12, 0, layout="columns", axis=1)
+        pattern.draw("random", "w", (8, 512), 12, 0, axis=1)
 
 
 @pytest.mark.parametrize("strategy", ["random", "uniform", "magnitude"])

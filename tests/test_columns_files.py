@@ -16,8 +16,8 @@ from sprand.adapters.file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
 from sprand.adapters.layout import FORMAT_VERSION, WITHOUT_COLUMNS
 from sprand.checkpoint.combine import combine
 from sprand.checkpoint.inspect import inspect
+from sprand.layers.units import Units
 from sprand.peft import SprandConfig
-from sprand.selection.units import Units
 from test_columns_choice import columns_of
 from test_selection import TARGETS
 

@@ -15,8 +15,8 @@ from models import MLP, Tied, built, points_and_labels
 from saved_tensors import columns_in, kept, masks, own
 from sprand.kernels import ops
 from sprand.layers import functional
-from sprand.layers.columns import whole_in
 from sprand.layers.entries import Entries
+from sprand.layers.units import whole_in
 
 OUT, IN = 12, 20
 FEATURES = torch.tensor([0, 3, 4, 11, 19])

@@ -6,6 +6,7 @@ that the counted cells are independent; z tests count every entry and bound the 
 
 from __future__ import annotations
 
+import functools
 import math
 from statistics import NormalDist
 
@@ -308,8 +309,8 @@ def test_every_position_of_a_vector_longer_than_a_row_is_drawn_as_often(numel, n
 def test_weights_beyond_32_bits_are_drawn_evenly(shape, layout):
     numel, nnz = math.prod(shape), 4096
     drawn_in_runs = layout in RUNS
-    draw = old_runs.draw_runs if drawn_in_runs else pattern.draw
-    indices = draw("random", "w", shape, nnz, 0, layout=layout)
+    draw = functools.partial(old_runs.draw_runs, layout=layout) if drawn_in_runs else pattern.draw
+    indices = draw("random", "w", shape, nnz, 0)
     assert indices.dtype == torch.int64 and indices.shape == (nnz,)
     pattern.check_indices("w", indices, numel)
     cols = numel // shape[0] if len(shape) > 1 else numel

@@ -19,7 +19,6 @@ from ..layers.writable import check_writable
 from ..selection import pattern
 from ..selection.config import SparseConfig
 from ..selection.targets import sites_named
-from ..selection.units import column_axis
 from . import first_step, plain_states
 from .in_full import buffers_of, copies, follow_rows, put_buffers
 from .state import Adapter, State, known_state, tensor_names
@@ -157,8 +156,8 @@ def _redraw_of(config: SparseConfig, name: str, site: Site, nnz: int) -> Redraw 
     """What draws the entries anew on another device, where they follow from the seed."""
     if config.strategy not in pattern.RANDOM_STRATEGIES or config.preserve_zeros:
         return None
-    axis = column_axis(site) if config.layout == pattern.COLUMNS else None
-    return functools.partial(pattern.draw, config.strategy, name, site.shape, nnz, config.seed, layout=config.layout, axis=axis)
+    axis = pattern.axis_of(config.layout, site)
+    return functools.partial(pattern.draw, config.strategy, name, site.shape, nnz, config.seed, axis=axis)
 
 
 def take_off(model: nn.Module, state: State, keep: bool) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..files import described
 from ..kernels.dtypes import dtype_name
+from ..layers.units import Units, whole_units
 from ..selection import pattern
 from ..selection.config import AS_GIVEN, GIVEN, SparseConfig
-from ..selection.units import Units, whole_units
 from . import layout
 from .fingerprint import DTYPES, check_entries
 from .trained import Trained
@@ -336,8 +336,8 @@ def open_adapters(adapters: Iterable[tuple[str | os.PathLike[str], float]]) -> l
 
 def draw(config: SparseConfig, name: str, target: Mapping[str, Any], nnz: int) -> Tensor:
     """The positions that a random strategy draws of a weight, of which an adapter says shape and axis."""
-    axis = target.get("axis")
-    return pattern.draw(config.strategy, name, target["shape"], nnz, config.seed, layout=config.layout, axis=axis)
+    axis = target.get("axis") if config.layout == pattern.COLUMNS else None
+    return pattern.draw(config.strategy, name, target["shape"], nnz, config.seed, axis=axis)
 
 
 def finite(values: Tensor) -> bool:

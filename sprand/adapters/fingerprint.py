@@ -20,7 +20,7 @@ NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16
 LINE = re.compile(
     rf"(\d{{1,19}}(?:x\d{{1,19}})*)? (\d{{1,19}}) ({'|'.join(DTYPES)}) ((?:[0-9a-f]{{{DIGITS}}})+)(?: axis ([01]))?", re.ASCII
 )
-AXES = (0, 1)  # along which whole columns are counted, see `sprand.selection.units`
+AXES = (0, 1)  # along which whole columns are counted, see `sprand.layers.units`
 
 _HASHES = table_of(TEXT)
 _FROZEN = record({"nnz": WHOLE, "fingerprint": _HASHES}, {"added": WHOLE})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +15,8 @@ from ..selection.flow import inputs_of
 from ..selection.inputs import InputSums
 from ..selection.untouched import untouched
 from .first_steps import Scoring
-from .waiting import Waiting, doors, found
+from .waiting import Waiting, doors, found, settle
 
-logger = logging.getLogger("sprand")
 BY_HAND = "call sprand.choose(model, batch) first, on every rank"
 
 
@@ -105,9 +103,4 @@ def _choose(model: nn.Module, waiting: Sequence[Waiting], run: Callable[[], Any]
     sums, by_gradients = InputSums([one.site for one in waiting], waiting[0].score), waiting[0].steps > 0
     with untouched(model, checkpointing=by_gradients), torch.set_grad_enabled(by_gradients), sums.listening():
         run()
-    sums.agree()
-    sums.finish(1)
-    for one in waiting:
-        one.choose(sums.values[one.site.name])
-    columns = sum(one.count for one in waiting)
-    logger.info("%d columns of %d weights were chosen by what came into them", columns, len(waiting))
+    settle(waiting, sums, "what came into them")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,9 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..layers import reads, sharding
 from ..selection.batches import count_of
 from ..selection.inputs import InputSums
-from .waiting import Waiting
+from .waiting import Waiting, settle
 
-logger = logging.getLogger("sprand")
 BY_HAND = "call sprand.choose(model, batch) before training"
 
 _running: weakref.WeakSet[Scoring] = weakref.WeakSet()
@@ -85,9 +84,7 @@ class Scoring:
 
     def end(self) -> None:
         """Take no further part in any step."""
-        for one in self.waiting:
-            for target in one.targets:
-                target.scores = None
+        self._drop_scores()
         _running.discard(self)
         if not _running:
             while _hooks:
@@ -113,16 +110,12 @@ class Scoring:
 
     @torch.no_grad()
     def _choose(self) -> None:
-        self.sums.agree()
-        self.sums.finish(1)
-        for one in self.waiting:
-            one.choose(self.sums.values[one.site.name])
-            for target in one.targets:
-                target.scores = None
-        logger.info(
-            "%d columns of %d weights were chosen by the gradients of the first %d steps, in which nothing trained",
-            sum(one.count for one in self.waiting), len(self.waiting), self.count,
-        )  # fmt: skip
+        settle(self.waiting, self.sums, f"the gradients of the first {self.count} steps, in which nothing trained")
+        self._drop_scores()
+
+    def _drop_scores(self) -> None:
+        for target in chain.from_iterable(one.targets for one in self.waiting):
+            target.scores = None
 
 
 def _names(waiting: Sequence[Waiting]) -> list[tuple[str, str]]:

@@ -22,9 +22,9 @@ from ..kernels import ops
 from ..kernels.dtypes import dtype_name
 from ..layers import offload, sharding
 from ..layers.sites import Site, named_parameters, sites_of
+from ..layers.units import Units
 from ..selection import pattern
 from ..selection.config import SparseConfig
-from ..selection.units import Units, column_axis
 from . import replaced
 from .architecture import architecture_of
 from .attaching import add
@@ -73,7 +73,7 @@ def _save(model: nn.Module, state: State, adapter: Adapter, path: str | os.PathL
     """Write an adapter whose tensors are whole, or can be gathered one by one."""
     sites = sites_of(model)
     trained = {site.name: _trained(adapter, site) for site in sites}
-    axes = {site.name: column_axis(site) if adapter.config.layout == pattern.COLUMNS else None for site in sites}
+    axes = {site.name: pattern.axis_of(adapter.config.layout, site) for site in sites}
     drawn = {name: _as_drawn(adapter.config, name, part, axes[name]) for name, part in trained.items()}
     if state.mixed is None and None not in drawn.values():
         trained = drawn

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..selection.units import whole_units
+from ..layers.units import whole_units
 from . import layout
 from .fingerprint import described_entries, described_target
 from .frozen import Frozen

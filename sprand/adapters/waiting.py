@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,11 @@ from ..kernels import ops
 from ..kernels.topk import largest, order_keys
 from ..layers import sharding
 from ..layers.sites import Site, sites_of
+from ..selection.inputs import InputSums
 from ..selection.strategies import STRATEGIES
-from ..selection.units import Units, column_axis
 from .state import Adapter, known_state
 
+logger = logging.getLogger("sprand")
 DEFAULT_STEPS = 8  # of training, whose gradients choose
 
 
@@ -53,8 +55,7 @@ class Waiting:
 
     def choose(self, sums: Tensor) -> None:
         """Take the columns with the largest sums `[inputs]`."""
-        units = Units.of(self.site.shape, column_axis(self.site))
-        self.put(units.entries(largest(order_keys(sums).to(self.site.device), self.count)))
+        self.put(self.site.units.entries(largest(order_keys(sums).to(self.site.device), self.count)))
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,25 @@ def found(model: nn.Module) -> list[Waiting]:
     return [waiting for module in model.modules() for door in doors for waiting in door.active(module)]
 
 
+def settle(waiting: Sequence[Waiting], sums: InputSums, how: str) -> None:
+    """Choose columns by the sums of all ranks.
+
+    Args:
+        waiting: what is to be chosen.
+        sums: of this rank.
+        how: what they were chosen by, for the log.
+    """
+    sums.agree()
+    sums.finish(1)
+    for one in waiting:
+        one.choose(sums.values[one.site.name])
+    columns = sum(one.count for one in waiting)
+    logger.info("%d columns of %d weights were chosen by %s", columns, len(waiting), how)
+
+
 def columns_at(site: Site, indices: Tensor) -> Tensor:
     """The columns `[c]` of which these are the entries, on the CPU; none where they are no whole ones."""
-    columns = Units.of(site.shape, column_axis(site)).whole(indices.cpu())
+    columns = site.units.whole(indices.cpu())
     return torch.empty(0, dtype=torch.int32) if columns is None else columns
 
 

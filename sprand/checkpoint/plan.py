@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ..layers.units import Units
 from ..selection import pattern
 from ..selection.choose import column_shares, fewest_entries
-from ..selection.units import Units
 from .kept_inputs import Input, inputs_by_layer, kept_by_columns, kept_by_lora, kept_whole
 from .names import INPUTS, OUTPUTS
 from .shards import DTYPES, TRAINABLE

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from . import offload, sharding
-from .columns import NOTHING_WHOLE, Whole, whole_in
 from .entries import Candidates, Entries, Schedules, Sealed, Written
 from .module import SparseModule, change_class, sparse_class, track, untrack, write_parameters
 from .scores import refuse_state
 from .sites import Owner, Site, joined, site_of
+from .units import NOTHING_WHOLE, Whole, whole_in
 
 DELTA, INDICES, BASE = "sprand_delta", "sprand_indices", "sprand_base"
 

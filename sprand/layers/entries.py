@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..kernels.schedule import Schedule
 from ..kernels.tuning import schedule_for
-from .columns import NOTHING_WHOLE, Whole
 from .sharding import is_dtensor
+from .units import NOTHING_WHOLE, Whole
 
 
 class Candidates(Protocol):

@@ -3,7 +3,7 @@
 Each function writes `weight.flatten()[indices] = cast(base + scale * delta)` before it uses the weight, in forward and
 again in backward (a sharded weight is gathered anew there). The write goes through `weight.data`, which has a version
 counter of its own: two forwards before one backward are legal. What backward keeps is the input, or the part of it that belongs
-to whole columns (`columns.py`), and references.
+to whole columns (`units.py`), and references.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import functional, reads, sharding
 from .entries import Entries, write_all
-from .sites import Site
+from .sites import Site, is_conv1d
 
 _live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -275,7 +275,7 @@ def _kind_of(cls: type[nn.Module]) -> type[SparseModule]:
         return _SparseLinear
     if cls.forward is nn.Embedding.forward:
         return _SparseEmbedding
-    if any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in cls.__mro__):
+    if is_conv1d(cls):
         return _SparseConv1D
     if issubclass(cls, nn.RNNBase):
         return _SparseRecurrent

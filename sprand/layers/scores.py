@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1 << 22  # entries of an input that are squared at once
+from .units import CHUNK
 
 
 def sums_over_tokens(input: Tensor, grad_output: Tensor | None = None) -> Tensor:

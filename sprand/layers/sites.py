@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from . import sharding
 from .entries import Entries
+from .units import Units
 
 Owner = tuple[nn.Module, str]
 
+INPUTS_FIRST = nn.modules.conv._ConvTransposeNd
+INPUTS_SECOND = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # by torch.compile, checkpoint_wrapper, FSDP1
 
 
@@ -62,6 +65,25 @@ class Site:
         return math.prod(self.shape)
 
     @property
+    def column_axis(self) -> int | None:
+        """The dimension that counts the inputs of the weight's layer: what layout `"columns"` chooses along.
+
+        It is 1 for linear layers (packed ones as well), convolutions (of groups: in the weight as it is stored), and embeddings,
+        whose features these are; 0 for Hugging Face's `Conv1D` and for transposed convolutions, which store inputs first. None,
+        for all else, means that entries are chosen one by one.
+        """
+        if self.parameter != "weight" or len(self.shape) < 2 or not self.numel:
+            return None
+        if is_conv1d(type(self.module)) or isinstance(self.module, INPUTS_FIRST):
+            return 0
+        return 1 if self.backend is not None or isinstance(self.module, INPUTS_SECOND) else None
+
+    @property
+    def units(self) -> Units:
+        """The weight's columns."""
+        return Units.of(self.shape, self.column_axis)
+
+    @property
     def entries(self) -> Entries:
         """The trained entries of the weight."""
         return self.module.sparse_entries(self.parameter)
@@ -75,6 +97,16 @@ class Site:
         """Let the owners of another site of the same weight be owners of this one."""
         known = {(id(module), parameter) for module, parameter in self.owners}
         self.owners += [owner for owner in other.owners if (id(owner[0]), owner[1]) not in known]
+
+
+def is_conv1d(cls: type[nn.Module]) -> bool:
+    """Whether this is Hugging Face's `Conv1D`, a linear layer whose weight is `[in, out]`."""
+    return any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in cls.__mro__)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, of PyTorch or of Hugging Face."""
+    return isinstance(module, nn.Linear) or is_conv1d(type(module))
 
 
 def site_of(name: str, module: nn.Module, parameter: str) -> Site:

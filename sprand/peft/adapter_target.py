@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..kernels.host import merge_indices
 from ..layers import sharding
-from ..layers.columns import NOTHING_WHOLE, Whole, whole_in
 from ..layers.entries import Entries, Schedules, Written
+from ..layers.units import NOTHING_WHOLE, Whole, whole_in
 from .config import SprandConfig
 
 Names = tuple[str, ...]  # of adapters, in their order

@@ -25,7 +25,7 @@ from ..checkpoint.export import form
 from ..checkpoint.shards import Checkpoint
 from ..kernels.dtypes import dtype_name
 from ..layers.sites import Site
-from ..selection.units import Units
+from ..layers.units import Units
 from .changes import Change, Sites
 from .formats import BaseModel, changes_of_files, fields_of, heads_of
 

@@ -15,10 +15,10 @@ from ..adapters.waiting import refuse_waiting
 from ..layers import sharding
 from ..layers.attached import DELTA, INDICES
 from ..layers.sites import WRAPPED, Site, plain_name
+from ..layers.units import whole_units
 from ..selection import pattern
 from ..selection.config import AS_GIVEN
 from ..selection.old_runs import are_runs
-from ..selection.units import column_axis, whole_units
 from .adapter_target import AdapterTarget
 from .config import SprandConfig
 from .layer import SprandLayer, adapter_targets
@@ -54,7 +54,7 @@ def taken_out(model: nn.Module, config: SprandConfig, adapter_name: str, state_d
         if result:  # of a sharded model all but the first rank may have none
             _check_saved(target.name, indices.numel(), result.get(delta))
         if config.drawn:
-            axis = column_axis(site) if config.layout == pattern.COLUMNS else None
+            axis = pattern.axis_of(config.layout, site)
         else:
             axis, units = whole_units(site.shape, indices) or (None, None)
             if axis is not None and result.pop(listed, None) is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.sites import Site
+from ..layers.units import CHUNK
 from .batches import Batches, loss_of, scaled_logits, split
 from .flow import flow
 from .inputs import SCORES, InputSums
@@ -27,7 +28,6 @@ except ImportError:  # Windows
     resource = None
 
 logger = logging.getLogger("sprand")
-CHUNK = 1 << 22  # entries that are converted at once when a gradient is added
 
 
 @dataclass(frozen=True)

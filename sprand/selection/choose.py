@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.topk import EXCLUDED, order_keys
 from ..layers.sites import Site
+from ..layers.units import Units
 from . import pattern
 from .calibration import Calibration, calibrate
 from .config import SparseConfig
@@ -22,7 +23,6 @@ from .inputs import has_inputs
 from .ranking import Bounds, Ranking
 from .strategies import STRATEGIES, Stats, strategy_of
 from .targets import Targets
-from .units import Units, column_axis
 
 Avoided = Mapping[str, Tensor]  # entries that may not be chosen, ascending, by the name of their site
 
@@ -138,14 +138,9 @@ def _given(config: SparseConfig, targets: Targets, avoided: Avoided) -> dict[str
     return chosen
 
 
-def _axis(config: SparseConfig, site: Site) -> int | None:
-    """The dimension of a target whose columns are chosen; None where entries are."""
-    return column_axis(site) if config.layout == pattern.COLUMNS else None
-
-
 def _units(config: SparseConfig, site: Site) -> Units:
     """What is chosen of a target as a whole."""
-    return Units.of(site.shape, _axis(config, site))
+    return Units.of(site.shape, pattern.axis_of(config.layout, site))
 
 
 def _shares(config: SparseConfig, targets: Targets, sizes: Sequence[int], total: int) -> list[int]:
@@ -203,11 +198,11 @@ def _at_random(config: SparseConfig, targets: Targets, sizes: Sequence[int], tot
 def _drawn(config: SparseConfig, site: Site, count: int, avoided: Tensor | None) -> Tensor:
     """A random draw, of the entries that are not zero where zeros are kept, and not of those to leave out."""
     draw = config.strategy, site.name
-    layout = config.layout, _axis(config, site)
+    axis = pattern.axis_of(config.layout, site)
     if avoided is not None and not config.preserve_zeros:
-        return pattern.draw_free(*draw, site.shape, count, config.seed, avoided, *layout)
+        return pattern.draw_free(*draw, site.shape, count, config.seed, avoided, axis)
     if not config.preserve_zeros:
-        return pattern.draw(*draw, site.shape, count, config.seed, site.device, *layout)
+        return pattern.draw(*draw, site.shape, count, config.seed, site.device, axis)
     nonzero = site.weight.detach().flatten().nonzero().flatten()
     if avoided is not None:
         nonzero = nonzero[~torch.isin(nonzero, avoided)]

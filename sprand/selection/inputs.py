@@ -11,22 +11,17 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..layers.scores import sums_over_tokens
-from ..layers.sites import Site
+from ..layers.sites import Site, is_linear
 from .batches import Batches, call, loss_of
 from .flow import inputs_of
-from .units import column_axis
 
 SCORES = ("activation", "token_fisher")  # fields of Stats
 
 
 def has_inputs(site: Site) -> bool:
     """Whether every module that holds the weight is a linear layer, which is called with the inputs that its columns read."""
-    linear = site.backend is not None or all(isinstance(module, nn.Linear) or _is_conv1d(module) for module, _ in site.owners)
-    return linear and column_axis(site) is not None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    linear = site.backend is not None or all(is_linear(module) for module, _ in site.owners)
+    return linear and site.column_axis is not None
 
 
 class InputSums:
@@ -45,9 +40,7 @@ class InputSums:
 
     def __init__(self, sites: Sequence[Site], score: str) -> None:
         self.sites, self.score = sites, score
-        self.values = {
-            site.name: torch.zeros(site.shape[column_axis(site)], dtype=torch.float64, device=site.device) for site in sites
-        }
+        self.values = {site.name: torch.zeros(site.units.count, dtype=torch.float64, device=site.device) for site in sites}
         self.called: set[str] = set()
         self._weight = 1.0
 

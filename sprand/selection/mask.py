@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..files import described
 from ..files.forms import NUMBER, SHAPE, TEXT, WHOLE, list_of, optional, record, simple, table_of
+from ..layers.units import whole_units
 from . import pattern
 from .config import GIVEN, SparseConfig
-from .units import whole_units
 
 FORMAT_VERSION, WITHOUT_COLUMNS = 2, 1  # of whole columns or rows, and of indices alone
 KEY = "sprand_mask"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..layers.units import index_dtype
 from .pattern import LONGEST_ROW, RANDOM_STRATEGIES, draw, draw_key, stratified_vector_
-from .units import index_dtype
 
 RUNS = {"run2": (2, 1), "run4": (4, 1), "run8": (1, 8)}  # rows and columns of a run
 

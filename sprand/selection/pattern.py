@@ -13,14 +13,20 @@ from torch import Tensor
 from ..kernels import host, ops
 from ..kernels.checks import check_draw
 from ..kernels.limits import ceil_div
-from .units import Units, index_dtype
+from ..layers.sites import Site
+from ..layers.units import Units, index_dtype
 
 RANDOM_STRATEGIES = ("random", "uniform")
 GIVEN = "given"  # how a strategy of explicit masks or indices is named in JSON
-COLUMNS = "columns"  # of units, whose dimension `selection.units.column_axis` tells
+COLUMNS = "columns"  # of units, see `axis_of`
 LAYOUTS = ("unstructured", COLUMNS)
 LONGEST_ROW = 2**32 - 1  # of a matrix that a stratified draw is made in; it has no more rows either
 PATTERN_VERSION = 1  # changes with csrc/pattern_math.h: an adapter that stores a seed names the version it was drawn with
+
+
+def axis_of(layout: str, site: Site) -> int | None:
+    """The dimension of a weight along which a layout chooses columns; None where it chooses entries."""
+    return site.column_axis if layout == COLUMNS else None
 
 
 def draw(
@@ -30,14 +36,13 @@ def draw(
     nnz: int,
     seed: int,
     device: torch.device | str = "cpu",
-    layout: str = "unstructured",
     axis: int | None = None,
 ) -> Tensor:
     """Draw `nnz` positions of a weight at random: the same ones on every device, rank and version of torch.
 
     `"random"` is stratified: every entry is drawn with the same probability, rows differ by at most one entry, and one
     entry falls into each of a row's equal strata. A weight with 2**32 rows or columns, or more, is drawn as one vector, cut into
-    equal rows. `"uniform"` is a simple random sample without replacement. Of `"columns"` the same holds for the columns, as one
+    equal rows. `"uniform"` is a simple random sample without replacement. Of columns the same holds for the columns, as one
     vector.
 
     Args:
@@ -47,8 +52,7 @@ def draw(
         nnz: number of entries, whole columns.
         seed: any int.
         device: where the indices are made.
-        layout: a name in `LAYOUTS`.
-        axis: the dimension of `"columns"`; None draws entries.
+        axis: the dimension along which columns are drawn; None draws entries.
 
     Returns:
         `[nnz]`, flat, sorted, distinct, int32 (int64 from 2**31 entries).
@@ -58,35 +62,21 @@ def draw(
     """
     if strategy not in RANDOM_STRATEGIES:
         raise ValueError(f"expected a random strategy, one of {', '.join(RANDOM_STRATEGIES)}, got {strategy!r}")
-    numel = math.prod(shape)
-    if layout == COLUMNS and axis is not None:
-        units = Units.of(shape, axis)
-        key = draw_key(f"{strategy} {layout}", name, shape, seed)
-        return units.entries(_draw_vector(strategy, units.count, _units_in(name, units, nnz), key, device))
+    if axis is not None:
+        units, key = Units.of(shape, axis), draw_key(f"{strategy} {COLUMNS}", name, shape, seed)
+        return units.entries(_drawn(strategy, 1, units.count, _units_in(name, units, nnz), key, device))
     rows = shape[0] if len(shape) > 1 else 1
-    cols = numel // max(rows, 1)
-    key = draw_key(strategy, name, shape, seed)
+    return _drawn(strategy, rows, math.prod(shape) // max(rows, 1), nnz, draw_key(strategy, name, shape, seed), device)
+
+
+def _drawn(strategy: str, rows: int, cols: int, count: int, key: int, device: torch.device | str) -> Tensor:
+    """`[count]` positions of a matrix, ascending."""
+    positions = torch.empty(count, dtype=index_dtype(rows * cols), device=device)
     if strategy == "random" and max(rows, cols) <= LONGEST_ROW:
-        indices = torch.empty(nnz, dtype=index_dtype(numel), device=device)
-        ops.stratified_indices_(indices, rows, cols, key)
-        return indices
-    return _filled(strategy, numel, nnz, key, device)
-
-
-def _draw_vector(strategy: str, numel: int, count: int, key: int, device: torch.device | str) -> Tensor:
-    """`[count]` of `numel` positions, ascending."""
-    if strategy == "random" and numel <= LONGEST_ROW:
-        positions = torch.empty(count, dtype=index_dtype(numel), device=device)
-        ops.stratified_indices_(positions, 1, numel, key)
+        ops.stratified_indices_(positions, rows, cols, key)
         return positions
-    return _filled(strategy, numel, count, key, device)
-
-
-def _filled(strategy: str, numel: int, count: int, key: int, device: torch.device | str) -> Tensor:
-    """The same of any vector, by a draw in no order."""
-    positions = torch.empty(count, dtype=index_dtype(numel), device=device)
     fill = ops.uniform_indices_ if strategy == "uniform" else stratified_vector_
-    fill(positions, numel, key)
+    fill(positions, rows * cols, key)
     return positions if positions.is_meta else positions.sort().values
 
 
@@ -122,7 +112,6 @@ def draw_free(
     nnz: int,
     seed: int,
     avoided: Tensor,
-    layout: str = "unstructured",
     axis: int | None = None,
 ) -> Tensor:
     """`draw`, of the positions (the columns) that hold none of some entries, as if the others were not there.
@@ -130,7 +119,7 @@ def draw_free(
     The free positions, in their order, are drawn from as a vector: every one with the same probability.
 
     Args:
-        strategy, name, shape, nnz, seed, layout, axis: as in `draw`.
+        strategy, name, shape, nnz, seed, axis: as in `draw`.
         avoided: `[n]`, flat, ascending, unique, on the device where the indices are made.
 
     Returns:
@@ -139,22 +128,13 @@ def draw_free(
     Raises:
         ValueError: An argument is as `draw` refuses it, or fewer positions are free.
     """
-    numel = math.prod(shape)
-    if layout == COLUMNS and axis is not None:
-        units = Units.of(shape, axis)
-        return units.entries(
-            _drawn_free(strategy, name, units.count, _units_in(name, units, nnz), seed, units.holding(avoided), units.size)
-        )
-    return _drawn_free(strategy, name, numel, nnz, seed, avoided.long(), 1).to(index_dtype(numel))
-
-
-def _drawn_free(strategy: str, name: str, numel: int, count: int, seed: int, avoided: Tensor, size: int) -> Tensor:
-    """`[count]` of `numel` positions, ascending, int64, without those to leave out; each stands for `size` entries."""
-    free = numel - avoided.numel()
-    check_free(name, count * size, free * size)
+    units = Units.of(shape, axis)
+    held, count = units.holding(avoided), _units_in(name, units, nnz)
+    free = units.count - held.numel()
+    check_free(name, nnz, free * units.size)
     ranks = draw(strategy, name, (free,), count, seed, avoided.device).long()
-    before = avoided - torch.arange(avoided.numel(), device=avoided.device)  # free positions before each avoided one
-    return ranks + torch.searchsorted(before, ranks, right=True)
+    before = held - torch.arange(held.numel(), device=held.device)  # free positions before each one to leave out
+    return units.entries(ranks + torch.searchsorted(before, ranks, right=True))
 
 
 def check_free(name: str, nnz: int, free: int) -> None:

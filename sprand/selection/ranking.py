@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.topk import EXCLUDED, Pool, largest
 from ..layers.sites import Site
-from .units import Units
+from ..layers.units import Units
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..layers.offload import check_at_hand
-from ..layers.sites import Site, distinct, joined, named_modules, weights_of
+from ..layers.sites import Site, distinct, is_linear, joined, named_modules, weights_of
 from .config import SparseConfig
 
 HEADS = ("score", "classifier")  # how Hugging Face names classification heads
@@ -233,9 +233,7 @@ def _with_weight(view: View) -> list[str]:
 def _is_linear(view: View, name: str) -> bool:
     """Whether a module is a linear layer."""
     module, site = view.modules[name], view.weights.get(joined(name, "weight"))
-    of_transformers = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
-    packed = site is not None and site.backend is not None
-    return isinstance(module, nn.Linear) or of_transformers or packed
+    return is_linear(module) or (site is not None and site.backend is not None)
 
 
 def _is_output_head(view: View, name: str) -> bool:

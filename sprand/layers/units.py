@@ -5,35 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..layers.sites import Site
-
-INPUTS_FIRST = nn.modules.conv._ConvTransposeNd
-INPUTS_SECOND = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
-CHUNK = 1 << 22  # entries whose scores are summed at once
+CHUNK = 1 << 22  # entries that are converted, and summed, at once
 
 
 def index_dtype(numel: int) -> torch.dtype:
     """int32 for weights below 2**31 entries, int64 from there on."""
     return torch.int32 if numel < 2**31 else torch.int64
-
-
-def column_axis(site: Site) -> int | None:
-    """The dimension of a weight that counts the inputs of its layer: what layout `"columns"` chooses along.
-
-    It is 1 for linear layers (packed ones as well), convolutions (of groups: in the weight as it is stored), and embeddings,
-    whose features these are; 0 for Hugging Face's `Conv1D` and for transposed convolutions, which store inputs first. None, for
-    all else, means that entries are chosen one by one.
-    """
-    if site.parameter != "weight" or len(site.shape) < 2 or not site.numel:
-        return None
-    transposed = any(cls.__name__ == "Conv1D" for cls in type(site.module).__mro__)
-    if transposed or isinstance(site.module, INPUTS_FIRST):
-        return 0
-    return 1 if site.backend is not None or isinstance(site.module, INPUTS_SECOND) else None
 
 
 @dataclass(frozen=True)
@@ -142,3 +124,38 @@ def whole_units(shape: Sequence[int], indices: Tensor) -> tuple[int, Tensor] | N
         if chosen is not None:
             return axis, chosen
     return None
+
+
+class Whole(NamedTuple):
+    """The columns and the rows of a matrix that the chosen entries are all entries of.
+
+    Where whole columns of a linear layer's weight `[out, in]` train, or rows of Hugging Face's `Conv1D`, backward needs no other
+    input feature, so that the layer keeps only those. Nothing of it is in a state dict or a file.
+
+    Attributes:
+        columns: int64, sorted; None where the entries are no whole columns.
+        rows: int64, sorted; None where they are no whole rows.
+    """
+
+    columns: Tensor | None = None
+    rows: Tensor | None = None
+
+    def inputs(self, transposed: bool) -> Tensor | None:
+        """The input features of a linear layer whose weight is `[out, in]`, or `[in, out]` if transposed."""
+        return self.rows if transposed else self.columns
+
+
+NOTHING_WHOLE = Whole()
+
+
+def whole_in(shape: Sequence[int], indices: Tensor) -> Whole:
+    """What the entries of a weight make up.
+
+    Args:
+        shape: of the whole weight; only a matrix has columns and rows.
+        indices: `[nnz]`, flat, sorted, on any device; on the meta device nothing is known.
+    """
+    if len(shape) != 2 or indices.is_meta or indices.numel() == 0:
+        return NOTHING_WHOLE
+    lines = (Units.of(shape, axis).whole(indices) for axis in (1, 0))
+    return Whole(*(None if line is None else line.long() for line in lines))
