@@ -69,8 +69,8 @@ def test_labels_that_only_look_like_numbers_sort_as_names(tmp_path):
 def test_held_out_rows_are_disjoint_and_seeded(tmp_path):
     path = write(tmp_path, "a.tsv", rows(50))
     first, again, other = (data.load(settings(path, seed=seed)) for seed in (1, 1, 2))
-    assert first == again
-    assert first.eval != other.eval
+    assert [*first.train] == [*again.train] and [*first.eval] == [*again.eval]
+    assert [*first.eval] != [*other.eval]
     assert len(first.eval) == 5 and len(first.train) == 45
     assert not {e.text for e in first.train} & {e.text for e in first.eval}
 
@@ -99,7 +99,7 @@ def test_plain_text_holds_out_its_end(tmp_path):
             "text\tlabel\n" + "".join(f"t\t{i / 7}\n" for i in range(9)),
             "9 different labels in 9 rows; is 'label' the label column?",
         ),
-        ("a.tsv", "text\tlabel\n \tx\nb\ty\n", "row 1: a column of 'text', 'label' is empty"),
+        ("a.tsv", "text\tlabel\n \tx\nb\ty\n", "row 1: the column 'text' is empty"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "line 2: not JSON"),
         ("a.jsonl", '["a"]\n', "line 1: expected a JSON object, got list"),
         ("a.tsv", b"text\tlabel\ncaf\xe9\t1\n", "not UTF-8 (byte 14 is 0xe9)"),
@@ -148,7 +148,7 @@ def test_docstrings_of_the_standard_library(tmp_path):
     for name in ("train.tsv", "eval.tsv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     loaded = data.load(settings(tmp_path / "one" / "train.tsv", eval=tmp_path / "one" / "eval.tsv"))
-    texts = [e.text for e in loaded.train + loaded.eval]
+    texts = [e.text for e in (*loaded.train, *loaded.eval)]
     assert len(loaded.labels) == 12 and len(loaded.train) > 1000
     assert len(texts) == len(set(texts))
 

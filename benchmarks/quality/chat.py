@@ -6,13 +6,12 @@ import importlib
 import itertools
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from sprand.cli.finetune.data import Dataset, Example, limited
+from sprand.cli.finetune.data import Dataset, limited
 from sprand.cli.finetune.settings import Settings
 from sprand.cli.finetune.tasks import IGNORED, Batch, CausalLM, logits_of
 
@@ -29,23 +28,9 @@ class Chat(CausalLM):
     """
 
     def __init__(self, data: Dataset, tokenizer: Any, settings: Settings) -> None:
-        super().__init__(data, tokenizer, settings.max_length)
+        super().__init__(data, tokenizer, settings.max_length, chat=True, drop_long=True)
         self.train = limited(self.train, settings.limit_train, random.Random(settings.seed))
         self.eval = self.eval[: settings.limit_eval]
-
-    def _rows(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        rows = []
-        for example in examples:
-            question, answer = {"role": "user", "content": example.text}, {"role": "assistant", "content": example.text2}
-            prompt = self._encoded([question], add_generation_prompt=True)
-            tokens = self._encoded([question, answer])
-            if len(tokens) <= self.max_length:
-                rows.append({"input_ids": tokens, "labels": [IGNORED] * len(prompt) + tokens[len(prompt) :]})
-        return rows
-
-    def _encoded(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """As of every language model, but without the logits before the first answer, which cost as much as many layers."""

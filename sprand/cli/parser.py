@@ -95,7 +95,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class Paragraphs(argparse.HelpFormatter):
-    """Fills paragraphs, which blank lines part; one with indented lines stays as it is written."""
+    """Fills paragraphs, which blank lines part; one with indented lines stays as it is. An option of many is `FILE ...`."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = text.strip().split("\n\n")

@@ -42,7 +42,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a directory in the Hugging Face layout, or a name on the Hub")
     add_out(parser, "FILE", "the mask, a safetensors file")
-    add("--data", type=Path, metavar="FILE", help="rows to compute scores on: TSV (unquoted), CSV, JSONL, or plain text")
+    add("--data", action="append", metavar="FILE", help="rows to compute scores on, as of finetune --train")
     add("--plot", type=Path, metavar="PNG", help="draw the density of each layer and kind of module")
     add("--compare", type=Path, metavar="MASK", help="draw the overlap with another mask as well (needs --plot)")
     add_json(parser, "print the counts as JSON")
@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     """
     from .finetune import methods
 
-    given = shared.given(options) | {"train": options.data, "eval": options.data, "compare": ()}
+    rows = tuple(options.data) if options.data else None
+    given = shared.given(options) | {"train": rows, "eval": rows, "compare": ()}
     settings = Settings(**given)
     require("transformers")
     _check(settings, options)

@@ -66,8 +66,14 @@ def run(options: argparse.Namespace) -> int:
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", metavar="MODEL", help="a Hugging Face model: a folder, or a name on the Hub; or a GGUF file")
-    add("--train", type=Path, metavar="FILE", help="TSV (unquoted), CSV, JSONL, or plain text")
-    add("--eval", type=Path, metavar="FILE", help="held-out data; without it, a share of the training file")
+    add(
+        "--train",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="CSV, TSV, JSON, parquet, arrow, text; a folder; a name on the Hub",
+    )
+    add("--eval", nargs="+", action="extend", metavar="FILE", help="held-out data; without it, a share of the training rows")
     add("--eval-share", type=float, metavar="X", help=f"that share (default {Settings.eval_share})")
     add("--limit-train", type=int, metavar="N", help="use N random training rows")
     add("--limit-eval", type=int, metavar="N", help="use N random held-out rows")

@@ -25,8 +25,8 @@ from ...selection.targets import find_targets, view_of
 from ...training.rates import suggest_lr
 from .. import CliError, require
 from ..files import failing_in_words
-from .data import limited
 from .models import head_names
+from .rows import limited
 from .settings import Settings, peer_rate
 from .tasks import Task
 

@@ -14,6 +14,9 @@ from ...selection.targets import new_layers, view_of
 from .. import CliError, require
 from ..files import reason_of
 
+NO_LIMIT = 10**9
+LEARNED_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+
 
 class MeanPoolClassifier(nn.Module):
     """A sentence encoder with a linear head over the mean of its token vectors, as sentence embedding models are trained.
@@ -43,7 +46,7 @@ class MeanPoolClassifier(nn.Module):
 
 
 def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: int) -> tuple[nn.Module, Any]:
-    """The model, a new head of seeded random weights included, and its tokenizer.
+    """The model, a new head of seeded random weights included, and its tokenizer, whose `model_max_length` is that of the model.
 
     Args:
         name: a directory in the Hugging Face layout, or the name of a model on the Hub.
@@ -67,6 +70,7 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if task == "causal-lm":
+            _prove_causal(transformers, name)
             model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
         elif pooling == "mean" or (pooling == "auto" and _is_mean_pooled(name)):
             model = MeanPoolClassifier(_encoder(transformers, name, options), num_labels)
@@ -80,7 +84,18 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = positions_of(model)
     return model, tokenizer
+
+
+def positions_of(model: nn.Module) -> int:
+    """How many tokens a row may have, by the configuration and by the table of learned positions; a huge number for no limit."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith(LEARNED_POSITIONS):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            limits.append(module.num_embeddings - reserved)
+    return min(limits)
 
 
 def task_of(name: str) -> str:
@@ -117,6 +132,27 @@ def head_names(model: nn.Module) -> list[str]:
     """The modules that start from random weights, and so train in full under every method: a head, and what is new below it."""
     heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "classification_head")]
     return heads + [name for name in new_layers(view_of(model)) if name.partition(".")[0] not in heads]
+
+
+def _prove_causal(transformers: Any, name: str) -> None:
+    """Refuse an encoder: it sees the words that it is asked to predict.
+
+    Raises:
+        CliError: The model is one.
+    """
+    config = transformers.AutoConfig.from_pretrained(name)
+    masked = transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    is_generator = (
+        config.model_type not in masked
+        or config.is_encoder_decoder
+        or getattr(config, "is_decoder", False)
+        or getattr(config, "causal", False)
+    )
+    if not is_generator:
+        raise CliError(
+            f"--model {name}: this is an encoder ({config.model_type}), which sees the words that it would learn to predict. "
+            "Take a model that generates text, or data with labels (--task classification)."
+        )
 
 
 def _encoder(transformers: Any, name: str, options: dict[str, Any]) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 from ...selection.pattern import LAYOUTS, RANDOM_STRATEGIES
 from ...selection.rules import DEFAULT_DENSITY, SCOPES
 from ...selection.strategies import STRATEGIES
-from .settings import DTYPES, POOLINGS, TASKS, Settings
+from .settings import DEFAULT_LENGTH, DTYPES, LONG_ROWS, POOLINGS, TASKS, Settings
 
 
 def add_rows(group: argparse._ArgumentGroup, auto_task: str) -> None:
@@ -22,7 +22,10 @@ def add_rows(group: argparse._ArgumentGroup, auto_task: str) -> None:
     add("--label-column", metavar="NAME", help="default: label")
     add("--prompt-column", metavar="NAME", help="no loss is taken of it; default: prompt")
     add("--completion-column", metavar="NAME", help="default: completion")
-    add("--max-length", type=int, metavar="N", help=f"tokens of a row (default {Settings.max_length})")
+    add("--messages-column", metavar="NAME", help="of a conversation; default: messages or conversations")
+    add("--chat", action="store_true", default=None, help="put prompts and completions through the model's chat template")
+    add("--max-length", type=int, metavar="N", help=f"tokens of a row (default: the model's positions, {DEFAULT_LENGTH} at most)")
+    add("--long-rows", choices=LONG_ROWS, help=f"cut their end, or drop them (default {Settings.long_rows})")
     add("--pooling", choices=POOLINGS, help="of a text classifier; auto: mean for sentence embedding models")
 
 

@@ -152,6 +152,8 @@ class Run:
         weights = sum(p.numel() for name, p in parameters if not name.endswith("sprand_delta"))
         rows = f"{len(task.train)} training rows, {len(task.eval)} held out"
         self.log.say(f"{settings.model}: {self.dataset.task}, {rows}, on {self.device}")
+        for sentence in task.said:
+            self.log.say(sentence)
         trained = f"{self.count:,} of {weights:,} weights ({self.count / weights:.2%})"
         self.log.say(f"training {trained}, {self.steps} steps, lr {method.lr:g}")
 
@@ -199,7 +201,7 @@ class Run:
             "dtype": settings.dtype,
             "pooling": settings.pooling,
             "seed": settings.seed,
-            "max_length": settings.max_length,
+            "max_length": self.task.max_length,
         }
 
 

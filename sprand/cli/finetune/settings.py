@@ -16,6 +16,8 @@ TASKS = ("auto", "classification", "causal-lm")
 POOLINGS = ("auto", "mean", "model")
 COMPARABLE = ("lora", "full", "head")
 SCHEDULES = ("linear", "cosine", "constant")
+LONG_ROWS = ("cut", "drop")
+DEFAULT_LENGTH = 1024  # as TRL has it
 DTYPES = ("float32", "bfloat16")
 CLASS_WEIGHTS = ("balanced",)
 
@@ -42,15 +44,18 @@ class Settings:
     """The options of `sprand finetune`, which `sprand finetune --help-all` explains; for `sprand select` the data may be None."""
 
     model: str
-    train: Path | None
+    train: Path | tuple[str, ...] | None
     out: Path
-    eval: Path | None = None
+    eval: Path | tuple[str, ...] | None = None
     task: str = "auto"
     text_column: str | None = None
     text2_column: str | None = None
     label_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    messages_column: str | None = None
+    chat: bool = False
+    long_rows: str = "cut"
     eval_share: float = 0.1
     limit_train: int | None = None
     limit_eval: int | None = None
@@ -75,7 +80,7 @@ class Settings:
     max_steps: int | None = None
     batch_size: int = 32
     grad_accumulation: int = 1
-    max_length: int = 128
+    max_length: int | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -118,7 +123,7 @@ class Settings:
                 raise CliError(f"{option}: expected a number of at least 0, got {value}.")
         if not 0 < self.eval_share < 1:
             raise CliError(f"--eval-share: expected a fraction between 0 and 1, got {self.eval_share}.")
-        if self.max_length < 2:
+        if self.max_length is not None and self.max_length < 2:
             raise CliError(f"--max-length: expected at least 2 tokens, got {self.max_length}.")
         if not 0 <= self.seed < 2**63:
             raise CliError(f"--seed: expected a whole number from 0 up, got {self.seed}.")

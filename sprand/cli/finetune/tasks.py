@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import abc
+import collections
+import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import CliError
-from .data import Dataset, Example, limited
+from .data import Dataset
+from .encoding import Encoder, about, about_lengths
 from .generation import IGNORED
+from .labels import counts_in_words
 from .measures import class_weights
-from .settings import Settings
+from .rows import Example, Rows, batched, limited, stored
+from .settings import DEFAULT_LENGTH, Settings
+from .tables import listed
 
 Batch = dict[str, Tensor]
 
@@ -36,6 +42,8 @@ class Task(abc.ABC):
 
     Attributes:
         train, eval: tokenised rows, dicts with `input_ids` and `labels`.
+        max_length: the most tokens of a row.
+        said: what there is to say of the data before training, a line each.
         metric: name of what `evaluate` measures beside the loss.
         higher_is_better: its direction.
     """
@@ -46,8 +54,9 @@ class Task(abc.ABC):
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.class_weights: Tensor | None = None
-        self.train: list[dict[str, Any]] = []
-        self.eval: list[dict[str, Any]] = []
+        self.train: Sequence[dict[str, Any]] = []
+        self.eval: Sequence[dict[str, Any]] = []
+        self.said: list[str] = []
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """Pad rows to the longest: `input_ids`, `attention_mask` [rows, tokens], `labels`."""
@@ -127,15 +136,26 @@ class Classification(Task):
 
     def __init__(self, data: Dataset, tokenizer: Any, max_length: int) -> None:
         super().__init__(tokenizer, max_length)
-        number = {name: i for i, name in enumerate(data.labels)}
-        self.train, self.eval = ([self._row(e, number) for e in part] for part in (data.train, data.eval))
+        self._number = {name: i for i, name in enumerate(data.labels)}
+        self._long = 0
+        self.train, self.eval = (_encoded(part, self._rows) for part in (data.train, data.eval))
+        counts = collections.Counter(str(example.label) for example in data.train)
+        self.said = [counts_in_words({name: counts[name] for name in data.labels})]
+        if self._long:
+            total = len(self.train) + len(self.eval)
+            self.said.append(f"{self._long:,} of {total:,} texts are longer than {max_length:,} tokens, and lose their end")
 
-    def _row(self, example: Example, number: dict[str, int]) -> dict[str, Any]:
-        encoded = self.tokenizer(example.text, example.text2, truncation=True, max_length=self.max_length)
-        row = {"input_ids": encoded["input_ids"], "labels": number[str(example.label)]}
-        if example.text2 is not None and "token_type_ids" in encoded:
-            row["token_type_ids"] = encoded["token_type_ids"]
-        return row
+    def _rows(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        texts = [[example.text for example in examples]]
+        is_pair = examples[0].text2 is not None
+        if is_pair:
+            texts.append([example.text2 for example in examples])
+        lengths = map(len, self.tokenizer(*texts, verbose=False)["input_ids"])
+        self._long += sum(length > self.max_length for length in lengths)
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        names = ["input_ids"] + ["token_type_ids"] * (is_pair and "token_type_ids" in encoded)
+        for i, example in enumerate(examples):
+            yield {name: encoded[name][i] for name in names} | {"labels": self._number[str(example.label)]}
 
     def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:
         return torch.tensor([row["labels"] for row in rows])
@@ -153,32 +173,19 @@ class CausalLM(Task):
     metric = "perplexity"
     higher_is_better = False
 
-    def __init__(self, data: Dataset, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, data: Dataset, tokenizer: Any, max_length: int, chat: bool = False, drop_long: bool = False) -> None:
         super().__init__(tokenizer, max_length)
-        self.train, self.eval = (self._rows(part) for part in (data.train, data.eval))
-        if not self.train or not self.eval:
-            raise CliError("The data hold no two tokens in a row to learn from; is this the right file and column?")
-
-    def _rows(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        rows = []
-        for example in examples:
-            tokens = self.tokenizer(example.text, verbose=False)["input_ids"]
-            labels = list(tokens)
-            if example.text2 is not None:
-                tokens, labels = self._completed(tokens, example.text2)
-            for start in range(0, len(tokens), self.max_length):
-                block = slice(start, start + self.max_length)
-                if len(tokens[block]) > 1:
-                    rows.append({"input_ids": tokens[block], "labels": labels[block]})
-        return rows
-
-    def _completed(self, prompt: list[int], completion: str) -> tuple[list[int], list[int]]:
-        """Tokens and labels of a prompt with its completion, which alone has labels; a long prompt loses its end."""
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        learned = self.tokenizer(completion, add_special_tokens=False)["input_ids"] + end
-        prompt = prompt[: max(1, self.max_length - len(learned))]
-        labels = [IGNORED] * len(prompt) + learned
-        return (prompt + learned)[: self.max_length], labels[: self.max_length]
+        encoders = [Encoder(tokenizer, max_length, chat, drop_long) for _ in range(2)]
+        parts = zip((data.train, data.eval), encoders, strict=True)
+        self.train, self.eval = (_encoded(part, encode) for part, encode in parts)
+        for rows, encode in zip((self.train, self.eval), encoders, strict=True):
+            if not rows and encode.counts["texts"]:
+                raise CliError("The data hold no two tokens in a row to learn from; is this the right file and column?")
+            if not rows:
+                raise CliError(f"No row holds an answer to learn within {max_length:,} tokens (--max-length).")
+        self.said = [about(encoders[0].counts, bool(tokenizer.chat_template))]
+        for part, encode in zip(("training", "held-out"), encoders, strict=True):
+            self.said += about_lengths(encode.counts, max_length, part)
 
     def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:
         return padded([row["labels"] for row in rows], width, IGNORED)
@@ -194,14 +201,44 @@ class CausalLM(Task):
 
 
 def make(data: Dataset, tokenizer: Any, settings: Settings) -> Task:
-    """The task that a data set is for, with its rows tokenised, and no more of them than asked for."""
-    task = (Classification if data.task == "classification" else CausalLM)(data, tokenizer, settings.max_length)
+    """The task that a data set is for, with its rows tokenised, and no more of them than asked for.
+
+    Raises:
+        CliError: The rows cannot be used with this model.
+    """
+    max_length = _max_length(tokenizer, settings)
+    if data.task == "classification":
+        task: Task = Classification(data, tokenizer, max_length)
+    else:
+        task = CausalLM(data, tokenizer, max_length, settings.chat, settings.long_rows == "drop")
+    if data.unused:
+        task.said.append(f"not read: the columns {listed(data.unused)}")
     if settings.class_weights:
         task.class_weights = class_weights([row["labels"] for row in task.train], len(data.labels))
     source = random.Random(settings.seed)
     task.train = limited(task.train, settings.limit_train, source)
     task.eval = limited(task.eval, settings.limit_eval, source)
     return task
+
+
+def _max_length(tokenizer: Any, settings: Settings) -> int:
+    """The most tokens of a row: as asked for, or what the model and habit allow.
+
+    Raises:
+        CliError: The model has fewer positions than asked for.
+    """
+    positions = tokenizer.model_max_length  # as `models.load` found them
+    if settings.max_length is not None and settings.max_length > positions:
+        raise CliError(f"--max-length: this model has {positions:,} positions, got {settings.max_length:,}.")
+    return settings.max_length or min(positions, DEFAULT_LENGTH)
+
+
+def _encoded(
+    examples: Sequence[Example], encode: Callable[[Sequence[Example]], Iterator[dict[str, Any]]]
+) -> Sequence[dict[str, Any]]:
+    """The rows of examples: in a list as they are, or in a file where they come from one."""
+    rows = itertools.chain.from_iterable(encode(batch) for batch in batched(examples))
+    return stored(rows) if isinstance(examples, Rows) else list(rows)
 
 
 def batches(rows: Sequence[dict[str, Any]], batch_size: int, seed: int, start: int = 0) -> Iterator[list[dict[str, Any]]]:

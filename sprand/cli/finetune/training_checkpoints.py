@@ -159,7 +159,7 @@ def identity(method: Method, settings: Settings, steps: int, rows: list[dict[str
     """What decides a run's course: base weights, positions, data and options; compared on `--resume`."""
     return {
         "model and positions": _fingerprint(method),
-        "data": hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
+        "data": hashlib.sha256(repr([*rows]).encode()).hexdigest()[:16],
         "trained weights": method.count,
         "number of steps": steps,
         "learning rate": method.lr,
