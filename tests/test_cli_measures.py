@@ -144,7 +144,7 @@ def test_a_learned_answer_scores(llama, prompts, tmp_path, capsys):
     assert row["after"]["perplexity"] == pytest.approx(math.exp(row["after"]["loss"]))
     base, tokenizer = transformers.LlamaForCausalLM.from_pretrained(llama), transformers.AutoTokenizer.from_pretrained(llama)
     tokens = tokenizer(text.read_text(), return_tensors="pt")["input_ids"]
-    blocks = tokens.split(128, dim=1)
+    blocks = tokens.split(base.config.max_position_embeddings, dim=1)
     losses = [float(base(block, labels=block).loss.detach()) * (block.shape[1] - 1) for block in blocks]
     expected = math.exp(sum(losses) / sum(block.shape[1] - 1 for block in blocks))
     assert row["before"]["forgetting_perplexity"] == pytest.approx(expected, rel=1e-4)
