@@ -19,10 +19,10 @@ from report import markdown as table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPS = (
-    "sddmm", "linear_grad", "linear_input_grad", "embedding_grad", "gather", "patch_", "patch_all_", "scatter_add_all_",
+    "sddmm", "linear", "linear_grad", "linear_input_grad", "embedding_grad", "gather", "patch_", "patch_all_", "scatter_add_all_",
     "sparse_adamw_", "stratified_indices_", "uniform_indices_",
 )  # fmt: skip
-TOKEN_OPS = ("sddmm", "linear_grad", "linear_input_grad", "embedding_grad")
+TOKEN_OPS = ("sddmm", "linear", "linear_grad", "linear_input_grad", "embedding_grad")
 FOR_ALL = ("patch_all_", "scatter_add_all_", "sparse_adamw_")  # operators on TARGETS equal weights in one call
 TARGETS = 8
 SHORTEST = 5e-4
@@ -74,6 +74,11 @@ def contestants(op: str, p: Problem) -> dict[str, Call]:
         return {
             "sprand": lambda: ops.sddmm(p.grad_output, p.input, p.indices),
             "matmul + index_select": lambda: (p.grad_output.t() @ p.input).view(-1).index_select(0, wide).float(),
+        }
+    if op == "linear":
+        return {
+            "sprand": lambda: ops.linear(p.input, p.weight),
+            "matmul": lambda: torch.nn.functional.linear(p.input, p.weight),
         }
     if op == "linear_grad":
         thin = p.input[:, : max(1, nnz // len(p.weight))].contiguous()  # of as many whole columns as hold so many entries

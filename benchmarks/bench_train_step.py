@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 import plots
 from methods import DTYPES, METHODS, PEER_DENSITY, expand
 from peak_memory import CATEGORIES, MIB, Case, measure
@@ -59,7 +61,9 @@ def report_times(options: argparse.Namespace, command: str) -> None:
         for width, dtype in cases:
             bar.say(f"{width} wide, {dtype}: {rounds} rounds")
             setting = Setting(width, options.layers, dtype, options.tokens)
-            here = time_methods(setting, expand(options.methods, options.densities, dtype), options.repeats, options.warmup, bar)
+            methods = expand(options.methods, options.densities, dtype)
+            with torch.backends.mkldnn.flags(enabled=not options.no_mkldnn):
+                here = time_methods(setting, methods, options.repeats, options.warmup, bar)
             rows += here
             heading = f"{width} wide, {options.layers} layers, {dtype}, {options.tokens} tokens: {options.repeats} rounds"
             sections.append((heading, table(here, TIME_TABLE)))
@@ -124,6 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=20, help="rounds that count")
     parser.add_argument("--warmup", type=int, default=2, help="rounds that do not")
+    parser.add_argument("--no-mkldnn", action="store_true", help="time as on a CPU without instructions for 16 bits")
     parser.add_argument("--memory-width", type=int, default=1024)
     parser.add_argument("--memory-layers", type=int, default=4)
     parser.add_argument("--memory-tokens", nargs="+", type=int, default=[256, 2048])

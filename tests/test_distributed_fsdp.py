@@ -65,6 +65,21 @@ def whole_columns_train_as_one_process(rank, folder):
     assert model.linear.sparse_entries().whole.columns is not None
 
 
+def a_cpu_without_instructions_trains_as_one_process(rank, folder):
+    """In bfloat16, beside a frozen head, which a disabled model uses as PyTorch does."""
+
+    def make():
+        return made(torch.bfloat16, density=0.2, target_modules=["embed", "linear"])
+
+    with torch.backends.mkldnn.flags(enabled=False):
+        model = sharded(make())
+        train(model, adamw(model), HALVES[rank : rank + 1])
+        assert_same_training(model, trained_alone(make))
+        x, _ = tokens_and_labels()
+        with sprand.disabled(model):
+            assert torch.equal(model(x), base().bfloat16()(x))
+
+
 def sparse_adamw_steps_shards_as_fused_adamw_does(rank, folder):
     """Sharded deltas take torch's fused AdamW, whose last bit depends on where in a vector register an element lies."""
 
@@ -312,7 +327,8 @@ def a_copy_follows_the_shards(rank, folder):
 
 
 CHECKS = (
-    every_resharding_trains_as_one_process, whole_columns_train_as_one_process, sparse_adamw_steps_shards_as_fused_adamw_does,
+    every_resharding_trains_as_one_process, whole_columns_train_as_one_process,
+    a_cpu_without_instructions_trains_as_one_process, sparse_adamw_steps_shards_as_fused_adamw_does,
     clipping_and_scaling_know_the_whole_norm, mixed_precision_computes_in_what_it_says, state_dicts_hold_the_trained_weights,
     a_resumed_run_goes_on_exactly, a_sharded_model_takes_a_new_base,
     a_model_may_be_filled_after_it_is_sharded, adapters_are_saved_from_shards, disabled_is_the_base_model,

@@ -277,6 +277,7 @@ def sample_calls(device: str = "cpu") -> dict[str, tuple]:
     torch.ops.sprand.patch_(*written)
     return {
         "sddmm": make_sddmm(ORDINARY, torch.bfloat16, torch.int32, device),
+        "linear": (make_sddmm(ORDINARY, torch.bfloat16, torch.int32, device)[1], entries.weight.bfloat16(), None, False),
         "linear_grad": make_sddmm(ORDINARY, torch.bfloat16, torch.int32, device)[:2],
         "linear_input_grad": (torch.randn(9, ORDINARY.rows, device=device), *written, False),
         "embedding_grad": (*make_embedding(ORDINARY, torch.bfloat16, torch.int32, device), 3),

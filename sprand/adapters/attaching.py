@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
-from ..layers import sharding
+from ..layers import sharding, untargeted
 from ..layers.attached import AttachedModule, attach, detach, write_now
 from ..layers.first_backward import watch
 from ..layers.module import sparse_modules
@@ -124,6 +124,7 @@ def _attach(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> No
     put_buffers(model, adapter.buffers)
     _require_grad(model, adapter.saved, True)
     _ignore_in_ddp(model)
+    untargeted.follow(model)
     write_all(model)
 
 
@@ -172,6 +173,7 @@ def take_off(model: nn.Module, state: State, keep: bool) -> None:
             if not entries.indices.is_meta:
                 adapter.indices[site.name] = entries.indices
     detach([module for _, module in sparse_modules(model)], keep)
+    untargeted.follow(model)
     if keep:
         return
     put_frozen(model, adapter, trained=False)

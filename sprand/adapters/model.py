@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..layers import offload, sharding, sites
+from ..layers import offload, sharding, sites, untargeted
 from ..layers.attached import set_active
 from ..layers.module import sparse_modules
 from ..selection.config import AS_GIVEN, SparseConfig
@@ -127,6 +127,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     trained = put_saved(model, state.base_saved)
     buffers = put_buffers(model, state.base_buffers)
     set_active(modules, [False] * len(modules))
+    untargeted.follow(model)
     put_frozen(model, state.current, trained=False)
     try:
         yield model
@@ -136,6 +137,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         put_buffers(model, buffers)
         put_frozen(model, state.current, trained=any(active))
         set_active(modules, active)
+        untargeted.follow(model)
 
 
 def switch(model: nn.Module, name: str | Mapping[str, float] | None) -> nn.Module:

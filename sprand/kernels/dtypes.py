@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)  # on every device
+HALVES = (torch.bfloat16, torch.float16)
 ALL_PRECISIONS = (*LOW_PRECISION, torch.float64)  # on the CPU
 
 

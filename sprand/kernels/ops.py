@@ -15,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import check_draw, check_embedding_grad, check_entries, check_lists, check_product, check_sddmm, check_weight
 from .dtypes import accumulation_dtype
+from .products import may_lack_product
 from .schedule import Schedule
 from .schemas import ON_BLAS as ON_BLAS
 from .schemas import SCHEMAS as SCHEMAS
@@ -65,6 +66,31 @@ def sddmm_dense(grad_output: Tensor, input: Tensor, indices: Tensor, schedule: S
         chosen = indices[first:last] - offset if offset else indices[first:last]
         parts.append(torch.ops.sprand.gather(linear_grad(grad_output[:, first_row:last_row], input), chosen))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """`torch.nn.functional.linear` without autograd, at the speed of float32 at least.
+
+    On a CPU without instructions for 16 bits it is computed in float32 and rounded once. The operator asks for them at each call,
+    also where a graph was compiled.
+
+    Args:
+        input: `[..., in]`.
+        weight: `[out, in]`, or `[in, out]` if transposed. It is cast to the dtype of `input`.
+        bias: `[out]` in the dtype of `input`, or None.
+        transposed: see weight.
+
+    Returns:
+        `[..., out]` in the dtype of `input`.
+
+    Raises:
+        ValueError: A shape does not fit.
+    """
+    features = weight.shape[::-1] if transposed else weight.shape
+    if len(features) != 2 or input.shape[-1:] != features[1:]:
+        raise ValueError(f"linear: expected input [..., in] and weight [out, in], got {list(input.shape)} and {list(features)}")
+    in_graph = torch.compiler.is_compiling() and may_lack_product(input)
+    return (torch.ops.sprand.linear if in_graph else reference.linear)(input, weight, bias, transposed)
 
 
 def linear_grad(grad_output: Tensor, input: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import products
 from .dtypes import accumulation_dtype
 
 PRODUCTS_AT_ONCE = 1 << 21  # sddmm and embedding_grad hold this many addends of their sums over tokens at a time
@@ -29,6 +31,15 @@ def sddmm(grad_output: Tensor, input: Tensor, indices: Tensor, table: Tensor | N
         right = input.index_select(1, indices[part] % cols).to(dtype)
         result[part] = left.mul_(right).sum(0)
     return result
+
+
+@torch.no_grad()
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """`F.linear`, in float32 where a CPU has no product of such operands, which is asked at each call."""
+    if products.lacks_product(input):
+        return products.linear_in_float32(input, weight, bias, transposed)
+    used = weight.to(input.dtype)
+    return F.linear(input, used.t() if transposed else used, bias)
 
 
 @torch.no_grad()
@@ -51,8 +62,7 @@ def linear_input_grad(
 ) -> Tensor:
     """`grad_output @ weight` after `patch_`, which is the one that serves the weight's device."""
     torch.ops.sprand.patch_(weight, indices, base, delta, scale)
-    used = weight.to(grad_output.dtype)
-    return grad_output @ (used.t() if transposed else used)
+    return linear(grad_output, weight, None, not transposed)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from .dtypes import accumulation_dtype
 
 SCHEMAS = {
     "sddmm": "(Tensor grad_output, Tensor input, Tensor indices, Tensor? table=None, int[] launch=[]) -> Tensor",
+    "linear": "(Tensor input, Tensor weight, Tensor? bias, bool transposed=False) -> Tensor",
     "linear_grad": "(Tensor grad_output, Tensor input) -> Tensor",
     "linear_input_grad": (
         "(Tensor grad_output, Tensor weight, Tensor indices, Tensor base, Tensor? delta, float scale, bool transposed) -> Tensor"
@@ -29,7 +30,7 @@ SCHEMAS = {
 }
 
 # Operators that `reference.py` serves on these devices, since they are products of PyTorch's own.
-ON_BLAS = {"linear_grad": ("cuda",), "linear_input_grad": ("cpu", "cuda")}
+ON_BLAS = {"linear": ("cpu", "cuda"), "linear_grad": ("cuda",), "linear_input_grad": ("cpu", "cuda")}
 
 _library = torch.library.Library("sprand", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -40,6 +41,11 @@ for _name, _schema in SCHEMAS.items():
 @torch.library.register_fake("sprand::sddmm")
 def _(grad_output, input, indices, table=None, launch=()):
     return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
+
+
+@torch.library.register_fake("sprand::linear")
+def _(input, weight, bias, transposed=False):
+    return input.new_empty(*input.shape[:-1], weight.shape[1 if transposed else 0])
 
 
 @torch.library.register_fake("sprand::linear_grad")

@@ -14,7 +14,7 @@ from .dtypes import LOW_PRECISION, dtype_name
 
 TOKENS, ROWS, COLS, NNZ = 100, 72, 200, 500
 # Sums in another order, or other roundings on the way; the rest is exact to the bit.
-ROUNDED = ("sddmm", "linear_grad", "linear_input_grad", "embedding_grad", "sparse_adamw_")
+ROUNDED = ("sddmm", "linear", "linear_grad", "linear_input_grad", "embedding_grad", "sparse_adamw_")
 
 
 def run(devices: Sequence[str]) -> list[dict[str, Any]]:
@@ -95,6 +95,8 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
     base = reference.gather(weight, indices)
     if op == "sddmm":
         return {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype), "indices": indices}
+    if op == "linear":
+        return {"input": normal(TOKENS, COLS, kind=dtype), "weight": weight, "bias": normal(ROWS, kind=dtype)}
     if op == "linear_grad":
         return {"grad_output": normal(TOKENS, ROWS, kind=dtype), "input": normal(TOKENS, COLS, kind=dtype)}
     if op == "embedding_grad":

@@ -73,21 +73,25 @@ class Product(NamedTuple):
     Attributes:
         cast: the dtype that autocast gives it, or None.
         transposed: whether the weight is `[in, out]`.
+        trains: whether gradients are on; without them it is PyTorch's own, to the bit.
         schedule: how a GPU samples its gradient, or None.
     """
 
     cast: torch.dtype | None
     transposed: bool
+    trains: bool = False
     schedule: Schedule | None = None
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`[..., out]` of an input `[..., in]`."""
-        return F.linear(input, self.rows_of(weight), bias)
-
-    def rows_of(self, weight: Tensor) -> Tensor:
-        """The weight as `[out, in]`, in the product's dtype."""
+        if self.trains and input.dtype == (self.cast or weight.dtype):
+            return ops.linear(input, weight, bias, self.transposed)
         used = weight if self.cast is None else weight.to(self.cast)
-        return used.t() if self.transposed else used
+        return F.linear(input, used.t() if self.transposed else used, bias)
+
+    def input_grad(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the input, of the shape of `grad_output` but for the last dimension."""
+        return ops.linear(grad_output, weight, None, not self.transposed)
 
 
 class Lookup(NamedTuple):
@@ -132,12 +136,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
     Returns:
         `[..., out]`.
     """
-    cast = None
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        cast = torch.get_autocast_dtype(device)
-        input = input.to(cast)
-        bias = None if bias is None else bias.to(cast)
+    input, bias, cast = as_autocast(input, bias)
     if _is_written_without_autograd(weight, entries):
         return Product(cast, transposed)(input, weight, bias)
     leading = None
@@ -145,12 +144,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         # F.linear computes so too, but the view of a result that it returns may not be changed in place
         leading, input = input.shape[:-1], input.flatten(0, -2)
     schedule = None if entries.schedules is None else entries.schedules.of(input.dtype)
-    product = Product(cast, transposed, schedule)
+    product = Product(cast, transposed, torch.is_grad_enabled(), schedule)
     features = None if entries.candidates is not None else entries.whole.inputs(transposed)
     operands = input, weight, bias, entries.delta, entries.indices, entries.base
     output = _Linear.apply(*operands, Use.of(entries), product, features)
     output = output if leading is None else output.unflatten(0, leading)
     return output if entries.scores is None else scored(output, input, entries.scores)
+
+
+def as_autocast(input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, torch.dtype | None]:
+    """Input and bias as autocast gives them to a product, and the dtype that it gives to the weight; None where it is off."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return input, bias, None
+    cast = torch.get_autocast_dtype(device)
+    return input.to(cast), None if bias is None else bias.to(cast), cast
 
 
 def embedding(
@@ -268,7 +276,7 @@ class _Linear(torch.autograd.Function):
             if is_compiling:  # a write of its own would be moved to forward, which would keep a copy of the weight for it
                 grad_rows = Entries(delta, indices, base, use.scale).input_grad(rows, weight, product.transposed)
             else:
-                grad_rows = rows @ product.rows_of(weight)
+                grad_rows = product.input_grad(rows, weight)
             grad_input = grad_rows.view(*grad_output.shape[:-1], grad_rows.shape[-1])
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)

@@ -282,6 +282,12 @@ def _kind_of(cls: type[nn.Module]) -> type[SparseModule]:
     return SparseModule
 
 
+def is_transposed(cls: type[nn.Module]) -> bool | None:
+    """Whether a linear layer of this class keeps its weight as `[in, out]`; None where it is no linear layer."""
+    kind = _kind_of(cls)
+    return kind._transposed if issubclass(kind, _SparseLinear) else None
+
+
 @functools.cache
 def sparse_class(keeper: type[SparseModule], cls: type[nn.Module]) -> type[SparseModule]:
     """The subclass of `cls` that trains entries kept by `keeper`: of `Linear` it is called `SparseLinear`."""

@@ -8,7 +8,6 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import get_quantization_kwargs
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from ..adapters import first_forward
 from ..adapters.first_steps import Scoring
 from ..kernels import native
-from ..layers import sharding
+from ..kernels.dtypes import HALVES
+from ..layers import sharding, untargeted
 from ..layers.first_backward import watch
 from ..selection.mask import selection_of
 from .config import SprandConfig
@@ -32,7 +32,6 @@ from .undoing import take_back, whole_or_not_at_all
 from .unsaved import remember, warn_of_buffers
 from .weighted_adapters import combined, rule_of
 
-HALVES = (torch.float16, torch.bfloat16)
 ELSEWHERE = (
     "save the adapter by model.save_pretrained(path, is_main_process=rank == 0) on every rank (under FSDP1 with "
     "state_dict=wrapper.state_dict()), and load it into a model that is not sharded"
@@ -90,6 +89,7 @@ class SprandModel(BaseTuner):
             self.peft_config[adapter_name] = given
             del self.__dict__["_plan"], self.__dict__["_planned"], self.__dict__["_low_cpu_mem_usage"]
         watch(model)
+        untargeted.follow(model)
         if config.waits:
             given.saved["selection"] = selection_of(as_of_apply(config))
             scoring = Scoring()
@@ -144,6 +144,7 @@ class SprandModel(BaseTuner):
         sharding.refuse(self.model, "merge_adapter", ELSEWHERE)
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        untargeted.follow(self.model)
 
     def unmerge_adapter(self) -> None:
         """Put the base back.
@@ -153,6 +154,12 @@ class SprandModel(BaseTuner):
         """
         sharding.refuse(self.model, "unmerge_adapter", ELSEWHERE)
         super().unmerge_adapter()
+        untargeted.follow(self.model)
+
+    def enable_adapter_layers(self) -> None:
+        """Use the adapters again."""
+        super().enable_adapter_layers()
+        untargeted.follow(self.model)
 
     def disable_adapter_layers(self) -> None:
         """Use the base alone, bit for bit.
@@ -164,6 +171,7 @@ class SprandModel(BaseTuner):
             sharding.refuse(self.model, "disable_adapter", "unmerge the adapters before the model is sharded")
         self._refuse_fsdp1("disable_adapter")
         super().disable_adapter_layers()
+        untargeted.follow(self.model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make other adapters the active ones, as in PEFT.
@@ -175,6 +183,7 @@ class SprandModel(BaseTuner):
         if names != list(self.active_adapters):
             self._refuse_fsdp1("set_adapter")
         super().set_adapter(adapter_name, inference_mode)
+        untargeted.follow(self.model)
 
     def _refuse_fsdp1(self, what: str) -> None:
         """Weights that FSDP1 has gathered and keeps may hold the entries of the last forward."""
@@ -189,6 +198,7 @@ class SprandModel(BaseTuner):
         """
         sharding.refuse(self.model, "delete_adapter", ELSEWHERE)
         super().delete_adapter(adapter_name)
+        untargeted.follow(self.model)
 
     def _layers(self) -> list[SprandLayer]:
         """The layers that hold adapters, in the order of the model."""
@@ -319,6 +329,7 @@ class SprandModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in layers:
             layer.sprand_leave()
+        untargeted.follow(model)
         return model
 
     def _inner_layers(self) -> Iterator[tuple[nn.Module, str, SprandLayer]]:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels import ops
 from ..layers.entries import Entries
+from ..layers.functional import Product
 from ..layers.module import track, untrack
 from ..layers.scores import scored
 from ..layers.sites import Site
@@ -46,6 +47,11 @@ class QuantizedLayer(SprandLayer):
         for parameter, target in self.sprand_targets.items():
             if target.active:
                 yield replace(self.sprand_site(parameter), owners=[(self, parameter)])
+
+    @property
+    def sparse_active(self) -> bool:
+        """Whether adapters are in effect."""
+        return any(target.active for target in self.sprand_targets.values())
 
     def sparse_entries(self, parameter: str = "weight") -> Entries:
         """The entries of the active adapters, on what the packed weight stands for; on zeros where nothing can read it."""
@@ -84,7 +90,8 @@ class QuantizedLayer(SprandLayer):
             x = x.to(base_layer.compute_dtype)
         bias = None if base_layer.bias is None else base_layer.bias.to(x.dtype)
         read = self.quantization_backend.get_base_weight
-        return _DequantizedLinear.apply(x, bias, delta, indices, read, base_layer, features).to(given)
+        product = Product(x.dtype, transposed=False, trains=torch.is_grad_enabled())
+        return _DequantizedLinear.apply(x, bias, delta, indices, read, base_layer, features, product).to(given)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: what was trained would be quantized anew, and be another thing.
@@ -176,14 +183,14 @@ class _DequantizedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, bias, delta, indices, read, layer, features):
-        weight = _patched(read, layer, indices, delta).to(input.dtype)
+    def forward(ctx, input, bias, delta, indices, read, layer, features, product):
+        weight = _patched(read, layer, indices, delta)
         kept = None
         if ctx.needs_input_grad[2]:
             kept = input if features is None else input.index_select(-1, features)
         ctx.save_for_backward(kept, delta, indices)
-        ctx.read, ctx.layer, ctx.is_packed = read, layer, features is not None
-        return F.linear(input, weight, bias)
+        ctx.read, ctx.layer, ctx.is_packed, ctx.product = read, layer, features is not None, product
+        return product(input, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -192,14 +199,12 @@ class _DequantizedLinear(torch.autograd.Function):
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_delta = None
         if ctx.needs_input_grad[0]:
-            weight = _patched(ctx.read, ctx.layer, indices, delta).to(rows.dtype)
-            grad_input = (rows @ weight).view(*grad_output.shape[:-1], weight.shape[1])
-            del weight
+            grad_input = ctx.product.input_grad(grad_output, _patched(ctx.read, ctx.layer, indices, delta))
         if ctx.needs_input_grad[2]:
             columns = kept.reshape(-1, kept.shape[-1])
             sampled = ops.linear_grad(rows, columns).flatten() if ctx.is_packed else ops.sddmm(rows, columns, indices)
             grad_delta = sampled.to(delta.dtype)
-        return grad_input, None, grad_delta, None, None, None, None
+        return grad_input, None, grad_delta, None, None, None, None, None
 
 
 class _SparseProduct(torch.autograd.Function):
