@@ -65,14 +65,15 @@ def test_a_mean_pooled_classifier_merges_into_its_encoder(tmp_path):
 
     base = bert(tmp_path)
     model = MeanPoolClassifier(transformers.AutoModel.from_pretrained(base, add_pooling_layer=False), 2)
-    changed(sprand.apply(model, density=0.05, exclude_modules=["classifier"], modules_to_save=["classifier"]))
+    changed(sprand.apply(model, density=0.05, exclude_modules=["pooled_classifier"], modules_to_save=["pooled_classifier"]))
     sprand.save(model, tmp_path / "adapter")
     said = merge(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
-    assert set(said.added) == {"classifier.weight", "classifier.bias"} and "of no class of transformers" in said.unsaid
+    assert set(said.added) == {"pooled_classifier.weight", "pooled_classifier.bias"}
+    assert "of no class of transformers" in said.unsaid
     sprand.merge(model)
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "out", add_pooling_layer=False)
     assert_same(dict(loaded.state_dict()), dict(model.encoder.state_dict()))
-    assert torch.equal(tensors_of(tmp_path / "out")["classifier.weight"], model.classifier.weight)
+    assert torch.equal(tensors_of(tmp_path / "out")["pooled_classifier.weight"], model.pooled_classifier.weight)
 
 
 def test_where_transformers_is_not_installed_a_refusal_says_so(tmp_path, monkeypatch):

@@ -74,7 +74,10 @@ def test_a_language_model_goes_on(language_model: Path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["nowhere", "ROWS"], "no task.json; expected the folder --out of a run of sprand finetune that has ended"),
+        (
+            ["nowhere", "ROWS"],
+            "no task.json and no config.json; expected the folder --out of a run of sprand finetune that has ended",
+        ),
         (["RUN", "ROWS", "--text-column", "body"], "no column 'body', only 'text', 'label'. Name it with --text-column"),
         (["RUN", "ROWS", "--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         (["RUN", "missing.tsv"], "cannot be read: No such file"),

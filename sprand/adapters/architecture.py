@@ -30,15 +30,17 @@ def architecture_of(model: nn.Module, with_head: bool) -> dict[str, Any] | None:
 
     Returns:
         None where no part of the model is of transformers. Else `classes`, by the names of the parts (the model itself is `""`),
-        and of a model of transformers with a head `config`, the fields that `config.json` has to have for it.
+        and of a model with a head and a configuration of transformers `config`, the fields that `config.json` has to have for
+        it; a class that is not of transformers stands there under its own name.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
     classes = {} if modeling is None else dict(_classes("", model, modeling.PreTrainedModel))
     if not classes:
         return None
-    if not with_head or "" not in classes:
+    config = getattr(model, "config", None)
+    if not with_head or not isinstance(config, modeling.PreTrainedConfig):
         return {"classes": classes}
-    said = {name: getattr(model.config, name, None) for name in OF_HEAD} | {"architectures": [classes[""]]}
+    said = {name: getattr(config, name, None) for name in OF_HEAD} | {"architectures": [classes.get("", type(model).__name__)]}
     return {"classes": classes, "config": of_head(said)}
 
 

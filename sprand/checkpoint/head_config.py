@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.architecture import OF_HEAD, of_head
+from ..adapters.architecture import of_head
 from ..adapters.file import AdapterFile
 from .edits import Edits
 from .shards import Checkpoint
@@ -46,12 +46,11 @@ def head_config(checkpoint: Checkpoint, adapters: Iterable[AdapterFile], edits: 
     adapter = next((adapter for adapter in adapters if adapter.heads), None)
     if adapter is None or not checkpoint.config:
         return HeadConfig({})
-    said = (adapter.architecture or {}).get("config")
-    if said is None:
-        return HeadConfig({}, _unsaid(adapter, edits) if edits.added else None)
-    before = of_head(checkpoint.config)
-    names = [name for name in OF_HEAD if name != "architectures" or edits.added]
-    return HeadConfig({name: said[name] for name in names if said[name] != before[name]})
+    architecture = adapter.architecture or {}
+    said, before = architecture.get("config", {}), of_head(checkpoint.config)
+    names = [name for name in said if name != "architectures" or edits.added]
+    is_known = not edits.added or "" in architecture.get("classes", {})
+    return HeadConfig({n: said[n] for n in names if said[n] != before[n]}, None if is_known else _unsaid(adapter, edits))
 
 
 def _unsaid(adapter: AdapterFile, edits: Edits) -> str:
@@ -62,6 +61,6 @@ def _unsaid(adapter: AdapterFile, edits: Edits) -> str:
             "label2id there to load it by from_pretrained"
         )
     return (
-        f"{CONFIG} is the base's: {added} is in the files, but of no class of transformers, so from_pretrained loads the rest "
-        "alone (a run of sprand finetune is loaded whole by sprand predict)"
+        f"{added} is in the files, but of no class of transformers, so from_pretrained loads the rest alone (sprand predict "
+        "loads all of it, if a run of sprand finetune was merged)"
     )

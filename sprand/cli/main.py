@@ -16,6 +16,7 @@ from ..version import __version__
 from . import (
     CliError,
     Stopped,
+    chat,
     combine,
     completion,
     diff,
@@ -30,7 +31,7 @@ from . import (
 )
 from .parser import Parser
 
-COMMANDS = (doctor, finetune, select, predict, merge, combine, diff, inspect, plan, export)  # in the order of the help
+COMMANDS = (doctor, finetune, select, predict, chat, merge, combine, diff, inspect, plan, export)  # in the order of the help
 EXIT_CODES = """exit codes:
   0    done
   1    the work failed: training diverged, a disk is full, a proof or self test does not hold

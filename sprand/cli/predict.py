@@ -3,95 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-import sprand
-
-from ..adapters.file import FOLDER_OF_RUN
 from . import CliError
-from .files import failing_in_words
-from .finetune import data, models, tasks
+from .finetune import data
 from .parser import add_json, option_of
+from .tuned import Tuned, load_run
 
-
-@dataclasses.dataclass
-class Tuned:
-    """A model with the adapter of a run in it, ready to use.
-
-    Attributes:
-        model: in eval mode; `sprand.merge(model)` makes it a plain one.
-        tokenizer: its tokenizer.
-        labels: names of the classes in the order of their numbers; empty for a language model.
-        max_length: tokens of a text; what is longer is cut off, as in training.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    labels: tuple[str, ...]
-    max_length: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
-
-    @torch.no_grad()
-    def probabilities(self, texts: Sequence[data.Example], batch_size: int = 32) -> Tensor:
-        """Of each text, or pair of texts, the probability of each class, float32 `[texts, classes]`, on the CPU."""
-        rows = [dataclasses.replace(text, label=self.labels[0]) for text in texts]
-        dataset = data.Dataset("classification", [], rows, self.labels)
-        task = tasks.Classification(dataset, self.tokenizer, self.max_length)
-        parts = []
-        for start in range(0, len(rows), batch_size):
-            batch = task.collate(task.eval[start : start + batch_size])
-            logits = tasks.logits_of(self.model, {name: value.to(self.device) for name, value in batch.items()})
-            parts.append(logits.float().softmax(-1).cpu())
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def continuation(self, text: str, tokens: int = 64) -> str:
-        """How a text goes on, by the likeliest token each time, until the model ends it or after so many tokens."""
-        prompt = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=self.max_length).to(self.device)
-        tokens_of_both = self.model.generate(
-            input_ids=prompt["input_ids"],
-            attention_mask=prompt["attention_mask"],
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        new = tokens_of_both[0, prompt["input_ids"].shape[1] :]
-        return self.tokenizer.decode(new, skip_special_tokens=True)
-
-
-def load_run(folder: Path, device: str = "auto") -> Tuned:
-    """The base model of a run with the adapter that it wrote.
-
-    Args:
-        folder: `--out` of `sprand finetune`, or the folder `adapter` in it.
-        device: "auto", or as torch has it.
-
-    Raises:
-        CliError: There is no run, it has not ended, or its base is not there or another one.
-    """
-    if folder.resolve().name == FOLDER_OF_RUN and not (folder / "task.json").is_file():
-        folder = folder.resolve().parent
-    file = folder / "task.json"
-    if not file.is_file():
-        raise CliError(f"{folder}: no task.json; expected the folder --out of a run of sprand finetune that has ended.")
-    with failing_in_words():
-        made = json.loads(file.read_text())
-        labels = tuple(made["labels"])
-        model, tokenizer = models.load(made["model"], made["task"], len(labels), made["dtype"], made["pooling"], made["seed"])
-        sprand.load(model, folder / FOLDER_OF_RUN)
-    return Tuned(model.to(models.pick_device(device)).eval(), tokenizer, labels, made["max_length"])
+__all__ = ["Tuned", "load_run"]
 
 
 def add(commands: argparse._SubParsersAction) -> None:

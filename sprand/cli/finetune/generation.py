@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from .. import CliError
+from .models import positions_of
 
-IGNORED = -100  # the label of a token that no loss is taken of
 EXACT = "exact"
+IGNORED = -100  # the label of a token that no loss is taken of
 Score = Callable[[str, str, str], float]  # of a prompt, what was generated, and the reference
 
 
@@ -89,12 +90,12 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]],
         batch_size: prompts at a time, of similar length, padded on the left.
     """
     device, texts = next(model.parameters()).device, [""] * len(prompts)
-    most, room = _room(model, most)
+    most, most_of_prompt = room(model, most)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    with _quiet():
+    with quiet():
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            rows = [list(prompts[place])[-room:] for place in places]
+            rows = [list(prompts[place])[-most_of_prompt:] for place in places]
             width = max(map(len, rows))
             tokens = torch.tensor([[tokenizer.pad_token_id or 0] * (width - len(row)) + row for row in rows], device=device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -123,10 +124,9 @@ def ends_of(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted(ends - {None})
 
 
-def _room(model: nn.Module, most: int) -> tuple[int, int]:
+def room(model: nn.Module, most: int) -> tuple[int, int]:
     """How many tokens are generated, and how many a prompt may have, so that both fit the model's positions."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    positions = positions_of(model)
     most = min(most, max(1, positions - 1))
     return most, max(1, positions - most)
 
@@ -157,7 +157,7 @@ def _equal(generated: str | None, reference: str | None) -> float:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what transformers warns of, where a model's own settings for sampling meet a call that samples nothing."""
     from transformers.utils import logging
 

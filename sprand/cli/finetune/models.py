@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from ...checkpoint.shards import open_checkpoint
 from ...selection.targets import new_layers, view_of
 from .. import CliError, require
 from ..files import reason_of
 
 NO_LIMIT = 10**9
 LEARNED_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+HEADS = ("pooled_classifier", "classifier", "score", "classification_head")
 
 
 class MeanPoolClassifier(nn.Module):
     """A sentence encoder with a linear head over the mean of its token vectors, as sentence embedding models are trained.
+
+    `sprand merge` writes it into the encoder's checkpoint, from which `load` makes it again. The head has a name that no class
+    of transformers has: one that pools otherwise would take it for its own.
 
     Args:
         encoder: a Hugging Face model that returns `last_hidden_state`.
@@ -30,9 +37,9 @@ class MeanPoolClassifier(nn.Module):
         super().__init__()
         self.config = encoder.config
         self.encoder = encoder
-        self.classifier = nn.Linear(encoder.config.hidden_size, num_labels)
-        nn.init.normal_(self.classifier.weight, std=0.02)
-        nn.init.zeros_(self.classifier.bias)
+        self.pooled_classifier = nn.Linear(encoder.config.hidden_size, num_labels)
+        nn.init.normal_(self.pooled_classifier.weight, std=0.02)
+        nn.init.zeros_(self.pooled_classifier.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Logits [rows, num_labels] in float32, of token ids and mask [rows, tokens]."""
@@ -41,7 +48,7 @@ class MeanPoolClassifier(nn.Module):
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         tokens = weights.sum(1).clamp(min=1)
         pooled = (hidden * weights).sum(1) / tokens
-        logits = self.classifier(pooled.to(self.classifier.weight.dtype))
+        logits = self.pooled_classifier(pooled.to(self.pooled_classifier.weight.dtype))
         return logits.float()
 
 
@@ -74,6 +81,7 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
             model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
         elif pooling == "mean" or (pooling == "auto" and _is_mean_pooled(name)):
             model = MeanPoolClassifier(_encoder(transformers, name, options), num_labels)
+            _load_head(model, name)
         else:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
                 name, num_labels=num_labels, ignore_mismatched_sizes=True, **options
@@ -98,18 +106,36 @@ def positions_of(model: nn.Module) -> int:
     return min(limits)
 
 
+def say_labels(model: nn.Module, labels: Sequence[str], problem: str = "single_label_classification") -> None:
+    """Write the names of classes into a model's configuration, from where they go into the checkpoint that it is merged into."""
+    if labels:
+        model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+        model.config.problem_type = problem
+
+
 def task_of(name: str) -> str:
     """What a model was made for, by its configuration: "causal-lm", or else "classification".
 
     Raises:
         CliError: There is no such model.
     """
-    try:
-        made_for = require("transformers").AutoConfig.from_pretrained(name).architectures or []
-    except (OSError, ValueError, KeyError) as error:
-        raise CliError(f"--model {name}: no configuration could be loaded: {reason_of(error)}.") from None
-    generates = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in made_for)
-    return "causal-lm" if generates else "classification"
+    return "causal-lm" if _generates(_config(name)) else "classification"
+
+
+def use_of(name: str) -> tuple[str, tuple[str, ...]]:
+    """What a model can do as it is: "causal-lm", or "classification" and the names of its classes.
+
+    Raises:
+        CliError: There is no such model, or it can do neither.
+    """
+    config = _config(name)
+    if _generates(config):
+        return "causal-lm", ()
+    classes = [kind for kind in config.architectures or () if kind.endswith("ForSequenceClassification")]
+    if not classes and not _is_merged(config):
+        made = ", ".join(config.architectures or ["no class"])
+        raise CliError(f"{name}: expected a language model or a text classifier, its config.json says {made}.")
+    return "classification", tuple(str(config.id2label[i]) for i in range(config.num_labels))
 
 
 def pick_device(name: str) -> torch.device:
@@ -130,7 +156,7 @@ def pick_device(name: str) -> torch.device:
 
 def head_names(model: nn.Module) -> list[str]:
     """The modules that start from random weights, and so train in full under every method: a head, and what is new below it."""
-    heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "classification_head")]
+    heads = [name for name, _ in model.named_children() if name in HEADS]
     return heads + [name for name in new_layers(view_of(model)) if name.partition(".")[0] not in heads]
 
 
@@ -162,8 +188,37 @@ def _encoder(transformers: Any, name: str, options: dict[str, Any]) -> nn.Module
         return transformers.AutoModel.from_pretrained(name, **options)
 
 
+def _config(name: str) -> Any:
+    try:
+        return require("transformers").AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise CliError(f"{name}: no configuration of a model could be loaded: {reason_of(error)}.") from None
+
+
+def _generates(config: Any) -> bool:
+    return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or ())
+
+
+def _load_head(model: MeanPoolClassifier, name: str) -> None:
+    """Load the head of a checkpoint that such a model was merged into, where it has as many classes."""
+    if not _is_merged(model.config):
+        return
+    folder = Path(require("transformers.utils").cached_file(name, "config.json")).parent
+    tensors = open_checkpoint(folder).tensors
+    for key, parameter in model.pooled_classifier.named_parameters(prefix="pooled_classifier"):
+        if key in tensors and tensors[key].shape == tuple(parameter.shape):
+            with safe_open(folder / tensors[key].file, "pt") as file, torch.no_grad():
+                parameter.copy_(file.get_tensor(key))
+
+
+def _is_merged(config: Any) -> bool:
+    return MeanPoolClassifier.__name__ in (config.architectures or ())
+
+
 def _is_mean_pooled(name: str) -> bool:
-    """Whether a directory or Hub model carries the pooling of a sentence embedding model, and it is the mean."""
+    """Whether a directory or Hub model carries the pooling of a sentence embedding model, and it is the mean, or is merged."""
+    if _is_merged(require("transformers").AutoConfig.from_pretrained(name)):
+        return True
     file = Path(name) / "1_Pooling" / "config.json"
     if not Path(name).is_dir():
         from transformers.utils import cached_file

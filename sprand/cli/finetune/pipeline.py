@@ -93,10 +93,7 @@ class Run:
         model, tokenizer = models.load(
             settings.model, dataset.task, len(dataset.labels), settings.dtype, settings.pooling, settings.seed
         )
-        if dataset.labels:
-            names = [str(label) for label in dataset.labels]
-            model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-            model.config.problem_type = "single_label_classification"
+        models.say_labels(model, dataset.labels)
         return model.to(self.device), tokenizer
 
     def train_entries(self) -> None:
@@ -202,6 +199,7 @@ class Run:
             "pooling": settings.pooling,
             "seed": settings.seed,
             "max_length": self.task.max_length,
+            "settings": settings.to_json(),
         }
 
 

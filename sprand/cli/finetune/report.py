@@ -87,7 +87,7 @@ def print_measures(log: Log, result: Result) -> None:
         parts = {"prompt": after["prompt"], "reference": after["reference"]}
         parts |= {"before": before["generated"], "after": after["generated"]}
         for name, text in parts.items():
-            log.say(f"  {name:9}  {shortened(text)}")
+            log.say(f"  {name:9}  {shortened(text) or '(nothing)'}")
 
 
 def confusion_rows(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:

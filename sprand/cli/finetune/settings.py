@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ LONG_ROWS = ("cut", "drop")
 DEFAULT_LENGTH = 1024  # as TRL has it
 DTYPES = ("float32", "bfloat16")
 CLASS_WEIGHTS = ("balanced",)
+OF_TRAINING = ("mask", "resume", "compare", "compare_lr", "budget", "sparta")
 
 FIXED_BY_MASK = (
     "density", "budget", "target_modules", "strategy", "strategy_option", "scope", "preserve_zeros", "layout", "sparta",
@@ -160,6 +162,21 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """The options as JSON types."""
         return {name: _json_value(value) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Settings:
+        """The options that `to_json` gave, without those that only training asks; what another version has beside is left out."""
+        fields = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in OF_TRAINING}
+        values = {name: value for name, value in said.items() if name in fields and value is not None}
+        values = {
+            name: Path(value) if "Path" in fields[name] and isinstance(value, str) else _from_json(value)
+            for name, value in values.items()
+        }
+        return cls(**{"train": None} | values)
+
+
+def _from_json(value: Any) -> Any:
+    return tuple(map(_from_json, value)) if isinstance(value, list) else value
 
 
 def _json_value(value: Any) -> Any:
