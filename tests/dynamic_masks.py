@@ -58,13 +58,18 @@ class Reference:
     def value(self, name, position):
         return float(self.start[name][position]) + self.delta[name].get(position, 0.0)
 
-    def gradients(self, seed):
+    def leaves(self):
+        """The trained weights, whole."""
         leaves = {}
         for name, shape in ((n, p.shape) for n, p in self.model.named_parameters()):
             dense = self.start[name].clone()
             for position in self.delta.get(name, {}):
                 dense[position] = self.value(name, position)
             leaves[name] = dense.view(shape).requires_grad_()
+        return leaves
+
+    def gradients(self, seed):
+        leaves = self.leaves()
         x, y = points_and_labels(seed, torch.float64)
         F.cross_entropy(torch.func.functional_call(self.model, leaves, (x,)), y).backward()
         return {name: leaves[name].grad.flatten().tolist() for name in self.delta}

@@ -248,7 +248,7 @@ def test_nothing_is_saved_before_the_choice_and_a_run_is_resumed_after(door, tmp
         step(model, optimizer, batch)
         with pytest.raises(ValueError, match="save: .* in the first steps where gradients choose|are being chosen in the first"):
             save(model, tmp_path / "early")
-        with pytest.raises(ValueError, match="state_dict: the columns of .* are being chosen in the first steps of training"):
+        with pytest.raises(ValueError, match="state_dict: the columns of this model are being chosen in the first steps"):
             model.state_dict()
     assert not (tmp_path / "early" / "adapter_model.safetensors").exists()
     step(model, optimizer, parts()[2])

@@ -24,6 +24,7 @@ def watch(model: nn.Module, scoring: Scoring) -> None:
     """Let the forwards of a model in training mode, with gradients, choose what waits."""
     if _hook() not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_hook(), prepend=True, with_kwargs=True)
+        model.register_state_dict_pre_hook(_refuse_state)
         model._sprand_scoring = scoring
 
 
@@ -94,8 +95,23 @@ def _look_no_further(module: nn.Module) -> None:
     for key in keys:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in [key for key, hook in module._state_dict_pre_hooks.items() if hook is _refuse_state]:
+        del module._state_dict_pre_hooks[key]
     module._sprand_scoring.end()
     del module._sprand_scoring
+
+
+def _refuse_state(module: nn.Module, *_: Any) -> None:
+    """Refuse a state while columns are being chosen: sums of the steps so far are in none.
+
+    Raises:
+        ValueError: They are.
+    """
+    if module._sprand_scoring.waiting and found(module):
+        raise ValueError(
+            "state_dict: the columns of this model are being chosen in the first steps of training, and a run that starts from "
+            "here would choose others; save after these steps (score_steps), or call sprand.choose(model, batch) before training"
+        )
 
 
 def _choose(model: nn.Module, waiting: Sequence[Waiting], run: Callable[[], Any]) -> None:

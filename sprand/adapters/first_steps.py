@@ -116,6 +116,7 @@ class Scoring:
     def _drop_scores(self) -> None:
         for target in chain.from_iterable(one.targets for one in self.waiting):
             target.scores = None
+        self.waiting = []
 
 
 def _names(waiting: Sequence[Waiting]) -> list[tuple[str, str]]:

@@ -18,7 +18,6 @@ from ..kernels import ops
 from . import offload, sharding
 from .entries import Candidates, Entries, Schedules, Sealed, Written
 from .module import SparseModule, change_class, sparse_class, track, untrack, write_parameters
-from .scores import refuse_state
 from .sites import Owner, Site, joined, site_of
 from .units import NOTHING_WHOLE, Whole, whole_in
 
@@ -39,7 +38,7 @@ class Target:
         schedules: how a GPU samples the gradient of a linear layer.
         candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
         whole: the columns or rows of a linear layer's weight that the entries are all of.
-        scores: as in `Entries`, while columns wait to be chosen by gradients.
+        scores: as in `Entries`, while columns are chosen by gradients, or look for others to grow.
         frozen: whether an earlier mask left trained values in the weight, which a new base would lose.
         name: its name in the model, for messages.
         leader: the first owner of a weight that several modules share, in whose state its entries are; None for that one itself.
@@ -178,8 +177,6 @@ class AttachedModule(SparseModule):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Entries are saved once, also those of a weight that several modules share: files hold no tensor twice."""
-        for target in self._sprand_targets.values():
-            refuse_state(target.scores, target.name)
         self.write_weights()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for target in self._sprand_targets.values():

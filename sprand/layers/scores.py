@@ -51,19 +51,6 @@ def scored(output: Tensor, input: Tensor, scores: Tensor) -> Tensor:
     return _Scored.apply(output, input, scores)
 
 
-def refuse_state(scores: Tensor | None, name: str) -> None:
-    """Refuse a state of a weight whose columns are being chosen: sums of the steps so far are in none.
-
-    Raises:
-        ValueError: They are.
-    """
-    if scores is not None:
-        raise ValueError(
-            f"state_dict: the columns of {name} are being chosen in the first steps of training, and a run that starts from here "
-            "would choose others; save after these steps (score_steps), or call sprand.choose(model, batch) before training"
-        )
-
-
 class _Scored(torch.autograd.Function):
     """Forward: a copy of the output, which may be changed in place.  Backward: its gradient, and the sums."""
 

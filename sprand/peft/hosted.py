@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..layers.attached import AttachedModule
 from ..layers.entries import Entries
 from ..layers.module import SparseModule, change_class, sparse_class, track, untrack
-from ..layers.scores import refuse_state
 from ..layers.sites import Site, site_of
 from .adapter_target import AdapterTarget
 
@@ -58,7 +57,6 @@ class HostedModule(SparseModule):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A checkpoint of a PEFT model holds base weights, and the adapters beside them."""
         for name, target in self._sprand_hosted.items():
-            refuse_state(target.scores, target.name)
             if not target.merged:
                 target.restore(self._parameters[name])
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -58,7 +58,7 @@ class Candidates:
         The first positions are each rank's own: all of them are put together, and where a rank did not keep one its part
         counts as zero. From then on all ranks sum the same positions.
         """
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if _is_distributed():
             self._settle_ranks()
         elif self.fresh is not None:
             self.sums = self.fresh if self.sums is None else self.sums + self.fresh
@@ -125,6 +125,39 @@ class Candidates:
         return [(places[places >= 0], part[places >= 0]) for places, part in ranks]
 
 
+class ColumnCandidates(Candidates):
+    """Columns of one linear layer's weight that may be grown, and the sums of their scores.
+
+    The score of a column is the sum over tokens of the squared input times the squared length of the gradient at the output, as
+    that of the strategy `"token_fisher"`. It is seen inside of `torch.compile` as well.
+
+    Args:
+        active: `[c]`, ascending: the columns that train.
+        count: how many columns the weight has.
+
+    Attributes:
+        scores: `[count]`, float64, a leaf, to whose gradient backward adds.
+        positions: `[n]`, ascending: the columns that do not train.
+        sums: `[n]`, their scores, as of the last `settle`; None until one was positive.
+    """
+
+    def __init__(self, active: Tensor, count: int) -> None:
+        super().__init__(active, count, torch.float64)
+        self.scores = torch.zeros(count, dtype=self.dtype, device=active.device, requires_grad=True)
+        free = torch.ones(count, dtype=torch.bool, device=active.device).index_fill_(0, active.long(), False)
+        self.positions = free.nonzero().flatten().to(active)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Add what was seen since the last call to the sums; with `torch.distributed`, what all ranks saw, in their order."""
+        fresh, self.scores.grad = self.scores.grad, None
+        fresh = torch.zeros_like(self.scores) if fresh is None else fresh
+        if _is_distributed():
+            fresh = sum(_gathered(fresh))
+        if self.sums is not None or fresh.any():
+            self.sums = fresh[self.positions] + (0 if self.sums is None else self.sums)
+
+
 def magnitudes(values: Tensor) -> Tensor:
     """Absolute values, zero where a value is not finite."""
     return values.abs().nan_to_num_(nan=0.0, posinf=0.0)
@@ -134,6 +167,10 @@ def _best(scores: Tensor, count: int, zeros: bool = False) -> Tensor:
     """The places of the `count` largest scores, ascending; those of zero are left out unless `zeros`."""
     places = largest(order_keys(scores), min(count, scores.numel()))
     return places if zeros else places[scores[places] > 0]
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _gathered(value: Tensor) -> list[Tensor]:

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from ..adapters.frozen import Frozen, nothing_frozen
 from ..adapters.model import write
-from ..adapters.state import Adapter, state_of
+from ..adapters.state import state_of
+from ..adapters.waiting import found, refuse_waiting
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.sites import Site, sites_of
+from ..layers.units import Units
 from ..selection import pattern
 from ..selection.config import AS_GIVEN
-from .candidates import Candidates
+from ..selection.inputs import has_inputs
+from .candidates import Candidates, ColumnCandidates
 from .exchange import mark_frozen, moments, redraw, regrow, watch
 from .mask_options import Options, Strategy
 
@@ -27,6 +30,8 @@ WATCHED = 4  # candidates per entry to grow: the first gradient chooses them, al
 class DynamicMask:
     """Moves the mask of a model in training: call `step()` after every `optimizer.step()`.
 
+    What moves are single entries or, of a weight that trains whole columns, columns.
+
     `mode="regrow"` (SpIEL, arXiv 2401.16405, and RigL, arXiv 1911.11134): every `every` steps a fraction of each weight's
     entries is dropped and as many are grown among the positions that do not train. A dropped entry goes back to its base
     value. `mode="recompute"` (SPEFT, arXiv 2412.13488): what was trained stays in the weights, and `strategy` draws the mask
@@ -35,8 +40,8 @@ class DynamicMask:
     start from zero. Parameters and optimizer state are changed in place.
 
     The gradients by which entries grow exist for one weight at a time and, where the weight is large, for one chunk of its
-    rows; they are not seen inside of `torch.compile`. A weight grows no entry whose gradient is zero or not finite, and
-    drops no more than it grows. All choices are deterministic, equal scores go to the lower position. Under
+    rows; inside of `torch.compile` they are not seen, but scores of columns are. A weight grows nothing whose gradient is zero
+    or not finite, and drops no more than it grows. All choices are deterministic, equal scores go to the lower position. Under
     `torch.distributed` every rank calls `step()`; the ranks' gradients are added, and all of them move the mask alike.
 
     To resume, load the model's, the optimizer's and this object's `state_dict`, in this order.
@@ -47,7 +52,8 @@ class DynamicMask:
         every: steps between two changes.
         fraction: of each weight's entries, exchanged at a change, in (0, 1); for `"regrow"`, by default 0.2.
         drop: `"delta_change"`: entries that changed least since the last change; `"delta"`: entries nearest to their base.
-        grow: `"gradient"`: the largest sums of gradients; `"random"`: any, drawn from `seed`.
+        grow: `"gradient"`: the largest sums of gradients, of columns (of linear layers) those of the score of `"token_fisher"`;
+            `"random"`: any, drawn from `seed`.
         steps: how many steps before a change give those gradients, 1 to `every`; by default 5, or `every` if that is less.
             The first of them chooses four candidates for each entry to grow, its first backward for each weight.
         decay: `"cosine"` (RigL) or `"linear"` (SpIEL) lowers the fraction to zero at `until`; None keeps it.
@@ -61,8 +67,8 @@ class DynamicMask:
         changes: changes of the mask so far.
 
     Raises:
-        ValueError: An option is out of range, the model has no trained entries, is sharded, or trains whole columns, which
-            `"regrow"` would take apart, or the optimizer does not hold them.
+        ValueError: An option is out of range, the model has no trained entries, or columns of other layers than linear ones that
+            gradients would grow, or is sharded, or the optimizer does not hold them.
     """
 
     def __init__(
@@ -87,8 +93,11 @@ class DynamicMask:
         self._adapter = state_of(model).current
         if self._adapter is None or not self._adapter.indices:
             raise ValueError("DynamicMask: this model has no sparse entries that are active now")
-        _refuse_columns(self._adapter, mode)
         sharding.refuse(model, "DynamicMask", "train with DistributedDataParallel, ZeRO-1 or ZeRO-2 instead")
+        refuse_waiting(bool(found(model)), "DynamicMask")
+        self._units = {site.name: _units_of(site) for site in sites_of(model)}
+        if mode == "regrow" and grow == "gradient":
+            _refuse_unscored(self._units, sites_of(model))
         self._anchors = _deltas(sites_of(model))
         self._candidates: dict[str, Candidates] = {}
         if optimizer is not None:
@@ -183,7 +192,7 @@ class DynamicMask:
         for name, parts in state["candidates"].items():
             candidates = self._candidates[name]
             candidates.positions = parts["positions"].to(candidates.active)
-            candidates.sums = parts["sums"].to(self._anchors[name])
+            candidates.sums = parts["sums"].to(candidates.active.device)
 
     def _check_state(self, state: Mapping[str, Any], sites: Mapping[str, Site]) -> None:
         shapes = {name: list(anchor.shape) for name, anchor in state["anchors"].items()}
@@ -194,7 +203,8 @@ class DynamicMask:
             for name, parts in state[kind].items():
                 if name not in sites or parts[where].shape != parts[values].shape:
                     raise ValueError(f"DynamicMask: expected {kind} positions and values of {', '.join(sites)}, got {name}")
-                pattern.check_indices(f"DynamicMask: {name}", parts[where].sort().values, sites[name].numel)
+                most = self._units[name].count if kind == "candidates" else sites[name].numel
+                pattern.check_indices(f"DynamicMask: {name}", parts[where].sort().values, most)
         searched = self._growing(int(state["count"]))
         if not state["candidates"].keys() <= searched.keys():
             raise ValueError(
@@ -203,7 +213,7 @@ class DynamicMask:
             )
 
     def _growing(self, count: int) -> dict[str, int]:
-        """How many entries each weight grows at the next change, where gradients after the step `count` choose them."""
+        """How many units each weight grows at the next change, where gradients after the step `count` choose them."""
         change = self.options.next_change(count)
         if not self.options.searches_before(change, count):
             return {}
@@ -211,10 +221,11 @@ class DynamicMask:
         return {name: number for name, number in numbers.items() if number}
 
     def _exchanged(self, site: Site, count: int) -> int:
-        """How many entries of a weight are exchanged at a step."""
-        nnz = site.entries.indices.numel()
-        asked = round(self.options.fraction_at(count) * nnz)
-        return min(asked, site.numel - nnz)
+        """How many units of a weight, entries or columns, are exchanged at a step."""
+        units = self._units[site.name]
+        held = site.entries.indices.numel() // units.size
+        asked = round(self.options.fraction_at(count) * held)
+        return min(asked, units.count - held)
 
     def _arm(self) -> None:
         """Let the next backward passes look for candidates, if they are among the last before a change."""
@@ -222,14 +233,16 @@ class DynamicMask:
             return
         growing = self._growing(self.count)
         for site in sites_of(self.model) if growing else ():
-            if site.name not in growing:
-                continue
-            indices = site.entries.indices
-            free = site.numel - indices.numel()
-            dtype = ops.accumulation_dtype(site.weight.dtype)
-            candidates = Candidates(indices, min(free, WATCHED * growing[site.name]), dtype)
-            self._candidates[site.name] = candidates
-            watch(site, candidates)
+            if site.name in growing:
+                self._candidates[site.name] = self._candidates_of(site, growing[site.name])
+                watch(site, self._candidates[site.name])
+
+    def _candidates_of(self, site: Site, growing: int) -> Candidates:
+        indices, units = site.entries.indices, self._units[site.name]
+        if units.size > 1:
+            return ColumnCandidates(units.whole(indices), units.count)
+        free = site.numel - indices.numel()
+        return Candidates(indices, min(free, WATCHED * growing), ops.accumulation_dtype(site.weight.dtype))
 
     def _disarm(self) -> None:
         self._candidates = {}
@@ -261,19 +274,20 @@ class DynamicMask:
                 moved = site.entries.delta.detach()
                 if self.options.drop == "delta_change":
                     moved = moved - self._anchors[site.name]
-                regrow(site, grown, moved, self.optimizer)
+                regrow(site, self._units[site.name], grown, moved, self.optimizer)
         self._disarm()
 
     def _grown(self, site: Site, count: int) -> Tensor:
-        """The positions that a weight grows now, sorted; at most `count`."""
-        indices, weight = site.entries.indices, site.weight
+        """The units that a weight grows now, sorted; at most `count`."""
+        indices, units = site.entries.indices, self._units[site.name]
         if self.options.grow == "gradient":
             candidates = self._candidates.get(site.name)
             return indices.new_empty(0) if candidates is None else candidates.largest(count)
-        drawn = indices.new_empty(indices.numel() + count)
-        key = pattern.draw_key(f"regrow {self.count}", site.name, weight.shape, self.options.seed)
-        ops.uniform_indices_(drawn, weight.numel(), key)
-        free = drawn[~torch.isin(drawn, indices)]
+        held = units.holding(indices).to(indices)
+        drawn = indices.new_empty(held.numel() + count)
+        key = pattern.draw_key(f"regrow {self.count}", site.name, site.shape, self.options.seed)
+        ops.uniform_indices_(drawn, units.count, key)
+        free = drawn[~torch.isin(drawn, held)]
         return free[:count].sort().values
 
     def _recompute(self, sites: list[Site]) -> None:
@@ -309,11 +323,17 @@ def _deltas(sites: list[Site]) -> dict[str, Tensor]:
     return {site.name: site.entries.delta.detach().clone() for site in sites}
 
 
-def _refuse_columns(adapter: Adapter, mode: str) -> None:
-    """Refuse to exchange single entries of whole columns."""
-    layouts = adapter.config.layout, (adapter.selection or {}).get("layout")
-    if mode == "regrow" and pattern.COLUMNS in layouts:
-        raise ValueError(
-            "DynamicMask: mode 'regrow' exchanges single entries, and this adapter trains whole columns, which would be whole no "
-            "more; give mode='recompute' and a strategy that chooses columns, or train another layout"
-        )
+def _units_of(site: Site) -> Units:
+    """What is exchanged of a weight: its columns, where whole ones train, or its entries."""
+    whole = None if site.column_axis is None else site.units.whole(site.entries.indices)
+    return Units.of(site.shape, None) if whole is None else site.units
+
+
+def _refuse_unscored(units: Mapping[str, Units], sites: list[Site]) -> None:
+    """Refuse to grow, by gradients, columns that nothing scores."""
+    for site in sites:
+        if units[site.name].size > 1 and not has_inputs(site):
+            raise ValueError(
+                f"DynamicMask: {site.name} trains whole columns, and gradients grow those of linear layers alone; give "
+                "grow='random', or leave it out (exclude_modules)"
+            )

@@ -13,21 +13,25 @@ from ..kernels import ops
 from ..kernels.topk import largest, order_keys
 from ..layers.entries import Candidates
 from ..layers.sites import Site
+from ..layers.units import Units
 
 NEW = -1  # where an entry stood before that did not train
 
 
-def regrow(site: Site, grown: Tensor, moved: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Drop the entries that moved least, which go back to their base values, and train as many others in their place.
+def regrow(site: Site, units: Units, grown: Tensor, moved: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Drop the units that moved least, which go back to their base values, and train as many others in their place.
 
     Args:
         site: the weight, which holds its trained values.
-        grown: `[n]`, flat positions that do not train, sorted.
-        moved: `[nnz]`, how far each entry moved; one that is NaN is dropped last.
+        units: its entries, or its columns.
+        grown: `[n]`, units that do not train, sorted.
+        moved: `[nnz]`, how far each entry moved; a unit with one that is NaN is dropped last.
         optimizer: holds the moments of the entries.
     """
     entries, weight = site.entries, site.weight.data
-    dropped = _least(moved, grown.numel())
+    held = Units(units.outer, moved.numel() // units.size, units.inner)
+    dropped = held.entries(_least(moved.abs().view(held.outer, held.count, held.inner).sum((0, 2)), grown.numel())).long()
+    grown = units.entries(grown).to(entries.indices)
     ops.patch_(weight, entries.indices[dropped], entries.base[dropped], None)
     stays = torch.ones_like(entries.indices, dtype=torch.bool).index_fill_(0, dropped, False)
     kept = stays.nonzero().flatten()
@@ -62,8 +66,10 @@ def redraw(site: Site, indices: Tensor, frozen: Frozen, optimizer: torch.optim.O
 
 def watch(site: Site, candidates: Candidates | None) -> None:
     """Show the gradient of the whole weight to `candidates` from the next forward pass on, or to nobody."""
+    scores = getattr(candidates, "scores", None)
     for module, parameter in site.owners:
-        module.sparse_target(parameter).candidates = candidates
+        target = module.sparse_target(parameter)
+        target.candidates, target.scores = candidates if scores is None else None, scores
 
 
 def mark_frozen(site: Site) -> None:
