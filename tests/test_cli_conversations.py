@@ -101,7 +101,7 @@ def test_one_conversation_is_the_same_in_every_format(tokenizer, tmp_path, monke
     named = {"messages_column": "talk"} if name == "named.jsonl" else {}
     task = made(save(tmp_path, name, [ROWS[name]]), tokenizer, **named)
     assert words(tokenizer, task.train[0]) == expected(TURNS)
-    assert task.said[0] == "1 conversations, 17 tokens on average, loss on the assistant's 29 %"
+    assert task.said[0] == "1 conversation, 17 tokens on average, loss on the assistant's 29 %"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -136,6 +136,39 @@ def test_turns_of_weight_0_are_not_learned(tokenizer, tmp_path, monkeypatch):
         assert words(tokenizer, task.train[0]) == expected(TURNS[:3], ()) + expected(TURNS[3:])
 
 
+def test_an_end_token_follows_the_last_answer_of_a_template_that_has_none(tokenizer, tmp_path, monkeypatch):
+    path = save(tmp_path, "a.jsonl", [{"messages": messages(TURNS[1:])}])
+    for template in TEMPLATES.values():
+        monkeypatch.setattr(tokenizer, "chat_template", template.replace("[SEP]", "w33"))
+        row = words(tokenizer, made(path, tokenizer).train[0])
+        assert row == [word.replace("[SEP]", "w33") for word in expected(TURNS[1:])] + ["<[SEP]>"]
+
+
+def test_templates_that_trl_knows_are_learned_as_its_own_for_training(tmp_path):
+    """Qwen3's and GPT-OSS's templates render a turn otherwise once others follow, that of Qwen3-VL does not."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    if not folder.is_dir():
+        pytest.skip("this version of TRL keeps its templates elsewhere")
+    save_tokenizer(tmp_path)
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4"))
+    ]
+    for name, replaced in (("qwen3", 1), ("gptoss", 1), ("qwen3_vl", 0)):
+        own, training = ((folder / f"{name}{end}.jinja").read_text() for end in ("", "_training"))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        marks = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|return|>", "<|message|>", "<|channel|>"]
+        tokenizer.add_special_tokens({"extra_special_tokens": marks})
+        tokenizer.chat_template = own
+        task = made(save(tmp_path, f"{name}.jsonl", [{"messages": turns}]), tokenizer)
+        options = {"return_dict": True, "return_assistant_tokens_mask": True, "chat_template": training}
+        reference = tokenizer.apply_chat_template(turns, **options)
+        assert task.train[0]["input_ids"] == reference["input_ids"]
+        learned = [label != -100 for label in task.train[0]["labels"]]
+        assert learned == list(map(bool, reference["assistant_masks"]))
+        assert any("that TRL has for training" in said for said in task.said) == bool(replaced)
+
+
 FORGETS = PLAIN.replace("{{ m['content'] }}", "{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}")
 REFUSED = {
     "no template": (None, messages(), "its tokenizer has no chat template"),
@@ -147,6 +180,11 @@ REFUSED = {
     ),
     "nobody": (PLAIN, [{"role": "narrator", "content": "w1"}], "row 1: a turn of 'narrator'; expected one of"),
     "no text": (PLAIN, [{"role": "user", "content": 3}], "row 1: a turn of 'user' holds no text"),
+    "left out": (
+        PLAIN.replace("{{ m['content'] }}", "{{ m['content'][0]['text'] }}"),
+        messages(),
+        "leaves out what is said there",
+    ),
     "no turns": (PLAIN, ["w1", "w2"], "row 1: the column 'messages' holds no list of turns"),
     "no answer": (PLAIN, messages(TURNS[:2]), "No row holds an answer to learn"),
 }

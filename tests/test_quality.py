@@ -324,7 +324,7 @@ def test_a_chat_is_learned_by_its_answers_and_rows_that_are_too_long_are_not_cou
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).double()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ 'w1 ' if m['role'] == 'user' else 'w2 ' }}{{ m['content'] }} w3 {% endfor %}"
+        "{% for m in messages %}{{ 'w1 ' if m['role'] == 'user' else 'w2 ' }}{{ m['content'] }} [SEP] {% endfor %}"
         "{% if add_generation_prompt %}w2 {% endif %}"
     )
     short = [Example("w4 w5", "w6 w7"), Example("w8", "w9"), Example("w10", "w11 w12 w13")]
@@ -332,7 +332,7 @@ def test_a_chat_is_learned_by_its_answers_and_rows_that_are_too_long_are_not_cou
     settings = Settings(model=str(folder), train=None, out=tmp_path, max_length=12, limit_eval=2)
     task = Chat(Dataset("causal-lm", rows, rows), tokenizer, settings)
     assert len(task.train) == 3 and len(task.eval) == 2
-    texts = ["w1 w4 w5 w3 w2 w6 w7 w3", "w1 w8 w3 w2 w9 w3"]
+    texts = ["w1 w4 w5 [SEP] w2 w6 w7 [SEP]", "w1 w8 [SEP] w2 w9 [SEP]"]
     expected = []
     for text, answer in zip(texts, (3, 2), strict=True):
         tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])

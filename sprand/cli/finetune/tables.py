@@ -6,12 +6,8 @@ import csv
 import dataclasses
 import itertools
 import json
-import lzma
 import math
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +102,7 @@ def read_text(path: Path) -> str:
     Raises:
         CliError: There is no such file, or it is not readable, not UTF-8, or empty.
     """
-    with opened(path) as lines:
-        text = "".join(lines)
+    text = "".join(lines_of(path))
     if not text.strip():
         raise CliError(f"{path}: the file is empty; expected rows below a header, or text.")
     return text
@@ -119,9 +114,8 @@ def prove_not_empty(path: Path) -> None:
     Raises:
         CliError: There is none, or the file cannot be read.
     """
-    with opened(path) as lines:
-        if not any(line.strip() for line in lines):
-            raise CliError(f"{path}: the file is empty; expected rows below a header, or text.")
+    if not any(line.strip() for line in lines_of(path)):
+        raise CliError(f"{path}: the file is empty; expected rows below a header, or text.")
 
 
 def check_columns(path: Path | str, columns: Sequence[str], names: Mapping[str, str | None]) -> None:
@@ -140,19 +134,23 @@ def listed(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-@contextmanager
-def opened(path: Path, newline: str | None = "") -> Iterator[Iterator[str]]:
+def lines_of(path: Path, newline: str | None = "") -> Iterator[str]:
     """The lines of a UTF-8 file, uncompressed by its suffix.
 
     Raises:
-        CliError: There is no such file, or it is not readable or not UTF-8; lines that come later may raise it as well.
+        CliError: There is no such file, or it is not readable or not UTF-8.
     """
     try:
         with _file(path, "rt", encoding="utf-8-sig", newline=newline) as file:
-            yield _proven_text(path, file)
+            for line in file:
+                if "\0" in line:
+                    raise CliError(f"{path}: this is a binary file; expected text, TSV, CSV, JSON, parquet or arrow.")
+                yield line
+    except CliError:
+        raise
     except UnicodeDecodeError:
         raise CliError(f"{path}: not UTF-8 ({_undecodable(path)}). Convert it first, with iconv say.") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of the disk, and each compression has its own
         raise CliError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
@@ -161,13 +159,6 @@ def _file(path: Path, mode: str, **options: Any) -> Any:
     if compression is None and path.suffix.lower() == ".zst":
         raise CliError(f"{path}: to read it, install the package zstandard: pip install zstandard")
     return LocalFileSystem().open(str(path), mode, compression=compression, **options)
-
-
-def _proven_text(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    for line in lines:
-        if "\0" in line:
-            raise CliError(f"{path}: this is a binary file; expected text, TSV, CSV, JSON, parquet or arrow.")
-        yield line
 
 
 def _undecodable(path: Path) -> str:
@@ -187,35 +178,33 @@ def _delimited(path: Path, quoted: bool) -> Iterator[Any]:
     """The columns, and then each row."""
     csv.field_size_limit(LARGEST_CELL)
     style = {"strict": True} if quoted else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    with opened(path, newline="" if quoted else None) as lines:
-        reader = csv.reader(lines, **style)
-        try:
-            columns = next(filter(None, reader))
-            if len(set(columns)) != len(columns):
-                raise CliError(f"{path}: two columns of the header have the same name: {listed(columns)}.")
-            yield columns
-            for values in reader:
-                if values and len(values) != len(columns):
-                    expected = f"expected {len(columns)} columns as in the header, got {len(values)}"
-                    raise CliError(f"{path}, line {reader.line_num}: {expected}.")
-                if values:
-                    yield dict(zip(columns, values, strict=True))
-        except csv.Error as error:
-            raise CliError(f"{path}, line {reader.line_num}: {error}.") from None
+    reader = csv.reader(lines_of(path, newline="" if quoted else None), **style)
+    try:
+        columns = next(filter(None, reader))
+        if len(set(columns)) != len(columns):
+            raise CliError(f"{path}: two columns of the header have the same name: {listed(columns)}.")
+        yield columns
+        for values in reader:
+            if values and len(values) != len(columns):
+                expected = f"expected {len(columns)} columns as in the header, got {len(values)}"
+                raise CliError(f"{path}, line {reader.line_num}: {expected}.")
+            if values:
+                yield dict(zip(columns, values, strict=True))
+    except csv.Error as error:
+        raise CliError(f"{path}, line {reader.line_num}: {error}.") from None
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """Objects, one a line, or those of a list that is the whole file."""
-    with opened(path) as lines:
-        first = next(line for line in lines if line.strip())
-        if first.lstrip().startswith("[") and suffix_of(path) == ".json":
-            yield from _listed_rows(path, "".join((first, *lines)))
-            return
-    with opened(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                yield _object(_parsed(line, place), place)
+    lines = enumerate(lines_of(path), 1)
+    first = next(pair for pair in lines if pair[1].strip())
+    if first[1].lstrip().startswith("[") and suffix_of(path) == ".json":
+        yield from _listed_rows(path, "".join((first[1], *(line for _, line in lines))))
+        return
+    for number, line in itertools.chain([first], lines):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield _object(_parsed(line, place), place)
 
 
 def _listed_rows(path: Path, text: str) -> Iterator[Row]:
