@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tiny_models import save_bert
 
@@ -21,8 +23,6 @@ pytest.importorskip("matplotlib")
 from sprand import cli
 from sprand.adapters.file import WEIGHTS_FILE
 from sprand.cli import main
-from sprand.cli.finetune import training_checkpoints
-from sprand.files import described, states
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,9 +125,9 @@ def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(bert, rows, tmp_p
     code, said = says("--model", bert, "--train", rows, "--out", tmp_path, "--checkpoint-every", 3, "--max-steps", 12)
     assert code == 1
     assert "the loss became nan at step 8" in said and "may be too high: try --lr 0.00" in said
-    assert "The last good checkpoint is kept" in said and "step-00000006.safetensors" in said
-    state = states.read(tmp_path / "checkpoints" / "step-00000006.safetensors", training_checkpoints.KIND)
-    assert all(torch.isfinite(value).all() for value in state["trained"].values())
+    assert "The last good checkpoint is kept" in said and "checkpoint-6" in said
+    trained = load_file(tmp_path / "checkpoints" / "checkpoint-6" / WEIGHTS_FILE)
+    assert all(torch.isfinite(value).all() for value in trained.values() if value.is_floating_point())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines) == 7
     monkeypatch.setattr(tasks.Task, "loss", loss)
@@ -137,39 +137,43 @@ def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(bert, rows, tmp_p
 
 
 def test_disk_full_leaves_the_older_checkpoint(bert, rows, tmp_path, says, monkeypatch):
-    save, written = described.save_file, []
+    save, written = torch.save, []
 
-    def full_at_the_second(tensors, name, metadata):
-        if name.name.startswith("step-"):
-            written.append(name)
+    def full_at_the_second(state, path, *arguments, **options):
+        if "checkpoint-" in str(path) and str(path).endswith("optimizer.pt"):
+            written.append(path)
             if len(written) == 2:
-                name.write_bytes(b"half of it")
+                Path(path).write_bytes(b"half of it")
                 raise OSError(28, "No space left on device")
-        save(tensors, name, metadata=metadata)
+        save(state, path, *arguments, **options)
 
-    monkeypatch.setattr(described, "save_file", full_at_the_second)
-    code, said = says("--model", bert, "--train", rows, "--out", tmp_path, "--checkpoint-every", 2, "--max-steps", 6)
-    assert code == 1 and "No space left on device" in said and "step-00000002.safetensors" in said
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
-    assert states.read(tmp_path / "checkpoints" / "step-00000002.safetensors", training_checkpoints.KIND)["step"] == 2
+    monkeypatch.setattr(torch, "save", full_at_the_second)
+    run = ("--model", bert, "--train", rows, "--out", tmp_path, "--checkpoint-every", 2, "--max-steps", 6)
+    code, said = says(*run)
+    assert code == 1 and "No space left on device" in said and "checkpoint-2" in said
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-2", "run.json"]
+    monkeypatch.setattr(torch, "save", save)
+    assert says(*run, "--resume")[0] == 0
 
 
 def test_resume_from_the_wrong_thing(bert, rows, tmp_path, says):
     base = ("--model", bert, "--train", rows, "--max-steps", 2)
     assert says(*base, "--out", tmp_path / "a")[0] == 0
-    made = tmp_path / "a" / "checkpoints" / "step-00000002.safetensors"
+    made = tmp_path / "a" / "checkpoints" / "checkpoint-2"
     other = save_bert(tmp_path / "other", seed=1)
     again = ("--out", tmp_path / "b", "--resume")
-    damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes(made.read_bytes()[: made.stat().st_size // 2])
+    damaged, unfinished = tmp_path / "a" / "checkpoints" / "checkpoint-3", tmp_path / "a" / "checkpoints" / "checkpoint-4"
+    for copy in (damaged, unfinished):
+        shutil.copytree(made, copy)
+    (damaged / "optimizer.pt").write_bytes((made / "optimizer.pt").read_bytes()[:100])
+    (unfinished / "trainer_state.json").write_text("{")
     cases = [
         ((*base, *again), "holds no checkpoint"),
-        ((*base, *again, tmp_path / "none.safetensors"), "no checkpoint"),
-        (
-            (*base, *again, tmp_path / "a" / "adapter" / "adapter_model.safetensors"),
-            "expected a checkpoint of sprand finetune, a file checkpoints/step-N.safetensors of a run",
-        ),
-        ((*base, *again, damaged), "is damaged or no safetensors file"),
+        ((*base, *again, tmp_path / "none"), "none is not there"),
+        ((*base, *again, tmp_path / "a" / "adapter" / "adapter_model.safetensors"), "expected a folder checkpoints/checkpoint-N"),
+        ((*base, *again, tmp_path / "a" / "adapter"), "expected trainer_state.json in it, and run.json beside it"),
+        ((*base, *again, damaged), "is damaged"),
+        ((*base, *again, unfinished), "is damaged"),
         ((*base, *again, made, "--density", 0.02), "its model and positions is"),
         (("--model", other, *base[2:], *again, made), "its model and positions is"),
         ((*base, *again, made, "--lr", 0.5), "its learning rate is"),
@@ -180,22 +184,40 @@ def test_resume_from_the_wrong_thing(bert, rows, tmp_path, says):
 
 
 def test_a_signal_writes_a_checkpoint_to_go_on_from(bert, rows, tmp_path, says, monkeypatch):
-    from sprand.cli.finetune import training
+    from sprand.cli.finetune import tasks
 
-    step, calls = training._step, []
+    loss, calls = tasks.Task.loss, []
 
     def interrupted(*arguments):
         calls.append(None)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
+        return loss(*arguments)
 
-    monkeypatch.setattr(training, "_step", interrupted)
+    monkeypatch.setattr(tasks.Task, "loss", interrupted)
     base = ("--model", bert, "--train", rows, "--max-steps", 6, "--out", tmp_path)
     code, said = says(*base)
     assert code == 143 and "Stopped by SIGTERM after step 3 of 6" in said and "--resume" in said
     assert says(*base, "--resume")[0] == 0
     assert len(calls) == 6
+
+
+def test_a_run_that_has_ended_goes_on_to_more_steps(bert, rows, tmp_path, says, capsys):
+    run = ("--model", bert, "--train", rows, "--out", tmp_path, "--max-steps")
+    assert says(*run, 3)[0] == 0
+    assert main.run(["finetune", *map(str, (*run, 5)), "--resume"]) == 0
+    assert "it was to take 3 steps, and takes 5" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_an_option_of_the_trainer_that_is_none(bert, rows, tmp_path, says):
+    run = ("--model", bert, "--train", rows, "--out", tmp_path, "--max-steps", 2, "--trainer")
+    code, said = says(*run, "learn_rate=1")
+    assert code == 2 and "TrainingArguments has no option 'learn_rate'; did you mean learning_rate?" in said
+    code, said = says(*run, "logging_steps=often")
+    assert code == 2 and "invalid float value: 'often'" in said
+    assert says(*run, "logging_steps=2")[0] == 0
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
@@ -238,9 +260,8 @@ def test_a_folder_given_as_data_is_refused_and_stands_for_nothing_else(path, ber
 def test_a_checkpoint_may_have_any_name(bert, rows, tmp_path, says, monkeypatch):
     run = ("--model", bert, "--train", rows, "--max-steps", 2, "--checkpoint-every", 1)
     assert says(*run, "--out", tmp_path / "first")[0] == 0
-    step = tmp_path / "first" / "checkpoints" / "step-00000001.safetensors"
-    monkeypatch.chdir(tmp_path)
-    Path("newest").write_bytes(step.read_bytes())
+    monkeypatch.chdir(tmp_path / "first" / "checkpoints")
+    Path("checkpoint-1").rename("newest")
     assert says(*run, "--out", tmp_path / "second", "--resume", "newest")[0] == 0
     steps = [json.loads(line)["step"] for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == 2

@@ -30,7 +30,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("language")
     (folder / "text.txt").write_text((" ".join(WORDS) + "\n") * 30)
     options = ["--model", save_llama(folder / "llama"), "--train", folder / "text.txt", "--out", folder / "out"]
-    options += ["--density", 0.3, "--max-steps", 60, "--max-length", 32, "--lr", 0.05]
+    options += ["--density", 0.3, "--max-steps", 150, "--max-length", 32, "--lr", 0.05]
     assert main.run(["finetune", *map(str, options)]) == 0
     return folder / "out"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_a_scored_run_resumes_with_its_entries(bert, rows, tmp_path, capsys):
     base = ["finetune", "--model", bert, "--train", rows, "--max-steps", 6, "--checkpoint-every", 3, "--out", tmp_path]
     assert run(*base, "--strategy", "fisher") == 0
     (tmp_path / "results.json").unlink()
-    (tmp_path / "checkpoints" / "step-00000006.safetensors").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-6")
     kept = (tmp_path / "mask.safetensors").read_bytes()
     assert run(*base, "--strategy", "fisher", "--resume") == 0
     assert (tmp_path / "mask.safetensors").read_bytes() == kept

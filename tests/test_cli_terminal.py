@@ -215,7 +215,7 @@ def test_ctrl_c_while_training_says_the_command_that_goes_on(bert, rows, tmp_pat
     again = told(said)
     assert again == ["finetune", *map(str, asked), "--resume"]
     stopped_at = metrics.read_text().count('"loss"')
-    assert stopped_at < steps and (tmp_path / "checkpoints" / f"step-{stopped_at:08d}.safetensors").is_file()
+    assert stopped_at < steps and (tmp_path / "checkpoints" / f"checkpoint-{stopped_at}").is_dir()
     assert main.run(again) == 0
     done = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
     assert done == list(range(1, steps + 1))

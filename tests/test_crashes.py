@@ -20,7 +20,7 @@ from forks import killed_after, killed_at, on_small_disk, one_thread, started, s
 from models import MLP, built
 from sprand.adapters.file import AdapterFile
 from sprand.checkpoint.merge import merge, verify
-from sprand.files import atomic, described, states
+from sprand.files import atomic, described
 
 ENTRIES = 30_000
 KILLS = 30
@@ -69,43 +69,13 @@ class Mask:
         return {"mask.safetensors"}
 
 
-class State:
-    """The same of the checkpoints of a run, of which two are kept."""
-
-    def __init__(self, folder: Path) -> None:
-        from sprand.cli.finetune.methods import Method
-        from sprand.cli.finetune.training_checkpoints import KIND, TrainingCheckpoints
-
-        self.folder, self.kind = folder / "checkpoints", KIND
-        p = torch.nn.Parameter(torch.zeros(ENTRIES))
-        self.method = Method("sprand", torch.nn.Identity(), {"p": p}, torch.optim.AdamW([p]), 1.0)
-        self.checkpoints = TrainingCheckpoints(self.folder, {})
-
-    def save(self, number: int) -> None:
-        self.method.trained["p"].data.fill_(number)
-        self.checkpoints.save(self.method, number, [])
-
-    def read(self) -> int:
-        found = self.checkpoints.all()
-        assert len(found) <= 3  # a new one, and then the oldest goes
-        contents = [states.read(path, self.kind) for path in found]
-        assert all(_one(content["trained"]["p"]) == content["step"] for content in contents)
-        return contents[-1]["step"]
-
-    def allowed(self) -> set[str]:
-        return {path.name for path in self.checkpoints.all()}
-
-
 def _one(values: torch.Tensor) -> int:
     assert (values == values[0]).all()
     return int(values[0])
 
 
-@pytest.fixture(params=[Adapter, Mask, State], ids=lambda kind: kind.__name__.lower())
+@pytest.fixture(params=[Adapter, Mask], ids=lambda kind: kind.__name__.lower())
 def kept(request, tmp_path):
-    if request.param is State:
-        pytest.importorskip("transformers")
-        pytest.importorskip("rich")
     item = request.param(tmp_path)
     item.save(1)
     return item
@@ -113,25 +83,6 @@ def kept(request, tmp_path):
 
 def rubbish(kept) -> list[str]:
     return sorted({path.name for path in kept.folder.iterdir()} - kept.allowed())
-
-
-def test_runs_stopped_before_the_oldest_goes_leave_no_pile(tmp_path, monkeypatch):
-    pytest.importorskip("transformers")
-    pytest.importorskip("rich")
-    state = State(tmp_path)
-    for number in (1, 2):
-        state.save(number)
-
-    def stopped(path: Path) -> None:
-        raise KeyboardInterrupt
-
-    for number in range(3, 8):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Path, "unlink", stopped)
-            state.save(number)
-        assert state.read() == 3
-    state.save(8)
-    assert state.read() == 8 and len(state.checkpoints.all()) == 2
 
 
 def test_killed_at_random_old_or_new_is_there(kept):
@@ -175,9 +126,6 @@ def test_killed_at_each_call_old_or_new_is_there(kept, owner, name):
             kept.save(3)
             assert kept.read() == 3
             assert rubbish(kept) == []
-            if isinstance(kept, State):
-                kept.checkpoints.clear()
-                assert list(kept.folder.iterdir()) == []
     assert met >= 2
 
 
@@ -239,11 +187,8 @@ def test_files_that_may_not_grow_leave_the_old_content(kept):
         assert kept.read() == 1 and rubbish(kept) == []
 
 
-@pytest.mark.parametrize("kind", [Adapter, Mask, State])
+@pytest.mark.parametrize("kind", [Adapter, Mask])
 def test_a_full_disk_leaves_the_old_content(tmp_path, kind):
-    if kind is State:
-        pytest.importorskip("transformers")
-        pytest.importorskip("rich")
     disk = tmp_path / "disk"
     disk.mkdir()
 

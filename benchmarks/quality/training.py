@@ -153,13 +153,13 @@ def attached(run: Run, model: nn.Module, settings: Settings, task: tasks.Task, m
     if run.method in peers.PEERS:
         return peers.attach(run.method, model, run.lr, run.budget, settings)
     if run.method in variants.VARIANTS:
-        steps = training.total_steps(settings, len(task.train))
+        steps = training.total_steps(settings, math.ceil(len(task.train) / settings.batch_size))
         return variants.attach(run.method, model, run.budget, settings, task, steps)
     file = masks / f"{run.task}-{run.method}-{run.budget:g}-{run.seed}.safetensors"
     mask = methods.chosen(model, settings, task, file if file.exists() else None)
     if mask is not None:
         mask.save(file)
-    return methods.sparse(model, settings, mask)
+    return variants.applied(model, settings, mask)
 
 
 def measures(

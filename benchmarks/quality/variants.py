@@ -23,6 +23,18 @@ MOVING = ("regrow", "recompute")
 VARIANTS = (*LAYERS, *MOVING, "relative")
 
 
+def applied(model: nn.Module, settings: Settings, mask: sprand.Mask | None = None) -> methods.Method:
+    """Entries of a model that stays what it is, with no wrapper of PEFT: drawn as the options say, or given."""
+    heads = head_names(model) or None
+    if mask is not None:
+        config = sprand.SparseConfig(strategy=mask, modules_to_save=heads, seed=settings.seed)
+    else:
+        config = methods.sparse_config(settings, heads)
+    sprand.apply(model, config, disjoint=settings.disjoint or None)
+    targets = [site.shape for site in sites_of(model)]
+    return methods.tuned(model, settings, dict(sprand.named_parameters(model)), targets)
+
+
 def attach(name: str, model: nn.Module, budget: float, settings: Settings, task: tasks.Task, steps: int) -> methods.Method:
     """A model made ready to train with one of `VARIANTS`.
 
@@ -45,15 +57,13 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
     if name in LAYERS:
         count = sprand.select(model, methods.sparse_config(own, heads)).nnz
         layers = peers.of_kinds([n for n, m in model.named_modules() if isinstance(m, nn.Linear)], LAYERS[name])
-        return methods.sparse(
-            model, dataclasses.replace(own, density=None, budget=str(count), target_modules=tuple(layers)), None
-        )
+        return applied(model, dataclasses.replace(own, density=None, budget=str(count), target_modules=tuple(layers)))
     if name == "relative":
-        method = methods.sparse(model, own, None)
+        method = applied(model, own)
         scale_rates(method.optimizer, relative_rms(model))
         return method
     plain = copy.deepcopy(model)
-    method = methods.sparse(model, own, methods.chosen(model, own, task))
+    method = applied(model, own, methods.chosen(model, own, task))
     every = max(1, 2 * steps // (3 * CHANGES))
     moving = {"every": every, "until": CHANGES * every, "seed": settings.seed}
     if name == "regrow":

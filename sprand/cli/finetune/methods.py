@@ -7,28 +7,31 @@ import json
 import math
 import random
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import sprand
 
 from ...adapters.disjoint import selection_without, taken_by
-from ...adapters.state import mask_of
-from ...layers.module import sparse_modules
+from ...layers.sites import sites_of
+from ...peft import SprandConfig
 from ...selection.pattern import RANDOM_STRATEGIES
 from ...selection.rules import DEFAULT_DENSITY
 from ...selection.strategies import STRATEGIES
-from ...selection.targets import find_targets, view_of
 from ...training.rates import suggest_lr
-from .. import CliError, require
+from .. import CliError
 from ..files import failing_in_words
 from .models import head_names
 from .rows import limited
 from .settings import Settings, peer_rate
 from .tasks import Task
+
+DRAWN_BY = ("density", "budget", "target_modules", "strategy", "layout", "seed")  # what a draw of both doors depends on
 
 
 @dataclasses.dataclass
@@ -73,7 +76,7 @@ def chosen(model: nn.Module, settings: Settings, task: Task, kept: Path | None =
     with failing_in_words():
         if settings.mask is not None:
             return sprand.Mask.load(settings.mask)
-        if drawn and not settings.disjoint:
+        if drawn and not (settings.disjoint or settings.preserve_zeros):
             return None
         if kept is None:
             return selected(model, settings, task)
@@ -102,7 +105,7 @@ def selected(model: nn.Module, settings: Settings, task: Task | None) -> sprand.
 
 
 def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Method:
-    """Entries of the model's own weights.
+    """Entries of the model's own weights, as a PEFT method.
 
     Args:
         model: changed in place.
@@ -114,17 +117,22 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
     """
     heads = head_names(model) or None
     with failing_in_words():
-        if mask is None:
-            config = sparse_config(settings, heads)
-            size = sum(site.numel for site in find_targets(view_of(model), config).sites)
+        if mask is not None:
+            config = SprandConfig(mask=mask, modules_to_save=heads, seed=settings.seed)
         else:
-            config = sprand.SparseConfig(strategy=mask, modules_to_save=heads, seed=settings.seed)
-            size = sum(math.prod(shape) for shape in mask.shapes.values())
-        sprand.apply(model, config, disjoint=settings.disjoint or None)
-    density = mask_of(model).nnz / size
+            asked = sparse_config(settings, heads)
+            config = SprandConfig(**{name: getattr(asked, name) for name in DRAWN_BY}, modules_to_save=heads)
+        model = get_peft_model(model, config)
+    targets = mask.shapes.values() if mask is not None else [site.shape for site in sites_of(model)]
+    return tuned(model, settings, {name: p for name, p in model.named_parameters() if p.requires_grad}, targets)
+
+
+def tuned(model: nn.Module, settings: Settings, trained: dict[str, nn.Parameter], targets: Iterable[Sequence[int]]) -> Method:
+    """A model whose entries are chosen, of targets of these shapes, with its rate and optimizer."""
+    density = sum(site.entries.indices.numel() for site in sites_of(model)) / sum(math.prod(shape) for shape in targets)
     lr = settings.lr or suggest_lr(model, density=density)
-    optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
-    return Method("sprand", model, dict(sprand.named_parameters(model)), optimizer, lr, f"{density:.2%} of the targets")
+    optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay)
+    return Method("sprand", model, trained, optimizer, lr, f"{density:.2%} of the targets")
 
 
 def _prove_same(mask: sprand.Mask, selection: dict[str, Any] | None, file: Path) -> None:
@@ -168,7 +176,7 @@ def calibration(settings: Settings, task: Task) -> dict[str, Any]:
 
 def target_names(model: nn.Module) -> list[str]:
     """The modules that sprand trains entries of: what LoRA is compared on."""
-    return [name for name, _ in sparse_modules(model)]
+    return list(dict.fromkeys(site.name.rpartition(".")[0] for site in sites_of(model)))
 
 
 def peer(name: str, model: nn.Module, settings: Settings, targets: list[str], count: int) -> Method:
@@ -229,7 +237,6 @@ def adapter_bytes(method: Method, directory: Path) -> int:
 
 
 def _with_lora(model: nn.Module, targets: list[str], count: int, heads: list[str]) -> tuple[nn.Module, str]:
-    peft = require("peft")
     per_rank = 0
     for name in targets:
         module = model.get_submodule(name)
@@ -239,8 +246,8 @@ def _with_lora(model: nn.Module, targets: list[str], count: int, heads: list[str
         raise CliError("--compare lora: none of the targeted modules is a linear layer.")
     head = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
     rank = max(1, round((count - head) / per_rank))
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=heads or None)
-    return peft.get_peft_model(model, config), f"rank {rank}"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=heads or None)
+    return get_peft_model(model, config), f"rank {rank}"
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module:

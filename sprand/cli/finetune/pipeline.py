@@ -21,10 +21,8 @@ from ..files import prepare_folder
 from . import data, gguf, measures, methods, models, report, tasks, verify
 from .progress import Log
 from .settings import Resume, Settings
-from .training import ANEW, Outcome, total_steps, train
-from .training_checkpoints import Resumed, TrainingCheckpoints, identity
-
-PACKAGES = ("rich", "matplotlib", "transformers", "sklearn")
+from .training import Outcome, Training
+from .training_checkpoints import ANEW, Resumed, TrainingCheckpoints, identity
 
 
 def finetune(settings: Settings, as_json: bool = False) -> list[report.Result]:
@@ -42,8 +40,6 @@ def finetune(settings: Settings, as_json: bool = False) -> list[report.Result]:
         TrainingFailed: The training went wrong.
         Stopped: A signal stopped the run; the error says how to go on.
     """
-    for package in (*PACKAGES, "peft") if "lora" in settings.compare else PACKAGES:
-        require(package)
     run = Run(settings, to_stderr=as_json)
     with going_on_from(run.checkpoints):
         run.train_entries()
@@ -79,10 +75,10 @@ class Run:
         self.log = Log(self.out / "metrics.jsonl", self.task.metric, to_stderr)
         self.method: methods.Method | None = methods.sparse(model, settings, self._mask(model))
         self.targets, self.count = methods.target_names(model), self.method.count
-        self.steps = total_steps(settings, len(self.task.train))
-        self._announce()
-        course = identity(self.method, settings, self.steps, self.task.train)
+        course = identity(self.method, settings, self.task.train)
         self.checkpoints = TrainingCheckpoints(self.out / "checkpoints", course, settings.keep)
+        self.training = Training(self.method, self.task, settings, self.device, self.checkpoints)
+        self._announce()
         self.results: list[report.Result] = []
         self.histories: list[list[dict[str, Any]]] = []
         self.checks: list[str] = []
@@ -102,20 +98,20 @@ class Run:
         self.before = self._measured(method)
         torch.manual_seed(settings.seed)
         resumed = self._resumed()
-        outcome = train(method, self.task, settings, self.device, self.log, self.before.numbers, self.checkpoints, resumed)
-        sprand.save(method.model, adapter)
+        outcome = self.training.run(self.log, self.before.numbers, resumed)
+        method.model.save_pretrained(adapter)
         self._keep(method, outcome)
         if settings.verify:
             self.checks = verify.check(method.model, self.load_model()[0], adapter, self.task, self.device)
         described.write_json(self.out / "task.json", self._description())
-        self.method = None
+        self.method = self.training = None
 
     def train_peer(self, name: str) -> None:
         """Train a method to compare with, on a fresh copy of the model."""
         gc.collect()
         method = methods.peer(name, self.load_model()[0], self.settings, self.targets, self.count)
         torch.manual_seed(self.settings.seed)
-        outcome = train(method, self.task, self.settings, self.device, self.log, before=self.before.numbers)
+        outcome = Training(method, self.task, self.settings, self.device).run(self.log, self.before.numbers)
         self._keep(method, outcome)
 
     def write_results(self) -> dict[str, Any]:
@@ -146,13 +142,13 @@ class Run:
     def _announce(self) -> None:
         settings, task, method = self.settings, self.task, self.method
         parameters = method.model.named_parameters()
-        weights = sum(p.numel() for name, p in parameters if not name.endswith("sprand_delta"))
+        weights = sum(p.numel() for name, p in parameters if "sprand_delta" not in name)
         rows = f"{len(task.train)} training rows, {len(task.eval)} held out"
         self.log.say(f"{settings.model}: {self.dataset.task}, {rows}, on {self.device}")
         for sentence in task.said:
             self.log.say(sentence)
         trained = f"{self.count:,} of {weights:,} weights ({self.count / weights:.2%})"
-        self.log.say(f"training {trained}, {self.steps} steps, lr {method.lr:g}")
+        self.log.say(f"training {trained}, {self.training.steps} steps, lr {method.lr:g}")
 
     def _resumed(self) -> Resumed:
         """Go on from the checkpoint that the options name, or begin anew.
@@ -161,13 +157,17 @@ class Run:
             CliError: There is no such checkpoint, or it is of another run.
         """
         if self.settings.resume is None:
-            self.checkpoints.clear()
+            self.checkpoints.begin()
             (self.out / "results.json").unlink(missing_ok=True)
             return ANEW
         newest = self.settings.resume is Resume.NEWEST
         path = self.checkpoints.newest() if newest else self.settings.resume
-        resumed = self.checkpoints.restore(path, self.method)
+        resumed = self.checkpoints.resume(path)
         self.log.say(f"resumed from {path}, {resumed.done} steps done")
+        if resumed.planned != self.training.steps:
+            self.log.say(
+                f"it was to take {resumed.planned} steps, and takes {self.training.steps}: the schedule goes on as of these"
+            )
         self._warn_of_threads(resumed.threads)
         return resumed
 

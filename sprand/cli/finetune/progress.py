@@ -76,10 +76,14 @@ class Bar:
     def __init__(self, log: Log, shown: Any, task: Any) -> None:
         self.log, self.shown, self.task, self.smooth = log, shown, task, None
 
-    def advance(self, step: int, loss: float) -> None:
+    def advance(self, step: int) -> None:
         """Take note of a step that is done."""
+        self.shown.update(self.task, completed=step)
+
+    def loss(self, step: int, loss: float) -> None:
+        """Show the loss, smoothed."""
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
-        self.shown.update(self.task, completed=step, loss=f"{self.smooth:.3f}")
+        self.shown.update(self.task, loss=f"{self.smooth:.3f}")
 
     def measured(self, value: float) -> None:
         """Show the metric of an evaluation."""
@@ -90,11 +94,16 @@ class Lines:
     """Shows a plain line every so many steps."""
 
     def __init__(self, log: Log, name: str, steps: int) -> None:
-        self.log, self.name, self.steps, self.started = log, name, steps, time.perf_counter()
+        self.log, self.name, self.steps, self.started, self.next = log, name, steps, time.perf_counter(), 0
 
-    def advance(self, step: int, loss: float) -> None:
+    def advance(self, step: int) -> None:
         """Take note of a step that is done."""
-        if step == self.steps or step % max(1, self.steps // PLAIN_LINES) == 0:
+
+    def loss(self, step: int, loss: float) -> None:
+        """Say the loss, of the last step and a few before."""
+        every = max(1, self.steps // PLAIN_LINES)
+        if step == self.steps or step >= (self.next or every):
+            self.next = step - step % every + every
             self.log.say(f"{self.name}: step {step}/{self.steps}, loss {loss:.3f}, {time.perf_counter() - self.started:.1f} s")
 
     def measured(self, value: float) -> None:

@@ -28,7 +28,7 @@ FIXED_BY_MASK = (
 )  # fmt: skip
 POSITIVE = (
     "lr", "epochs", "max_steps", "batch_size", "grad_accumulation", "max_length", "max_grad_norm", "eval_every",
-    "checkpoint_every", "keep", "limit_train", "limit_eval", "calibration_examples", "score_rows", "max_new_tokens",
+    "checkpoint_every", "keep", "patience", "limit_train", "limit_eval", "calibration_examples", "score_rows", "max_new_tokens",
 )  # fmt: skip
 PEER_RATES = {"lora": 2e-3, "full": 3e-4, "head": 1e-2}  # at MEASURED_WIDTH
 BELOW = 0.63  # what the exponent of 1/width grows by below MEASURED_WIDTH
@@ -91,6 +91,12 @@ class Settings:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
+    best: bool = False
+    patience: int | None = None
+    packing: bool = False
+    gradient_checkpointing: bool = False
+    report_to: tuple[str, ...] = ()
+    trainer: tuple[tuple[str, str], ...] = ()
     overwrite: bool = False
     resume: Path | Resume | None = None
     compare: tuple[str, ...] = ()

@@ -105,13 +105,17 @@ class Task(abc.ABC):
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             batch = self.collate([self.eval[i] for i in places])
-            logits, labels = self._predicted(model, {name: value.to(device) for name, value in batch.items()})
-            losses = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
-            terms, right = labels != IGNORED, logits.argmax(-1) == labels
-            for part, values in zip(parts, (losses, terms, right), strict=True):
-                part[places] = values.view(len(places), -1).sum(1).to("cpu", torch.float64)
+            parts[:, places] = self.sums(model, {name: value.to(device) for name, value in batch.items()}).cpu().double().T
         model.train(training)
         return parts[0], parts[1], parts[2]
+
+    def sums(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of each row of a batch: the summed loss, how many terms it sums, how many predictions were right; float32 [rows, 3]."""
+        logits, labels = self._predicted(model, batch)
+        losses = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+        rows = len(batch["labels"])
+        parts = (losses, labels != IGNORED, logits.argmax(-1) == labels)
+        return torch.stack([part.view(rows, -1).float().sum(1) for part in parts], 1)
 
     def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return self._aligned(logits_of(model, batch), batch["labels"])
@@ -239,29 +243,3 @@ def _encoded(
     """The rows of examples: in a list as they are, or in a file where they come from one."""
     rows = itertools.chain.from_iterable(encode(batch) for batch in batched(examples))
     return stored(rows) if isinstance(examples, Rows) else list(rows)
-
-
-def batches(rows: Sequence[dict[str, Any]], batch_size: int, seed: int, start: int = 0) -> Iterator[list[dict[str, Any]]]:
-    """Batches for ever, in an order that the seed and the position alone decide.
-
-    Every epoch is shuffled anew; within 16 batches' worth of rows, those of similar length share a batch (less padding).
-
-    Args:
-        rows: what to batch; the last batch of an epoch may be smaller.
-        batch_size: rows in a batch.
-        seed: of the order.
-        start: how many batches to leave out, to go on where a run stopped.
-    """
-    per_epoch = math.ceil(len(rows) / batch_size)
-    epoch, position = divmod(start, per_epoch)
-    while True:
-        source = random.Random(f"{seed} {epoch}")
-        order = list(range(len(rows)))
-        source.shuffle(order)
-        pool = 16 * batch_size
-        chunks = [sorted(order[i : i + pool], key=lambda i: len(rows[i]["input_ids"])) for i in range(0, len(order), pool)]
-        groups = [chunk[i : i + batch_size] for chunk in chunks for i in range(0, len(chunk), batch_size)]
-        source.shuffle(groups)
-        for group in groups[position:]:
-            yield [rows[i] for i in group]
-        epoch, position = epoch + 1, 0

@@ -1,31 +1,36 @@
-"""The training loop: learning rate, accumulation, clipping, evaluation, checkpoints, and the stop when numbers go bad."""
+"""Trains a method to its end: the trainer's arguments, how long it takes, and the signals that stop it before."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
+import difflib
+import io
 import math
 import os
 import signal
+import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import EarlyStoppingCallback, HfArgumentParser, PrinterCallback, TrainingArguments
 
-from ...training.divergence import is_worth_a_look, rate_to_try, stays_above_start
-from .. import Stopped
+from .. import CliError, Stopped
+from ..files import reason_of
 from .methods import Method
 from .peak_memory import PeakMemory
 from .progress import Log
+from .recorder import Recorder, lines_of
 from .settings import Settings
-from .tasks import Task, batches
-from .training_checkpoints import Resumed, TrainingCheckpoints, diverged, rate_option
+from .tasks import Task
+from .trainer import Exact, arguments_class, trainer_for
+from .training_checkpoints import ANEW, Resumed, TrainingCheckpoints
 
-ANEW = Resumed()
-UNTIMED_STEPS = 2  # the first steps make buffers and warm caches
+SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # by transformers' names
+LOGGED = 500  # steps, about, of a long run
 
 
 @dataclasses.dataclass
@@ -48,134 +53,178 @@ class Outcome:
     history: list[dict[str, Any]]
 
 
-def steps_per_epoch(settings: Settings, rows: int) -> int:
-    """How many optimizer steps go once through the training rows."""
-    batches_per_epoch = math.ceil(rows / settings.batch_size)
-    return math.ceil(batches_per_epoch / settings.grad_accumulation)
-
-
-def total_steps(settings: Settings, rows: int) -> int:
-    """How many optimizer steps the options ask for."""
-    return settings.max_steps or max(1, round(settings.epochs * steps_per_epoch(settings, rows)))
-
-
-def rate_factor(settings: Settings, step: int, steps: int) -> float:
-    """What the highest learning rate is multiplied by in a step (counted from 0): warm-up, then the schedule down to 0."""
-    warmup = round(settings.warmup * steps) if settings.warmup < 1 else int(settings.warmup)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if settings.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(1, steps - warmup)
-    return 1 - done if settings.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
-
-
-def train(
-    method: Method, task: Task, settings: Settings, device: torch.device, log: Log, before: dict[str, float] | None = None,
-    checkpoints: TrainingCheckpoints | None = None, resumed: Resumed = ANEW,
-) -> Outcome:  # fmt: skip
-    """Train a method to its end.
+class Training:
+    """A method, and the trainer that will train it.
 
     Args:
         method: a model made ready.
         task: its rows, loss and metric.
         settings: the options.
-        device: where the model is.
-        log: takes the metrics, and shows progress.
-        before: measured already, on an equal model.
+        device: where to train.
         checkpoints: where to write them; None for none.
-        resumed: how far the run has come that is gone on with.
-
-    Raises:
-        TrainingFailed: The loss or the gradient is no finite number.
-        Stopped: A signal asked to stop; the checkpoint of the last step is written.
-    """
-    steps = total_steps(settings, len(task.train))
-    evaluate_every = settings.eval_every or math.ceil(steps / 3)
-    checkpoint_every = settings.checkpoint_every or steps_per_epoch(settings, len(task.train))
-    history, done = log.restart(method.name, resumed.history), resumed.done
-    if not history:
-        before = before or task.evaluate(method.model, settings.batch_size, device)
-        log.write(history, method=method.name, step=0, **_of_evaluation(before))
-    supply = batches(task.train, settings.batch_size, settings.seed, start=done * settings.grad_accumulation)
-    pace = Pace(steps - done)
-    method.model.train()
-    with log.progress(method, steps, done) as bar, stop_signals() as stopped, PeakMemory(device) as memory:
-        for step in range(done + 1, steps + 1):
-            lr = method.lr * rate_factor(settings, step - 1, steps)
-            with pace:
-                rows = list(itertools.islice(supply, settings.grad_accumulation))
-                loss, norm = _step(method, task, settings, device, lr, rows)
-            _prove_finite(loss, norm, step, method, checkpoints)
-            log.write(history, method=method.name, step=step, loss=loss, lr=lr, grad_norm=norm, seconds=round(pace.last, 4))
-            bar.advance(step, loss)
-            if is_worth_a_look(step, step - 1, steps):
-                _warn_of_rate(method, history, log)
-            if step % evaluate_every == 0 or step == steps:
-                with memory.paused():
-                    measured = task.evaluate(method.model, settings.batch_size, device)
-                log.write(history, method=method.name, step=step, **_of_evaluation(measured))
-                bar.measured(measured[task.metric])
-            asked = stopped()
-            if checkpoints and (step % checkpoint_every == 0 or step == steps or asked):
-                checkpoints.save(method, step, history)
-            if asked and step < steps:
-                name = "Ctrl-C" if asked == signal.SIGINT else asked.name
-                raise Stopped(f"Stopped by {name} after step {step} of {steps} ({method.name}).", 128 + asked)
-    evaluations = [_evaluation(line) for line in history if f"eval_{task.metric}" in line]
-    return Outcome(evaluations[0], evaluations[-1], steps, pace.mean(history), memory.peak, history)
-
-
-class Pace:
-    """Times steps, each in a `with` block.
-
-    Args:
-        steps: how many there will be.
 
     Attributes:
-        last: seconds of the last step.
+        steps: optimizer steps that the run takes in all.
+
+    Raises:
+        CliError: An option of the trainer is none, or does not go with the others.
     """
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.last = steps, 0.0
-        self._all: list[float] = []
+    def __init__(
+        self, method: Method, task: Task, settings: Settings, device: torch.device, checkpoints: TrainingCheckpoints | None = None
+    ) -> None:
+        self.method, self.task, self.checkpoints = method, task, checkpoints
+        self.memory = PeakMemory(device)
+        self.trainer = self._trainer(settings, device)
+        self.steps = self._plan(settings)
 
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
+    def run(self, log: Log, before: dict[str, float] | None = None, resumed: Resumed = ANEW) -> Outcome:
+        """Train.
 
-    def __exit__(self, *exception: object) -> None:
-        self.last = time.perf_counter() - self._started
-        self._all.append(self.last)
+        Args:
+            log: takes the metrics, and shows progress.
+            before: measured already, on an equal model.
+            resumed: how far the run has come that is gone on with.
 
-    def mean(self, history: list[dict[str, Any]]) -> float:
-        """Seconds per step, the first ones left out; of a run that is resumed at its end, those of its history."""
-        seconds = self._all if self.steps <= UNTIMED_STEPS else self._all[UNTIMED_STEPS:]
-        seconds = seconds or [line["seconds"] for line in history if "seconds" in line]
-        return sum(seconds) / max(1, len(seconds))
+        Raises:
+            CliError: The checkpoint cannot be read.
+            TrainingFailed: The loss or the gradient is no finite number, or a checkpoint cannot be written.
+            Stopped: A signal asked to stop; the checkpoint of the last step is written.
+        """
+        method, trainer = self.method, self.trainer
+        first = [] if before is None else [{"method": method.name, "step": 0} | {f"eval_{k}": v for k, v in before.items()}]
+        history = log.restart(method.name, first + lines_of(resumed.history, method.name))
+        trainer.args.eval_on_start = not history
+        with stop_signals() as stopped, self.memory, log.progress(method, self.steps, resumed.done) as bar:
+            recorder = Recorder(trainer, method, log, bar, history, self.checkpoints, stopped)
+            trainer.add_callback(recorder)
+            trainer.train(resume_from_checkpoint=resumed.path and str(resumed.path))
+        step = trainer.state.global_step
+        if recorder.asked and step < self.steps:
+            name = "Ctrl-C" if recorder.asked == signal.SIGINT else recorder.asked.name
+            raise Stopped(f"Stopped by {name} after step {step} of {self.steps} ({method.name}).", 128 + recorder.asked)
+        evaluations = [line for line in history if f"eval_{self.task.metric}" in line]
+        after = next((line for line in evaluations if line["step"] == self._kept_step()), evaluations[-1])
+        return Outcome(_measured(evaluations[0]), _measured(after), step, recorder.pace(), self.memory.peak, history)
+
+    def _trainer(self, settings: Settings, device: torch.device) -> Exact:
+        own = self._arguments(settings, device)
+        try:
+            options = own | parsed(dict(settings.trainer), arguments_class(self.method, self.task))
+            args = arguments_class(self.method, self.task)(**options)
+            args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for several processes
+            trainer = trainer_for(self.method, self.task)(self.method, self.task, self.checkpoints, self.memory, args)
+        except (ValueError, TypeError, ImportError) as error:
+            raise CliError(f"The trainer does not take these options: {reason_of(error)}.") from error
+        trainer.remove_callback(PrinterCallback)
+        if settings.patience is not None and self.checkpoints is not None:
+            trainer.add_callback(EarlyStoppingCallback(settings.patience))
+        return trainer
+
+    def _arguments(self, settings: Settings, device: torch.device) -> dict[str, Any]:
+        """What the options say, by the names of transformers and TRL."""
+        folder = self.checkpoints.folder if self.checkpoints else tempfile.gettempdir()
+        best = (settings.best or settings.patience is not None) and self.checkpoints is not None
+        return {
+            "output_dir": str(folder),
+            "per_device_train_batch_size": settings.batch_size,
+            "per_device_eval_batch_size": settings.batch_size,
+            "gradient_accumulation_steps": settings.grad_accumulation,
+            "learning_rate": self.method.lr,
+            "lr_scheduler_type": SCHEDULERS[settings.schedule],
+            "weight_decay": settings.weight_decay,
+            "max_grad_norm": settings.max_grad_norm,
+            "gradient_checkpointing": settings.gradient_checkpointing,
+            "seed": settings.seed,
+            "bf16": False,  # the weights' own dtype is that of the work
+            "use_cpu": device.type == "cpu",
+            "logging_first_step": True,
+            "logging_nan_inf_filter": False,
+            "eval_strategy": "steps",
+            "save_strategy": "steps" if self.checkpoints else "no",
+            "save_total_limit": self.checkpoints.keep if self.checkpoints else None,
+            "load_best_model_at_end": best,
+            "metric_for_best_model": self.task.metric if best else None,
+            "greater_is_better": self.task.higher_is_better if best else None,
+            "report_to": list(settings.report_to) or "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": device.type == "cuda",
+        } | self._of_language_models(settings)
+
+    def _of_language_models(self, settings: Settings) -> dict[str, Any]:
+        if not hasattr(arguments_class(self.method, self.task), "packing"):
+            return {}
+        return {
+            "packing": settings.packing,
+            "eval_packing": False,
+            "max_length": self.task.max_length,
+            "shuffle_dataset": False,
+            "dataset_kwargs": None if settings.packing else {"skip_prepare_dataset": True},
+        }
+
+    def _plan(self, settings: Settings) -> int:
+        """Decide by the trainer's own rows how many steps there are, and after which ones it measures and saves."""
+        args, batches = self.trainer.args, len(self.trainer.get_train_dataloader())
+        steps = total_steps(settings, batches)
+        warmup = round(settings.warmup * steps) if settings.warmup < 1 else int(settings.warmup)
+        given = dict(settings.trainer)
+        planned = {
+            "max_steps": steps,
+            "warmup_steps": warmup,
+            "eval_steps": settings.eval_every or math.ceil(steps / 3),
+            "save_steps": settings.checkpoint_every or math.ceil(batches / settings.grad_accumulation),
+            "logging_steps": max(1, steps // LOGGED),
+        }
+        for name, value in planned.items():
+            if name not in given:
+                setattr(args, name, value)
+        if args.load_best_model_at_end:
+            args.save_steps = args.eval_steps
+        return args.max_steps
+
+    def _kept_step(self) -> int | None:
+        """The step whose values the model has at the end, where that is not the last one."""
+        trainer = self.trainer
+        return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
 
 
-def _of_evaluation(measured: dict[str, float]) -> dict[str, float]:
-    """What a line of the history says of an evaluation."""
-    return {f"eval_{name}": value for name, value in measured.items()}
+def total_steps(settings: Settings, batches: int) -> int:
+    """How many optimizer steps the options ask for, where an epoch has so many batches."""
+    return settings.max_steps or max(1, round(settings.epochs * math.ceil(batches / settings.grad_accumulation)))
 
 
-def _evaluation(line: dict[str, Any]) -> dict[str, float]:
-    """The evaluation that a line of the history tells of."""
-    return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+def train(
+    method: Method, task: Task, settings: Settings, device: torch.device, log: Log, before: dict[str, float] | None = None
+) -> Outcome:
+    """Train a method to its end without checkpoints; see `Training`."""
+    return Training(method, task, settings, device).run(log, before)
 
 
-def _prove_finite(loss: float, norm: float, step: int, method: Method, checkpoints: TrainingCheckpoints | None) -> None:
-    for what, value in (("loss", loss), ("gradient's norm", norm)):
-        if not math.isfinite(value):
-            raise diverged(f"the {what} became {value}", step, method, checkpoints)
+def parsed(given: dict[str, str], kind: type[TrainingArguments]) -> dict[str, Any]:
+    """Options of a trainer, from texts as a shell gives them.
 
+    Args:
+        given: texts by the names of the options.
+        kind: the class that has these options.
 
-def _warn_of_rate(method: Method, history: list[dict[str, Any]], log: Log) -> None:
-    """Say that a rate is too high, where the losses do."""
-    said = stays_above_start([line["loss"] for line in history if "loss" in line])
-    if said is not None:
-        advice = f"try {rate_option(method)}{rate_to_try(method.lr):g}"
-        log.say(f"warning: {method.name}: {said}. The learning rate ({method.lr:g}) may be too high: {advice}.")
+    Raises:
+        ValueError: There is no such option, or the text is no value of it.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}
+    for name, text in given.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--trainer {name}={text}: {kind.__name__} has no option {name!r}{hint}")
+    words = [word for name, text in given.items() for word in (f"--{name}", text)]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            made = HfArgumentParser(kind).parse_args(words)
+    except SystemExit:
+        raise ValueError(f"--trainer: {said.getvalue().strip().rpartition('error: ')[2]}") from None
+    return {name: getattr(made, name) for name in given}
 
 
 @contextmanager
@@ -200,27 +249,6 @@ def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
             signal.signal(number, handler)
 
 
-def _step(
-    method: Method, task: Task, settings: Settings, device: torch.device, lr: float, micro: list[list[dict[str, Any]]]
-) -> tuple[float, float]:
-    """One optimizer step; the loss is the mean over all terms of the micro-batches. Returns the loss and the gradient norm."""
-    collated = [{k: v.to(device) for k, v in task.collate(rows).items()} for rows in micro]
-    terms = max(1, sum(task.terms(batch) for batch in collated))
-    total = 0.0
-    for batch in collated:
-        loss = task.loss(method.model, batch)[0] / terms
-        total += float(loss.detach())
-        if not math.isfinite(total):
-            return total, 0.0
-        loss.backward()
-    optimizer = method.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if getattr(optimizer, "max_grad_norm", None) is not None:
-        optimizer.step()
-        norm = float(optimizer.grad_norm)
-    else:
-        norm = float(torch.nn.utils.clip_grad_norm_(list(method.trained.values()), settings.max_grad_norm))
-        optimizer.step()
-    optimizer.zero_grad()
-    return total, norm
+def _measured(line: dict[str, Any]) -> dict[str, float]:
+    """The evaluation that a line of the history tells of."""
+    return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}

@@ -1,27 +1,30 @@
-"""The checkpoints of a training run: one file each, from which training goes on exactly as if it had never stopped."""
+"""The checkpoints of a training run, as transformers' Trainer writes them: which are whole, and which run they are of."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
 
-from ...files import states
-from ...files.atomic import remove_stale
+from ...files import described
 from ...layers.sites import sites_of
 from ...training.divergence import rate_to_try
 from .. import CliError, TrainingFailed
 from .methods import Method
 from .settings import Settings
 
-NAME = re.compile(r"step-(\d+)\.safetensors")
-KIND = "sprand finetune checkpoint 2"  # 1 was a file of torch.save
-PARTS = {"identity": dict, "step": int, "history": list, "trained": dict, "optimizer": dict, "rng": Tensor, "cuda_rng": list}
+NAME = re.compile(r"checkpoint-(\d+)")
+STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that is written
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,21 @@ class Resumed:
     """How far the run has come that is gone on with.
 
     Attributes:
+        path: the checkpoint; None where a run begins.
         done: how many steps.
-        history: the metrics so far.
+        history: what the trainer has logged so far.
+        planned: how many steps the run was to take.
         threads: how many threads of torch it used; None where nothing says so.
     """
 
+    path: Path | None = None
     done: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    planned: int = 0
     threads: int | None = None
+
+
+ANEW = Resumed()
 
 
 class TrainingCheckpoints:
@@ -52,93 +62,65 @@ class TrainingCheckpoints:
         self.folder, self.identity, self.keep = folder, identity, keep
 
     def newest(self) -> Path | None:
-        """The last checkpoint written, if any."""
+        """The last checkpoint written whole, if any."""
         paths = self.all()
         return paths[-1] if paths else None
 
     def all(self) -> list[Path]:
-        """The checkpoints that are there, the oldest first."""
-        names = ((path, NAME.fullmatch(path.name)) for path in self.folder.glob("step-*"))
-        return sorted((path for path, name in names if name), key=lambda path: int(NAME.fullmatch(path.name)[1]))
+        """The whole checkpoints that are there, the oldest first."""
+        return sorted(filter(_is_whole, self._folders()), key=lambda path: int(NAME.fullmatch(path.name)[1]))
 
-    def save(self, method: Method, step: int, history: list[dict[str, Any]]) -> Path:
-        """Write the state after `step` steps; a crash meanwhile leaves the older ones as they are.
+    def begin(self) -> None:
+        """Remove all checkpoints, and say whose the next ones are."""
+        for path in self._folders():
+            shutil.rmtree(path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        described.write_json(self.folder / RUN_FILE, self.identity | {"threads": torch.get_num_threads()})
+
+    def resume(self, path: Path) -> Resumed:
+        """Go on from a checkpoint, which may lie anywhere.
+
+        Raises:
+            CliError: There is no checkpoint, or it is damaged, or of another run (the first difference is named).
+        """
+        if not path.is_dir():
+            kind = "is a file" if path.exists() else "is not there"
+            raise CliError(
+                f"--resume: expected a folder checkpoints/checkpoint-N of a run of sprand finetune, and {path} {kind}."
+            )
+        if not _is_whole(path) or not (path.parent / RUN_FILE).is_file():
+            others = [other for other in self.all() if other != path]
+            advice = f" There is an older one: --resume {others[-1]}." if others else ""
+            raise CliError(
+                f"--resume: {path} is damaged or no checkpoint of sprand finetune: expected {STATE_FILE} in it, and "
+                f"{RUN_FILE} beside it.{advice}"
+            )
+        there = json.loads((path.parent / RUN_FILE).read_text())
+        for key, here in self.identity.items():
+            if there.get(key) != here:
+                raise CliError(f"--resume: {path} is of another run: its {key} is {there.get(key)}, here it is {here}.")
+        state = json.loads((path / STATE_FILE).read_text())
+        for unfinished in set(self._folders()) - set(self.all()):
+            shutil.rmtree(unfinished)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        described.write_json(self.folder / RUN_FILE, there)
+        return Resumed(path, state["global_step"], state["log_history"], state["max_steps"], there.get("threads"))
+
+    @contextmanager
+    def writing(self, method: Method, step: int, rank: int) -> Iterator[None]:
+        """Write a checkpoint inside of it; where that fails, what was written of it goes, and the older ones stay.
 
         Raises:
             TrainingFailed: A trained value is not finite, or the disk is full.
         """
         if not all(bool(torch.isfinite(p).all()) for p in method.trained.values()):
             raise diverged("a trained value is no finite number", step, method, self)
-        state = {
-            "identity": self.identity,
-            "step": step,
-            "history": history,
-            "trained": {name: p.detach() for name, p in method.trained.items()},
-            "optimizer": method.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "threads": torch.get_num_threads(),
-        }
-        path = self.folder / f"step-{step:08d}.safetensors"
-        self._drop_oldest()  # a process that was killed may have left too many
         try:
-            states.write(path, KIND, state)
-        except OSError as error:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if rank == 0:
+                shutil.rmtree(self.folder / f"checkpoint-{step}", ignore_errors=True)
             raise TrainingFailed(f"The checkpoint of step {step} could not be written: {error}. {self.describe_last()}") from None
-        self._drop_oldest()
-        return path
-
-    def _drop_oldest(self) -> None:
-        for path in self.all()[: -self.keep]:
-            path.unlink()
-
-    def restore(self, path: Path, method: Method) -> Resumed:
-        """Put a checkpoint's state into a method made from the same options.
-
-        Raises:
-            CliError: There is no checkpoint, or it is damaged, or of another run (the first difference is named).
-        """
-        state = self._read(path)
-        for key, here in self.identity.items():
-            there = state["identity"].get(key)
-            if there != here:
-                raise CliError(f"--resume: {path} is of another run: its {key} is {there}, here it is {here}.")
-        for name, p in method.trained.items():
-            value = state["trained"].get(name)
-            if not isinstance(value, Tensor) or (value.shape, value.dtype) != (p.shape, p.dtype):
-                raise CliError(f"--resume: {path} is damaged: expected {list(p.shape)} of {p.dtype} for {name}.")
-        try:
-            method.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            if state["cuda_rng"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise CliError(f"--resume: {path} is damaged: its optimizer or random state does not fit ({error}).") from None
-        with torch.no_grad():
-            for name, p in method.trained.items():
-                p.copy_(state["trained"][name])
-        return Resumed(state["step"], state["history"], state.get("threads"))
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        """The state in a checkpoint, all parts of it there.
-
-        Raises:
-            CliError: There is no such checkpoint, or it is damaged.
-        """
-        try:
-            state = states.read(path, KIND)
-        except FileNotFoundError:
-            raise CliError(f"--resume: no checkpoint {path}.") from None
-        except ValueError as error:
-            older = [other for other in self.all() if other != path]
-            advice = f" There is an older one: --resume {older[-1]}" if older else ""
-            raise CliError(
-                "--resume: expected a checkpoint of sprand finetune, a file checkpoints/step-N.safetensors of a run: "
-                f"{error}.{advice}"
-            ) from None
-        if not all(isinstance(state.get(name), kind) for name, kind in PARTS.items()):
-            raise CliError(f"--resume: {path} is damaged: expected {', '.join(PARTS)} in it.")
-        return state
 
     def describe_last(self) -> str:
         """A sentence on the newest checkpoint."""
@@ -147,21 +129,16 @@ class TrainingCheckpoints:
             return "No checkpoint had been written yet (see --checkpoint-every)."
         return f"The last good checkpoint is kept: {path}."
 
-    def clear(self) -> None:
-        """Remove all checkpoints, and what unfinished ones left."""
-        if self.folder.is_dir():
-            remove_stale(self.folder)
-        for path in self.folder.glob("step-*"):
-            path.unlink()
+    def _folders(self) -> list[Path]:
+        return [path for path in self.folder.glob("checkpoint-*") if NAME.fullmatch(path.name)]
 
 
-def identity(method: Method, settings: Settings, steps: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What decides a run's course: base weights, positions, data and options; compared on `--resume`."""
+def identity(method: Method, settings: Settings, rows: Iterable[Any]) -> dict[str, Any]:
+    """What decides a run's course, but for its length: base weights, positions, data and options; compared on `--resume`."""
     return {
         "model and positions": _fingerprint(method),
-        "data": hashlib.sha256(repr([*rows]).encode()).hexdigest()[:16],
+        "data": _digest(rows),
         "trained weights": method.count,
-        "number of steps": steps,
         "learning rate": method.lr,
         "schedule": settings.schedule,
         "warm-up": settings.warmup,
@@ -186,6 +163,21 @@ def diverged(what: str, step: int, method: Method, checkpoints: TrainingCheckpoi
 def rate_option(method: Method) -> str:
     """What a rate of this method is written behind."""
     return "--lr " if method.name == "sprand" else f"--compare-lr {method.name}="
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    try:
+        return isinstance(json.loads((path / STATE_FILE).read_text()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(dict(row)).encode())
+    return digest.hexdigest()[:16]
 
 
 def _fingerprint(method: Method) -> str:

@@ -17,7 +17,7 @@ def check(trained: nn.Module, fresh: nn.Module, adapter: Path, task: Task, devic
     """Check a trained model against its saved adapter and a fresh copy of its base; the trained one is merged by this.
 
     Args:
-        trained: the model, its entries still attached.
+        trained: the PEFT model, its entries still attached.
         fresh: the base model, loaded anew.
         adapter: what was saved of `trained`.
         task: its evaluation rows are the input.
@@ -37,7 +37,7 @@ def check(trained: nn.Module, fresh: nn.Module, adapter: Path, task: Task, devic
     sprand.unmerge(fresh)
     same = base.keys() == fresh.state_dict().keys() and all(torch.equal(base[name], v) for name, v in fresh.state_dict().items())
     said.append(_held("unmerged, every weight equals the base's", same))
-    sprand.merge(trained)
+    trained = trained.merge_and_unload()
     plain = base.keys() == trained.state_dict().keys()
     said.append(
         _held("merged into a plain model, the outputs are equal", plain and torch.equal(_outputs(trained, batch), expected))
