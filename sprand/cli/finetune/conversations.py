@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 from collections.abc import Iterator, Sequence
@@ -157,4 +158,9 @@ def _plain(messages: Sequence[Message]) -> list[Message]:
 
 def _within(places: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Whether each token, by its place in the text, overlaps one of the spans."""
-    return [any(begin < stop and start < end for start, stop in spans) for begin, end in places]
+    begins, ends = ([place[side] for place in places] for side in (0, 1))
+    inside = [False] * len(places)
+    for start, stop in spans:
+        first, last = bisect.bisect_right(ends, start), bisect.bisect_left(begins, stop)
+        inside[first:last] = [True] * (last - first)
+    return inside
