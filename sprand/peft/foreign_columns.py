@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
@@ -122,6 +121,5 @@ def _columns(site: Site, chosen: Tensor, deltas: Tensor) -> Change:
     units = columns_of(site)
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < units.count:
         raise ValueError(f"{site.name}: expected columns below {units.count:,}; the adapter is for another model")
-    outer, inner = torch.arange(units.outer)[:, None], torch.arange(units.inner)[:, None]
-    flat = (outer * units.count + chosen) if units.inner == 1 else (chosen * units.inner + inner)
-    return Change.summed(site, flat.flatten(), deltas.flatten())
+    values = deltas if units.inner == 1 else deltas.t()
+    return Change.summed(site, units.entries(chosen), values.flatten())
