@@ -302,6 +302,21 @@ def test_quantized_bases_choose_as_they_do_by_one_batch(kind):
     assert_same_bits(positions(model), positions(other))
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_an_adapter_trains_while_another_one_waits(door):
+    model = DOORS[door](built(MLP))
+    if door == "apply":
+        sprand.apply(model, name="other", **FIELDS | {"seed": 1})
+        sprand.switch(model, "default")
+    else:
+        model.add_adapter("other", SprandConfig(**FIELDS, seed=1))
+    optimizer = adamw(model.train())
+    for batch in parts():
+        step(model, optimizer, batch)
+    assert_largest(model, examples_of(parts()[:STEPS]))
+    assert all(p.any() for p in trainable(model))
+
+
 def scaled(model, optimizer):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(loss_of(model, parts()[0])).backward()

@@ -82,8 +82,11 @@ def _look(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     at_once, by_gradients = _divided(found(module))
     if at_once:
         _choose(module, at_once, lambda: module(*args, **kwargs))
+    scoring = getattr(module, "_sprand_scoring", None)  # None where compiled code calls a hook that is gone
     if by_gradients:
-        module._sprand_scoring.before_forward(module, by_gradients, (args, dict(kwargs)))
+        scoring.before_forward(module, by_gradients, (args, dict(kwargs)))
+    elif scoring is not None:
+        scoring.end()
     _look_no_further(module)
 
 
