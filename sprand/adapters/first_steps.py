@@ -53,6 +53,7 @@ class Scoring:
         sharding.refuse_fsdp1(model, "the choice of columns")
         _refuse_moved(waiting)
         if _names(waiting) != _names(self.waiting):
+            self._drop_scores()
             self.sums, self.count, self.examples = InputSums([one.site for one in waiting], waiting[0].score), 0, 0
         self.model, self.waiting = model, waiting
         for one in waiting:
