@@ -71,7 +71,7 @@ def test_the_confusion_matrix_counts_what_predict_says(bert, rows, tmp_path, cap
     with rows.open() as file:
         trained = [row["label"] for row in csv.DictReader(file, delimiter="\t")]
     assert after["majority_accuracy"] == pytest.approx(truth.count(max("ab", key=trained.count)) / 31)
-    assert "majority_accuracy" in printed and "the class given after" in printed
+    assert "majority_accuracy" in printed and "the class they are given" in printed
 
 
 def test_several_classes_and_numbers():

@@ -21,6 +21,7 @@ from . import (
     completion,
     diff,
     doctor,
+    evaluate,
     export,
     finetune,
     inspect,
@@ -31,7 +32,20 @@ from . import (
 )
 from .parser import Parser
 
-COMMANDS = (doctor, finetune, select, predict, chat, merge, combine, diff, inspect, plan, export)  # in the order of the help
+COMMANDS = (
+    doctor,
+    finetune,
+    select,
+    evaluate,
+    predict,
+    chat,
+    merge,
+    combine,
+    diff,
+    inspect,
+    plan,
+    export,
+)  # in the order of the help
 EXIT_CODES = """exit codes:
   0    done
   1    the work failed: training diverged, a disk is full, a proof or self test does not hold

@@ -17,8 +17,8 @@ import sprand
 from ..adapters.file import FOLDER_OF_RUN
 from . import CliError
 from .files import failing_in_words
-from .finetune import data, generation, measures, models, tasks
-from .finetune.settings import Settings
+from .finetune import asking, data, generation, measures, models, tasks
+from .finetune.settings import DEFAULT_LENGTH, Settings
 
 TASK_FILE = "task.json"
 
@@ -31,6 +31,7 @@ class Tuned:
         model: in eval mode; `sprand.merge(model)` makes it a plain one.
         tokenizer: its tokenizer.
         task: "classification" or "causal-lm".
+        kind: what a training row was, as `tasks.Task` has it.
         labels: names of the classes in the order of their numbers; empty for a language model.
         max_length: tokens of a text; what is longer is cut off, as in training.
         settings: the options of the run; of a model folder the defaults.
@@ -40,6 +41,7 @@ class Tuned:
     model: nn.Module
     tokenizer: Any
     task: str
+    kind: str
     labels: tuple[str, ...]
     max_length: int
     settings: Settings
@@ -54,19 +56,24 @@ class Tuned:
         """The model without the adapter, inside of a `with` block."""
         return sprand.disabled(self.model) if self.has_base else nullcontext()
 
-    def probabilities(self, texts: Sequence[data.Example], batch_size: int = 32) -> Tensor:
-        """Of each text, or pair of texts, the probability of each class, float32 `[texts, classes]`, on the CPU."""
-        rows = [dataclasses.replace(text, label=self.labels[0]) for text in texts]
+    def probabilities(self, texts: Sequence[str | data.Example], batch_size: int = 32) -> Tensor:
+        """Of each text, or `Example` of a pair, the probability of each class, float32 `[texts, classes]`, on the CPU."""
+        examples = (data.Example(text) if isinstance(text, str) else text for text in texts)
+        rows = [dataclasses.replace(example, label=self.labels[0]) for example in examples]
         encoded = tasks.Classification(data.Dataset(self.task, [], rows, self.labels), self.tokenizer, self.max_length).eval
         with measures.evaluating(self.model):
             logits = measures.predicted(self.model, self.tokenizer, encoded, batch_size, self.device)
         return logits.sigmoid() if self.model.config.problem_type == measures.MANY_CLASSES else logits.softmax(-1)
 
-    def continuation(self, text: str, tokens: int = 64) -> str:
-        """How a text goes on, by the likeliest token each time, until the model ends it or after so many tokens."""
-        prompt = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
+    def completions(self, questions: Sequence[data.Example], most: int, batch_size: int = 32) -> list[str]:
+        """What the model says to questions of `asking.examples`, by the likeliest token each time, of `most` tokens at most."""
+        prompts = asking.prompts(questions, self.tokenizer, self.settings.chat)
         with measures.evaluating(self.model):
-            return generation.generate(self.model, self.tokenizer, [prompt], tokens, 1)[0]
+            return generation.generate(self.model, self.tokenizer, prompts, most, batch_size)
+
+    def continuation(self, text: str, tokens: int = 64) -> str:
+        """What the model says to a text, put as the rows that it was trained on."""
+        return self.completions([asking.as_row(text, self.kind)], tokens)[0]
 
 
 def load_run(folder: Path | str, device: str = "auto") -> Tuned:
@@ -97,7 +104,8 @@ def _of_run(folder: Path) -> Tuned:
     sprand.load(model, folder / FOLDER_OF_RUN)
     said = {name: made[name] for name in ("model", "dtype", "pooling", "seed", "max_length")}
     settings = Settings.from_json(said | made.get("settings", {}) | {"out": str(folder)})
-    return Tuned(model, tokenizer, made["task"], labels, made["max_length"], settings, has_base=True)
+    kind = made.get("kind", "texts" if labels else "prompts")
+    return Tuned(model, tokenizer, made["task"], kind, labels, made["max_length"], settings, has_base=True)
 
 
 def _of_model(name: str) -> Tuned:
@@ -110,5 +118,5 @@ def _of_model(name: str) -> Tuned:
     settings = Settings(model=name, train=None, out=Path(name))
     task, labels = models.use_of(name)
     model, tokenizer = models.load(name, task, len(labels), settings.dtype, settings.pooling, settings.seed)
-    length = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or measures.BLOCK)
-    return Tuned(model, tokenizer, task, labels, length, settings, has_base=False)
+    length = min(tokenizer.model_max_length, DEFAULT_LENGTH)
+    return Tuned(model, tokenizer, task, "texts" if labels else "prompts", labels, length, settings, has_base=False)

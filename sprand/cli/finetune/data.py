@@ -14,7 +14,7 @@ from .rows import Example, limited, stored_examples, take
 from .settings import Settings
 from .shapes import Shape, recognised
 from .sources import Names, names_of, sources
-from .tables import TABLES, check_columns, is_table, read_table, read_text
+from .tables import TABLES, check_columns, is_table, listed, read_table, read_text
 
 __all__ = ["TABLES", "Dataset", "Example", "check_columns", "is_table", "limited", "load", "read_table", "read_text"]
 
@@ -58,6 +58,27 @@ def load(settings: Settings) -> Dataset:
     train, held_out = limited(train, settings.limit_train, shuffled), limited(held_out, settings.limit_eval, shuffled)
     labels = tuple(classes(train, held_out, settings)) if found.task == "classification" else ()
     return Dataset(found.task, train, held_out, labels, found.unused)
+
+
+def labelled(given: Names, settings: Settings, task: str, labels: tuple[str, ...]) -> Dataset:
+    """The rows to measure a trained model on, as the held-out ones of a data set without training rows.
+
+    Args:
+        given: a file, or what else `--eval` may name.
+        settings: name the columns.
+        task: of the model.
+        labels: its classes.
+
+    Raises:
+        CliError: The rows cannot be used, are for another task, or have a label that the model does not know.
+    """
+    found = _Found.read(given, "eval", dataclasses.replace(settings, task=task))
+    if found.task != task:
+        raise CliError(f"{names_of(given)}: this is data for {found.task}, the model is for {task}.")
+    unknown = sorted({str(example.label) for example in found.rows} - {*labels}) if labels else []
+    if unknown:
+        raise CliError(f"{names_of(given)}: label {unknown[0]!r} is not among those of the model ({listed(labels)}).")
+    return Dataset(task, found.rows, found.rows, labels, found.unused)
 
 
 @dataclasses.dataclass

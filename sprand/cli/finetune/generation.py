@@ -41,6 +41,14 @@ def prompt_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
     return (tokens[:start], labels[start:end]) if start else None
 
 
+def last_prompt_of(row: Mapping[str, Any]) -> list[int]:
+    """The tokens before the last labels of a row."""
+    labels = list(row["labels"])
+    end = max((place for place, label in enumerate(labels) if label != IGNORED), default=0)
+    start = max((place for place in range(end) if labels[place] == IGNORED), default=-1) + 1
+    return list(row["input_ids"])[:start]
+
+
 def scorer(score: str | None, pattern: str | None) -> Score | None:
     """The function that an option `--score` names; None where there is no such option.
 

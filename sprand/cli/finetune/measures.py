@@ -22,6 +22,7 @@ LANGUAGE, ONE_CLASS, MANY_CLASSES, NUMBER = (
     "causal-lm", "single_label_classification", "multi_label_classification", "regression",
 )  # fmt: skip
 SHOWN_SAMPLES, SHOWN_CLASSES, BLOCK = 3, 10, 1024
+CONFUSION = "rows by their class (lines), and the class they are given (columns)"
 Row = Mapping[str, Any]
 
 
@@ -170,6 +171,23 @@ def number_numbers(values: Tensor, labels: Tensor, baseline: Tensor) -> dict[str
             "mean_rmse": float((labels - baseline.mean()).square().mean().sqrt()),
         }
     )
+
+
+def confusion_rows(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:
+    """A confusion matrix as the rows of a table."""
+    rows = [(name, *map(str, line)) for name, line in zip(classes, confusion, strict=True)]
+    return [("class", *classes), *rows]
+
+
+def sample_lines(parts: dict[str, str]) -> list[str]:
+    """What belongs to a sample, each part on one line behind its name."""
+    return [f"  {name:9}  {shortened(text) or '(nothing)'}" for name, text in parts.items()]
+
+
+def shortened(text: str, most: int = 240) -> str:
+    """A text on one line, of a long one the begin and the end."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def _of_classifier(model: nn.Module, task: Any, settings: Settings, device: torch.device) -> Measures:

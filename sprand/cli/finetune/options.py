@@ -17,6 +17,15 @@ def add_rows(group: argparse._ArgumentGroup, auto_task: str) -> None:
     """Add what the rows of a file are, and how a model takes them; `auto_task` says what the task is by default."""
     add = group.add_argument
     add("--task", choices=TASKS, help=f"auto: {auto_task}")
+    add_columns(group)
+    add("--max-length", type=int, metavar="N", help=f"tokens of a row (default: the model's positions, {DEFAULT_LENGTH} at most)")
+    add("--long-rows", choices=LONG_ROWS, help=f"cut their end, or drop them (default {Settings.long_rows})")
+    add("--pooling", choices=POOLINGS, help="of a text classifier; auto: mean for sentence embedding models")
+
+
+def add_columns(group: argparse._ArgumentGroup) -> None:
+    """Add what the columns of a file are, and how prompts are put."""
+    add = group.add_argument
     add("--text-column", metavar="NAME", help="default: text")
     add("--text2-column", metavar="NAME", help="of a pair; default: text2 if there is one")
     add("--label-column", metavar="NAME", help="default: label")
@@ -24,9 +33,6 @@ def add_rows(group: argparse._ArgumentGroup, auto_task: str) -> None:
     add("--completion-column", metavar="NAME", help="default: completion")
     add("--messages-column", metavar="NAME", help="of a conversation; default: messages or conversations")
     add("--chat", action="store_true", default=None, help="put prompts and completions through the model's chat template")
-    add("--max-length", type=int, metavar="N", help=f"tokens of a row (default: the model's positions, {DEFAULT_LENGTH} at most)")
-    add("--long-rows", choices=LONG_ROWS, help=f"cut their end, or drop them (default {Settings.long_rows})")
-    add("--pooling", choices=POOLINGS, help="of a text classifier; auto: mean for sentence embedding models")
 
 
 def add_start(group: argparse._ArgumentGroup, seeded: str) -> None:

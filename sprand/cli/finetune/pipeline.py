@@ -194,6 +194,7 @@ class Run:
         return {
             "model": settings.model,
             "task": self.dataset.task,
+            "kind": self.task.kind,
             "labels": list(self.dataset.labels),
             "dtype": settings.dtype,
             "pooling": settings.pooling,

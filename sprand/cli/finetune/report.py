@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import require
 from ..table import size_text
-from .measures import SHOWN_CLASSES, SHOWN_SAMPLES, Measures
+from .measures import CONFUSION, SHOWN_CLASSES, SHOWN_SAMPLES, Measures, confusion_rows, sample_lines
 from .methods import Method
 from .peak_memory import HOW
 from .progress import Log
@@ -80,26 +80,13 @@ def print_measures(log: Log, result: Result) -> None:
     log.table([("", "before", "after"), *rows], f"{result.method}, on held-out rows")
     shown_before, shown = result.shown["before"], result.shown["after"]
     if 0 < len(shown.get("classes", ())) <= SHOWN_CLASSES:
-        log.table(confusion_rows(shown["classes"], shown["confusion"]), "rows by their class (lines), and the class given after")
+        log.table(confusion_rows(shown["classes"], shown["confusion"]), CONFUSION)
     samples = list(zip(shown_before.get("samples", ()), shown.get("samples", ()), strict=True))[:SHOWN_SAMPLES]
     for number, (before, after) in enumerate(samples, 1):
         log.say(f"held-out sample {number}")
         parts = {"prompt": after["prompt"], "reference": after["reference"]}
         parts |= {"before": before["generated"], "after": after["generated"]}
-        for name, text in parts.items():
-            log.say(f"  {name:9}  {shortened(text) or '(nothing)'}")
-
-
-def confusion_rows(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:
-    """A confusion matrix as the rows of a table."""
-    rows = [(name, *map(str, line)) for name, line in zip(classes, confusion, strict=True)]
-    return [("class", *classes), *rows]
-
-
-def shortened(text: str, most: int = 240) -> str:
-    """A text on one line, of a long one the begin and the end."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+        log.say("\n".join(sample_lines(parts)))
 
 
 def plot(path: Path, histories: Sequence[list[dict[str, Any]]], task: Task) -> None:

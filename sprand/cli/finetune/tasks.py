@@ -43,6 +43,7 @@ class Task(abc.ABC):
     Attributes:
         train, eval: tokenised rows, dicts with `input_ids` and `labels`.
         max_length: the most tokens of a row.
+        kind: what a training row is: "texts" or "pairs" of them, or as `Encoder.kind` says.
         said: what there is to say of the data before training, a line each.
         metric: name of what `evaluate` measures beside the loss.
         higher_is_better: its direction.
@@ -50,6 +51,7 @@ class Task(abc.ABC):
 
     metric = ""
     higher_is_better = True
+    kind = "texts"
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -143,6 +145,7 @@ class Classification(Task):
         self._number = {name: i for i, name in enumerate(data.labels)}
         self._long = 0
         self.train, self.eval = (_encoded(part, self._rows) for part in (data.train, data.eval))
+        self.kind = "pairs" if data.train and data.train[0].text2 is not None else "texts"
         counts = collections.Counter(str(example.label) for example in data.train)
         self.said = [counts_in_words({name: counts[name] for name in data.labels})]
         if self._long:
@@ -187,6 +190,7 @@ class CausalLM(Task):
                 raise CliError("The data hold no two tokens in a row to learn from; is this the right file and column?")
             if not rows:
                 raise CliError(f"No row holds an answer to learn within {max_length:,} tokens (--max-length).")
+        self.kind = encoders[0].kind(data.train[0])
         self.said = [about(encoders[0].counts, bool(tokenizer.chat_template))]
         for part, encode in zip(("training", "held-out"), encoders, strict=True):
             self.said += about_lengths(encode.counts, max_length, part)
