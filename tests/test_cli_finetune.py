@@ -53,7 +53,7 @@ def test_learns_compares_and_leaves_everything(bert, rows, tmp_path, capsys):
     on_disk = sum(path.stat().st_size for path in (out / "adapter").iterdir())
     assert table["sprand"]["adapter_bytes"] == on_disk
     assert (out / "training_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert len(results(out)["checked"]) == 3
+    assert len(results(out)["checked"]) == 4
     assert {line["method"] for line in metrics(out)} == set(table)
     printed = capsys.readouterr().out
     assert "lora (rank" in printed and "checked: unmerged, every weight equals the base's" in printed

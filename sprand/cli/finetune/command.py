@@ -142,7 +142,12 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help=f"their learning rates (default {rates}, for {MEASURED_WIDTH} wide)",
     )
     add_json(group, "print the content of results.json, and all else on standard error")
-    add("--verify", action="store_true", default=None, help="reload, unmerge and merge at the end, and check that all is exact")
+    add(
+        "--verify",
+        action="store_true",
+        default=None,
+        help="reload, unmerge and merge at the end, also by sprand merge, and check that all is exact",
+    )
 
 
 def _rate(text: str) -> float | None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from ...checkpoint.shards import open_checkpoint
+from ...checkpoint.shards import Checkpoint, open_checkpoint
+from ...kernels.dtypes import dtype_name
 from ...selection.targets import new_layers, view_of
 from .. import CliError, require
 from ..files import reason_of
@@ -59,7 +60,8 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
         name: a directory in the Hugging Face layout, or the name of a model on the Hub.
         task: "classification" or "causal-lm".
         num_labels: number of classes.
-        dtype: "float32" or "bfloat16", of the pre-trained weights; a mean-pooled head is float32 always.
+        dtype: of the pre-trained weights, such as "bfloat16"; or "auto": as they are stored, but float16, whose gradients vanish
+            unless the loss is scaled, as float32. A new head is float32 always.
         pooling: "mean", "model" (what the architecture does itself), or "auto": mean where the model says it was trained so.
         seed: of the new head.
 
@@ -73,7 +75,7 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
     if is_path and not Path(name).is_dir():
         raise CliError(f"--model: no directory {name}; expected one in the Hugging Face layout, or a name on the Hub.")
     torch.manual_seed(seed)
-    options = {"dtype": getattr(torch, dtype)}
+    options = {"dtype": getattr(torch, (stored_dtype(name) if dtype == "auto" else dtype) or "", "auto")}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if task == "causal-lm":
@@ -81,7 +83,6 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
             model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
         elif pooling == "mean" or (pooling == "auto" and _is_mean_pooled(name)):
             model = MeanPoolClassifier(_encoder(transformers, name, options), num_labels)
-            _load_head(model, name)
         else:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
                 name, num_labels=num_labels, ignore_mismatched_sizes=True, **options
@@ -93,7 +94,54 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = positions_of(model)
+    if dtype == "auto" and dtype_of(model) == "float16":
+        model.float()
+    if task == "classification":
+        _widen_heads(model, _stored(name))
     return model, tokenizer
+
+
+def dtype_of(model: nn.Module) -> str:
+    """The dtype of a model's pre-trained weights, of which its first parameter is one."""
+    return dtype_name(next(model.parameters()).dtype)
+
+
+def stored_dtype(name: str | Path) -> str | None:
+    """The dtype of most weights in the safetensors files of a folder; None where there are none, or they are packed."""
+    stored = _stored(name)
+    sizes: Counter[torch.dtype | None] = Counter()
+    for tensor in stored.tensors.values() if stored else ():
+        sizes[tensor.dtype] += tensor.end - tensor.begin
+    dtype = max(sizes, key=sizes.get, default=None)
+    return dtype_name(dtype) if dtype is not None and dtype.is_floating_point else None
+
+
+def _stored(name: str | Path) -> Checkpoint | None:
+    """The safetensors files of a folder, or of a model of the Hub that is here; None where there are none."""
+    try:
+        config = require("transformers.utils").cached_file(str(name), "config.json")
+        return open_checkpoint(Path(config).parent) if config else None
+    except (OSError, ValueError):
+        return None
+
+
+def _widen_heads(model: nn.Module, stored: Checkpoint | None) -> None:
+    """Let heads that are not stored in 16 bits be float32, as training in full needs, with the values that are stored of them."""
+    tensors = stored.tensors if stored else {}
+    for head in head_names(model):
+        module = model.get_submodule(head)
+        parameters = {f"{head}.{name}": p for name, p in module.named_parameters()}
+        if any(name in tensors and tensors[name].dtype != torch.float32 for name in parameters):
+            continue
+        module.float().register_forward_pre_hook(_as_weights)
+        for name, p in parameters.items():
+            if name in tensors and tensors[name].shape == tuple(p.shape):
+                p.data.copy_(stored.read(name).view_as(p))
+
+
+def _as_weights(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs of a head in the dtype of its weights."""
+    return tuple(value.to(next(module.parameters()).dtype) for value in inputs)
 
 
 def positions_of(model: nn.Module) -> int:
@@ -197,18 +245,6 @@ def _config(name: str) -> Any:
 
 def _generates(config: Any) -> bool:
     return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or ())
-
-
-def _load_head(model: MeanPoolClassifier, name: str) -> None:
-    """Load the head of a checkpoint that such a model was merged into, where it has as many classes."""
-    if not _is_merged(model.config):
-        return
-    folder = Path(require("transformers.utils").cached_file(name, "config.json")).parent
-    tensors = open_checkpoint(folder).tensors
-    for key, parameter in model.pooled_classifier.named_parameters(prefix="pooled_classifier"):
-        if key in tensors and tensors[key].shape == tuple(parameter.shape):
-            with safe_open(folder / tensors[key].file, "pt") as file, torch.no_grad():
-                parameter.copy_(file.get_tensor(key))
 
 
 def _is_merged(config: Any) -> bool:

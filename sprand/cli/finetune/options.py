@@ -39,7 +39,7 @@ def add_start(group: argparse._ArgumentGroup, seeded: str) -> None:
     """Add what a model starts as: the seed, whose uses `seeded` names, the dtype and the device."""
     add = group.add_argument
     add("--seed", type=int, metavar="N", help=f"of {seeded} (default {Settings.seed})")
-    add("--dtype", choices=DTYPES, help=f"of the pre-trained weights (default {Settings.dtype})")
+    add("--dtype", choices=DTYPES, help="of the pre-trained weights; auto (the default): as they are stored, float16 as float32")
     add("--device", metavar="NAME", help="default: a GPU if there is one")
 
 

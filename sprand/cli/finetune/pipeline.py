@@ -71,6 +71,7 @@ class Run:
         prepare_folder(self.out)
         self.settings = settings = dataclasses.replace(settings, model=gguf.as_folder(settings.model, self.out / "model"))
         model, tokenizer = self.load_model()
+        self.settings = settings = dataclasses.replace(settings, dtype=models.dtype_of(model))
         self.task = tasks.make(self.dataset, tokenizer, settings)
         self.log = Log(self.out / "metrics.jsonl", self.task.metric, to_stderr)
         self.method: methods.Method | None = methods.sparse(model, settings, self._mask(model))
@@ -83,11 +84,11 @@ class Run:
         self.histories: list[list[dict[str, Any]]] = []
         self.checks: list[str] = []
 
-    def load_model(self) -> tuple[nn.Module, Any]:
-        """The model that every method starts from, and its tokenizer."""
+    def load_model(self, name: str | None = None) -> tuple[nn.Module, Any]:
+        """The model that every method starts from, or another of its kind, and its tokenizer."""
         settings, dataset = self.settings, self.dataset
         model, tokenizer = models.load(
-            settings.model, dataset.task, len(dataset.labels), settings.dtype, settings.pooling, settings.seed
+            name or settings.model, dataset.task, len(dataset.labels), settings.dtype, settings.pooling, settings.seed
         )
         models.say_labels(model, dataset.labels)
         return model.to(self.device), tokenizer
@@ -102,7 +103,7 @@ class Run:
         method.model.save_pretrained(adapter)
         self._keep(method, outcome)
         if settings.verify:
-            self.checks = verify.check(method.model, self.load_model()[0], adapter, self.task, self.device)
+            self.checks = verify.check(method.model, adapter, settings.model, self.load_model, self.task, self.device)
         described.write_json(self.out / "task.json", self._description())
         self.method = self.training = None
 

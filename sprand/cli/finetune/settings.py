@@ -19,7 +19,7 @@ COMPARABLE = ("lora", "full", "head")
 SCHEDULES = ("linear", "cosine", "constant")
 LONG_ROWS = ("cut", "drop")
 DEFAULT_LENGTH = 1024  # as TRL has it
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16")
 CLASS_WEIGHTS = ("balanced",)
 OF_TRAINING = ("mask", "resume", "compare", "compare_lr", "budget", "sparta")
 
@@ -86,7 +86,7 @@ class Settings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
-    dtype: str = "float32"
+    dtype: str = "auto"
     device: str = "auto"
     eval_every: int | None = None
     checkpoint_every: int | None = None

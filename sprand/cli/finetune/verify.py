@@ -1,27 +1,36 @@
-"""The three promises, checked on the model just trained: reloading, unmerging and merging are exact."""
+"""The promises, checked on the model just trained: reloading, unmerging and merging are exact, in memory and on disk."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sprand
 
-from .. import TrainingFailed
+from ...checkpoint.merge import merge
+from .. import CliError, TrainingFailed
+from ..files import folder_of, reason_of
+from . import models
 from .tasks import Task, logits_of
 
+Load = Callable[[str], tuple[nn.Module, Any]]
 
-def check(trained: nn.Module, fresh: nn.Module, adapter: Path, task: Task, device: torch.device) -> list[str]:
-    """Check a trained model against its saved adapter and a fresh copy of its base; the trained one is merged by this.
+
+def check(trained: nn.Module, adapter: Path, base: str, load: Load, task: Task, device: torch.device) -> list[str]:
+    """Check a trained model against its saved adapter and fresh copies of its base; the trained one is merged by this.
 
     Args:
         trained: the PEFT model, its entries still attached.
-        fresh: the base model, loaded anew.
         adapter: what was saved of `trained`.
+        base: the checkpoint it was trained from: a folder, or a name on the Hub.
+        load: loads such a checkpoint as that of `trained` was loaded, onto `device`.
         task: its evaluation rows are the input.
-        device: where both models are.
+        device: where the models are.
 
     Returns:
         What held, a sentence each.
@@ -30,19 +39,37 @@ def check(trained: nn.Module, fresh: nn.Module, adapter: Path, task: Task, devic
         TrainingFailed: One of the promises does not hold, which is a bug in sprand.
     """
     batch = {k: v.to(device) for k, v in task.collate(task.eval[:32]).items() if k != "labels"}
-    base = {name: value.clone() for name, value in fresh.state_dict().items()}
+    fresh = load(base)[0]
+    weights = {name: value.clone() for name, value in fresh.state_dict().items()}
     expected = _outputs(trained, batch)
     sprand.load(fresh, adapter)
     said = [_held("loaded into a fresh model, the adapter gives equal outputs", torch.equal(_outputs(fresh, batch), expected))]
     sprand.unmerge(fresh)
-    same = base.keys() == fresh.state_dict().keys() and all(torch.equal(base[name], v) for name, v in fresh.state_dict().items())
+    now = fresh.state_dict()
+    same = weights.keys() == now.keys() and all(torch.equal(weights[name], value) for name, value in now.items())
     said.append(_held("unmerged, every weight equals the base's", same))
     trained = trained.merge_and_unload()
-    plain = base.keys() == trained.state_dict().keys()
+    plain = weights.keys() == trained.state_dict().keys()
     said.append(
         _held("merged into a plain model, the outputs are equal", plain and torch.equal(_outputs(trained, batch), expected))
     )
-    return said
+    return [*said, _merged_on_disk(adapter, base, load, batch, expected)]
+
+
+def _merged_on_disk(adapter: Path, base: str, load: Load, batch: dict[str, Tensor], expected: Tensor) -> str:
+    """What holds of the checkpoint that `sprand merge` writes; it is removed again."""
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=adapter.parent) as place:
+        folder = Path(place) / "model"
+        try:
+            merge(folder_of(base), [(adapter, 1.0)], folder, revertible=False)
+        except (CliError, OSError, ValueError) as error:
+            return f"sprand merge was not compared: {reason_of(error)}"
+        model = load(str(folder))[0]
+        outputs, used, stored = _outputs(model, batch), models.dtype_of(model), models.stored_dtype(folder)
+    if used == stored:
+        return _held("loaded from the checkpoint that sprand merge writes, the outputs are equal", torch.equal(outputs, expected))
+    apart = (outputs - expected).abs().max().item()
+    return f"trained in {used} and merged by sprand merge into {stored}, entries are rounded: the outputs differ by {apart:.2g}"
 
 
 @torch.no_grad()
