@@ -183,3 +183,18 @@ def test_held_out_rows_have_their_share_of_each_class(tmp_path):
     loaded = data.load(Settings(model="m", train=tmp_path / "a.tsv", out=tmp_path))
     counts = {label: sum(row.label == label for row in loaded.eval) for label in ("a", "b", "c", "once")}
     assert counts == {"a": 6, "b": 3, "c": 1, "once": 0}
+
+
+def test_rows_of_several_labels_and_of_numbers(tmp_path):
+    several = [{"text": "a", "labels": ["x", "y"]}, {"text": "b", "labels": []}, {"text": "c", "labels": ["y"]}]
+    (tmp_path / "several.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several))
+    (tmp_path / "several.csv").write_text('text,labels\na,"[""x"", ""y""]"\nb,[]\nc,"[""y""]"\n')
+    datasets.Dataset.from_list(several).to_parquet(str(tmp_path / "several.parquet"))
+    for name, task in (("several.jsonl", "auto"), ("several.csv", "multi-label"), ("several.parquet", "auto")):
+        loaded = load(tmp_path / name, task=task)
+        assert (loaded.task, loaded.labels) == ("multi-label", ("x", "y"))
+        assert [row.labels for row in loaded.train] == [["x", "y"], [], ["y"]]
+    (tmp_path / "numbers.csv").write_text("text,label\na,1.5\nb,-2\nc,nan\n")
+    assert "row 3: the column 'label' holds 'nan'; expected a number" in refused(tmp_path / "numbers.csv", task="regression")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a", "labels": "x"}\n')
+    assert "row 1: the column 'labels' holds no list of labels" in refused(tmp_path / "bad.jsonl", task="multi-label")

@@ -67,9 +67,9 @@ def run(options: argparse.Namespace) -> int:
     questions = asking.read(options.file)
     tuned = load_run(options.run, options.device)
     tuned.settings = dataclasses.replace(tuned.settings, **shared.given(options))
-    if options.written and options.written.suffix == ".tsv" and not tuned.labels:
+    if options.written and options.written.suffix == ".tsv" and tuned.task == "causal-lm":
         raise CliError(f"--out {options.written}: completions have line breaks, which TSV cannot hold; write .csv or .jsonl.")
-    if tuned.labels:
+    if tuned.task != "causal-lm":
         rows, lines = _classified(tuned, questions, options)
     else:
         rows, lines = _completed(tuned, questions, options)
@@ -118,14 +118,22 @@ def _cells(said: Row, style: Row | None) -> list[tuple[str, Any]]:
 
 
 def _classified(tuned: Tuned, questions: asking.Questions, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
-    """For each row its likeliest class and the probability of each, and a line that says so."""
+    """For each row its class, or classes, and the probability of each, or its number, and a line that says so."""
     texts = asking.texts(questions, tuned.settings, tuned.kind)
     rows, lines = [], []
     for text, shares in zip(texts, tuned.probabilities(texts, options.batch_size).tolist(), strict=True):
+        if tuned.task == "regression":
+            rows.append({"text": text.text, "label": shares[0]})
+            lines.append(f"{shares[0]:.4f}\t{text.text}")
+            continue
         probabilities = dict(zip(tuned.labels, shares, strict=True))
         label = max(probabilities, key=probabilities.get)
+        said = f"{label}\t{probabilities[label]:.4f}"
+        if tuned.task == "multi-label":
+            label = [name for name, share in probabilities.items() if share > 0.5]
+            said = ", ".join(label)
         rows.append({"text": text.text, "label": label, "probabilities": probabilities})
-        lines.append(f"{label}\t{probabilities[label]:.4f}\t{text.text}")
+        lines.append(f"{said}\t{text.text}")
     return rows, lines
 
 

@@ -30,7 +30,7 @@ class Tuned:
     Attributes:
         model: in eval mode; `sprand.merge(model)` makes it a plain one.
         tokenizer: its tokenizer.
-        task: "classification" or "causal-lm".
+        task: "classification", "multi-label", "regression" or "causal-lm".
         kind: what a training row was, as `tasks.Task` has it.
         labels: names of the classes in the order of their numbers; empty for a language model.
         max_length: tokens of a text; what is longer is cut off, as in training.
@@ -57,12 +57,19 @@ class Tuned:
         return sprand.disabled(self.model) if self.has_base else nullcontext()
 
     def probabilities(self, texts: Sequence[str | data.Example], batch_size: int = 32) -> Tensor:
-        """Of each text, or `Example` of a pair, the probability of each class, float32 `[texts, classes]`, on the CPU."""
+        """Of each text, or `Example` of a pair, the probability of each class, float32 `[texts, classes]`, on the CPU.
+
+        Of a model that learned numbers it is the number, `[texts, 1]`.
+        """
         examples = (data.Example(text) if isinstance(text, str) else text for text in texts)
-        rows = [dataclasses.replace(example, label=self.labels[0]) for example in examples]
-        encoded = tasks.Classification(data.Dataset(self.task, [], rows, self.labels), self.tokenizer, self.max_length).eval
+        is_number = self.task == "regression"
+        rows = [dataclasses.replace(example, label="0" if is_number else self.labels[0]) for example in examples]
+        kind = tasks.Regression if is_number else tasks.Classification
+        encoded = kind(data.Dataset(self.task, [], rows, self.labels), self.tokenizer, self.max_length).eval
         with measures.evaluating(self.model):
             logits = measures.predicted(self.model, self.tokenizer, encoded, batch_size, self.device)
+        if is_number:
+            return logits
         return logits.sigmoid() if self.model.config.problem_type == measures.MANY_CLASSES else logits.softmax(-1)
 
     def completions(self, questions: Sequence[data.Example], most: int, batch_size: int = 32) -> list[str]:
@@ -100,7 +107,7 @@ def _of_run(folder: Path) -> Tuned:
     made = json.loads((folder / TASK_FILE).read_text())
     labels = tuple(made["labels"])
     model, tokenizer = models.load(made["model"], made["task"], len(labels), made["dtype"], made["pooling"], made["seed"])
-    models.say_labels(model, labels)
+    models.say_labels(model, labels, made["task"])
     sprand.load(model, folder / FOLDER_OF_RUN)
     said = {name: made[name] for name in ("model", "dtype", "pooling", "seed", "max_length")}
     settings = Settings.from_json(said | made.get("settings", {}) | {"out": str(folder)})

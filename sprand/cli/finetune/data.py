@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import CliError
-from .labels import classes, stratified
+from .labels import classes, counted, stratified
 from .rows import Example, limited, stored_examples, take
-from .settings import Settings
+from .settings import CLASSIFIERS, Settings
 from .shapes import Shape, recognised
 from .sources import Names, names_of, sources
 from .tables import TABLES, check_columns, is_table, listed, read_table, read_text
@@ -56,7 +56,7 @@ def load(settings: Settings) -> Dataset:
         train, held_out = _hold_out(found, settings)
     shuffled = random.Random(settings.seed)
     train, held_out = limited(train, settings.limit_train, shuffled), limited(held_out, settings.limit_eval, shuffled)
-    labels = tuple(classes(train, held_out, settings)) if found.task == "classification" else ()
+    labels = tuple(classes(train, held_out, settings)) if found.task in ("classification", "multi-label") else ()
     return Dataset(found.task, train, held_out, labels, found.unused)
 
 
@@ -75,7 +75,7 @@ def labelled(given: Names, settings: Settings, task: str, labels: tuple[str, ...
     found = _Found.read(given, "eval", dataclasses.replace(settings, task=task))
     if found.task != task:
         raise CliError(f"{names_of(given)}: this is data for {found.task}, the model is for {task}.")
-    unknown = sorted({str(example.label) for example in found.rows} - {*labels}) if labels else []
+    unknown = sorted(counted(found.rows).keys() - {*labels}) if labels else []
     if unknown:
         raise CliError(f"{names_of(given)}: label {unknown[0]!r} is not among those of the model ({listed(labels)}).")
     return Dataset(task, found.rows, found.rows, labels, found.unused)
@@ -101,8 +101,8 @@ class _Found:
         texts = [source for source in found if isinstance(source, Path)]
         if texts and len(texts) < len(found):
             raise CliError(f"{names_of(given)}: expected tables or plain text, got both ({texts[0]} is plain text).")
-        if texts and settings.task == "classification":
-            raise CliError(f"{texts[0]}: classification needs a table with text and label, got a file of plain text.")
+        if texts and settings.task in CLASSIFIERS:
+            raise CliError(f"{texts[0]}: {settings.task} needs a table with text and label, got a file of plain text.")
         if texts:
             return cls("causal-lm", [Example(read_text(path), ends=False) for path in texts], True)
         shapes = [recognised(table, settings) for table in found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .. import CliError, require
 from .rows import Example
@@ -22,18 +22,30 @@ def classes(train: Sequence[Example], held_out: Sequence[Example], settings: Set
         CliError: The column holds one label, far too many, or held-out rows have labels of their own.
     """
     where, column = names_of(settings.train), settings.label_column or "label"
-    counts = collections.Counter(str(example.label) for example in train)
+    counts, is_several = counted(train), train[0].labels is not None
     names = sorted(counts, key=_order)
-    if len(names) < 2:
+    if not names:
+        raise CliError(f"{where}: no row has a label in the column {column!r}.")
+    if len(names) < 2 and not is_several:
         raise CliError(f"{where}: every row has the label {names[0]!r}; classification needs two at least.")
     all_differ = len(names) == len(train) and len(train) > 2
-    if len(names) > MOST_LABELS or all_differ:
-        raise CliError(f"{where}: {len(names)} different labels in {len(train)} rows; is {column!r} the label column?")
-    unknown = sorted({str(example.label) for example in held_out} - set(names))
+    if len(names) > MOST_LABELS or (all_differ and not is_several):
+        raise CliError(
+            f"{where}: {len(names)} different labels in {len(train)} rows; is {column!r} the label column? "
+            "Numbers are learned with --task regression."
+        )
+    unknown = sorted(counted(held_out).keys() - counts.keys())
     if unknown:
         where = names_of(settings.eval or settings.train)
         raise CliError(f"{where}: label {unknown[0]!r} is not among those of the training rows ({listed(names)}).")
     return {name: counts[name] for name in names}
+
+
+def counted(examples: Iterable[Example]) -> collections.Counter[str]:
+    """How many examples have each label."""
+    return collections.Counter(
+        label for example in examples for label in ([example.label] if example.labels is None else example.labels)
+    )
 
 
 def counts_in_words(counts: dict[str, int]) -> str:

@@ -78,7 +78,7 @@ def check(settings: Settings, task: str) -> None:
     Raises:
         CliError: One is wrong, or for another task.
     """
-    others = ("class_weights",) if task == "causal-lm" else ("score", "forgetting")
+    others = ("class_weights",) * (task != "classification") + ("score", "forgetting") * (task != LANGUAGE)
     for name in others:
         if getattr(settings, name):
             raise CliError(f"--{name.replace('_', '-')} is not for {task}; leave it out.")

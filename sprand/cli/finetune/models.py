@@ -58,8 +58,8 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
 
     Args:
         name: a directory in the Hugging Face layout, or the name of a model on the Hub.
-        task: "classification" or "causal-lm".
-        num_labels: number of classes.
+        task: "classification", "multi-label", "regression" or "causal-lm".
+        num_labels: number of classes; none for a number.
         dtype: of the pre-trained weights, such as "bfloat16"; or "auto": as they are stored, but float16, whose gradients vanish
             unless the loss is scaled, as float32. A new head is float32 always.
         pooling: "mean", "model" (what the architecture does itself), or "auto": mean where the model says it was trained so.
@@ -82,10 +82,10 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
             _prove_causal(transformers, name)
             model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
         elif pooling == "mean" or (pooling == "auto" and _is_mean_pooled(name)):
-            model = MeanPoolClassifier(_encoder(transformers, name, options), num_labels)
+            model = MeanPoolClassifier(_encoder(transformers, name, options), max(1, num_labels))
         else:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=num_labels, ignore_mismatched_sizes=True, **options
+                name, num_labels=max(1, num_labels), ignore_mismatched_sizes=True, **options
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         place = "in that directory" if Path(name).is_dir() else "here or on the Hub (offline?)"
@@ -154,11 +154,13 @@ def positions_of(model: nn.Module) -> int:
     return min(limits)
 
 
-def say_labels(model: nn.Module, labels: Sequence[str], problem: str = "single_label_classification") -> None:
+def say_labels(model: nn.Module, labels: Sequence[str], task: str) -> None:
     """Write the names of classes into a model's configuration, from where they go into the checkpoint that it is merged into."""
+    if task == "regression":
+        model.config.problem_type = task
     if labels:
         model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
-        model.config.problem_type = problem
+        model.config.problem_type = f"{'multi' if task == 'multi-label' else 'single'}_label_classification"
 
 
 def task_of(name: str) -> str:

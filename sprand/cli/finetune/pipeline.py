@@ -90,7 +90,7 @@ class Run:
         model, tokenizer = models.load(
             name or settings.model, dataset.task, len(dataset.labels), settings.dtype, settings.pooling, settings.seed
         )
-        models.say_labels(model, dataset.labels)
+        models.say_labels(model, dataset.labels, dataset.task)
         return model.to(self.device), tokenizer
 
     def train_entries(self) -> None:

@@ -26,7 +26,8 @@ class Example:
 
     Attributes:
         text, text2: the text and what goes with it, or prompt and completion.
-        label: name of the class.
+        label: name of the class, or the number, as text.
+        labels: names of the classes of a row that may have several.
         messages: the turns of a conversation, as chat templates take them; `weight` 0 means that a turn is not learned.
         tools: what the chat template is told of tools.
         ends: whether an end token follows a text that is learned; a file of plain text has none.
@@ -35,6 +36,7 @@ class Example:
     text: str = ""
     text2: str | None = None
     label: str | None = None
+    labels: list[str] | None = None
     messages: list[Message] | None = None
     tools: list[Any] | None = None
     ends: bool = True
@@ -131,5 +133,5 @@ def _packed(value: Any) -> Any:
 
 
 def _unpacked(row: dict[str, Any]) -> Example:
-    lists = {name: json.loads(row[name]) for name in ("messages", "tools") if row[name] is not None}
+    lists = {name: json.loads(row[name]) for name in ("labels", "messages", "tools") if row[name] is not None}
     return Example(**row | lists)

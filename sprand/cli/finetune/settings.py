@@ -13,7 +13,8 @@ from ...training.rates import two_digits
 from .. import CliError
 from ..parser import option_of
 
-TASKS = ("auto", "classification", "causal-lm")
+CLASSIFIERS = ("classification", "multi-label", "regression")
+TASKS = ("auto", *CLASSIFIERS, "causal-lm")
 POOLINGS = ("auto", "mean", "model")
 COMPARABLE = ("lora", "full", "head")
 SCHEDULES = ("linear", "cosine", "constant")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .. import CliError
 from .rows import Example, Message
-from .settings import Settings
+from .settings import CLASSIFIERS, Settings
 from .tables import Row, Table, check_columns, listed, text_of
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -74,11 +75,7 @@ class Cells:
             CliError: A turn is of nobody that is known, or holds no text.
         """
         value = self.row.get(column)
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                return None
+        value = value if isinstance(value, dict) else _list_of(value)
         if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
             value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
         turns = [value] if isinstance(value, dict) else value
@@ -111,7 +108,39 @@ class Labelled(Shape):
     def example(self, cells: Cells) -> Example:
         text, second, label = self.columns
         first = cells.text(text, may_be_blank=False)
-        return Example(first, cells.text(second) if second else None, cells.text(label, may_be_blank=False))
+        return Example(first, cells.text(second) if second else None, **self.label(cells, label))
+
+    def label(self, cells: Cells, column: str) -> dict[str, Any]:
+        """The fields of an example that a label fills."""
+        return {"label": cells.text(column, may_be_blank=False)}
+
+
+class SeveralLabels(Labelled):
+    """A text, or a pair, and the list of its classes, which may be empty."""
+
+    task = "multi-label"
+
+    def label(self, cells: Cells, column: str) -> dict[str, Any]:
+        labels = _list_of(cells.row.get(column))
+        if labels is None or not all(text_of(label) for label in labels):
+            raise CliError(f"{cells.place}: the column {column!r} holds no list of labels.")
+        return {"labels": [str(text_of(label)) for label in labels]}
+
+
+class Numbers(Labelled):
+    """A text, or a pair, and a number."""
+
+    task = "regression"
+
+    def label(self, cells: Cells, column: str) -> dict[str, Any]:
+        text = cells.text(column, may_be_blank=False)
+        try:
+            is_number = math.isfinite(float(text))
+        except ValueError:
+            is_number = False
+        if not is_number:
+            raise CliError(f"{cells.place}: the column {column!r} holds {text!r}; expected a number.")
+        return {"label": text}
 
 
 class Conversations(Shape):
@@ -169,7 +198,7 @@ def recognised(table: Table, settings: Settings) -> Shape:
     """
     columns = table.columns
     label = settings.label_column or next((name for name in LABELS if name in columns), LABELS[0])
-    if settings.task == "classification" or settings.label_column or settings.text2_column:
+    if settings.task in CLASSIFIERS or settings.label_column or settings.text2_column:
         return _labelled(table, settings, label)
     messages = settings.messages_column or next((name for name in CONVERSATIONS if name in columns), None)
     if messages:
@@ -198,7 +227,10 @@ def recognised(table: Table, settings: Settings) -> Shape:
 def _labelled(table: Table, settings: Settings, label: str) -> Labelled:
     second = settings.text2_column or ("text2" if "text2" in table.columns else None)
     text = settings.text_column or "text"
-    return Labelled(table, {"--text-column": text, "--text2-column": second, "--label-column": label})
+    has_lists = isinstance(table.peek()[0].get(label), list)
+    task = settings.task if settings.task in CLASSIFIERS else "multi-label" if has_lists else "classification"
+    kind = next(kind for kind in (Labelled, SeveralLabels, Numbers) if kind.task == task)
+    return kind(table, {"--text-column": text, "--text2-column": second, "--label-column": label})
 
 
 def _is_turn(value: Any) -> bool:
@@ -207,10 +239,17 @@ def _is_turn(value: Any) -> bool:
 
 def _tools(row: Row) -> list[Any] | None:
     """What a conversation may call, also as JSON."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.lstrip().startswith("["):
-        tools = json.loads(tools)
-    return _without_none(tools) if isinstance(tools, list) and tools else None
+    return _without_none(_list_of(row.get("tools"))) or None
+
+
+def _list_of(value: Any) -> list[Any] | None:
+    """A list, also as JSON; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, list) else None
 
 
 def _without_none(value: Any) -> Any:

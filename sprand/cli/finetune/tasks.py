@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import collections
 import itertools
 import math
 import random
@@ -17,10 +16,10 @@ from .. import CliError
 from .data import Dataset
 from .encoding import Encoder, about, about_lengths
 from .generation import IGNORED
-from .labels import counts_in_words
+from .labels import counted, counts_in_words
 from .measures import class_weights
 from .rows import Example, Rows, batched, limited, stored
-from .settings import DEFAULT_LENGTH, Settings
+from .settings import CLASSIFIERS, DEFAULT_LENGTH, Settings
 from .tables import listed
 
 Batch = dict[str, Tensor]
@@ -80,8 +79,8 @@ class Task(abc.ABC):
         """Of a batch: the summed loss, how many terms it sums, and how many predictions were right."""
         logits, labels = self._predicted(model, batch)
         weights = None if self.class_weights is None else self.class_weights.to(logits.device)
-        total = nn.functional.cross_entropy(logits.float(), labels, weights, ignore_index=IGNORED, reduction="sum")
-        return total, self.terms(batch), int((logits.argmax(-1) == labels).sum())
+        total = self._losses(logits.float(), labels, weights).sum()
+        return total, self.terms(batch), int(self._right(logits, labels).sum())
 
     def evaluate(self, model: nn.Module, batch_size: int, device: torch.device) -> dict[str, float]:
         """The mean loss and the metric over the evaluation rows, of the model in eval mode."""
@@ -91,7 +90,7 @@ class Task(abc.ABC):
         """The mean loss and the metric of what `outcomes` returns."""
         count = max(1.0, float(terms.sum()))
         mean = float(losses.sum()) / count
-        return {"loss": mean, self.metric: self._metric(mean, float(right.sum()) / count)}
+        return {"loss": mean, self.metric: self._metric(mean, float(right.sum()) / max(1, len(right)))}
 
     @torch.no_grad()
     def outcomes(self, model: nn.Module, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,13 +113,20 @@ class Task(abc.ABC):
     def sums(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of each row of a batch: the summed loss, how many terms it sums, how many predictions were right; float32 [rows, 3]."""
         logits, labels = self._predicted(model, batch)
-        losses = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
         rows = len(batch["labels"])
-        parts = (losses, labels != IGNORED, logits.argmax(-1) == labels)
+        parts = (self._losses(logits.float(), labels), labels != IGNORED, self._right(logits, labels))
         return torch.stack([part.view(rows, -1).float().sum(1) for part in parts], 1)
 
     def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return self._aligned(logits_of(model, batch), batch["labels"])
+
+    def _losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss of each term, those of classes weighted."""
+        return nn.functional.cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction="none")
+
+    def _right(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Whether each prediction is right."""
+        return logits.argmax(-1) == labels
 
     @abc.abstractmethod
     def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:
@@ -146,8 +152,7 @@ class Classification(Task):
         self._long = 0
         self.train, self.eval = (_encoded(part, self._rows) for part in (data.train, data.eval))
         self.kind = "pairs" if data.train and data.train[0].text2 is not None else "texts"
-        counts = collections.Counter(str(example.label) for example in data.train)
-        self.said = [counts_in_words({name: counts[name] for name in data.labels})]
+        self.said = self._about(data)
         if self._long:
             total = len(self.train) + len(self.eval)
             self.said.append(f"{self._long:,} of {total:,} texts are longer than {max_length:,} tokens, and lose their end")
@@ -162,7 +167,16 @@ class Classification(Task):
         encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         names = ["input_ids"] + ["token_type_ids"] * (is_pair and "token_type_ids" in encoded)
         for i, example in enumerate(examples):
-            yield {name: encoded[name][i] for name in names} | {"labels": self._number[str(example.label)]}
+            yield {name: encoded[name][i] for name in names} | {"labels": self._label(example)}
+
+    def _about(self, data: Dataset) -> list[str]:
+        """What there is to say of the labels of the training rows."""
+        counts = counted(data.train)
+        return [counts_in_words({name: counts[name] for name in data.labels})]
+
+    def _label(self, example: Example) -> Any:
+        """What a row is to be given."""
+        return self._number[str(example.label)]
 
     def _labels(self, rows: Sequence[dict[str, Any]], width: int) -> Tensor:
         return torch.tensor([row["labels"] for row in rows])
@@ -172,6 +186,45 @@ class Classification(Task):
 
     def _metric(self, loss: float, right: float) -> float:
         return right
+
+
+class MultiLabel(Classification):
+    """Any number of classes per text or pair of texts; a row is right where all of them are."""
+
+    def _label(self, example: Example) -> list[float]:
+        return [float(name in example.labels) for name in self._number]
+
+    def _losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+    def _right(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return ((logits > 0) == labels.bool()).all(-1)
+
+
+class Regression(Classification):
+    """A number per text or pair of texts; the metric is the root of the mean squared error."""
+
+    metric = "rmse"
+    higher_is_better = False
+
+    def _about(self, data: Dataset) -> list[str]:
+        numbers = torch.tensor([float(example.label) for example in data.train or data.eval], dtype=torch.float64)
+        return [f"numbers of the training rows: {numbers.min():g} to {numbers.max():g}, mean {numbers.mean():g}"]
+
+    def _label(self, example: Example) -> float:
+        return float(example.label)
+
+    def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return logits[:, 0], labels
+
+    def _losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        return nn.functional.mse_loss(logits, labels, reduction="none")
+
+    def _right(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits == labels
+
+    def _metric(self, loss: float, right: float) -> float:
+        return math.sqrt(loss)
 
 
 class CausalLM(Task):
@@ -215,8 +268,9 @@ def make(data: Dataset, tokenizer: Any, settings: Settings) -> Task:
         CliError: The rows cannot be used with this model.
     """
     max_length = _max_length(tokenizer, settings)
-    if data.task == "classification":
-        task: Task = Classification(data, tokenizer, max_length)
+    if data.task in CLASSIFIERS:
+        kinds = zip(CLASSIFIERS, (Classification, MultiLabel, Regression), strict=True)
+        task: Task = dict(kinds)[data.task](data, tokenizer, max_length)
     else:
         task = CausalLM(data, tokenizer, max_length, settings.chat, settings.long_rows == "drop")
     if data.unused:
