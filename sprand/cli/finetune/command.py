@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .. import CliError, require
+from .. import CliError, ranks, require
 from ..files import prepare_folder
+from ..options_file import add_config
 from ..parser import add_json, add_out
 from . import options as shared
 from .settings import CLASS_WEIGHTS, COMPARABLE, MEASURED_WIDTH, PEER_RATES, SCHEDULES, Resume, Settings
@@ -63,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
         raise CliError("--train needs --model: a directory in the Hugging Face layout, a GGUF file, or a name on the Hub.")
     else:
         settings = Settings(**given)
-    pipeline.finetune(settings, options.json)
+    with ranks.one_voice():
+        pipeline.finetune(settings, options.json)
     return 0
 
 
@@ -131,6 +133,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     peers = ", ".join(COMPARABLE)
     rates = ", ".join(f"{name} {PEER_RATES[name]:g}" for name in COMPARABLE)
+    add_config(group)
     add_out(group, "DIR", "adapter, checkpoints, metrics, curve and results go here")
     add("--overwrite", action="store_true", default=None, help="drop the run that is there")
     add("--compare", type=shared.names, metavar="A,B", help=f"run these beside it on the same data: {peers}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...checkpoint.shards import Checkpoint, open_checkpoint
 from ...kernels.dtypes import dtype_name
 from ...selection.targets import new_layers, view_of
-from .. import CliError, require
+from .. import CliError, ranks, require
 from ..files import reason_of
 
 NO_LIMIT = 10**9
@@ -189,13 +189,13 @@ def use_of(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of an option: "auto" takes a GPU if there is one.
+    """The device of an option: "auto" takes a GPU if there is one, of several processes each its own.
 
     Raises:
         CliError: This torch does not have the device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", ranks.gpu()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -16,10 +16,11 @@ import sprand
 
 from ...adapters.file import FOLDER_OF_RUN
 from ...files import described
-from .. import CliError, Stopped, require
+from .. import CliError, Stopped, ranks, require
 from ..files import prepare_folder
 from . import data, gguf, measures, methods, models, report, tasks, verify
 from .progress import Log
+from .rows import temporary_folder
 from .settings import Resume, Settings
 from .training import Outcome, Training
 from .training_checkpoints import ANEW, Resumed, TrainingCheckpoints, identity
@@ -63,7 +64,7 @@ class Run:
     """
 
     def __init__(self, settings: Settings, to_stderr: bool) -> None:
-        self.out = settings.out
+        self.out = settings.out if ranks.is_first() else temporary_folder() / "out"
         self.device = models.pick_device(settings.device)
         self.dataset = data.load(settings)
         measures.check(settings, self.dataset.task)
@@ -77,7 +78,7 @@ class Run:
         self.method: methods.Method | None = methods.sparse(model, settings, self._mask(model))
         self.targets, self.count = methods.target_names(model), self.method.count
         course = identity(self.method, settings, self.task.train)
-        self.checkpoints = TrainingCheckpoints(self.out / "checkpoints", course, settings.keep)
+        self.checkpoints = TrainingCheckpoints(settings.out / "checkpoints", course, settings.keep)
         self.training = Training(self.method, self.task, settings, self.device, self.checkpoints)
         self._announce()
         self.results: list[report.Result] = []
@@ -100,7 +101,7 @@ class Run:
         torch.manual_seed(settings.seed)
         resumed = self._resumed()
         outcome = self.training.run(self.log, self.before.numbers, resumed)
-        method.model.save_pretrained(adapter)
+        self.training.save(adapter)
         self._keep(method, outcome)
         if settings.verify:
             self.checks = verify.check(method.model, adapter, settings.model, self.load_model, self.task, self.device)
@@ -134,10 +135,10 @@ class Run:
 
     def _mask(self, model: nn.Module) -> sprand.Mask | None:
         """The entries to train where they are not drawn anew; what this run chooses is kept beside its checkpoints."""
-        file = self.out / "mask.safetensors"
-        mask = methods.chosen(model, self.settings, self.task, file if self.settings.resume and file.exists() else None)
+        kept = self.settings.out / "mask.safetensors"
+        mask = methods.chosen(model, self.settings, self.task, kept if self.settings.resume and kept.exists() else None)
         if mask is not None and self.settings.mask is None:
-            mask.save(file)
+            mask.save(self.out / kept.name)
         return mask
 
     def _announce(self) -> None:
@@ -157,6 +158,7 @@ class Run:
         Raises:
             CliError: There is no such checkpoint, or it is of another run.
         """
+        ranks.wait()
         if self.settings.resume is None:
             self.checkpoints.begin()
             (self.out / "results.json").unlink(missing_ok=True)

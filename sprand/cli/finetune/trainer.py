@@ -64,7 +64,7 @@ class Exact(Trainer):
         return self.task.measured(*torch.from_numpy(prediction.predictions).double().unbind(1))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self.checkpoints.writing(self.method, self.state.global_step, self.args.process_index):
+        with self.checkpoints.writing(self.method, self.state.global_step):
             super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, path: str, model: Any = None) -> None:

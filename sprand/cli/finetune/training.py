@@ -13,12 +13,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, HfArgumentParser, PrinterCallback, TrainingArguments
 
-from .. import CliError, Stopped
+from .. import CliError, Stopped, ranks
 from ..files import reason_of
 from .methods import Method
 from .peak_memory import PeakMemory
@@ -106,6 +107,14 @@ class Training:
         evaluations = [line for line in history if f"eval_{self.task.metric}" in line]
         after = next((line for line in evaluations if line["step"] == self._kept_step()), evaluations[-1])
         return Outcome(_measured(evaluations[0]), _measured(after), step, recorder.pace(), self.memory.peak, history)
+
+    def save(self, folder: Path) -> None:
+        """Save the adapter; where an engine has sharded the model, its parts are gathered first, by all processes together."""
+        trainer, gathered = self.trainer, {}
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            gathered = {"state_dict": trainer.accelerator.get_state_dict(trainer.model_wrapped)}
+        if ranks.is_first() or not gathered:
+            self.method.model.save_pretrained(folder, **gathered)
 
     def _trainer(self, settings: Settings, device: torch.device) -> Exact:
         own = self._arguments(settings, device)
@@ -239,7 +248,10 @@ def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number))
-        os.write(2, b"sprand: stopping after this step; once more stops at once, without a checkpoint.\n")  # print may be at work
+        if ranks.is_first():
+            os.write(
+                2, b"sprand: stopping after this step; once more stops at once, without a checkpoint.\n"
+            )  # print may be at work
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

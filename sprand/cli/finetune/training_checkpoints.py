@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from ...files import described
 from ...layers.sites import sites_of
 from ...training.divergence import rate_to_try
-from .. import CliError, TrainingFailed
+from .. import CliError, TrainingFailed, ranks
 from .methods import Method
 from .settings import Settings
 
@@ -72,10 +72,7 @@ class TrainingCheckpoints:
 
     def begin(self) -> None:
         """Remove all checkpoints, and say whose the next ones are."""
-        for path in self._folders():
-            shutil.rmtree(path)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        described.write_json(self.folder / RUN_FILE, self.identity | {"threads": torch.get_num_threads()})
+        self._start_with([], self.identity | {"threads": torch.get_num_threads()})
 
     def resume(self, path: Path) -> Resumed:
         """Go on from a checkpoint, which may lie anywhere.
@@ -100,14 +97,11 @@ class TrainingCheckpoints:
             if there.get(key) != here:
                 raise CliError(f"--resume: {path} is of another run: its {key} is {there.get(key)}, here it is {here}.")
         state = json.loads((path / STATE_FILE).read_text())
-        for unfinished in set(self._folders()) - set(self.all()):
-            shutil.rmtree(unfinished)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        described.write_json(self.folder / RUN_FILE, there)
+        self._start_with(self.all(), there)
         return Resumed(path, state["global_step"], state["log_history"], state["max_steps"], there.get("threads"))
 
     @contextmanager
-    def writing(self, method: Method, step: int, rank: int) -> Iterator[None]:
+    def writing(self, method: Method, step: int) -> Iterator[None]:
         """Write a checkpoint inside of it; where that fails, what was written of it goes, and the older ones stay.
 
         Raises:
@@ -118,7 +112,7 @@ class TrainingCheckpoints:
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
-            if rank == 0:
+            if ranks.is_first():
                 shutil.rmtree(self.folder / f"checkpoint-{step}", ignore_errors=True)
             raise TrainingFailed(f"The checkpoint of step {step} could not be written: {error}. {self.describe_last()}") from None
 
@@ -128,6 +122,15 @@ class TrainingCheckpoints:
         if path is None:
             return "No checkpoint had been written yet (see --checkpoint-every)."
         return f"The last good checkpoint is kept: {path}."
+
+    def _start_with(self, kept: list[Path], run: dict[str, Any]) -> None:
+        """Keep these checkpoints alone, and say whose they are."""
+        if ranks.is_first():
+            for path in set(self._folders()) - set(kept):
+                shutil.rmtree(path)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            described.write_json(self.folder / RUN_FILE, run)
+        ranks.wait()
 
     def _folders(self) -> list[Path]:
         return [path for path in self.folder.glob("checkpoint-*") if NAME.fullmatch(path.name)]
