@@ -52,6 +52,28 @@ def test_a_merged_classifier_says_by_pipeline_what_the_run_says(bert, rows, tmp_
     assert predicted(capsys, out, tmp_path / "texts.txt") == said
 
 
+LABELS = {"multi-label": ["w1", "w20"], "regression": 0.5}
+
+
+@pytest.mark.parametrize("task", LABELS)
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_a_merged_model_of_several_labels_and_of_numbers_says_what_the_run_says(task, pooling, bert, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": text, "label": LABELS[task] if number % 2 else LABELS[task][:1] if task == "multi-label" else -1.0}
+            for number, text in enumerate(TEXTS * 6)]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, out = merged(tmp_path, bert, file, "--task", task, "--pooling", pooling)
+    said = predicted(capsys, run, write_texts(tmp_path))
+    assert predicted(capsys, out, tmp_path / "texts.txt") == said
+    assert main.run(["evaluate", str(out), str(file)]) == 0
+    if pooling == "mean":
+        return
+    pipeline = transformers.pipeline("text-classification", str(out), top_k=None)
+    for row, classes in zip(said, pipeline(TEXTS), strict=True):
+        expected = row["probabilities"] if task == "multi-label" else {"LABEL_0": row["label"]}
+        assert {item["label"]: item["score"] for item in classes} == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_merged_head_over_the_mean_is_loaded_whole_and_taken_for_no_other(bert, rows, tmp_path, capsys):
     run, out = merged(tmp_path, bert, rows, "--pooling", "mean")
     assert "sprand predict loads all of it" in capsys.readouterr().out

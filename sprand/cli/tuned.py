@@ -32,7 +32,7 @@ class Tuned:
         tokenizer: its tokenizer.
         task: "classification", "multi-label", "regression" or "causal-lm".
         kind: what a training row was, as `tasks.Task` has it.
-        labels: names of the classes in the order of their numbers; empty for a language model.
+        labels: names of the classes in the order of their numbers; empty for a language model, and where numbers are said.
         max_length: tokens of a text; what is longer is cut off, as in training.
         settings: the options of the run; of a model folder the defaults.
         has_base: whether the model without the adapter can be had as well.
@@ -126,4 +126,5 @@ def _of_model(name: str) -> Tuned:
     task, labels = models.use_of(name)
     model, tokenizer = models.load(name, task, len(labels), settings.dtype, settings.pooling, settings.seed)
     length = min(tokenizer.model_max_length, DEFAULT_LENGTH)
-    return Tuned(model, tokenizer, task, "texts" if labels else "prompts", labels, length, settings, has_base=False)
+    kind = "prompts" if task == "causal-lm" else "texts"
+    return Tuned(model, tokenizer, task, kind, labels, length, settings, has_base=False)

@@ -96,7 +96,7 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
     tokenizer.model_max_length = positions_of(model)
     if dtype == "auto" and dtype_of(model) == "float16":
         model.float()
-    if task == "classification":
+    if task != "causal-lm":
         _widen_heads(model, _stored(name))
     return model, tokenizer
 
@@ -173,7 +173,7 @@ def task_of(name: str) -> str:
 
 
 def use_of(name: str) -> tuple[str, tuple[str, ...]]:
-    """What a model can do as it is: "causal-lm", or "classification" and the names of its classes.
+    """What a model can do as it is: "causal-lm", "regression", or "classification" or "multi-label" and the names of its classes.
 
     Raises:
         CliError: There is no such model, or it can do neither.
@@ -185,7 +185,10 @@ def use_of(name: str) -> tuple[str, tuple[str, ...]]:
     if not classes and not _is_merged(config):
         made = ", ".join(config.architectures or ["no class"])
         raise CliError(f"{name}: expected a language model or a text classifier, its config.json says {made}.")
-    return "classification", tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    if config.problem_type == "regression":
+        return "regression", ()
+    task = "multi-label" if config.problem_type == "multi_label_classification" else "classification"
+    return task, tuple(str(config.id2label[i]) for i in range(config.num_labels))
 
 
 def pick_device(name: str) -> torch.device:
