@@ -159,6 +159,7 @@ def test_a_label_that_parquet_has_not_is_refused_with_its_row(tmp_path):
             "expected two texts or two lists of turns",
         ),
         ("a.jsonl", '{"prompt": "a", "completion": null}\n', "row 1: the column 'completion' is empty"),
+        ("a.json", "[]", "a.json: there are no rows"),
         ("a.csv.gz", "no gzip", "a.csv.gz: cannot be read"),
         ("a.parquet", "no parquet", "a.parquet: cannot be read"),
     ],

@@ -71,11 +71,11 @@ def open_table(path: Path) -> Table:
     if suffix in (".csv", ".tsv"):
         rows = _delimited(path, suffix == ".csv")
         table = Table(str(path), next(rows), rows, delimited=True)
-        if not table.peek():
-            raise CliError(f"{path}: the header is there, but no rows follow.")
-        return table
-    table = Table(str(path), [], _json_rows(path))
-    table.columns = list(dict.fromkeys(name for row in table.peek() for name in row))
+    else:
+        table = Table(str(path), [], _json_rows(path))
+        table.columns = list(dict.fromkeys(name for row in table.peek() for name in row))
+    if not table.peek():
+        raise CliError(f"{path}: {'the header is there, but no rows follow' if table.delimited else 'there are no rows'}.")
     return table
 
 
