@@ -209,6 +209,17 @@ def test_loss_scaling_and_skipped_steps():
     assert a.state[ours.first.sprand_delta]["step"] == 5
 
 
+def test_a_step_without_gradients_has_a_norm_of_zero():
+    model = sprand.apply(built(MLP), density=0.1)
+    optimizer = sprand.SparseAdamW(model, lr=0.02, max_grad_norm=0.05)
+    model(torch.ones(2, 16)).sum().backward()
+    optimizer.step()
+    assert optimizer.grad_norm > 0
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+
+
 def test_refusals():
     model = built(MLP)
     with pytest.raises(ValueError, match="none of these parameters is a sprand delta"):

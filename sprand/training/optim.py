@@ -154,6 +154,7 @@ class SparseAdamW(torch.optim.AdamW):
     def _gradient_factor(self, grad_scale: Tensor | None) -> dict[torch.device, Tensor]:
         """What gradients are multiplied by as they are read: one over the loss scale, times the clipping factor."""
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = None if self.max_grad_norm is None else torch.zeros(())
         if not grads or (grad_scale is None and self.max_grad_norm is None):
             return {}
         factor = torch.ones((), dtype=torch.float64, device=grads[0].device)
