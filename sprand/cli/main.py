@@ -100,7 +100,7 @@ def build_parser(brief: bool = False) -> Parser:
         epilog=EXIT_CODES,
         examples="""
             sprand doctor                          # is all well here?
-            sprand finetune --out runs/first       # a demo, in a minute or two on a CPU
+            sprand finetune --out runs/first       # a demo, some minutes on a CPU
             sprand COMMAND --help                  # of one command, with examples
         """,
     )

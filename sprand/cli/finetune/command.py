@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from .. import CliError, ranks, require
-from ..files import prepare_folder
 from ..options_file import add_config
 from ..parser import add_json, add_out
 from . import options as shared
@@ -21,11 +20,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         "finetune",
         help="fine-tune a Hugging Face model on a file",
         description="Fine-tune a Hugging Face model by training a share of its weights, drawn at random or by score. Without "
-        "--model and --train it runs a demo: a sentence model learns to tell docstrings apart.",
+        "--model and --train it runs a demo: a small language model learns to turn sentences into calls.",
         epilog="The learning rate, where not given, is that of sprand.suggest_lr, by density, strategy and the size of the "
         "weights. Ctrl-C writes a checkpoint and says how to go on.",
         examples="""
-            sprand finetune --out runs/demo --compare lora,full
+            sprand finetune --out runs/demo
             sprand finetune --model gpt2 --train notes.txt --out runs/notes
             sprand finetune --model gpt2 --train notes.txt --out runs/notes --resume
         """,
@@ -56,16 +55,13 @@ def run(options: argparse.Namespace) -> int:
     from . import demo, pipeline
 
     given = shared.given(options)
-    if "train" not in given:
-        settings = demo.settings(given)
-        prepare_folder(settings.out)
-        demo.write(settings.train.parent, settings.seed)
-    elif "model" not in given:
+    if "model" not in given and "train" in given:
         raise CliError("--train needs --model: a directory in the Hugging Face layout, a GGUF file, or a name on the Hub.")
-    else:
-        settings = Settings(**given)
     with ranks.one_voice():
-        pipeline.finetune(settings, options.json)
+        if "train" in given:
+            pipeline.finetune(Settings(**given), options.json)
+        else:
+            demo.run(given, options.json)
     return 0
 
 

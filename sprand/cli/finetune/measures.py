@@ -246,7 +246,8 @@ def _samples(model: nn.Module, task: Any, settings: Settings) -> tuple[Sample, .
     if score is not None and not prompts:
         raise CliError("--score: the rows have no prompts to generate from; expected prompts with completions, or conversations.")
     prompts = random.Random(settings.seed).sample(prompts, min(most, len(prompts)))
-    texts = generate(model, task.tokenizer, [tokens for tokens, _ in prompts], settings.max_new_tokens, settings.batch_size)
+    at_once = 4 * settings.batch_size  # nothing is kept for gradients
+    texts = generate(model, task.tokenizer, [tokens for tokens, _ in prompts], settings.max_new_tokens, at_once)
     samples = []
     for (tokens, reference), text in zip(prompts, texts, strict=True):
         said = (task.tokenizer.decode(part, skip_special_tokens=True) for part in (tokens, reference))

@@ -18,6 +18,7 @@ from .tasks import Task
 from .training import Outcome
 
 SMOOTHING = 0.9
+SHARES = ("accuracy", "exact_match")
 COLOURS = {"sprand": "#c0392b", "lora": "#2471a3", "full": "#1e8449", "head": "#7d6608"}
 
 
@@ -65,13 +66,20 @@ def print_table(log: Log, task: Task, results: Sequence[Result], device: str) ->
     """One table of all methods, and how its numbers were measured."""
     header = ("method", "before", "after", "trained weights", "adapter", "s/step", "peak memory", "lr")
     rows = [header, *(_row(task, result) for result in results)]
-    log.table(rows, f"{task.metric} on {len(task.eval)} held-out rows, after {results[0].steps} steps")
+    metric, count = headline(task, results[0])
+    log.table(rows, f"{metric} on {count} held-out rows, after {results[0].steps} steps")
     head = "Trained weights include a new head's. " if task.metric == "accuracy" else ""
     log.say(f"{head}s/step: mean, evaluation left out. Peak memory: {HOW[device]}.")
-    if task.metric == "accuracy":
-        shares = [result.after["accuracy"] for result in results]
-        worst = max((share * (1 - share) / len(task.eval)) ** 0.5 for share in shares)
-        log.say(f"One seed; the standard error of an accuracy here is up to {100 * worst:.1f} points.")
+    if metric in SHARES:
+        shares = [result.after[metric] for result in results]
+        worst = max((share * (1 - share) / count) ** 0.5 for share in shares)
+        log.say(f"One seed; the standard error of {metric} here is up to {100 * worst:.1f} points.")
+
+
+def headline(task: Task, result: Result) -> tuple[str, int]:
+    """What the table of methods shows, the score of generated text where one was asked for, and of how many rows."""
+    scores = [name for name in ("exact_match", "score") if name in result.after]
+    return (scores[0], len(result.shown["after"]["samples"])) if scores else (task.metric, len(task.eval))
 
 
 def print_measures(log: Log, result: Result) -> None:
@@ -114,10 +122,11 @@ def plot(path: Path, histories: Sequence[list[dict[str, Any]]], task: Task) -> N
 
 
 def _row(task: Task, result: Result) -> tuple[str, ...]:
+    metric, _ = headline(task, result)
     return (
         f"{result.method} ({result.note})" if result.note else result.method,
-        _metric(task, result.before[task.metric]),
-        _metric(task, result.after[task.metric]),
+        _shown(metric, result.before[metric]),
+        _shown(metric, result.after[metric]),
         f"{result.trained_weights:,}",
         size_text(result.adapter_bytes),
         f"{result.seconds_per_step:.3f}",
@@ -141,5 +150,5 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def _metric(task: Task, value: float) -> str:
-    return f"{100 * value:.1f} %" if task.metric == "accuracy" else f"{value:.4g}"
+def _shown(metric: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if metric in SHARES else f"{value:.4g}"
