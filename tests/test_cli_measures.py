@@ -114,6 +114,20 @@ def test_balanced_weights_let_each_class_count_alike():
     assert totals == pytest.approx([10 / 3] * 3)
 
 
+def test_long_rows_share_no_forward_whose_logits_would_not_fit(llama):
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(llama), transformers.LlamaForCausalLM.from_pretrained(llama)
+    tokens = [tokenizer(" ".join(WORDS[:40]))["input_ids"][: 20 + number % 20] for number in range(150)]
+    task = SimpleNamespace(eval=[{"input_ids": row, "labels": row} for row in tokens], train=[], tokenizer=tokenizer)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, arguments, named: sizes.append(named["input_ids"].numel()), with_kwargs=True)
+    losses = []
+    for batch_size in (1, 1000):
+        settings = Settings(model="m", train=None, out=Path("out"), batch_size=batch_size)
+        losses.append(measures.measure(model, task, settings, torch.device("cpu")).numbers["loss"])
+    assert len(sizes) == 150 + 2 and max(sizes) <= 4096 < sum(map(len, tokens))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_texts_are_those_of_each_prompt_alone(llama):
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(llama), transformers.LlamaForCausalLM.from_pretrained(llama)
     prompts = [tokenizer(" ".join(WORDS[start : start + size]))["input_ids"] for start, size in ((0, 1), (3, 9), (20, 4))]

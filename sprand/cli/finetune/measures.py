@@ -22,6 +22,7 @@ LANGUAGE, ONE_CLASS, MANY_CLASSES, NUMBER = (
     "causal-lm", "single_label_classification", "multi_label_classification", "regression",
 )  # fmt: skip
 SHOWN_SAMPLES, SHOWN_CLASSES, BLOCK = 3, 10, 1024
+MOST_TOKENS = 4096  # at a time: with 128 thousand words their logits are 2 GB
 CONFUSION = "rows by their class (lines), and the class they are given (columns)"
 Row = Mapping[str, Any]
 
@@ -261,14 +262,23 @@ def _batches(
     rows: Sequence[Row], tokenizer: Any, batch_size: int, device: torch.device
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Where the rows of each batch stand among all, and the batch without labels; rows of similar length share one."""
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
     names = [name for name in ("input_ids", "token_type_ids") if name in rows[0]]
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+    for places in _groups([len(row["input_ids"]) for row in rows], batch_size):
         batch = tokenizer.pad(
             {name: [list(rows[i][name]) for i in places] for name in names}, padding_side="right", return_tensors="pt"
         )
         yield places, {name: value.to(device) for name, value in batch.items()}
+
+
+def _groups(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Places of rows of similar length, at most a batch, and no more tokens than whose logits fit into memory."""
+    group: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and (len(group) == batch_size or (len(group) + 1) * lengths[place] > MOST_TOKENS):
+            yield group
+            group = []
+        group.append(place)
+    yield group
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
