@@ -142,9 +142,9 @@ def test_bad_options_are_named_and_nothing_is_written(bert, rows, tmp_path, caps
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--mask", "MASK", "--density", 0.1), "--mask: the file fixes which entries train; leave out --density."),
+        (("--mask", "MASK", "--density", 0.1), "--mask: it fixes which entries train; leave out --density."),
         (("--mask", "MASK", "--strategy", "snip"), "leave out --strategy."),
-        (("--mask", "nowhere"), "--mask: no file nowhere; sprand select writes one."),
+        (("--mask", "nowhere"), "--mask: nowhere is not there; sprand select writes one."),
         (("--sparta", "--budget", 5), "leave out --budget"),
     ],
 )

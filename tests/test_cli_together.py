@@ -1,4 +1,4 @@
-"""`sprand finetune` in several processes, from a file of options, with the best checkpoint, and packed."""
+"""`sprand finetune` in several processes, from a file of options or an adapter, with the best checkpoint, packed, to the Hub."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tiny_models import WORDS, save_llama
 pytest.importorskip("trl")
 pytest.importorskip("rich")
 
+from sprand.adapters.file import AdapterFile
 from sprand.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,3 +99,60 @@ def test_packed_rows_are_learned_as_rows_of_their_own(tmp_path):
     assert finetune(*asked, "--batch-size", 2, "--packing", "--out", tmp_path / "out") == 0
     steps = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]["steps"]
     assert steps < len(WORDS) // 4
+
+
+def test_an_adapter_is_trained_further(prompts, tmp_path, capsys):
+    model, train, dev = prompts
+    asked = ["--model", model, "--train", train, "--eval", dev, "--max-length", 16, "--lr", 0.01, "--max-steps", 4]
+    assert finetune(*asked, "--density", 0.1, "--out", tmp_path / "first") == 0
+    assert finetune(*asked, "--start", tmp_path / "first", "--out", tmp_path / "second", "--verify") == 0
+    first, second = losses(tmp_path / "first", "eval_perplexity"), losses(tmp_path / "second", "eval_perplexity")
+    assert second[0] == pytest.approx(first[-1]) and second[-1] < second[0]
+    entries = [AdapterFile.read(tmp_path / name).entries("model.layers.0.mlp.up_proj.weight")[0] for name in ("first", "second")]
+    assert torch.equal(*entries)
+    capsys.readouterr()
+    assert finetune(*asked, "--start", tmp_path / "first", "--density", 0.1, "--out", tmp_path / "third") == 2
+    assert "--start: it fixes which entries train; leave out --density" in capsys.readouterr().err
+    assert finetune(*asked, "--start", tmp_path / "none", "--out", tmp_path / "third") == 2
+    assert "none is not there; expected the folder of an adapter" in capsys.readouterr().err
+
+
+def test_further_weights_train_by_name(prompts, tmp_path):
+    model, train, dev = prompts
+    asked = [
+        "--model",
+        model,
+        "--train",
+        train,
+        "--eval",
+        dev,
+        "--max-length",
+        16,
+        "--lr",
+        0.01,
+        "--max-steps",
+        2,
+        "--density",
+        0.1,
+    ]
+    assert finetune(*asked, "--target-parameters", "input_layernorm.weight", "--out", tmp_path) == 0
+    assert "model.layers.0.input_layernorm.weight" in AdapterFile.read(tmp_path).targets
+
+
+def test_the_hub_is_given_the_adapter_or_what_hinders_is_said(prompts, tmp_path, capsys, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    model, train, dev = prompts
+    asked = ["--model", model, "--train", train, "--eval", dev, "--max-length", 16, "--max-steps", 2, "--push-to-hub", "me/mine"]
+    sent = {}
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, exist_ok: hub.RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, repo_id, folder_path: sent.update({repo_id: folder_path}))
+    assert finetune(*asked, "--out", tmp_path / "out") == 0
+    assert sent == {"me/mine": tmp_path / "out" / "adapter"} and "on the Hub: https" in capsys.readouterr().out
+
+    def refused(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", refused)
+    assert finetune(*asked, "--out", tmp_path / "again") == 1
+    assert "--push-to-hub me/mine: no network. The run is complete in" in capsys.readouterr().err
+    assert (tmp_path / "again" / "results.json").is_file()

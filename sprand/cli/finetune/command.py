@@ -38,6 +38,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     sparse = parser.add_argument_group("what trains")
     shared.add_amount(sparse)
     shared.add_choice(sparse)
+    sparse.add_argument(
+        "--start", type=Path, metavar="ADAPTER", help="instead of all these: go on training an adapter, or a run's"
+    )
     sparse.add_argument("--mask", type=Path, metavar="FILE", help="instead of all these: the entries that sprand select chose")
     _add_training(parser.add_argument_group("training"))
     shared.add_measures(parser.add_argument_group("measures, on held-out rows"))
@@ -131,6 +134,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     rates = ", ".join(f"{name} {PEER_RATES[name]:g}" for name in COMPARABLE)
     add_config(group)
     add_out(group, "DIR", "adapter, checkpoints, metrics, curve and results go here")
+    add("--push-to-hub", metavar="OWNER/NAME", help="put the adapter on the Hub as well, with its card")
     add("--overwrite", action="store_true", default=None, help="drop the run that is there")
     add("--compare", type=shared.names, metavar="A,B", help=f"run these beside it on the same data: {peers}")
     add(

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import sprand
 
 from ...adapters.disjoint import selection_without, taken_by
+from ...adapters.file import AdapterFile
 from ...layers.sites import sites_of
 from ...peft import SprandConfig
 from ...selection.pattern import RANDOM_STRATEGIES
@@ -31,7 +32,15 @@ from .rows import limited
 from .settings import Settings, peer_rate
 from .tasks import Task
 
-DRAWN_BY = ("density", "budget", "target_modules", "strategy", "layout", "seed")  # what a draw of both doors depends on
+DRAWN_BY = (
+    "density",
+    "budget",
+    "target_modules",
+    "target_parameters",
+    "strategy",
+    "layout",
+    "seed",
+)  # what a draw of both doors depends on
 
 
 @dataclasses.dataclass
@@ -74,6 +83,8 @@ def chosen(model: nn.Module, settings: Settings, task: Task, kept: Path | None =
     """
     drawn = settings.strategy in RANDOM_STRATEGIES
     with failing_in_words():
+        if settings.start is not None:
+            return None
         if settings.mask is not None:
             return sprand.Mask.load(settings.mask)
         if drawn and not (settings.disjoint or settings.preserve_zeros):
@@ -117,12 +128,16 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
     """
     heads = head_names(model) or None
     with failing_in_words():
-        if mask is not None:
+        if settings.start is not None:
+            adapter = AdapterFile.read(settings.start).path
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        elif mask is not None:
             config = SprandConfig(mask=mask, modules_to_save=heads, seed=settings.seed)
+            model = get_peft_model(model, config)
         else:
             asked = sparse_config(settings, heads)
             config = SprandConfig(**{name: getattr(asked, name) for name in DRAWN_BY}, modules_to_save=heads)
-        model = get_peft_model(model, config)
+            model = get_peft_model(model, config)
     targets = mask.shapes.values() if mask is not None else [site.shape for site in sites_of(model)]
     return tuned(model, settings, {name: p for name, p in model.named_parameters() if p.requires_grad}, targets)
 

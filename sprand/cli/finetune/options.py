@@ -54,6 +54,7 @@ def add_amount(group: argparse._ArgumentGroup) -> None:
     )
     add("--budget", metavar="N", help="instead: a count of entries, or a fraction of the model")
     add("--target-modules", type=names, metavar="A,B", help="names or suffixes of modules (default all-linear)")
+    add("--target-parameters", type=names, metavar="A,B", help="further weights by name: fused experts, embeddings, biases")
     add(
         "--layout",
         choices=LAYOUTS,

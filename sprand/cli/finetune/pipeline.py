@@ -16,8 +16,8 @@ import sprand
 
 from ...adapters.file import FOLDER_OF_RUN
 from ...files import described
-from .. import CliError, Stopped, ranks, require
-from ..files import prepare_folder
+from .. import CliError, Stopped, WorkFailed, ranks, require
+from ..files import prepare_folder, reason_of
 from . import data, gguf, measures, methods, models, report, tasks, verify
 from .progress import Log
 from .rows import temporary_folder
@@ -116,6 +116,25 @@ class Run:
         outcome = Training(method, self.task, self.settings, self.device).run(self.log, self.before.numbers)
         self._keep(method, outcome)
 
+    def _publish(self) -> None:
+        """Put the adapter on the Hub, where that is asked for.
+
+        Raises:
+            WorkFailed: The Hub does not take it; the run's folder is complete.
+        """
+        if self.settings.push_to_hub is None or not ranks.is_first():
+            return
+        try:
+            hub = require("huggingface_hub").HfApi()
+            place = hub.create_repo(self.settings.push_to_hub, exist_ok=True)
+            hub.upload_folder(repo_id=place.repo_id, folder_path=self.out / FOLDER_OF_RUN)
+        except Exception as error:  # not logged in, offline, no rights: the Hub's client has a class for each
+            raise WorkFailed(
+                f"--push-to-hub {self.settings.push_to_hub}: {reason_of(error)}. The run is complete in {self.out}; "
+                f"hf upload {self.settings.push_to_hub} {self.out / FOLDER_OF_RUN} puts its adapter there later."
+            ) from None
+        self.log.say(f"on the Hub: {place}")
+
     def write_results(self) -> dict[str, Any]:
         """Write the curve and results.json, show the table, and return the content of results.json."""
         versions = {
@@ -131,6 +150,7 @@ class Run:
         for sentence in self.checks:
             self.log.say(f"checked: {sentence}")
         self.log.say(f"written to {self.out}: adapter/ training_curve.png results.json metrics.jsonl")
+        self._publish()
         return content
 
     def _mask(self, model: nn.Module) -> sprand.Mask | None:

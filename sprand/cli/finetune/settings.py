@@ -22,10 +22,11 @@ LONG_ROWS = ("cut", "drop")
 DEFAULT_LENGTH = 1024  # as TRL has it
 DTYPES = ("auto", "float32", "bfloat16")
 CLASS_WEIGHTS = ("balanced",)
-OF_TRAINING = ("mask", "resume", "compare", "compare_lr", "budget", "sparta")
+OF_TRAINING = ("mask", "start", "push_to_hub", "resume", "compare", "compare_lr", "budget", "sparta")
 
 FIXED_BY_MASK = (
-    "density", "budget", "target_modules", "strategy", "strategy_option", "scope", "preserve_zeros", "layout", "sparta",
+    "density", "budget", "target_modules", "target_parameters", "strategy", "strategy_option", "scope", "preserve_zeros",
+    "layout", "sparta",
 )  # fmt: skip
 POSITIVE = (
     "lr", "epochs", "max_steps", "batch_size", "grad_accumulation", "max_length", "max_grad_norm", "eval_every",
@@ -65,12 +66,14 @@ class Settings:
     density: float | None = None
     budget: str | None = None
     target_modules: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
     strategy: str = "random"
     strategy_option: tuple[tuple[str, float], ...] = ()
     scope: str = "local"
     preserve_zeros: bool = False
     disjoint: tuple[str, ...] = ()
     mask: Path | None = None
+    start: Path | None = None
     calibration_examples: int = 1024
     calibration_memory: str = "auto"
     layout: str = "unstructured"
@@ -98,6 +101,7 @@ class Settings:
     gradient_checkpointing: bool = False
     report_to: tuple[str, ...] = ()
     trainer: tuple[tuple[str, str], ...] = ()
+    push_to_hub: str | None = None
     overwrite: bool = False
     resume: Path | Resume | None = None
     compare: tuple[str, ...] = ()
@@ -114,8 +118,9 @@ class Settings:
         self._check_numbers()
         if self.sparta and self.budget is not None:
             raise CliError("--sparta: its count is --density of the whole model; leave out --budget.")
-        if self.mask is not None:
-            self._check_mask()
+        for name in ("mask", "start"):
+            if getattr(self, name) is not None:
+                self._check_chosen(name)
         asked = (*self.compare, *dict(self.compare_lr))
         unknown = [name for name in asked if name not in COMPARABLE]
         if unknown:
@@ -139,13 +144,16 @@ class Settings:
         if self.calibration_memory != "auto" and not self.calibration_memory.isdecimal():
             raise CliError(f"--calibration-memory: expected auto or a number of bytes, got {self.calibration_memory!r}.")
 
-    def _check_mask(self) -> None:
-        own = {field.name: field.default for field in dataclasses.fields(self) if field.name in FIXED_BY_MASK}
+    def _check_chosen(self, option: str) -> None:
+        """Prove that nothing else says which entries train than the file, or the adapter, of this option."""
+        fixed = (*FIXED_BY_MASK, "mask", "disjoint") if option == "start" else FIXED_BY_MASK
+        own = {field.name: field.default for field in dataclasses.fields(self) if field.name in fixed}
         given = [name for name, default in own.items() if getattr(self, name) != default]
         if given:
-            raise CliError(f"--mask: the file fixes which entries train; leave out {option_of(given[0])}.")
-        if not self.mask.is_file():
-            raise CliError(f"--mask: no file {self.mask}; sprand select writes one.")
+            raise CliError(f"--{option}: it fixes which entries train; leave out {option_of(given[0])}.")
+        if not getattr(self, option).exists():
+            hint = "sprand select writes one" if option == "mask" else "expected the folder of an adapter, or of a run"
+            raise CliError(f"--{option}: {getattr(self, option)} is not there; {hint}.")
 
     def sparse_fields(self) -> dict[str, Any]:
         """The fields of `SparseConfig` that the options ask for."""
@@ -160,6 +168,8 @@ class Settings:
         if self.target_modules:
             names = self.target_modules
             fields["target_modules"] = names[0] if names == ("all-linear",) else names
+        if self.target_parameters:
+            fields["target_parameters"] = self.target_parameters
         if self.budget is not None:
             fields["budget"] = _budget(self.budget)
         elif self.density is not None:
