@@ -20,7 +20,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "finetune",
         help="fine-tune a Hugging Face model on a file",
         description="Fine-tune a Hugging Face model by training a share of its weights, drawn at random or by score. Without "
-        "--model and --train it runs a demo: a small language model learns to turn sentences into calls.",
+        "--model and --train it runs a demo: a small language model learns to write calls.",
         epilog="The learning rate, where not given, is that of sprand.suggest_lr, by density, strategy and the size of the "
         "weights. Ctrl-C writes a checkpoint and says how to go on.",
         examples="""
@@ -149,7 +149,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--verify",
         action="store_true",
         default=None,
-        help="reload, unmerge and merge at the end, also by sprand merge, and check that all is exact",
+        help="reload, unmerge and merge (by sprand merge too), and check that all is exact",
     )
 
 
