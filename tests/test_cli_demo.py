@@ -78,6 +78,12 @@ def test_without_package_and_network_it_says_what_to_install(monkeypatch, tmp_pa
         demo.settings_of({"out": tmp_path})
 
 
+def test_it_trains_in_float32_where_the_cpu_has_no_product_of_16_bits(tmp_path):
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert demo.settings_of({"out": tmp_path, "model": "m"}).dtype == "float32"
+        assert demo.settings_of({"out": tmp_path, "model": "m", "dtype": "bfloat16"}).dtype == "bfloat16"
+
+
 def test_the_adapter_goes_every_way_that_is_printed(tmp_path, capsys):
     peft, out = pytest.importorskip("peft"), tmp_path / "out"
     model = written(llama(), tmp_path / "tiny.gguf")
