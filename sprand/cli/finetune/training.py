@@ -109,12 +109,14 @@ class Training:
         return Outcome(_measured(evaluations[0]), _measured(after), step, recorder.pace(), self.memory.peak, history)
 
     def save(self, folder: Path) -> None:
-        """Save the adapter; where an engine has sharded the model, its parts are gathered first, by all processes together."""
+        """Save the adapter, with a card where its base is of the Hub; what an engine has sharded all processes gather first."""
         trainer, gathered = self.trainer, {}
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             gathered = {"state_dict": trainer.accelerator.get_state_dict(trainer.model_wrapped)}
         if ranks.is_first() or not gathered:
             self.method.model.save_pretrained(folder, **gathered)
+            if Path(self.method.model.base_model.model.config.name_or_path).is_dir():
+                (folder / "README.md").unlink()  # PEFT's card would tell a folder of this machine
 
     def _trainer(self, settings: Settings, device: torch.device) -> Exact:
         own = self._arguments(settings, device)
