@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -136,5 +137,5 @@ def test_a_classifier_around_a_base_is_not_exported_under_names_that_peft_would_
     options = [out / "adapter", "--to", "shira", "--base", bert, "-o", tmp_path / "exported"]
     assert main.run(["export", *map(str, options)]) == 2
     said = capsys.readouterr().err
-    assert "bert.encoder.layer.0.attention.self.query.weight: the model of this base calls that weight encoder.layer.0" in said
+    assert re.search(r"bert\.encoder\.layer\.0\.\S*weight: the model of this base calls that weight encoder\.layer\.0", said)
     assert "(sprand merge)" in said and not (tmp_path / "exported").exists()

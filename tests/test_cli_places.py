@@ -161,7 +161,7 @@ def test_merge_takes_its_folder_last_or_by_name(base, finished, tmp_path, capsys
 def test_every_command_that_writes_takes_both_names_of_the_place():
     (sub,) = (action for action in main.build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     writes = {name for name, command in sub.choices.items() if "--out" in command._option_string_actions}
-    assert writes == {"finetune", "select", "merge", "combine", "diff", "export"}
+    assert writes == {"finetune", "select", "predict", "merge", "combine", "diff", "export"}
     assert all("-o" in sub.choices[name]._option_string_actions for name in writes)
 
 

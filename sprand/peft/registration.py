@@ -16,8 +16,8 @@ HOOKS = (  # of `BaseTuner`: what PEFT calls of a method from outside, and `Spra
     "_cast_adapter_dtype", "_check_merge_allowed", "_check_target_module_exists", "_check_tied_modules", "_create_and_replace",
     "_get_adapter_state_dict", "_inject_parameters", "_prepare_adapter_config", "_remap_adapter_state_dict_for_load",
     "_remove_adapter_name_from_key", "_replace_module", "_unload_and_optionally_merge", "delete_adapter",
-    "disable_adapter_layers", "inject_adapter", "merge_adapter", "prefix", "set_adapter", "target_module_mapping",
-    "tuner_layer_cls", "unmerge_adapter",
+    "disable_adapter_layers", "enable_adapter_layers", "inject_adapter", "merge_adapter", "prefix", "set_adapter",
+    "target_module_mapping", "tuner_layer_cls", "unmerge_adapter",
 )  # fmt: skip
 
 
