@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_models import WORDS, save_llama
+from tiny_models import WORDS, save_bert, save_llama
 
 pytest.importorskip("trl")
 pytest.importorskip("rich")
@@ -42,21 +42,41 @@ def prompts(tmp_path_factory) -> tuple[Path, Path, Path]:
     return model, folder / "train.jsonl", folder / "dev.jsonl"
 
 
+TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sprand", "finetune"]
+
+
+def together(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TOGETHER, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+
+
 def test_two_processes_do_what_one_does(prompts, tmp_path):
     model, train, dev = prompts
     asked = ["--model", model, "--train", train, "--eval", dev, "--max-steps", 6, "--checkpoint-every", 3, "--max-length", 16]
     asked = [*asked, "--density", 0.1, "--lr", 0.01, "--verify"]
     assert finetune(*asked, "--batch-size", 8, "--out", tmp_path / "one") == 0
     asked = [*asked, "--batch-size", 4, "--out", tmp_path / "two"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sprand", "finetune"]
-    done = subprocess.run([*command, *map(str, asked)], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    done = together(*asked)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("32 training rows") == done.stdout.count("written to") == 1
     assert len(losses(tmp_path / "two")) == 6
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")))
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
-    again = subprocess.run([*command, *map(str, asked)], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    again = together(*asked)
     assert again.returncode != 0 and again.stderr.count("holds a run that has ended") == 1
+
+
+def test_two_processes_classify_as_one_does(tmp_path):
+    """Its loss is sprand's own: a share of each process, that their mean makes whole; of a model without dropout."""
+    model, rows = save_bert(tmp_path / "bert"), tmp_path / "rows.tsv"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    rows.write_text("text\tlabel\n" + "".join(f"w{i % 9} w{i % 7} w{3 + i % 2}\t{'ab'[i % 2]}\n" for i in range(32)))
+    asked = ["--model", model, "--train", rows, "--eval", rows, "--max-steps", 4, "--density", 0.1, "--lr", 0.01]
+    assert finetune(*asked, "--batch-size", 8, "--out", tmp_path / "one") == 0
+    done = together(*asked, "--batch-size", 4, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    for name in ("loss", "grad_norm"):
+        torch.testing.assert_close(torch.tensor(losses(tmp_path / "two", name)), torch.tensor(losses(tmp_path / "one", name)))
 
 
 def test_options_of_a_file_are_those_of_the_shell(prompts, tmp_path, capsys):

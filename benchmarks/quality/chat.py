@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sprand.cli.finetune.data import Dataset, limited
+from sprand.cli.finetune.measures import logits_of
 from sprand.cli.finetune.settings import Settings
-from sprand.cli.finetune.tasks import IGNORED, Batch, CausalLM, logits_of
+from sprand.cli.finetune.tasks import IGNORED, Batch, CausalLM
 
 REASONING_ROWS = {"dev": 256, "test": 256, "train": 3200}
 

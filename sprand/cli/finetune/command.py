@@ -134,7 +134,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     rates = ", ".join(f"{name} {PEER_RATES[name]:g}" for name in COMPARABLE)
     add_config(group)
     add_out(group, "DIR", "adapter, checkpoints, metrics, curve and results go here")
-    add("--push-to-hub", metavar="OWNER/NAME", help="put the adapter on the Hub as well, with its card")
+    add("--push-to-hub", metavar="OWNER/NAME", help="put the adapter on the Hub as well")
     add("--overwrite", action="store_true", default=None, help="drop the run that is there")
     add("--compare", type=shared.names, metavar="A,B", help=f"run these beside it on the same data: {peers}")
     add(

@@ -119,7 +119,7 @@ def predicted(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch_size:
     places, parts = [], []
     for batch_places, batch in _batches(rows, tokenizer, batch_size, device):
         places += batch_places
-        parts.append(_logits(model, batch).float().cpu())
+        parts.append(logits_of(model, batch).float().cpu())
     return torch.cat(parts)[torch.tensor(places).argsort()]
 
 
@@ -206,7 +206,7 @@ def _of_classifier(model: nn.Module, task: Any, settings: Settings, device: torc
 
 def _of_language_model(model: nn.Module, task: Any, settings: Settings, device: torch.device) -> Measures:
     loss, right = _of_tokens(model, task.tokenizer, task.eval, settings.batch_size, device)
-    numbers = {"loss": loss, "perplexity": _perplexity(loss), "token_accuracy": right}
+    numbers = {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": right}
     samples = _samples(model, task, settings)
     if settings.score:
         name = "exact_match" if settings.score == "exact" else "score"
@@ -220,7 +220,7 @@ def _of_language_model(model: nn.Module, task: Any, settings: Settings, device: 
         if not rows:
             raise CliError(f"--forgetting {settings.forgetting}: expected a text, got no two tokens.")
         loss, _ = _of_tokens(model, task.tokenizer, rows, settings.batch_size, device)
-        numbers["forgetting_perplexity"] = _perplexity(loss)
+        numbers["forgetting_perplexity"] = perplexity(loss)
     return Measures(numbers, samples=samples)
 
 
@@ -233,7 +233,7 @@ def _of_tokens(
         width = batch["input_ids"].shape[1]
         labels = torch.tensor([[*rows[i]["labels"], *[IGNORED] * (width - len(rows[i]["labels"]))] for i in places])[:, 1:]
         kept = labels != IGNORED
-        logits, labels = _logits(model, batch)[:, :-1][kept.to(device)].float(), labels[kept].to(device)
+        logits, labels = logits_of(model, batch)[:, :-1][kept.to(device)].float(), labels[kept].to(device)
         loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         right += int((logits.argmax(-1) == labels).sum())
         count += labels.numel()
@@ -281,12 +281,14 @@ def _groups(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     yield group
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    output = model(**batch)
+def logits_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What a model, Hugging Face's or a plain one, makes of a batch, whose labels it does not see."""
+    output = model(**{key: value for key, value in batch.items() if key != "labels"})
     return output if isinstance(output, Tensor) else output.logits
 
 
-def _perplexity(loss: float) -> float:
+def perplexity(loss: float) -> float:
+    """The perplexity of a mean loss, finite for any."""
     return math.exp(min(loss, 700.0))
 
 

@@ -32,15 +32,8 @@ from .rows import limited
 from .settings import Settings, peer_rate
 from .tasks import Task
 
-DRAWN_BY = (
-    "density",
-    "budget",
-    "target_modules",
-    "target_parameters",
-    "strategy",
-    "layout",
-    "seed",
-)  # what a draw of both doors depends on
+# What a draw of both doors depends on.
+DRAWN_BY = ("density", "budget", "target_modules", "target_parameters", "strategy", "layout", "seed")
 
 
 @dataclasses.dataclass
@@ -205,7 +198,7 @@ def peer(name: str, model: nn.Module, settings: Settings, targets: list[str], co
         count: trained weights to match; LoRA takes the nearest rank (alpha is twice the rank).
 
     Raises:
-        CliError: PEFT is not installed, or the model has no head.
+        CliError: The model has no head, or no linear layer for LoRA.
     """
     lr = dict(settings.compare_lr).get(name) or peer_rate(name, width_of(model))
     heads, note = head_names(model), ""

@@ -17,18 +17,12 @@ from .data import Dataset
 from .encoding import Encoder, about, about_lengths
 from .generation import IGNORED
 from .labels import counted, counts_in_words
-from .measures import class_weights
+from .measures import class_weights, logits_of, perplexity
 from .rows import Example, Rows, batched, limited, stored
 from .settings import CLASSIFIERS, DEFAULT_LENGTH, Settings
 from .tables import listed
 
 Batch = dict[str, Tensor]
-
-
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """What a model, Hugging Face's or a plain one, makes of a batch, whose labels it does not see."""
-    output = model(**{key: value for key, value in batch.items() if key != "labels"})
-    return output if isinstance(output, Tensor) else output.logits
 
 
 def padded(rows: Sequence[list[int]], width: int, filler: int) -> Tensor:
@@ -258,7 +252,7 @@ class CausalLM(Task):
         return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
 
     def _metric(self, loss: float, right: float) -> float:
-        return math.exp(min(loss, 700.0))
+        return perplexity(loss)
 
 
 def make(data: Dataset, tokenizer: Any, settings: Settings) -> Task:

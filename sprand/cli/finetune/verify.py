@@ -16,7 +16,8 @@ from ...checkpoint.merge import merge
 from .. import CliError, TrainingFailed
 from ..files import folder_of, reason_of
 from . import models
-from .tasks import Task, logits_of
+from .measures import logits_of
+from .tasks import Task
 
 Load = Callable[[str], tuple[nn.Module, Any]]
 
