@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from numpy.polynomial import Polynomial
+
 from .. import require
 from ..table import size_text
 from .measures import CONFUSION, SHOWN_CLASSES, SHOWN_SAMPLES, Measures, confusion_rows, sample_lines
@@ -17,7 +19,7 @@ from .settings import Settings
 from .tasks import Task
 from .training import Outcome
 
-SMOOTHING = 0.9
+SMOOTHED_SHARE = 0.1  # of the steps, on each side of a step, by which the curve is smoothed
 SHARES = ("accuracy", "exact_match")
 COLOURS = {"sprand": "#c0392b", "lora": "#2471a3", "full": "#1e8449", "head": "#7d6608"}
 
@@ -100,7 +102,7 @@ def print_measures(log: Log, result: Result) -> None:
 def plot(path: Path, histories: Sequence[list[dict[str, Any]]], task: Task) -> None:
     """The training curve: smoothed training loss, and the metric on held-out rows, by step."""
     require("matplotlib").use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for history in histories:
@@ -112,8 +114,12 @@ def plot(path: Path, histories: Sequence[list[dict[str, Any]]], task: Task) -> N
         right.plot(*_series(history, f"eval_{task.metric}"), color=colour, marker="o", markersize=4, label=name)
     left.set(xlabel="step", ylabel="training loss", title="Training loss (smoothed; pale: each step)")
     right.set(xlabel="step", ylabel=task.metric, title=f"{task.metric.capitalize()} on {len(task.eval)} held-out rows")
-    if not task.higher_is_better:
+    measured = [value for history in histories for value in _series(history, f"eval_{task.metric}")[1]]
+    if not task.higher_is_better and measured and max(measured) > 10 * min(measured) > 0:
         right.set_yscale("log")
+        right.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter("")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -142,12 +148,11 @@ def _series(history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], lis
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """An exponential mean without the pull of its first value."""
-    smoothed, mean, weight = [], 0.0, 0.0
-    for value in values:
-        mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * value, SMOOTHING * weight + 1 - SMOOTHING
-        smoothed.append(mean / weight)
-    return smoothed
+    """At each step the value there of the line that fits the steps around it best: unlike a mean of the past it does not lag."""
+    reach = max(1, round(SMOOTHED_SHARE * len(values)))
+    windows = [(max(0, here - reach), min(len(values), here + reach + 1)) for here in range(len(values))]
+    fits = [Polynomial.fit(range(first, end), values[first:end], min(1, end - first - 1)) for first, end in windows]
+    return [float(fit(here)) for here, fit in enumerate(fits)]
 
 
 def _shown(metric: str, value: float) -> str:
