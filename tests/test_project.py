@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_pre_commit_has_the_tools_of_the_dev_extra():
     used = {pin for hook in hooks for pin in hook["additional_dependencies"]}
     of_dev = {pin for pin in PROJECT["optional-dependencies"]["dev"] if not pin.startswith("mypy")}
     assert used == of_dev and all("==" in pin for pin in used)
+
+
+def test_nothing_that_git_ignores_is_tracked():
+    """A build or an environment in a commit would take the place of everyone's own."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split() == []
 
 
 def limits():
