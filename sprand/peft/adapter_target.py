@@ -214,7 +214,7 @@ class AdapterTarget:
         indices, positions = self.union(names)
         delta = torch.zeros(indices.shape, dtype=dtype, device=indices.device)
         for name, position in zip(names, positions, strict=True):
-            change = self.deltas[name].to(delta) * self._scale(name)
+            change = self.deltas[name].to(delta) * self.scale(name)
             delta = delta.index_add(0, position, change)
         return delta
 
@@ -318,10 +318,11 @@ class AdapterTarget:
 
     def _delta_and_scale(self, names: Names, base: Tensor) -> tuple[Tensor, float]:
         if self._is_one(names):
-            return self.deltas[names[0]], self._scale(names[0])
+            return self.deltas[names[0]], self.scale(names[0])
         return self.summed(names, ops.accumulation_dtype(base.dtype)), 1.0
 
-    def _scale(self, name: str) -> float:
+    def scale(self, name: str) -> float:
+        """The factor on an adapter's delta."""
         return float(self.scales.get(name, 1.0))
 
     def _schedules_of(self, weight: Tensor, names: Names, indices: Tensor) -> Schedules | None:

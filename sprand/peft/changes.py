@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.dtypes import HALVES
 from ..layers.sites import Site
 from ..selection import pattern
 from .plan import pristine
-
-NARROW = (torch.bfloat16, torch.float16)
 
 Sites = Mapping[str, Site]
 Tensors = Mapping[str, Tensor]
@@ -91,7 +90,7 @@ def site_named(folder: Path, sites: Sites, name: str) -> Site:
 
 def _base_of(site: Site, indices: Tensor) -> Tensor | None:
     """What a 16-bit weight holds before any adapter, `[n]`; None for a weight of another dtype."""
-    if site.weight is None or site.weight.dtype not in NARROW:
+    if site.weight is None or site.weight.dtype not in HALVES:
         return None
     with pristine(site):
         weight = site.weight.data.contiguous()

@@ -143,9 +143,8 @@ class SprandConfig(PeftConfig):
             raise ValueError("mask: it fixes which entries train; leave out density, budget and layout")
         self.indices, self.shapes = dict(given), dict(getattr(given, "shapes", {}))
         self.selection = getattr(given, "selection", None)
-        self.strategy = (
-            (self.selection or {}).get("strategy", GIVEN) if self.strategy in (*RANDOM_STRATEGIES, GIVEN) else self.strategy
-        )
+        if self.strategy in (*RANDOM_STRATEGIES, GIVEN):
+            self.strategy = (self.selection or {}).get("strategy", GIVEN)
 
     def _can_wait(self) -> bool:
         """Whether training can choose by the strategy."""

@@ -55,8 +55,7 @@ class FastLayer:
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT, and exact: `unmerge` gives the base back bit for bit."""
         target, weight = self._sprand_target, self.base_weight
-        asked = check_adapters_to_merge(self, adapter_names) or ()
-        names = [name for name in asked if name in target.deltas]
+        names = target.known(check_adapters_to_merge(self, adapter_names) or ())
         if not names:
             return
         self._follow()
@@ -100,9 +99,7 @@ class FastLayer:
     def _follow(self) -> None:
         """Let the weight hold the adapters that PEFT says are active."""
         target = self._sprand_target
-        names = []
-        if not self.disable_adapters and not self.merged:
-            names = [name for name in self.active_adapters if name in target.deltas]
+        names = [] if self.disable_adapters or self.merged else target.known(self.active_adapters)
         for name in names:
             self._take(name)
         target.activate(self.base_weight, names)
@@ -150,9 +147,7 @@ class FastSupertuningModel(FastTuner, SupertuningModel):
     """PEFT's Super-Tuning tuner over `FastSupertuning` layers."""
 
 
-FAST = {
-    ShiraLinear: (FastShira, "shira_weight"), SupertuningLinear: (FastSupertuning, "supertuning_values"),
-}  # fmt: skip
+FAST = {ShiraLinear: (FastShira, "shira_weight"), SupertuningLinear: (FastSupertuning, "supertuning_values")}
 FAST_TUNERS = {ShiraModel: FastShiraModel, SupertuningModel: FastSupertuningModel}
 
 

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..adapters.file import CONFIG_FILE, KEY, AdapterFile
 from ..adapters.file import WEIGHTS_FILE as WEIGHTS
-from ..adapters.layout import PEFT_TYPE, PREFIX, head_key, modules_of
+from ..adapters.layout import PEFT_TYPE, PREFIX, modules_of
 from ..files.described import contents, read_json
 from ..layers.sites import Site
 from .changes import Change, Settings, Sites, Tensors, site_named
 from .foreign_columns import of_lora, of_paca
+from .formats import heads_of
 from .plan import check_same_base
 
 SPARTA_FILE = "sparse_deltas.safetensors"  # what peft-sparta writes
@@ -54,10 +53,10 @@ def content_of(folder: Path, sites: Sites) -> Content:
         return Content(_peft_sparta(folder, sites))
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no adapter at {folder}; expected {WEIGHTS}, or {SPARTA_FILE} of peft-sparta")
-    settings = settings_of(folder)
-    if settings.get("peft_type") == PEFT_TYPE or _is_own(folder):
+    settings, (header, tensors) = settings_of(folder), contents(folder / WEIGHTS, "adapter")
+    if settings.get("peft_type") == PEFT_TYPE or KEY in header:  # another's configuration may lie beside weights of sprand
         return content_of_own(AdapterFile.read(folder), sites)
-    kind, tensors = str(settings.get("peft_type")).lower(), _tensors_of(folder / WEIGHTS)
+    kind = str(settings.get("peft_type")).lower()
     if kind not in READERS:
         raise ValueError(
             f"{folder}: expected an adapter of SHiRA, Super-Tuning, PaCA, peft-sparta or sprand.save, or a LoRA of columns, got "
@@ -84,19 +83,13 @@ def content_of_own(file: AdapterFile, sites: Sites) -> Content:
         indices, delta = file.entries(name)
         check_same_base(str(file.path), site, indices.to(site.device), entry)
         changes.append(Change.summed(site, indices.long(), delta))
-    heads = {head_key(name): values for name, values in file.heads.items()}
-    return Content(changes, modules_of(file.heads) or None, heads)
+    return Content(changes, modules_of(file.heads) or None, heads_of(file))
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
     """The configuration in an adapter's folder; empty if there is none."""
     file = folder / CONFIG_FILE
     return read_json(file) if file.is_file() else {}
-
-
-def _is_own(folder: Path) -> bool:
-    """Whether weights are of sprand; their header tells, since another's configuration may lie beside them."""
-    return KEY in contents(folder / WEIGHTS, "adapter")[0]
 
 
 def _shira(folder: Path, settings: Settings, tensors: Tensors, sites: Sites) -> list[Change]:
@@ -135,7 +128,7 @@ def _stored(folder: Path, tensors: Tensors, sites: Sites, kind: str, what: str) 
 
 
 def _peft_sparta(folder: Path, sites: Sites) -> list[Change]:
-    tensors = _tensors_of(folder / SPARTA_FILE)
+    _, tensors = contents(folder / SPARTA_FILE, "adapter")
     changes = []
     for key, where in tensors.items():
         if not key.startswith("indices.") or not where.numel():
@@ -163,11 +156,3 @@ def _rounded_like_supertuning(change: Change) -> Change:
         return change
     merged = change.base + change.values.to(change.base.dtype)
     return replace(change, values=merged.float() - change.base.float())
-
-
-def _tensors_of(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of another program."""
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,9 @@ from ..checkpoint.diff import exact_deltas
 from ..checkpoint.edits import EditedParameter, Edits
 from ..checkpoint.export import form
 from ..checkpoint.shards import Checkpoint
+from ..kernels.dtypes import HALVES
 from ..layers.sites import Site, weights_of
-from .changes import NARROW, Change
+from .changes import Change
 
 CONFIGS = {"shira": peft.ShiraConfig, "supertuning": peft.SupertuningConfig}
 NOT_LINEAR = "is no weight of a plain linear layer, and {} trains nothing else; merge the adapter into its base instead"
@@ -48,29 +50,31 @@ def write(folder: Path, to: str, changes: Sequence[Change], heads: Mapping[str, 
     tensors, settings = made([change.exact() for change in changes])
     modules = sorted(change.module_name for change in changes)
     config = CONFIGS[to](**settings, target_modules=modules, inference_mode=True, **fields)
+    return write_folder(folder, config, tensors | dict(heads))
+
+
+def write_folder(folder: Path, config: peft.PeftConfig, tensors: dict[str, Tensor]) -> list[Path]:
+    """Write an adapter of PEFT, by the keys that its tensors have in the file, and return its files."""
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(tensors | dict(heads), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return [folder / WEIGHTS, folder / CONFIG_FILE]
 
 
-@form("shira", "PEFT's SHiRA, which PEFT alone loads: 12 bytes per entry, and padding to the layer with the most", True)
-def shira(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
+def _of_files(to: str, adapter: AdapterFile, applied: tuple[Checkpoint, Edits], folder: Path) -> list[Path]:
     """A folder for `PeftModel.from_pretrained`."""
-    return _of_files("shira", adapter, *applied, folder)
-
-
-@form("supertuning", "PEFT's Super-Tuning: 8 bytes per entry, and padding to the layer with the largest density", True)
-def supertuning(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, folder: Path) -> list[Path]:
-    """A folder for `PeftModel.from_pretrained`."""
-    return _of_files("supertuning", adapter, *applied, folder)
-
-
-def _of_files(to: str, adapter: AdapterFile, checkpoint: Checkpoint, edits: Edits, folder: Path) -> list[Path]:
-    sites = BaseModel.of(checkpoint.folder).sites
+    sites = BaseModel.of(applied[0].folder).sites
     linear = {name for name, site in sites.items() if site.parameter == "weight" and isinstance(site.module, nn.Linear)}
-    changes = changes_of_files(to, adapter, checkpoint, edits, linear, NOT_LINEAR.format(to))
+    changes = changes_of_files(to, adapter, *applied, linear, NOT_LINEAR.format(to))
     return write(folder, to, changes, heads_of(adapter), **fields_of(adapter))
+
+
+ABOUT = {
+    "shira": "PEFT's SHiRA, which PEFT alone loads: 12 bytes per entry, and padding to the layer with the most",
+    "supertuning": "PEFT's Super-Tuning: 8 bytes per entry, and padding to the layer with the largest density",
+}
+for _name, _help in ABOUT.items():
+    form(_name, _help, needs_base=True)(functools.partial(_of_files, _name))
 
 
 def changes_of_files(
@@ -108,10 +112,7 @@ def heads_of(adapter: AdapterFile) -> dict[str, Tensor]:
 
 def fields_of(adapter: AdapterFile) -> dict[str, Any]:
     """What a configuration of PEFT says of an adapter, whatever its method."""
-    return {
-        "modules_to_save": modules_of(adapter.heads) or None,
-        "base_model_name_or_path": portable(adapter.base_model),
-    }
+    return {"modules_to_save": modules_of(adapter.heads) or None, "base_model_name_or_path": portable(adapter.base_model)}
 
 
 def _check_name(to: str, parameter: EditedParameter, weights: Container[str], otherwise: str) -> None:
@@ -136,8 +137,7 @@ def _change_of(parameter: EditedParameter) -> Change | None:
     indices, order = torch.cat([entries.indices, entries.frozen_indices]).sort()
     base = torch.cat([parameter.base, frozen_base])[order]
     deltas = torch.cat([entries.deltas, frozen_deltas])[order]
-    narrow = base.dtype in NARROW
-    return Change(parameter.name, parameter.shape, indices, deltas, base if narrow else None)
+    return Change(parameter.name, parameter.shape, indices, deltas, base if base.dtype in HALVES else None)
 
 
 @dataclass(frozen=True)

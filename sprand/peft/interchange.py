@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import peft
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.file import AdapterFile
-from ..adapters.layout import portable
 from .config import SprandConfig
 from .foreign import content_of, content_of_own, settings_of
-from .formats import CONFIGS, NOT_LINEAR, write
+from .formats import CONFIGS, NOT_LINEAR, fields_of, write
 from .layer import adapter_targets
-from .lora import Lora, exact
+from .lora import exact, write_lora
 from .plan import base_weights
 
 LORA = "lora"
@@ -54,13 +52,9 @@ def export_adapter(
         raise ValueError(f"export_adapter: dtype and one_rank are of {LORA}, and {to} has one form only; leave them out")
     file, sites, folder = AdapterFile.read(path_in), base_weights(base_model, {}), Path(path_out)
     content = content_of_own(file, sites)
-    fields = {
-        "modules_to_save": content.modules,
-        "base_model_name_or_path": portable(file.base_model),
-        "task_type": settings_of(Path(path_in)).get("task_type"),
-    }
+    fields = fields_of(file) | {"task_type": settings_of(Path(path_in)).get("task_type")}
     if to == LORA:
-        Lora.of(exact(content.changes, file), sites, content.heads, dtype, one_rank, **fields).save(folder)
+        write_lora(folder, exact(content.changes, file), sites, content.heads, dtype, one_rank, **fields)
         return folder
     for change in content.changes:
         site = sites[change.name]
@@ -100,15 +94,11 @@ def import_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name:
         model.set_adapter(adapter_name)
     else:
         model = peft.get_peft_model(model, config, adapter_name=adapter_name)
-    _set_values(model, adapter_name, {change.name: change.values for change in content.changes})
+    values = {change.name: change.values for change in content.changes}
+    for _, layer, parameter, target in adapter_targets(model, adapter_name):
+        target.deltas[adapter_name].data.copy_(values[target.name])
+        target.write(layer.get_base_layer()._parameters[parameter])
     if content.heads:
         own = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         peft.set_peft_model_state_dict(model, own | content.heads, adapter_name=adapter_name)
     return model
-
-
-def _set_values(model: nn.Module, adapter_name: str, values: Mapping[str, Tensor]) -> None:
-    """Give the entries of an adapter their values, `[nnz]` by parameter name, and write them."""
-    for _, layer, parameter, target in adapter_targets(model, adapter_name):
-        target.deltas[adapter_name].data.copy_(values[target.name])
-        target.write(layer.get_base_layer()._parameters[parameter])

@@ -23,7 +23,7 @@ from .hosted import host, unhost
 from .lora import LINEAR, TRANSPOSED, columns_of, kind_of
 
 # What a layer counts its input and output features by: (in, out).
-FEATURES = (("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf"))
+FEATURES = (("in_features", "out_features"), ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf"))
 
 
 class SprandLayer(nn.Module, BaseTunerLayer):
@@ -159,8 +159,9 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         """Make the base layer an ordinary module again, with the merged adapters in its weights, or with its base."""
         for _, weight, target in self.sprand_weights():
             target.activate(weight, ())
-        for module in self._modules_with_entries():
-            unhost(module)
+        for site in self._sites.values():
+            for module, _ in site.owners:
+                unhost(module)
         self.sprand_targets.clear()
 
     def sprand_trains(self, adapter_name: str) -> bool:
@@ -218,9 +219,6 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         for module, parameter in site.owners:
             host(module, parameter, target)
 
-    def _modules_with_entries(self) -> list[nn.Module]:
-        return [module for site in self._sites.values() for module, _ in site.owners]
-
     def _read_base(self, site: Site, target: AdapterTarget, adapter_name: str) -> None:
         if not site.weight.is_meta:
             target.entries(site.weight, (adapter_name,))
@@ -230,10 +228,10 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         return torch.zeros(count, dtype=ops.accumulation_dtype(site.weight.dtype), device=site.weight.device)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        for _, weight, target in self.sprand_weights():
+        for parameter, target in self.sprand_targets.items():
             delta = target.deltas.get(adapter_name)
-            if delta is not None and weight is not None and not delta.is_meta:
-                delta.data = delta.data.to(device or weight.device)
+            if delta is not None and not delta.is_meta:
+                delta.data = delta.data.to(device or self.sprand_site(parameter).device)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -286,7 +284,7 @@ def adapter_targets(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
 
 def _features(module: nn.Module) -> tuple[int | None, int | None]:
     """The numbers of input and output features of a module of any kind, as PEFT counts them; None where it has no such thing."""
-    for names in (("in_features", "out_features"), *FEATURES):
+    for names in FEATURES:
         if all(hasattr(module, name) for name in names):
             return tuple(getattr(module, name) for name in names)
     width = getattr(module, "embed_dim", None)  # of attention

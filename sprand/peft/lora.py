@@ -12,13 +12,11 @@ from typing import Any
 
 import peft
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.file import CONFIG_FILE, AdapterFile
-from ..adapters.file import WEIGHTS_FILE as WEIGHTS
+from ..adapters.file import AdapterFile
 from ..adapters.layout import PREFIX
 from ..checkpoint.edits import Edits
 from ..checkpoint.export import form
@@ -27,7 +25,7 @@ from ..kernels.dtypes import dtype_name
 from ..layers.sites import Site
 from ..layers.units import Units
 from .changes import Change, Sites
-from .formats import BaseModel, changes_of_files, fields_of, heads_of
+from .formats import BaseModel, changes_of_files, fields_of, heads_of, write_folder
 
 LINEAR, TRANSPOSED, EMBEDDING, CONVOLUTION = "linear", "transposed", "embedding", "convolution"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -124,75 +122,55 @@ class Factors:
         return {f"{prefix}A.weight": a, f"{prefix}B.weight": b}
 
 
-@dataclass(frozen=True, eq=False)
-class Lora:
-    """A LoRA adapter.
+def write_lora(
+    folder: Path,
+    changes: Iterable[Change],
+    sites: Sites,
+    heads: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    one_rank: bool = False,
+    **fields: Any,
+) -> list[Path]:
+    """Write the LoRA that makes these changes, with a scale of 1.
 
-    Attributes:
-        config: PEFT's configuration of it.
-        tensors: by their keys in a file of PEFT.
+    Args:
+        folder: made if it is not there.
+        changes: of whole columns, one for each weight.
+        sites: all weights of the base model by name.
+        heads: tensors of modules trained in full, by their keys in the file.
+        dtype: of the factors, one of `DTYPES`; what it rounds is warned of.
+        one_rank: fill the factors of every weight with zeros up to the largest rank.
+        **fields: further fields of the configuration.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: LoRA cannot hold a change, nothing is changed, or the dtype is unknown.
     """
-
-    config: peft.LoraConfig
-    tensors: dict[str, Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        changes: Iterable[Change],
-        sites: Sites,
-        heads: Mapping[str, Tensor],
-        dtype: torch.dtype = torch.float32,
-        one_rank: bool = False,
-        **fields: Any,
-    ) -> Lora:
-        """The LoRA that makes these changes, with a scale of 1.
-
-        Args:
-            changes: of whole columns, one for each weight.
-            sites: all weights of the base model by name.
-            heads: tensors of modules trained in full, by their keys in the file.
-            dtype: of the factors, one of `DTYPES`; what it rounds is warned of.
-            one_rank: fill the factors of every weight with zeros up to the largest rank.
-            **fields: further fields of the configuration.
-
-        Raises:
-            ValueError: LoRA cannot hold a change, nothing is changed, or the dtype is unknown.
-        """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(map(dtype_name, DTYPES))}, got {dtype!r}")
-        made = {change.module_name: Factors.of(change, sites[change.name]) for change in changes}
-        factors = {name: one for name, one in made.items() if one.rank}
-        if not factors:
-            raise ValueError("the adapter trains no column of any weight, and a LoRA has a rank of 1 at least")
-        largest = max(one.rank for one in factors.values())
-        ranks = {name: largest if one_rank else one.rank for name, one in factors.items()}
-        tensors = dict(heads)
-        for name, one in factors.items():
-            tensors |= one.tensors(name, ranks[name], dtype)
-        _warn_of_rounding([one.deltas for one in factors.values()], dtype)
-        modules = {site.module_name for site in sites.values()} | {name.rpartition(".")[0] for name in sites}
-        config = peft.LoraConfig(
-            r=largest,
-            lora_alpha=largest,
-            **_patterns(ranks, largest),
-            target_modules=_targets(factors, modules),
-            fan_in_fan_out=all(kind_of(one.site) == TRANSPOSED for one in factors.values()),
-            inference_mode=True,
-            **fields,
-        )
-        return cls(config, tensors)
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write it to a folder, which is made if it is not there.
-
-        Returns:
-            The files.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(str(folder))
-        save_file(self.tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        return [folder / WEIGHTS, folder / CONFIG_FILE]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(map(dtype_name, DTYPES))}, got {dtype!r}")
+    made = {change.module_name: Factors.of(change, sites[change.name]) for change in changes}
+    factors = {name: one for name, one in made.items() if one.rank}
+    if not factors:
+        raise ValueError("the adapter trains no column of any weight, and a LoRA has a rank of 1 at least")
+    largest = max(one.rank for one in factors.values())
+    ranks = {name: largest if one_rank else one.rank for name, one in factors.items()}
+    tensors = dict(heads)
+    for name, one in factors.items():
+        tensors |= one.tensors(name, ranks[name], dtype)
+    _warn_of_rounding([one.deltas for one in factors.values()], dtype)
+    modules = {site.module_name for site in sites.values()} | {name.rpartition(".")[0] for name in sites}
+    config = peft.LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        **_patterns(ranks, largest),
+        target_modules=_targets(factors, modules),
+        fan_in_fan_out=all(kind_of(one.site) == TRANSPOSED for one in factors.values()),
+        inference_mode=True,
+        **fields,
+    )
+    return write_folder(folder, config, tensors)
 
 
 @form("lora", "PEFT's LoRA, as vLLM and other servers take it: of whole columns only, exact", True, ("dtype", "one_rank"))
@@ -203,9 +181,9 @@ def lora(adapter: AdapterFile, applied: tuple[Checkpoint, Edits] | None, folder:
     sites = base.sites
     known = {name for name, site in sites.items() if kind_of(site) is not None}
     changes = changes_of_files("lora", adapter, checkpoint, edits, known, NO_FACTORS)
-    made = Lora.of(exact(changes, adapter), sites, heads_of(adapter), **options, **fields_of(adapter))
+    files = write_lora(folder, exact(changes, adapter), sites, heads_of(adapter), **options, **fields_of(adapter))
     _warn_of_names(base, changes)
-    return made.save(folder)
+    return files
 
 
 def exact(changes: Iterable[Change], adapter: AdapterFile) -> list[Change]:

@@ -8,7 +8,8 @@ import torch
 from peft.tuners.lora import conversion
 from torch import Tensor, nn
 
-from .changes import NARROW, Change
+from ..kernels.dtypes import HALVES
+from .changes import Change
 from .layer import SprandLayer
 from .lora import Factors
 
@@ -51,5 +52,5 @@ def _factors(layer: SprandLayer, adapter_name: str) -> Factors:
     site, target = layer.sprand_site("weight"), layer.sprand_targets["weight"]
     indices, values = target.indices[adapter_name], target.deltas[adapter_name].detach().float()
     base = layer.sprand_base_of("weight", adapter_name) if site.backend is None else None
-    change = Change(site.name, site.shape, indices, values, base if base is not None and base.dtype in NARROW else None)
+    change = Change(site.name, site.shape, indices, values, base if base is not None and base.dtype in HALVES else None)
     return Factors.of(change.exact(), site)

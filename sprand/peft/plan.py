@@ -101,7 +101,11 @@ def make_plan(model: nn.Module, config: SprandConfig, adapter_name: str, kwargs:
     plan = _chosen(model, config, weights) if config.targets is None else _saved(config, distinct(weights), adapter_name)
     sites = [site for site, _ in plan]
     for site in sites:
-        _check_usable(site)
+        if not site.module_name:
+            raise ValueError(
+                f"{site.name}: PEFT replaces the module that holds a weight, and the model itself holds this one; use "
+                "sprand.apply, or put the model into another module"
+            )
     check_writable({site.name: site.weight for site in sites if site.backend is None})
     vars(config).update(targeted(site.name for site in sites))
     return plan
@@ -236,12 +240,3 @@ def pristine(site: Site) -> AbstractContextManager[None]:
     """A context in which the site's weight holds its base."""
     hosted = getattr(site.module, "_sprand_hosted", {}).get(site.parameter)
     return nullcontext() if hosted is None else hosted.pristine(site.weight)
-
-
-def _check_usable(site: Site) -> None:
-    """Prove that PEFT can wrap a module that holds the weight."""
-    if not site.module_name:
-        raise ValueError(
-            f"{site.name}: PEFT replaces the module that holds a weight, and the model itself holds this one; use sprand.apply, "
-            "or put the model into another module"
-        )

@@ -106,9 +106,8 @@ class QuantizedLayer(SprandLayer):
         )
 
     def sprand_refresh(self) -> None:
-        names = [] if self.disable_adapters else self.active_adapters
         for target in self.sprand_targets.values():
-            target.active = tuple(name for name in names if name in target.deltas)
+            target.active = () if self.disable_adapters else tuple(target.known(self.active_adapters))
 
     def delete_adapter(self, adapter_name: str) -> None:
         for target in self.sprand_targets.values():
@@ -149,12 +148,6 @@ class QuantizedLayer(SprandLayer):
         if len(names) == 1:
             return target.indices[names[0]], target.deltas[names[0]].float()
         return target.union(names)[0], target.summed(names, torch.float32)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        for target in self.sprand_targets.values():
-            if adapter_name in target.deltas and not target.deltas[adapter_name].is_meta:
-                delta = target.deltas[adapter_name]
-                delta.data = delta.data.to(device or self.sprand_site("weight").device)
 
 
 def _settle(target: AdapterTarget, name: str) -> None:

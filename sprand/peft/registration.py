@@ -54,15 +54,12 @@ def imported_from_peft() -> Iterator[None]:
         raise ImportError(_advice(str(error))) from error
 
 
-def register(config_cls: type, model_cls: type) -> Any:
+def register(config_cls: type, model_cls: type) -> None:
     """Add the method to PEFT's list of types and to its tables; a second call changes nothing.
 
     Args:
         config_cls: the `PeftConfig` of the method.
         model_cls: its `BaseTuner`.
-
-    Returns:
-        The new member of `peft.PeftType`.
 
     Raises:
         ImportError: This PEFT keeps its types and tables in another way.
@@ -70,14 +67,12 @@ def register(config_cls: type, model_cls: type) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     try:
-        kind = _member(peft.PeftType)
-        if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        if _member(peft.PeftType) not in PEFT_TYPE_TO_CONFIG_MAPPING:
             peft.utils.register_peft_method(
                 name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix
             )
     except Exception as error:
         raise ImportError(_advice(f"{type(error).__name__}: {error}")) from error
-    return kind
 
 
 def _advice(missing: str) -> str:

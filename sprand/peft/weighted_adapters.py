@@ -78,7 +78,7 @@ def _check_adapters(
 def _part(target: AdapterTarget, name: str, number: int, weight: float) -> Part:
     """What an adapter changes of one weight, ascending, with its scale."""
     indices, delta = target.indices[name], target.deltas[name].detach()
-    delta = delta.to(ops.accumulation_dtype(delta.dtype)) * float(target.scales.get(name, 1.0))
+    delta = delta.to(ops.accumulation_dtype(delta.dtype)) * target.scale(name)
     if not target.in_order(name):
         indices, order = indices.sort()
         delta = delta[order]
