@@ -296,3 +296,13 @@ def test_recipes_show_a_rate_that_the_law_gives(recipe):
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         f"{sprand.suggest_lr(density=0.01, rms=smollm2):.1e}".replace("e-0", "e-"),
     ]
+
+
+def test_compared_methods_take_one_rate_up_to_the_widest_model_measured_and_less_beyond():
+    pytest.importorskip("transformers")
+    from sprand.cli.finetune.settings import PEER_RATES, WIDE, peer_rate
+
+    for method, rate in PEER_RATES.items():
+        assert peer_rate(method, rates.NARROW) == peer_rate(method, WIDE) == rate
+        assert peer_rate(method, rates.NARROW // 2) > rate
+        assert peer_rate(method, 2 * WIDE) == pytest.approx(rate / 2)

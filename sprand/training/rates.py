@@ -85,9 +85,13 @@ def rate(rms: float, density: float, strategy: str | None = None, width: int | N
         strategy: how the entries were chosen; any without a name above counts as "random", and None does.
         width: the hidden size; None counts as `NARROW`.
     """
-    narrow = NARROW / min(max(width or NARROW, LEAST_WIDTH), NARROW)
     shift = SHIFTS.get(strategy, 0.0) * fade(density)
-    return FACTOR * rms / max(density, LEAST_DENSITY) ** EXPONENT * narrow**STEEPNESS * 10**shift
+    return FACTOR * rms / max(density, LEAST_DENSITY) ** EXPONENT * of_narrow(width or NARROW) * 10**shift
+
+
+def of_narrow(width: int) -> float:
+    """How many times the rate of a model of `NARROW` a narrower one wants."""
+    return (NARROW / min(max(width, LEAST_WIDTH), NARROW)) ** STEEPNESS
 
 
 def fade(density: float) -> float:

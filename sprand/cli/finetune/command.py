@@ -9,7 +9,7 @@ from .. import CliError, ranks, require
 from ..options_file import add_config
 from ..parser import add_json, add_out
 from . import options as shared
-from .settings import CLASS_WEIGHTS, COMPARABLE, MEASURED_WIDTH, PEER_RATES, SCHEDULES, Resume, Settings
+from .settings import CLASS_WEIGHTS, COMPARABLE, PEER_RATES, SCHEDULES, WIDE, Resume, Settings
 
 PACKAGES = ("rich", "matplotlib", "transformers", "accelerate", "datasets", "peft", "trl", "sklearn")
 
@@ -142,7 +142,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         type=_peer_rate,
         action="append",
         metavar="NAME=X",
-        help=f"their learning rates (default {rates}, for {MEASURED_WIDTH} wide)",
+        help=f"their learning rates (default {rates}, for models up to {WIDE} wide)",
     )
     add_json(group, "print the content of results.json, and all else on standard error")
     add(

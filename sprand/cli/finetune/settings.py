@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...training.rates import two_digits
+from ...training.rates import of_narrow, two_digits
 from .. import CliError
 from ..parser import option_of
 
@@ -32,9 +32,8 @@ POSITIVE = (
     "lr", "epochs", "max_steps", "batch_size", "grad_accumulation", "max_length", "max_grad_norm", "eval_every",
     "checkpoint_every", "keep", "patience", "limit_train", "limit_eval", "calibration_examples", "score_rows", "max_new_tokens",
 )  # fmt: skip
-PEER_RATES = {"lora": 2e-3, "full": 3e-4, "head": 1e-2}  # at MEASURED_WIDTH
-BELOW = 0.63  # what the exponent of 1/width grows by below MEASURED_WIDTH
-MEASURED_WIDTH, LEAST_WIDTH = 384, 64
+PEER_RATES = {"lora": 3e-3, "full": 2e-4, "head": 1e-2}  # of models 384 to WIDE wide
+WIDE = 576  # beyond that nothing was measured
 
 
 class Resume(enum.Enum):
@@ -210,6 +209,5 @@ def _budget(text: str) -> int | float:
 
 
 def peer_rate(method: str, width: int) -> float:
-    """The learning rate of a compared method where none is given: `PEER_RATES`, falling as 1/width, and faster below 384."""
-    ratio = MEASURED_WIDTH / max(width, LEAST_WIDTH)
-    return two_digits(PEER_RATES[method] * ratio * max(ratio, 1.0) ** BELOW)
+    """The learning rate of a compared method where none is given: `PEER_RATES`, higher where narrow, falling as 1/width where wide."""
+    return two_digits(PEER_RATES[method] * of_narrow(width) * WIDE / max(width, WIDE))
