@@ -209,5 +209,5 @@ def _budget(text: str) -> int | float:
 
 
 def peer_rate(method: str, width: int) -> float:
-    """The learning rate of a compared method where none is given: `PEER_RATES`, higher where narrow, falling as 1/width where wide."""
+    """The learning rate of a compared method where none is given: `PEER_RATES`, more where narrow, less where wide."""
     return two_digits(PEER_RATES[method] * of_narrow(width) * WIDE / max(width, WIDE))
