@@ -1,7 +1,10 @@
-"""Adapters for the tests of serving: with random changes, saved, and what they must give."""
+"""What the tests of serving share: adapters with random changes, what they must give, and threads that are watched."""
 
 from __future__ import annotations
 
+import contextvars
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -34,3 +37,37 @@ def four_adapters(folder: Path) -> dict[str, Path]:
         "c": trained(built(EveryLayer), folder / "c", 3, draw=7, **EVERY_TARGET),
         "d": trained(built(EveryLayer), folder / "d", 4, target_modules=["linear", "head"]),
     }
+
+
+def in_threads(*jobs) -> None:
+    """Run jobs at the same time; the first error of one is raised. One that takes half a minute is stuck."""
+    errors = []
+
+    def run(job) -> None:
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(job,), daemon=True) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "a thread waits for ever"
+    for error in errors:
+        raise error
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it does not come about"
+        time.sleep(0.001)
+
+
+def later(job) -> threading.Thread:
+    """A thread that belongs to no request, started now."""
+    thread = threading.Thread(target=contextvars.Context().run, args=(job,), daemon=True)
+    contextvars.Context().run(thread.start)
+    return thread

@@ -12,33 +12,13 @@ from torch import nn
 
 import sprand
 from models import MLP, EveryLayer, assert_same_bits, bits, built, points_and_labels, tokens_and_labels
-from served import four_adapters, trained
+from served import four_adapters, in_threads, later, trained, until
 from sprand.serving import AdapterPool
 
 
 @pytest.fixture
 def four(tmp_path: Path) -> dict[str, Path]:
     return four_adapters(tmp_path)
-
-
-def in_threads(*jobs) -> None:
-    """Run jobs at the same time; the first error of one is raised."""
-    errors = []
-
-    def run(job) -> None:
-        try:
-            job()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(job,), daemon=True) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive(), "a thread waits for ever"
-    for error in errors:
-        raise error
 
 
 def test_outputs_under_switching_threads_are_those_of_one_adapter(four):
@@ -169,12 +149,8 @@ def test_threads_are_served_in_their_order_and_equal_wishes_together(four):
 
     with pool.use("a"):
         for number, name in enumerate("bcdbc"):
-            thread = threading.Thread(target=asks(name), daemon=True)
-            thread.start()
-            started.append(thread)
-            end = time.monotonic() + 20
-            while len(pool._gate._waiting) <= number and time.monotonic() < end:
-                time.sleep(0.001)
+            started.append(later(asks(name)))
+            until(lambda number=number: pool.statistics().waiting > number)
     for thread in started:
         thread.join(20)
     assert "".join(order) == "bbccd"
@@ -220,10 +196,9 @@ def test_a_compiled_model_goes_through_the_lock_and_is_compiled_whole(in_place):
         model.compile(backend=backend)
     called = model if in_place else torch.compile(model, backend=backend)
     x, _ = points_and_labels()
-    turns, real = [], pool._gate._enter
-    pool._gate._enter = lambda wanted: (turns.append(wanted), real(wanted))
+    before = pool.statistics().requests
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(called(x), built(MLP)(x))
-    assert len(turns) == 2
+    assert pool.statistics().requests == before + 2
     assert len(graphs) == 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .atomic import replacing
@@ -105,7 +106,7 @@ def read(file: Path, key: str, what: str, form: Form | None = None) -> tuple[dic
 def contents(file: Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The metadata and tensors of a safetensors file, whoever wrote it.
 
-    The tensors have memory of their own: what happens to the file afterwards does not reach them.
+    The file is read into memory, not mapped: what happens to it meanwhile, or afterwards, makes a damaged read at worst.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -114,10 +115,10 @@ def contents(file: Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not file.is_file():
         raise FileNotFoundError(f"no {what} at {file}: expected a file there")
     try:
-        header_of(file)
-        with safe_open(file, framework="pt") as content:
-            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
-            return content.metadata() or {}, tensors
+        content = file.read_bytes()
+        header = header_in(io.BytesIO(content), len(content))
+        tensors = load(content)
+        return json.loads(header).get("__metadata__") or {}, tensors
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({error}); take another copy of the {what}") from error
 
@@ -155,12 +156,16 @@ def header_of(file: Path) -> bytes:
     Raises:
         ValueError: The file has no header, or one that names too many tensors.
     """
-    size = file.stat().st_size
     with open(file, "rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-        text = content.read(length)
+        return header_in(content, file.stat().st_size)
+
+
+def header_in(content: BinaryIO, size: int) -> bytes:
+    """As `header_of`, of an open file that has `size` bytes."""
+    length = int.from_bytes(content.read(8), "little")
+    if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+        raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+    text = content.read(length)
     count = text.count(b"data_offsets")
     if count > MOST_TENSORS:
         raise ValueError(f"it holds {count:,} tensors, more than {MOST_TENSORS:,}")

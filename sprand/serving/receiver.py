@@ -14,7 +14,8 @@ from ..adapters.frozen import Frozen
 from ..adapters.state import known_state, whole_tensors
 from ..kernels import ops
 from ..layers import sharding
-from .gate import ANY, Gate, guard, unguard
+from .gate import ANY, Gate
+from .guard import guard, unguard
 from .messages import INDICES, Layout, Piece, as_bytes, decoded, kind_of, values_of, version_of
 from .writes import check_writable, set_entries
 
@@ -61,7 +62,7 @@ class DeltaReceiver:
         self._version = 0
         self._mutex = threading.Lock()
         self._gate = Gate(self._change, {p.device for p in model.parameters()})
-        self._forward = guard(model, self._gate, "DeltaReceiver")
+        self._guarded = guard(model, self._gate, "DeltaReceiver")
 
     @property
     def version(self) -> int:
@@ -95,7 +96,7 @@ class DeltaReceiver:
     def close(self) -> None:
         """Leave the model with the weights that it holds, and give it its own forward back."""
         with self._mutex, self._gate.hold(ANY):
-            unguard(self._forward)
+            unguard(self._guarded)
 
     def _positions(self, message: Tensor) -> _Update:
         layout, digest = decoded(message)

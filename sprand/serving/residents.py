@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -71,14 +72,21 @@ class Resident:
     """One adapter: its positions, and the values `[nnz]` that its weights hold there, absolute and in their dtypes.
 
     Attributes:
+        name: what the pool calls it.
         positions: perhaps shared with others.
         values: by parameter name; those of modules trained in full in the parameter's shape.
         whole: names of parameters that were trained in full.
     """
 
+    name: str
     positions: Positions
     values: Packed
     whole: tuple[str, ...]
+
+    @property
+    def parts(self) -> tuple[Packed, Packed]:
+        """What it takes memory for; positions may be shared with others."""
+        return self.values, self.positions.packed
 
 
 class Library:
@@ -87,23 +95,24 @@ class Library:
     def __init__(self) -> None:
         self._known: weakref.WeakValueDictionary[str, Positions] = weakref.WeakValueDictionary()
 
-    def resident(self, adapter: Adapter, base: Mapping[str, Tensor]) -> Resident:
+    def resident(self, name: str, adapter: Adapter, base: Mapping[str, Tensor]) -> Resident:
         """Compute the values of an adapter once, as training wrote them.
 
         Args:
+            name: what the pool calls it.
             adapter: from `prove`.
             base: what the base holds at its trained entries, `[nnz]` by parameter name.
         """
-        held = {name: _held(adapter, name, base[name]) for name in adapter.indices}
-        indices = {name: entries.indices for name, entries in held.items()}
-        values = {name: entries.values for name, entries in held.items()}
-        key = described.digest(part for name, own in indices.items() for part in (name, own))
-        positions = self._known.get(key)
+        held = {key: _held(adapter, key, base[key]) for key in adapter.indices}
+        indices = {key: entries.indices for key, entries in held.items()}
+        values = {key: entries.values for key, entries in held.items()}
+        digest = described.digest(part for key, own in indices.items() for part in (key, own))
+        positions = self._known.get(digest)
         if positions is None:
-            made = Positions(indices, {name: entries.base for name, entries in held.items()})
-            positions = self._known.setdefault(key, made)
+            made = Positions(indices, {key: entries.base for key, entries in held.items()})
+            positions = self._known.setdefault(digest, made)
         whole = adapter.saved | adapter.buffers
-        return Resident(positions, Packed(values | whole), tuple(whole))
+        return Resident(name, positions, Packed(values | whole), tuple(whole))
 
 
 def _held(adapter: Adapter, name: str, base: Tensor) -> Frozen:
@@ -132,36 +141,40 @@ class DeviceCache:
     evictions: int = 0
     uploaded_bytes: int = 0
     _copies: OrderedDict[Packed, dict[str, Tensor]] = field(default_factory=OrderedDict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def get(self, packed: Packed, in_use: tuple[Packed, ...] = ()) -> dict[str, Tensor]:
         """The tensors on their devices; `in_use` are not dropped to make room for them."""
-        if not packed.device_nbytes:
-            self.hits += 1
-            return packed.here
-        if packed in self._copies:
-            self.hits += 1
-            self._copies.move_to_end(packed)
-        else:
-            self.misses += 1
-            self.shrink((packed, *in_use), packed.device_nbytes)
-            self._copies[packed] = packed.uploaded()
-            self.nbytes += packed.device_nbytes
-            self.uploaded_bytes += packed.device_nbytes
-        return self._copies[packed]
+        with self._lock:
+            if not packed.device_nbytes:
+                self.hits += 1
+                return packed.here
+            if packed in self._copies:
+                self.hits += 1
+                self._copies.move_to_end(packed)
+            else:
+                self.misses += 1
+                self.shrink((packed, *in_use), packed.device_nbytes)
+                self._copies[packed] = packed.uploaded()
+                self.nbytes += packed.device_nbytes
+                self.uploaded_bytes += packed.device_nbytes
+            return self._copies[packed]
 
     def shrink(self, in_use: tuple[Packed, ...], room: int = 0) -> None:
         """Drop copies, the least recently used first, until the limit leaves `room` bytes."""
-        for packed in list(self._copies):
-            if self.limit is None or self.nbytes + room <= self.limit:
-                return
-            if packed not in in_use:
-                self.drop(packed)
-                self.evictions += 1
+        with self._lock:
+            for packed in list(self._copies):
+                if self.limit is None or self.nbytes + room <= self.limit:
+                    return
+                if packed not in in_use:
+                    self.drop(packed)
+                    self.evictions += 1
 
     def drop(self, packed: Packed) -> None:
         """Forget one copy, if it is there."""
-        if self._copies.pop(packed, None) is not None:
-            self.nbytes -= packed.device_nbytes
+        with self._lock:
+            if self._copies.pop(packed, None) is not None:
+                self.nbytes -= packed.device_nbytes
 
     def __contains__(self, packed: Packed) -> bool:
         return packed in self._copies
