@@ -67,7 +67,7 @@ def test_variants_train_as_many_weights_and_their_masks_move(suite: ModuleType, 
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sprand.DynamicMask, "step", counted)
-        suite.main(asked(tmp_path, "--methods", "random", *variants.VARIANTS, "--seeds", "0"))
+        suite.main(asked(tmp_path, "--methods", "random", *variants.VARIANTS, "--rates", "0.1", "--seeds", "0"))
     lines = [line for line in read(tmp_path / "out" / "suite.csv") if line["method"] != "untrained"]
     assert {line["method"] for line in lines} == {"random", *variants.VARIANTS}
     assert len({line["trained"] for line in lines}) == 1
@@ -103,11 +103,11 @@ def test_the_page_of_claims_says_better_only_where_all_seeds_and_the_interval_do
 def test_the_first_look_fills_a_table_and_goes_on_where_it_stopped(
     suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["first_look", *asked(tmp_path, "--methods", "random", "snip", "lora", "full", "--quick")]
+    arguments = ["first_look", *asked(tmp_path, "--methods", "random", "snip", "lora", "--quick")]
     assert suite.main(arguments) == 0
     rows = read(tmp_path / "out" / "first_look.csv")
-    assert len(rows) == 1 + 4 * 3
-    assert {row["method"] for row in rows} == {"untrained", "random", "snip", "lora", "full"}
+    assert len(rows) == 1 + 3 * 3
+    assert {row["method"] for row in rows} == {"untrained", "random", "snip", "lora"}
     assert all(float(row["dev"]) > 0 and float(row["test"]) > 0 for row in rows)
     table = (tmp_path / "out" / "first_look.md").read_text()
     assert "snip = taylor_fo" in table and "rank 2, value" in table
@@ -129,7 +129,7 @@ def test_every_method_of_the_suite_trains_its_budget(suite: ModuleType, tmp_path
     pytest.importorskip("peft_sparta", reason="peft-sparta is one of the methods")
     from quality import grids
 
-    assert suite.main(["suite", *asked(tmp_path, "--seeds", "0", "--quick")]) == 0
+    assert suite.main(["suite", *asked(tmp_path, "--rates", "0.01", "--seeds", "0")]) == 0
     rows = read(tmp_path / "out" / "suite.csv")
     assert {row["method"] for row in rows} == {"untrained", *grids.SUITE.methods}
     trained = {row["method"]: int(row["trained"]) for row in rows if row["budget"]}
@@ -149,18 +149,9 @@ def test_another_model_and_files_get_rates_around_the_default(suite: ModuleType,
     data = tmp_path / "shared" / "data"
     files = [part for name in ("train", "dev", "test") for part in (f"--{name}", str(data / f"{name}.txt"))]
     arguments = ["own", "--model", str(tmp_path / "shared" / "models" / "tiny"), *files, "--old", str(data / "dev.txt")]
-    arguments += ["--methods", "random", "lora", "--budgets", "0.05", "--seeds", "0", "--name", "mine"]
-    arguments += [
-        "--out",
-        str(tmp_path / "out"),
-        "--masks",
-        str(tmp_path / "masks"),
-        "--set",
-        "max_steps=2",
-        "batch_size=4",
-        "max_length=16",
-    ]
-    assert suite.main([*arguments, "--shared", str(tmp_path / "nowhere")]) == 0
+    arguments += ["--methods", "random", "--budgets", "0.05", "--seeds", "0", "--name", "mine"]
+    arguments += ["--out", str(tmp_path / "out"), "--masks", str(tmp_path / "masks"), "--shared", str(tmp_path / "nowhere")]
+    assert suite.main([*arguments, "--set", "max_steps=2", "batch_size=4", "max_length=16"]) == 0
     rows = read(tmp_path / "out" / "mine.csv")
     assert {row["steps"] for row in rows if row["lr"]} == {"2"} and all(row["old"] for row in rows)
     tried = sorted(float(row["lr"]) for row in rows if row["method"] == "random")
@@ -201,14 +192,10 @@ def test_one_rate_past_the_edge_is_tried_then_the_other_seeds(suite: ModuleType,
     assert suite.missing(cell, SUITE, options, done) == [Run(*cell, rates[1], 1), Run(*cell, rates[1], 2)]
 
 
-def test_a_run_that_diverges_is_a_line_and_loses(suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quality.grids.LOWEST", {"language model": {"entries": {0.01: 60}}})
-    from quality import grids
-
-    monkeypatch.setitem(suite.GRIDS, "suite", dataclasses.replace(grids.SUITE, extend=False))
-    assert suite.main(["suite", *asked(tmp_path, "--methods", "random", "--seeds", "0")]) == 0
-    rows = [row for row in read(tmp_path / "out" / "suite.csv") if row["method"] == "random"]
-    assert len(rows) == 4 and all(row["note"] == "diverged" and row["dev"] == "inf" for row in rows)
+def test_a_run_that_diverges_is_a_line_and_loses(suite: ModuleType, tmp_path: Path) -> None:
+    assert suite.main(["suite", *asked(tmp_path, "--methods", "random", "--rates", "1e30", "--seeds", "0")]) == 0
+    (row,) = [row for row in read(tmp_path / "out" / "suite.csv") if row["method"] == "random"]
+    assert row["note"] == "diverged" and row["dev"] == "inf"
 
 
 def test_the_rows_of_a_run_come_back_from_the_side_file(quality: None, tmp_path: Path) -> None:
@@ -298,7 +285,7 @@ def test_the_default_rate_is_held_against_the_tuned_one(
 ) -> None:
     from quality import default_rate
 
-    assert suite.main(asked(tmp_path, "--methods", "random")) == 0
+    assert suite.main(asked(tmp_path, "--methods", "random", "--rates", "0.1", "0.32")) == 0
     out = tmp_path / "out"
     arguments = ["--tasks", "shakespeare", "--suite", str(out / "suite.csv"), "--shared", str(tmp_path / "shared")]
     arguments += ["--masks", str(tmp_path / "masks"), "--out", str(out)]

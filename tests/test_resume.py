@@ -25,7 +25,7 @@ from sprand.cli.finetune.progress import Log
 from sprand.cli.finetune.settings import Settings
 from sprand.cli.finetune.training_checkpoints import ANEW, TrainingCheckpoints, identity
 
-KILLS, STEPS = 20, 3  # times, and the most steps that a copy does
+KILLS, STEPS = 8, 3  # times, and the most steps that a copy does
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_other_checkpoints_give_other_adapters(bert, rows, tmp_path):
 
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
     child = started(lambda: run(tmp_path / "other"))
-    while newest(tmp_path / "other") < 20:
+    while newest(tmp_path / "other") < 10:
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     status_of(child)

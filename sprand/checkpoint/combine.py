@@ -214,10 +214,9 @@ def _checksum(listed: Listed) -> str:
 
 
 def _refuse_overwriting(out: str | os.PathLike[str], adapters: Sequence[AdapterFile]) -> None:
-    for adapter in adapters:
-        folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
-        if folder.resolve() == Path(out).resolve():
-            raise ValueError(f"{out} is one of the adapters that are read; give another folder for the result")
+    folders = [adapter.path if adapter.path.is_dir() else adapter.path.parent for adapter in adapters]
+    if Path(out).resolve() in [folder.resolve() for folder in folders]:
+        raise ValueError(f"{out} is one of the adapters that are read; give another folder for the result")
 
 
 def _trained(adapters: Sequence[AdapterFile], listed: Listed, bases: Mapping[str, Tensor]) -> dict[str, Trained]:

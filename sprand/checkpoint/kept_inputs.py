@@ -64,19 +64,14 @@ def kept_by_columns(inputs: Iterable[Input], columns: Mapping[str, int]) -> int:
     return sum(columns[name] * one.itemsize for one in inputs for name in one.readers)
 
 
-def kept_by_lora(inputs: Iterable[Input], rank: int, cast: bool = True) -> int:
+def kept_by_lora(inputs: Iterable[Input], rank: int) -> int:
     """Bytes a token: the input, and its product with `lora_A`.
 
-    Over 16-bit weights PEFT's adapters are float32, unless `autocast_adapter_dtype=False` is given: the input is cast for each
-    layer by itself, and autograd keeps all of these.
-
-    Args:
-        inputs: of linear layers.
-        rank: of all layers.
-        cast: whether adapters of 16-bit weights are float32.
+    Over 16-bit weights PEFT's adapters are float32 by default: the input is cast for each layer by itself, and autograd keeps all
+    of these.
     """
     total = 0
     for one in inputs:
-        copies, item = (len(one.readers), LORA_ITEM) if cast and one.itemsize < LORA_ITEM else (1, one.itemsize)
+        copies, item = (len(one.readers), LORA_ITEM) if one.itemsize < LORA_ITEM else (1, one.itemsize)
         total += copies * one.width * item + len(one.readers) * rank * item
     return total

@@ -95,7 +95,7 @@ def merge(
     job.write_index(unfinished)
     config.write(checkpoint, unfinished)
     if revertible:
-        description = job.revert_description(opened) | {"config": job.read_config() if config.fields else None}
+        description = job.revert_description(opened, bool(config.fields))
         described.write(unfinished / REVERT_FILE, REVERT_KEY, description, edits.base_values())
     count, added = len(edits.by_tensor) + len(edits.added), tuple(edits.added)
     return Merged(made.finish(), edits.count, count, added, left_out, tuple(config.fields), config.unsaid)
@@ -183,25 +183,22 @@ class _Job:
         elif self.checkpoint.index is not None:
             shutil.copyfile(self.checkpoint.folder / INDEX, folder / INDEX)
 
-    def revert_description(self, opened: Iterable[AdapterFile]) -> dict[str, Any]:
-        """What `revert` needs beside the base values: which adapters, and what the last file's header and the index were."""
-        header = index = None
+    def revert_description(self, opened: Iterable[AdapterFile], new_config: bool) -> dict[str, Any]:
+        """What `revert` needs beside the base values: which adapters, and what the files were that say other things now."""
+        folder, header = self.checkpoint.folder, None
         if self.edits.added:
             shard = self.checkpoint.shards[self.last]
             with open(shard.path, "rb") as file:
                 header = file.read(shard.data)[8:].decode()
-            index = (self.checkpoint.folder / INDEX).read_bytes().decode() if self.checkpoint.index is not None else None
+        new_index = bool(self.edits.added) and self.checkpoint.index is not None
         return {
             "format_version": 1,
             "adapters": adapters_of(opened),
             "added": list(self.edits.added),
             "header": header,
-            "index": index,
+            "index": (folder / INDEX).read_bytes().decode() if new_index else None,
+            "config": (folder / CONFIG).read_bytes().decode() if new_config else None,
         }
-
-    def read_config(self) -> str:
-        """The base's `config.json`."""
-        return (self.checkpoint.folder / CONFIG).read_bytes().decode()
 
     def _rewritten(self, shard: Shard) -> RewrittenShard:
         return RewrittenShard(shard, self.rewrites, self.edits.added if shard.name == self.last else {})

@@ -128,7 +128,7 @@ def _changes_of_prefix(checkpoint: Checkpoint, shapes: Shapes, before: str) -> d
     `dense.weight`, but not all that is in a layer.
     """
     theirs = dict.fromkeys(prefix for name in checkpoint.tensors for prefix in _prefixes(name))
-    if before and not any(name.startswith(before) and _has_number(name) for name in shapes):
+    if before and not any(name.startswith(before) and any(map(str.isdigit, name.split("."))) for name in shapes):
         theirs = {"": None}
     places = {after: _under(checkpoint, shapes, before, after) for after in theirs if after != before}
     return {after: found for after, found in places.items() if found is not None}
@@ -169,15 +169,11 @@ def _prefixes(name: str) -> Iterator[str]:
         yield "".join(f"{part}." for part in parts[:count])
 
 
-def _has_number(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
-
-
 def _reason(checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> str:
     stored = checkpoint.tensors.get(name)
     if stored is not None:
         return _other_shape(checkpoint, name, stored.shape, shape)
-    near = ", ".join(_nearest(checkpoint.tensors, name))
+    near = ", ".join(sorted(checkpoint.tensors, key=lambda other: (-_shared_parts(name, other), other))[:3])
     if conversion.is_installed():
         instead = f"or {INSTEAD}"
     else:
@@ -200,11 +196,6 @@ def _other_shape(checkpoint: Checkpoint, name: str, there: Sequence[int], shape:
         f"{name} is {list(there)} in {checkpoint.folder} and {list(shape)} in the adapter; give the checkpoint that it was "
         "trained on"
     )
-
-
-def _nearest(tensors: Iterable[str], name: str) -> list[str]:
-    """Three names that share the longest ending with this one."""
-    return sorted(tensors, key=lambda other: (-_shared_parts(name, other), other))[:3]
 
 
 def _shared_parts(one: str, two: str) -> int:

@@ -201,32 +201,28 @@ def _sparse(targets: Sequence[Weight], density: float, held: int, work: Work, un
     return Need(
         method=f"sprand {percent} %{' in columns' if units is not None else ''}",
         columns=columns,
-        trained=total,
         weights=held,
-        values=total * WIDE,
-        grads=total * WIDE,
-        moments=2 * total * WIDE,
+        **_in_float32(total),
         indices=sum(count * pattern.index_dtype(weight.numel).itemsize for weight, count in counts.items()),
         base=sum(count * weight.itemsize for weight, count in counts.items()),
         activations=work.activations,
         inputs=inputs,
-        file=total * WIDE,
     )
 
 
 def _lora(targets: Sequence[Weight], rank: int, held: int, work: Work) -> Need:
-    count = rank * sum(sum(weight.shape) for weight in targets)
     return Need(
         method=f"LoRA r={rank}",
-        trained=count,
         weights=held,
-        values=count * WIDE,
-        grads=count * WIDE,
-        moments=2 * count * WIDE,
+        **_in_float32(rank * sum(sum(weight.shape) for weight in targets)),
         activations=work.activations,
         inputs=work.kept(lambda layer: kept_by_lora(layer, rank)),
-        file=count * WIDE,
     )
+
+
+def _in_float32(count: int) -> dict[str, int]:
+    """What so many trained scalars need where all that is kept of them is float32."""
+    return {"trained": count, "values": count * WIDE, "grads": count * WIDE, "moments": 2 * count * WIDE, "file": count * WIDE}
 
 
 def _full(weights: Sequence[Weight], held: int, work: Work) -> Need:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.described import header_of, parse
+from ..files.described import header_of, parse, read_json
 from ..files.forms import OBJECT, SHAPE, TEXT, is_whole, optional, record, simple, table_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -158,7 +158,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     tensors = {stored.name: stored for shard in shards.values() for stored in shard.tensors}
     if index is not None:
         _prove_index(folder, index["weight_map"], shards, tensors)
-    config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     return Checkpoint(folder, shards, tensors, index, config)
 
 
@@ -174,7 +174,7 @@ def _read_index(given: Path, folder: Path) -> dict[str, Any]:
         others = sorted(other.name for other in folder.glob("*.safetensors")) if folder.is_dir() else []
         hint = f"; give one of its files by name ({', '.join(others[:3])})" if others else ""
         raise FileNotFoundError(f"no checkpoint at {given}: expected {SINGLE} or {INDEX} there{hint}")
-    index = _json(file)
+    index = read_json(file)
     try:
         _INDEX("the index", index)
     except ValueError as error:
@@ -245,13 +245,3 @@ def _prove_gapless(tensors: Iterable[Stored], data: int) -> int:
             raise ValueError(f"the bytes of {stored.name} do not follow")
         at = stored.end
     return at
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is damaged: it is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object, got {type(content).__name__}")
-    return content
