@@ -299,7 +299,8 @@ def _restore(model: nn.Module, folders: list[Path]) -> None:
     for folder in folders:
         adapter, (_, tensors) = AdapterFile.read(folder), described.read(folder / ENTRIES_FILE, KEY, "checkpoint")
         stored = [_stored(site, adapter, tensors) for site in sites]
-        if all(_holds(site, entries) for site, entries in zip(sites, stored, strict=True)):
+        held = [ops.gather(site.weight.data, entries.indices) for site, entries in zip(sites, stored, strict=True)]
+        if all(torch.equal(values, entries.values()) for values, entries in zip(held, stored, strict=True)):
             for site, entries in zip(sites, stored, strict=True):
                 _take(site, entries)
             write(model)
@@ -336,8 +337,3 @@ def _take(site: Site, entries: Entries) -> None:
         target = module.sparse_target(parameter)
         tensors = {target.delta: entries.delta, target.indices: entries.indices, target.base: entries.base}
         module.load_state_dict(tensors, strict=False)
-
-
-def _holds(site: Site, entries: Entries) -> bool:
-    """Whether a weight holds the trained values of these entries."""
-    return torch.equal(ops.gather(site.weight.data, entries.indices), entries.values())

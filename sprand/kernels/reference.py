@@ -109,8 +109,8 @@ def patch_all_(
 ) -> None:
     """`patch_` of every weight."""
     changes = [None] * len(weights) if deltas is None else deltas
-    for weight, index, base, delta, scale in zip(weights, indices, bases, changes, scales, strict=True):
-        _set(weight, index, base if delta is None else _patched(base, delta, scale))
+    for arguments in zip(weights, indices, bases, changes, scales, strict=True):
+        patch_(*arguments)
 
 
 @torch.no_grad()

@@ -199,10 +199,7 @@ class Rows:
         height = chunk_rows(self.in_features)
         row_edges = [*range(0, self.out_features, height), self.out_features]
         entry_edges = self.begin[torch.tensor(row_edges, device=self.begin.device)].tolist()
-        return tuple(
-            (first_row, last_row, first_entry, last_entry)
-            for (first_row, last_row), (first_entry, last_entry) in zip(pairwise(row_edges), pairwise(entry_edges), strict=True)
-        )
+        return tuple((*rows, *entries) for rows, entries in zip(pairwise(row_edges), pairwise(entry_edges), strict=True))
 
     def conflicts(self, unit: int) -> float:
         """Wavefronts per shared-memory phase of an aligned schedule, 1 at best, over the first rows."""

@@ -38,11 +38,6 @@ for _name, _schema in SCHEMAS.items():
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("sprand::sddmm")
-def _(grad_output, input, indices, table=None, launch=()):
-    return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
-
-
 @torch.library.register_fake("sprand::linear")
 def _(input, weight, bias, transposed=False):
     return input.new_empty(*input.shape[:-1], weight.shape[1 if transposed else 0])
@@ -59,8 +54,9 @@ def _(grad_output, weight, indices, base, delta, scale, transposed):
     return grad_output.new_empty(grad_output.shape[0], weight.shape[0 if transposed else 1])
 
 
+@torch.library.register_fake("sprand::sddmm")
 @torch.library.register_fake("sprand::embedding_grad")
-def _(grad_output, tokens, indices, padding_idx=None):
+def _(grad_output, input, indices, *how):
     return grad_output.new_empty(indices.shape, dtype=accumulation_dtype(grad_output.dtype))
 
 

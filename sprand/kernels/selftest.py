@@ -30,7 +30,7 @@ def run(devices: Sequence[str]) -> list[dict[str, Any]]:
     results = []
     for device in devices:
         for op in ops.SCHEMAS:
-            for dtype in _dtypes(op, device):
+            for dtype in (torch.int32, torch.int64) if op.endswith("indices_") else LOW_PRECISION:
                 start = time.perf_counter()
                 try:
                     problem = _compare(op, torch.device(device), dtype)
@@ -46,12 +46,6 @@ def run(devices: Sequence[str]) -> list[dict[str, Any]]:
                     "seconds": round(time.perf_counter() - start, 4),
                 })  # fmt: skip
     return results
-
-
-def _dtypes(op: str, device: str) -> Sequence[torch.dtype]:
-    if op.endswith("indices_"):
-        return torch.int32, torch.int64
-    return LOW_PRECISION
 
 
 def _compare(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -104,11 +98,9 @@ def _arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
         return {"grad_output": normal(TOKENS, COLS, kind=dtype), "tokens": tokens, "indices": indices, "padding_idx": 9}
     if op == "gather":
         return {"weight": weight, "indices": indices}
-    if op == "patch_":
-        return {"weight": weight, "indices": indices, "base": base, "delta": normal(NNZ), "scale": 0.5}
-    if op == "linear_input_grad":
+    if op in ("patch_", "linear_input_grad"):
         entries = {"weight": weight, "indices": indices, "base": base, "delta": normal(NNZ), "scale": 0.5}
-        return {"grad_output": normal(TOKENS, ROWS, kind=dtype), **entries, "transposed": False}
+        return entries if op == "patch_" else entries | {"grad_output": normal(TOKENS, ROWS, kind=dtype), "transposed": False}
     if op.endswith("_all_"):
         lists = {"weights": [weight, normal(ROWS, COLS)], "indices": [indices, indices.long()], "scales": [0.5, -2.0]}
         if op == "scatter_add_all_":

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .targets import HEADS
+from .targets import HEADS, output_of
 from .untouched import random_states, set_random_states
 
 
@@ -132,7 +132,7 @@ def scaled_logits(model: nn.Module, temperature: float, own_loss: bool) -> Itera
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_of(model)
     if head is not None:
         return head
     return next((module for name, module in model.named_modules() if name.rpartition(".")[2] in HEADS), None)

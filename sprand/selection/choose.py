@@ -47,17 +47,17 @@ def choose(
         ValueError: The budget is larger than the targets hold, or have free, or rounds to nothing, or to no column of a target; a
             given mask does not fit; or scores cannot be computed.
     """
-    avoided = avoided or {}
-    scored = targets.masks is None and config.strategy not in pattern.RANDOM_STRATEGIES and not (may_wait and waits(config, run))
+    avoided, wait = avoided or {}, may_wait and waits(config, run)
+    scored = targets.masks is None and config.strategy not in pattern.RANDOM_STRATEGIES and not wait
     for site in targets.sites:
         reads_values = scored or config.preserve_zeros or site.name in avoided
         if reads_values and site.weight.is_meta:
             raise ValueError(f"strategy: {site.name} is on the meta device and has no values; load the weights first")
     if targets.masks is not None:
         return _given(config, targets, avoided)
-    sizes = [_size(config, site) for site in targets.sites]
+    sizes = [int(site.weight.count_nonzero()) if config.preserve_zeros else site.numel for site in targets.sites]
     total = _total(config, targets, sum(sizes))
-    if may_wait and waits(config, run):
+    if wait:
         return _keeping_places(config, targets, sizes, total, avoided)
     if scored:
         return _by_score(config, targets, sizes, total, run or Calibration(), avoided)
@@ -97,19 +97,11 @@ def _check_inputs(config: SparseConfig, targets: Targets) -> None:
             )
 
 
-def _size(config: SparseConfig, site: Site) -> int:
-    """How many entries of a target may train."""
-    return int(site.weight.count_nonzero()) if config.preserve_zeros else site.numel
-
-
 def _total(config: SparseConfig, targets: Targets, size: int) -> int:
     """How many entries to choose of all targets, which have `size` that may train."""
-    if config.budget is None:
-        total = round(config.density * size)
-    elif isinstance(config.budget, float):
-        total = round(config.budget * targets.numel)
-    else:
-        total = config.budget
+    if isinstance(config.budget, int):
+        return config.budget
+    total = round(config.density * size if config.budget is None else config.budget * targets.numel)
     if total == 0:
         raise ValueError(
             f"density {config.density or config.budget} of the {size:,} targeted entries rounds to no entry; raise it, or target "
@@ -268,7 +260,12 @@ def _bounds(config: SparseConfig, targets: Targets, sizes: Sequence[int], total:
     if config.scope == "global":
         least = [int(config.min_density * count) for count in counts]
         most = [math.ceil(config.max_density * count) for count in counts]
-        _check_limits(least, most, units, total)
+        low, high = (sum(count * unit.size for count, unit in zip(limit, units, strict=True)) for limit in (least, most))
+        if not low <= total <= high:
+            raise ValueError(
+                f"min_density and max_density: together the targets train {low:,} to {high:,} entries, but {total:,} were asked "
+                "for"
+            )
     else:
         shares = _shares(config, targets, sizes, total)
         least = most = [share // unit.size for share, unit in zip(shares, units, strict=True)]
@@ -283,14 +280,6 @@ def _bounds(config: SparseConfig, targets: Targets, sizes: Sequence[int], total:
         room = sum(bounds.most * bounds.units.size for bounds in every)
         pattern.check_free("all targets together (within max_density)", total, room)
     return every
-
-
-def _check_limits(least: Sequence[int], most: Sequence[int], units: Sequence[Units], total: int) -> None:
-    low, high = (sum(count * unit.size for count, unit in zip(counts, units, strict=True)) for counts in (least, most))
-    if not low <= total <= high:
-        raise ValueError(
-            f"min_density and max_density: together the targets train {low:,} to {high:,} entries, but {total:,} were asked for"
-        )
 
 
 def _free(config: SparseConfig, site: Site, units: Units, size: int, held: Tensor | None) -> int:

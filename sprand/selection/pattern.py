@@ -220,8 +220,7 @@ def _same_positions(first: Tensor, second: Tensor) -> bool:
     first, second = torch.as_tensor(first), torch.as_tensor(second)
     if first.is_meta or second.is_meta:  # no values that could be equal
         return False
-    masks = first.dtype == second.dtype == torch.bool
-    if masks and first.shape != second.shape:
+    if first.dtype == second.dtype == torch.bool and first.shape != second.shape:
         return False
     return torch.equal(_positions(first.cpu()), _positions(second.cpu()))
 

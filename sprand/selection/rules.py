@@ -33,8 +33,7 @@ def normalized(fields: Mapping[str, Any]) -> dict[str, Any]:
             f"strategy: {fields['strategy']!r} scores whole columns; give layout='columns' with it, got {fields['layout']!r}"
         )
     _check_steps(fields["score_steps"], fields["strategy"])
-    _check_scope(fields["scope"], kind)
-    _check_bounds(fields["min_density"], fields["max_density"], fields["scope"])
+    _check_scope(fields["scope"], kind, fields["min_density"], fields["max_density"])
     stored = {
         "strategy_options": _options(fields["strategy"], fields["strategy_options"], kind),
         "seed": seed_of(fields["seed"]),
@@ -103,14 +102,11 @@ def _check_steps(steps: Any, strategy: Any) -> None:
         )
 
 
-def _check_scope(scope: str, kind: str) -> None:
+def _check_scope(scope: str, kind: str, low: Any, high: Any) -> None:
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
     if scope == "global" and kind in ("given", "random"):
         raise ValueError("scope: expected 'local' (random draws have no scores to compare over layers), got 'global'")
-
-
-def _check_bounds(low: Any, high: Any, scope: str) -> None:
     fractions = all(isinstance(value, numbers.Real) and 0 <= value <= 1 for value in (low, high))
     if not fractions or low > high or high == 0:
         raise ValueError(f"min_density and max_density: expected 0 <= min <= max <= 1 and max > 0, got {low!r} and {high!r}")

@@ -168,20 +168,22 @@ def _matching_modules(view: View, config: SparseConfig) -> list[str]:
     for suffix in () if isinstance(wanted, str | None) else wanted:
         if not any(_is_suffix(suffix, name) for name in (*weighted, *computed)):
             _refuse(view, suffix)
-    names = [name for name in (*weighted, *computed) if _is_meant(view, wanted, name) and not _is_excluded(config, name)]
+    names = [name for name in (*weighted, *computed) if not _fits(config.exclude_modules, name)]
+    if wanted == "all-linear":
+        names = [name for name in names if _is_linear(view, name) and not _is_output_head(view, name)]
+    else:
+        names = [name for name in names if _fits(wanted, name)]
     for name in names:
         if name in computed:
             _refuse_computed(view, name)
     return names
 
 
-def _is_meant(view: View, wanted: str | Sequence[str] | None, name: str) -> bool:
-    """Whether `target_modules` means the module of this name, which has a weight."""
-    if wanted is None:
-        return False
-    if wanted == "all-linear":
-        return _is_linear(view, name) and not _is_output_head(view, name)
-    return bool(re.fullmatch(wanted, name)) if isinstance(wanted, str) else _any_suffix(wanted, name)
+def _fits(wanted: str | Sequence[str] | None, name: str) -> bool:
+    """Whether a name is one of those that are wanted: by an expression, or by suffixes."""
+    if isinstance(wanted, str):
+        return bool(re.fullmatch(wanted, name))
+    return any(_is_suffix(suffix, name) for suffix in wanted or ())
 
 
 def _sources(module: nn.Module) -> list[str]:
@@ -203,13 +205,6 @@ def _refuse_computed(view: View, name: str) -> None:
         f"again first (prune.remove, remove_weight_norm, remove_parametrizations), name what it is computed from, "
         f"target_parameters=[{listed}], or leave the layer out by exclude_modules"
     )
-
-
-def _is_excluded(config: SparseConfig, name: str) -> bool:
-    unwanted = config.exclude_modules
-    if unwanted is None:
-        return False
-    return bool(re.fullmatch(unwanted, name)) if isinstance(unwanted, str) else _any_suffix(unwanted, name)
 
 
 def _modules_in_full(view: View, config: SparseConfig) -> set[str]:
@@ -266,10 +261,6 @@ def _match_all(field_name: str, wanted: Sequence[str], names: Sequence[str]) -> 
             raise ValueError(f"{field_name}: {suffix!r} matches nothing in this model; {closest(suffix, names)}")
         chosen |= matching
     return chosen
-
-
-def _any_suffix(suffixes: Iterable[str], name: str) -> bool:
-    return any(_is_suffix(suffix, name) for suffix in suffixes)
 
 
 def _is_suffix(wanted: str, name: str) -> bool:
