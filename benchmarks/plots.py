@@ -99,7 +99,8 @@ def _setting(row: Row) -> str:
     return f"{row['dtype']}, {row['tokens']} tokens" + (", checkpointing" if row["checkpointing"] else "")
 
 
-def figure_with(names: Sequence[str], path: Path):
+def figure_with(names: Sequence[str], path: Path, across: int = 2, size: tuple[float, float] = (7.5, 4.8)):
+    """A figure and its panels by name, at most `across` in a row, each of that size in inches; (None, []) where nothing is drawn."""
     names = list(dict.fromkeys(names))
     if not names:
         print(f"{path.name} not drawn: no numbers", file=sys.stderr)
@@ -112,9 +113,10 @@ def figure_with(names: Sequence[str], path: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    across = min(len(names), 2)
+    across = min(len(names), across)
     down = -(-len(names) // across)
-    figure, axes = pyplot.subplots(down, across, figsize=(7.5 * across, 4.8 * down), squeeze=False, layout="constrained")
+    figsize = (size[0] * across, size[1] * down)
+    figure, axes = pyplot.subplots(down, across, figsize=figsize, squeeze=False, layout="constrained")
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     return figure, list(zip(axes.flat, names, strict=False))
