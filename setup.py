@@ -90,7 +90,8 @@ def native() -> dict:
     flags = {"cxx": [*CXX, STABLE_ABI]}
     modules = [extension(ce.CppExtension, "cpu", flags, [], py_limited_api=True)]
     home = cuda_toolkit()
-    if wanted("CUDA", "" if home else "no CUDA toolkit was found (set CUDA_HOME)"):
+    missing = "this torch is for ROCm" if torch.version.hip else "" if home else "no CUDA toolkit was found (set CUDA_HOME)"
+    if wanted("CUDA", missing):
         ce.CUDA_HOME = home  # torch leaves it unset where torch itself is a CPU build
         cudart = {"library_dirs": [path for path in glob.glob(f"{home}/lib*") if os.path.isdir(path)]}
         static = any(os.path.exists(f"{path}/libcudart_static.a") for path in cudart["library_dirs"])

@@ -1,4 +1,4 @@
-"""Draws results/overview.png: quality, time and memory of sprand beside LoRA and full fine-tuning, from the results that are there."""
+"""Draws results/overview.png: quality, time and memory of sprand beside LoRA and full fine-tuning, from recorded results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def quality(rows: Sequence[Row]) -> Panel:
     untrained = next(row["test"] for row in here if row["method"] == "untrained")
 
     def best(method: str, budget: float) -> float:
-        return min((row for row in here if (row["method"], row["budget"]) == (method, budget)), key=lambda row: row["dev"])["test"]
+        tried = [row for row in here if (row["method"], row["budget"]) == (method, budget)]
+        return min(tried, key=lambda row: row["dev"])["test"]
 
     numbers = (best("random", 0.001), best("random", 0.01), best("lora", 0.01), None)
     return Panel("Quality: SmolLM2-135M on GSM8K", "perplexity of the answers, test rows", numbers, untrained, "untrained")

@@ -100,7 +100,7 @@ def _setting(row: Row) -> str:
 
 
 def figure_with(names: Sequence[str], path: Path, across: int = 2, size: tuple[float, float] = (7.5, 4.8)):
-    """A figure and its panels by name, at most `across` in a row, each of that size in inches; (None, []) where nothing is drawn."""
+    """A figure and its panels by name, at most `across` in a row, each of `size` inches; (None, []) where nothing is drawn."""
     names = list(dict.fromkeys(names))
     if not names:
         print(f"{path.name} not drawn: no numbers", file=sys.stderr)

@@ -36,14 +36,15 @@ ABOUT = """# Limits
 ## In short
 
 - The CUDA kernels are compiled for sm_80, sm_90a and PTX without spilling a register, and run thread by thread on the CPU in the
-  tests. On a GPU they were tested and measured on one H100 (`benchmarks/gpu_check.sh` does it on yours); nothing is known of other
-  cards, nor of several GPUs.
+  tests. On a GPU they were tested and measured on one H100 (`benchmarks/gpu_check.sh` does it on yours); nothing is known of
+  other cards, nor of several GPUs.
 - sprand saves time over LoRA, not memory: a trained entry takes 24 bytes in float32 (delta, gradient, two moments, index, base)
   where a LoRA weight takes 16. With few tokens LoRA is a little smaller, with many they are level ([memory](results.md#memory)).
 - Layers other than linear ones and embeddings (convolutions, norms, recurrent layers, expert tensors) train through the dense
   gradient of that one tensor.
 - Weights whose memory is not contiguous (`channels_last`) are refused. Second derivatives are not supported.
-- `DynamicMask` does not see gradients of single entries inside of `torch.compile` (there `grow="random"` works), nor sharded weights.
+- `DynamicMask` does not see gradients of single entries inside of `torch.compile` (there `grow="random"` works), nor sharded
+  weights.
 - `sprand.peft` works with PEFT 0.21 and newer, whose hooks for methods from outside it needs: one without them is refused in a
   sentence, one that was never tested is warned of.
 - Sharded models (FSDP2, ZeRO-3) are saved, disabled and resumed, but not merged or switched there; tensor parallelism is refused.
@@ -179,7 +180,8 @@ def page(folder: Path = ROOT / "sprand") -> str:
     for group, lines in rows(folder).items():
         guide = GROUPS[group][0]
         title = (ROOT / "docs" / guide).read_text().partition("\n")[0].removeprefix("# ")
-        parts += ["", f"### {group}", "", f"How it is done: [{title}]({guide}).", "", "| refused | instead |", "|---|---|", *lines]
+        parts += ["", f"### {group}", "", f"How it is done: [{title}]({guide}).", ""]
+        parts += ["| refused | instead |", "|---|---|", *lines]
     return "\n".join(parts) + "\n"
 
 

@@ -29,6 +29,11 @@ The folders are rooms, and a room imports only rooms above it in this list:
     integrations, cli             doors for other libraries, and the command `sprand`
 """
 
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("sprand needs Linux or macOS, whose locks and calls its files are written by; on Windows install it in WSL")
+
 from .adapters.apply import apply, select
 from .adapters.first_forward import choose
 from .adapters.model import combine, disabled, merge, named_parameters, parameters, switch, unmerge, write

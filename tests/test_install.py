@@ -143,6 +143,15 @@ def test_sprand_cuda_0_leaves_cuda_out(machine, tmp_path, monkeypatch):
     assert "sprand._C_cuda" not in machine.plan()[0]
 
 
+def test_a_torch_for_rocm_leaves_cuda_out(machine, tmp_path, monkeypatch):
+    machine.add_toolkit(tmp_path / "cuda")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert list(machine.plan()[0]) == ["sprand._C", "sprand._host"]
+    monkeypatch.setenv("SPRAND_CUDA", "1")
+    with pytest.raises(SystemExit, match="SPRAND_CUDA=1, but this torch is for ROCm"):
+        machine.plan()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

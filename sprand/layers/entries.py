@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ops
+from ..kernels import native, ops
 from ..kernels.schedule import Schedule
 from ..kernels.tuning import schedule_for
 from .sharding import is_dtensor
@@ -183,8 +183,8 @@ class Schedules:
 
 
 def is_sampled_on_gpu(weight: Tensor) -> bool:
-    """Whether a GPU holds the whole of a linear layer's weight."""
-    return weight.is_cuda and weight.dim() == 2 and type(weight.data) is Tensor
+    """Whether a GPU that the CUDA kernels serve holds the whole of a linear layer's weight."""
+    return weight.is_cuda and native.problems["_C_cuda"] is None and weight.dim() == 2 and type(weight.data) is Tensor
 
 
 @dataclass
