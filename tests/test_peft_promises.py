@@ -181,11 +181,11 @@ def test_deltas_have_the_dtype_of_the_base_if_asked(dtype, low_cpu_mem_usage, tm
     assert torch.equal(logits(loaded), trained) and torch.equal(logits(loaded.merge_and_unload()), trained)
 
 
-def test_adapters_of_single_rows_are_refused():
-    model = adapted(steps=1)
+def test_single_entries_of_single_rows_are_refused():
+    model = adapted(steps=1).eval()
     tokens = torch.arange(6)[None]
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match="adapter_names: sprand writes adapters into the weights, which all rows"):
+        with pytest.raises(ValueError, match="adapter_names: .* otherwise than in whole columns of a linear layer"):
             call(input_ids=tokens, adapter_names=["default"])
 
 

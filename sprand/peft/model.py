@@ -25,6 +25,7 @@ from .config import SprandConfig
 from .hosted import refuse_applied
 from .layer import SprandLayer, adapter_targets, layer_class
 from .loading import check_loadable
+from .mixed import rows_use
 from .plan import Plan, as_of_apply, make_plan
 from .quantized import QuantizedLayer
 from .tensors import put_back, taken_out
@@ -293,17 +294,14 @@ class SprandModel(BaseTuner):
                     delta.data = delta.data.to(weight.dtype)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        """PEFT's hook for the adapters of single rows, which do not fit into one weight.
+        """Inside of the block rows of a batch use the adapters that `adapter_names` gives, one for each.
 
         Raises:
-            ValueError: Such adapters are given.
+            ValueError: An adapter is unknown or merged, or changes more than whole columns of linear layers, or the model is in
+                training mode.
         """
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names: sprand writes adapters into the weights, which all rows of a batch share; call the rows of each "
-                "adapter by themselves, after model.set_adapter(name), or use sprand.serving.AdapterPool"
-            )
-        return nullcontext()
+        names = kwargs.get("adapter_names")
+        return nullcontext() if names is None else rows_use(self.model, self.peft_config, names)
 
     def _unload_and_optionally_merge(
         self,

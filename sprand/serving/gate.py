@@ -58,7 +58,7 @@ class Gate:
         return self.state if own is not None and own.users else ANY
 
     @contextmanager
-    def hold(self, wish: Hashable, timeout: float | None = None) -> Iterator[None]:
+    def hold(self, wish: Hashable, timeout: float | None = None, rows: Any = None) -> Iterator[Request]:
         """The weights hold `wish` inside of the block; with `ANY` they stay what they are.
 
         What belongs to a request that is inside enters again at once.
@@ -66,16 +66,17 @@ class Gate:
         Args:
             wish: a state.
             timeout: seconds to wait at most; None for no limit.
+            rows: which adapters the rows of a batch use, where they use several.
 
         Raises:
             RuntimeError: This request holds another state; or this coroutine would wait for others of its event loop, and keep it
                 from running them.
             TimeoutError: The turn did not come in time.
         """
-        request = self._joined(wish)
+        request = self._joined(wish, rows)
         if request is None:
             done = threading.Event()
-            request = self._asked(wish, done.set)
+            request = self._asked(wish, done.set, rows)
             try:
                 if not done.is_set():
                     self._refuse_own_loop(request)
@@ -86,15 +87,15 @@ class Gate:
                 raise
         before = self._entered(request)
         try:
-            yield
+            yield request
         finally:
             current.set(before)
             self._leave(request)
 
     @asynccontextmanager
-    async def hold_async(self, wish: Hashable, timeout: float | None = None) -> AsyncIterator[None]:
+    async def hold_async(self, wish: Hashable, timeout: float | None = None, rows: Any = None) -> AsyncIterator[Request]:
         """As `hold`, for a coroutine: its event loop goes on while it waits."""
-        request = self._joined(wish)
+        request = self._joined(wish, rows)
         if request is None:
             loop = asyncio.get_running_loop()
             done: asyncio.Future[None] = loop.create_future()
@@ -102,7 +103,7 @@ class Gate:
             def wake() -> None:
                 loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
 
-            request = self._asked(wish, wake)
+            request = self._asked(wish, wake, rows)
             try:
                 await asyncio.wait_for(done, timeout)
             except TimeoutError:
@@ -113,18 +114,18 @@ class Gate:
                 raise
         before = self._entered(request)
         try:
-            yield
+            yield request
         finally:
             current.set(before)
             self._leave(request)
 
-    def _joined(self, wish: Hashable) -> Request | None:
+    def _joined(self, wish: Hashable, rows: Any) -> Request | None:
         """The request that this context belongs to, used once more; None where it has to ask."""
         with self._lock:
             own = of_gate(self)
             if own is None or not own.users:
                 return None
-            if wish is not ANY and wish != self.state:
+            if wish is not ANY and (wish != self.state or rows is not own.rows):
                 raise RuntimeError(
                     "this request is inside of a block or a forward that uses the weights as they are; leave it first (what a "
                     "block starts, threads and tasks, belongs to it)"
@@ -132,10 +133,12 @@ class Gate:
             own.users += 1
             return own
 
-    def _asked(self, wish: Hashable, wake: Callable[[], None]) -> Request:
+    def _asked(self, wish: Hashable, wake: Callable[[], None], rows: Any) -> Request:
         """A new request in the queue, which may have been let in at once."""
         own = of_gate(self)
-        request = Request(self, own.wish if own is not None and wish is ANY else wish, wake)
+        if own is not None and wish is ANY:
+            wish, rows = own.wish, own.rows
+        request = Request(self, wish, wake, rows)
         with self._lock:
             self._waiting.append(request)
             try:

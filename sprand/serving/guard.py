@@ -12,19 +12,21 @@ import torch
 from torch import nn
 
 from .gate import ANY, Gate
+from .requests import Request
 
 
 class Guarded:
     """Stands in for a method of a model, and holds the weights as they are while it runs."""
 
-    def __init__(self, model: nn.Module, name: str, hold: Callable[[Hashable], AbstractContextManager[None]]) -> None:
+    def __init__(self, model: nn.Module, name: str, hold: Callable[[Hashable], AbstractContextManager[Request]]) -> None:
         self.model, self.name, self.hold, self.inner = model, name, hold, getattr(model, name)
         functools.update_wrapper(self, self.inner)
 
     @torch.compiler.disable(recursive=False)  # a lock is no part of a graph; what it guards is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.hold(ANY):
-            return self.inner(*args, **kwargs)
+        with self.hold(ANY) as request:
+            inner = self.inner if request.rows is None else torch.compiler.disable(self.inner)  # graphs leave out new hooks
+            return inner(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return plain_method(memo.get(id(self.model), self.model), self.name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from ..files import described
 from ..layers import sharding
 from .gate import ANY, Gate
 from .guard import guard, unguard
+from .mixing import MIXED, Mixing
 from .residents import DeviceCache, Library, Resident
 from .shelf import Shelf, Source
 from .sources import located
@@ -85,6 +87,7 @@ class AdapterPool:
         self._shelf = Shelf(self._read, self._cache.drop, host_bytes)
         self._closed = False
         self._gate = Gate(self._change, devices, max_queue_delay)
+        self._mixing = Mixing(model, self._gate, self._cache)
         self._guarded = guard(model, self._gate, "AdapterPool", ("forward", "generate"))
 
     def add(self, name: str, path: str | os.PathLike[str], revision: str | None = None) -> None:
@@ -190,6 +193,37 @@ class AdapterPool:
         async with self._gate.hold_async(resident, _left(end)):
             yield self.model
 
+    @contextmanager
+    def mixed(self, names: Sequence[str | None], timeout: float | None = None) -> Iterator[nn.Module]:
+        """The model with an adapter of its own for each row of a batch, inside of the block.
+
+        The weights hold the base, and each linear layer adds what the adapters of the rows change: `x[:, columns] D^T`. So
+        outputs are those of one adapter after the other but for rounding, not to the bit. All adapters must have been trained
+        with `layout="columns"`. The first dimension of what comes to a layer is the batch, or a multiple of it (the beams of a
+        search). Several such blocks run together, whatever their adapters are; a compiled model runs eagerly in them.
+
+            with pool.mixed(["a", "b", None]):
+                model.generate(input_ids)  # [3, length]
+
+        Args:
+            names: the adapter of each row; None for the base.
+            timeout: seconds to wait at most; None for no limit.
+
+        Raises:
+            FileNotFoundError: An adapter is on disk alone, and not there any more.
+            RuntimeError: This request uses another adapter.
+            TimeoutError: The turn did not come in time.
+            ValueError: There is no adapter of a name, or it changes other entries than whole columns of linear layers.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        if not names or isinstance(names, str):
+            raise ValueError(f"mixed: expected the names of the rows' adapters, one for each row of the batch, got {names!r}")
+        used = {name: self._shelf.get(name, _left(end)) for name in dict.fromkeys(names) if name is not None}
+        with self._shelf.kept(used.values()):
+            rows = self._mixing.rows(names, used)
+            with self._gate.hold(MIXED, _left(end), rows):
+                yield self.model
+
     def switch(self, name: str | None, timeout: float | None = None) -> None:
         """Make an adapter, or None for the base, what the weights hold until someone asks for another.
 
@@ -270,9 +304,10 @@ class AdapterPool:
             resident = self._library.resident(name, adapter, base)
         return resident, described.digest([json.dumps(file.description, sort_keys=True), file.checksum])
 
-    def _change(self, new: Resident | None) -> None:
-        """Let the weights hold another adapter, which is in memory as long as they do."""
-        old = self._weights.resident
+    def _change(self, wish: Any) -> None:
+        """Let the weights hold another adapter, which is in memory as long as they do, or the base for batches of several."""
+        new, old = None if wish is MIXED else wish, self._weights.resident
+        self._mixing.stop()
         self._shelf.keep(new)
         try:
             self._weights.hold(new)
@@ -281,6 +316,9 @@ class AdapterPool:
             for resident in (new, old):
                 if resident is not now:
                     self._shelf.release(resident)
+        if wish is MIXED:
+            self._gate.state = MIXED
+            self._mixing.start()
 
 
 def _left(end: float | None) -> float | None:

@@ -23,6 +23,7 @@ class Request:
         gate: the gate that it is for.
         wish: what the weights are to hold.
         wake: called once, when it was let in or refused.
+        rows: which adapters the rows of its batches use, where they use several.
 
     Attributes:
         users: blocks and forwards that use it now; 0 before it is let in and after the last has left.
@@ -31,8 +32,8 @@ class Request:
         loop: the event loop that ran it, None outside of coroutines.
     """
 
-    def __init__(self, gate: Any, wish: Hashable, wake: Callable[[], None]) -> None:
-        self.gate, self.wish, self.wake = gate, wish, wake
+    def __init__(self, gate: Any, wish: Hashable, wake: Callable[[], None], rows: Any = None) -> None:
+        self.gate, self.wish, self.wake, self.rows = gate, wish, wake, rows
         self.users = 0
         self.error: BaseException | None = None
         self.since = time.monotonic()

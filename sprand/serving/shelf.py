@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,6 +173,18 @@ class Shelf:
         with self._lock:
             entry = self._entries.pop(name, None)
             self.release(None if entry is None else entry.resident)
+
+    @contextmanager
+    def kept(self, residents: Iterable[Resident]) -> Iterator[None]:
+        """Adapters stay in memory inside of the block."""
+        residents = list(residents)
+        for resident in residents:
+            self.keep(resident)
+        try:
+            yield
+        finally:
+            for resident in residents:
+                self.release(resident)
 
     def keep(self, resident: Resident | None) -> None:
         """Count one more user of what an adapter takes memory for."""
