@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from plots import figure_saved, figure_with
+from plots import panels
 from quality.merging import Case, combinations, measure, train_all
 from quality.training import TaskPlan
 from report import RESULTS, command_line, markdown, one_thread, progress, write_csv, write_markdown
@@ -115,10 +115,7 @@ def write(rows: Sequence[dict[str, object]], out: Path, command: str) -> None:
     heading = "Test accuracy of three tasks, each with its own head, mean of the seeds"
     write_markdown(out / "combine.md", "What merging adapters costs", command, [(heading, markdown(table, columns))])
     merged = [row for row in table if row["drop"] is not None]
-    figure, panels = figure_with(["points"], out / "combine.png")
-    if figure is None:
-        return
-    for panel, _ in panels:
+    for panel, _ in panels(["points"], out / "combine.png"):
         labels = [f"{row['kind']}: {row['combination']}" for row in merged]
         colours = ["#b2182b" if row["kind"] == LABELS["lora"] else "#2166ac" for row in merged]
         panel.barh(range(len(merged)), [row["drop"] for row in merged], color=colours)
@@ -126,7 +123,6 @@ def write(rows: Sequence[dict[str, object]], out: Path, command: str) -> None:
         panel.invert_yaxis()
         panel.set(xlabel="points of accuracy lost by merging three tasks", title="mean of three tasks and all seeds")
         panel.grid(axis="x", alpha=0.3)
-    figure_saved(figure, out / "combine.png")
 
 
 def read(file: Path) -> list[dict[str, object]]:

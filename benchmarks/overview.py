@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from plots import figure_saved, figure_with
+import plots
 from report import RESULTS, Row, read_csv
 
 NAMES = ("sprand, 0.1 %", "sprand, 1 %", "LoRA", "all weights")
@@ -62,10 +62,9 @@ def memory(rows: Sequence[Row]) -> Panel:
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
     """A bar for each method in each panel, shorter is better; a line where the model is that trains nothing."""
-    figure, axes = figure_with([panel.title for panel in panels], path, across=len(panels), size=(3.3, 2.5))
-    if figure is None:
-        return
-    for (axis, _), panel in zip(axes, panels, strict=True):
+    titled = {panel.title: panel for panel in panels}
+    for axis, title in plots.panels(titled, path, across=len(panels), size=(3.3, 2.5)):
+        panel = titled[title]
         end = 1.25 * max(panel.floor, *(number for number in panel.numbers if number is not None))
         for y, (number, colour) in enumerate(zip(panel.numbers, COLOURS, strict=True)):
             axis.barh(y, number or 0, 0.72, color=colour)
@@ -78,7 +77,6 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
         axis.tick_params(length=0)
         axis.invert_yaxis()
         axis.spines[["top", "right", "bottom"]].set_visible(False)
-    figure_saved(figure, path)
 
 
 def _short(number: float) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from report import Row
 
@@ -15,10 +16,7 @@ THEIRS = ("#b7c4cf", "#7d92a3", "#4a5f70")
 def time_ratios(rows: Sequence[Row], path: Path) -> None:
     """Step time over the frozen model's, per method and width, one panel per dtype."""
     rows = [row for row in rows if row.get("ratio") is not None and row["method"] != "frozen"]
-    figure, panels = figure_with([_dtype(row) for row in rows], path)
-    if figure is None:
-        return
-    for panel, dtype in panels:
+    for panel, dtype in panels([_dtype(row) for row in rows], path):
         here = [row for row in rows if _dtype(row) == dtype]
         widths = sorted({row["width"] for row in here})
         labels = list(dict.fromkeys(row["label"] for row in here))
@@ -34,17 +32,13 @@ def time_ratios(rows: Sequence[Row], path: Path) -> None:
         _finish(panel, labels, f"{dtype}, bars top to bottom: {', '.join(map(str, widths))} wide")
         panel.axvline(1, color="black", linewidth=1)
         panel.set_xlabel("training step / frozen model's forward + input-gradient backward")
-    figure_saved(figure, path)
 
 
 def memory(rows: Sequence[Row], path: Path) -> None:
     """Peak memory above the frozen model's at the most tokens measured, per method, one panel per dtype and setting."""
     rows = [row for row in rows if row.get("above_mib") is not None and row["method"] != "frozen"]
     rows = [row for row in rows if row["tokens"] == max(other["tokens"] for other in rows)]
-    figure, panels = figure_with([_setting(row) for row in rows], path)
-    if figure is None:
-        return
-    for panel, setting in panels:
+    for panel, setting in panels([_setting(row) for row in rows], path):
         here = [row for row in rows if _setting(row) == setting]
         labels = [row["label"] for row in here]
         end = 1.15 * max([row["above_mib"] for row in here if row["method"] != "full"] or [here[0]["above_mib"]])
@@ -61,16 +55,12 @@ def memory(rows: Sequence[Row], path: Path) -> None:
         if end > 0:
             panel.set_xlim(right=end)
         panel.set_xlabel("MiB above the frozen model's own peak (hatched: activations saved for backward)")
-    figure_saved(figure, path)
 
 
 def speedups(rows: Sequence[Row], path: Path) -> None:
     """Plain PyTorch's time over ours, per op, one panel per dtype; one dot per shape, one line of dots per density."""
     rows = [row for row in rows if row.get("speedup") is not None]
-    figure, panels = figure_with([_dtype(row) for row in rows], path)
-    if figure is None:
-        return
-    for panel, dtype in panels:
+    for panel, dtype in panels([_dtype(row) for row in rows], path):
         here = [row for row in rows if _dtype(row) == dtype]
         labels = list(dict.fromkeys(_operator(row) for row in here))
         densities = sorted({row["density"] for row in here})
@@ -84,7 +74,6 @@ def speedups(rows: Sequence[Row], path: Path) -> None:
         panel.axvline(1, color="black", linewidth=1)
         panel.set_xlabel("times faster than the fastest plain PyTorch, one dot per shape")
         panel.legend(title="density", fontsize=8)
-    figure_saved(figure, path)
 
 
 def _operator(row: Row) -> str:
@@ -99,17 +88,22 @@ def _setting(row: Row) -> str:
     return f"{row['dtype']}, {row['tokens']} tokens" + (", checkpointing" if row["checkpointing"] else "")
 
 
-def figure_with(names: Sequence[str], path: Path, across: int = 2, size: tuple[float, float] = (7.5, 4.8)):
-    """A figure and its panels by name, at most `across` in a row, each of `size` inches; (None, []) where nothing is drawn."""
+def panels(
+    names: Iterable[str], path: Path, across: int = 2, size: tuple[float, float] = (7.5, 4.8)
+) -> Iterator[tuple[Any, str]]:
+    """A panel for each name, to be drawn on, at most `across` in a row, each of `size` inches; then the figure is saved.
+
+    There is none at all where nothing can be drawn, which is said.
+    """
     names = list(dict.fromkeys(names))
     if not names:
         print(f"{path.name} not drawn: no numbers", file=sys.stderr)
-        return None, []
+        return
     try:
         import matplotlib
     except ImportError:
         print(f"{path.name} not drawn: matplotlib is not installed", file=sys.stderr)
-        return None, []
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -119,7 +113,10 @@ def figure_with(names: Sequence[str], path: Path, across: int = 2, size: tuple[f
     figure, axes = pyplot.subplots(down, across, figsize=figsize, squeeze=False, layout="constrained")
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    return figure, list(zip(axes.flat, names, strict=False))
+    yield from zip(axes.flat, names, strict=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def _shade(family: tuple[str, str, str], index: int, count: int) -> str:
@@ -141,28 +138,13 @@ def _finish(panel, labels: Sequence[str], title: str) -> None:
         panel.spines[side].set_visible(False)
 
 
-def figure_saved(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    from matplotlib import pyplot
-
-    pyplot.close(figure)
-
-
 def selection(rows: Sequence[Row], path: Path) -> None:
     """Time and memory of each way to choose entries, over the model's own forward and backward."""
     rows = [row for row in rows if row.get("ratio") is not None]
-    figure, panels = figure_with(["time", "memory"] if rows else [], path)
-    if figure is None:
-        return
     labels = [str(row["method"]) for row in rows]
     colours = [THEIRS[1] if label.startswith("naive") else "grey" if label == "one pass" else OURS[1] for label in labels]
-    for (panel, _), column, what in zip(
-        panels,
-        ("ratio", "above_mib"),
-        ("seconds over one forward and backward of the same data", "MiB above its peak"),
-        strict=True,
-    ):
+    what = {"ratio": "seconds over one forward and backward of the same data", "above_mib": "MiB above its peak"}
+    for panel, column in panels(what if rows else (), path):
         panel.barh(range(len(rows)), [row[column] for row in rows], 0.7, color=colours)
         for y, row in enumerate(rows):
             panel.annotate(
@@ -170,17 +152,13 @@ def selection(rows: Sequence[Row], path: Path) -> None:
                 textcoords="offset points", va="center", fontsize=8,
             )  # fmt: skip
         _finish(panel, labels, "")
-        panel.set_xlabel(what)
-    figure_saved(figure, path)
+        panel.set_xlabel(what[column])
 
 
 def switching(rows: Sequence[Row], path: Path) -> None:
     """Time of a switch, one panel per model."""
     rows = [row for row in rows if row.get("seconds")]
-    figure, panels = figure_with([f"{row['dtype']}, {row['width']} wide" for row in rows], path)
-    if figure is None:
-        return
-    for panel, name in panels:
+    for panel, name in panels([f"{row['dtype']}, {row['width']} wide" for row in rows], path):
         here = [row for row in rows if f"{row['dtype']}, {row['width']} wide" == name]
         for y, row in enumerate(here):
             panel.barh(y, 1e3 * row["seconds"], 0.7, color=_color(row | {"method": row["label"]}, 1, 3))
@@ -189,37 +167,26 @@ def switching(rows: Sequence[Row], path: Path) -> None:
         _finish(panel, [row["label"] for row in here], f"{name}, {here[0]['device']}")
         panel.set_xscale("log")
         panel.set_xlabel("one switch, ms")
-    figure_saved(figure, path)
 
 
 def long_run(rows: Sequence[Row], path: Path) -> None:
     """Loss and resident memory against steps, one line per run."""
-    figure, panels = figure_with(["loss", "memory"], path)
-    if figure is None:
-        return
-    (losses, _), (memory, _) = panels
     styles = {
-        "sparse": (OURS[2], "-", 1.5),
-        "full": (OURS[1], "-", 4.0),
-        "dense": ("black", "-", 1.2),
-        "again": (THEIRS[2], ":", 1.2),
-    }
-    for key in dict.fromkeys(str(row["run"]) for row in rows):
-        here = [row for row in rows if row["run"] == key]
-        steps = [row["step"] for row in here]
-        color, style, width = styles[key]
-        label = str(here[0]["label"])
-        losses.plot(steps, [row["loss"] for row in here], style, color=color, linewidth=width, label=label)
-        start = here[0]["rss_mib"]
-        memory.plot(steps, [row["rss_mib"] - start for row in here], style, color=color, linewidth=min(width, 2), label=label)
-    losses.axhline(rows[0]["floor"], color="grey", linestyle="--", linewidth=1)
-    losses.annotate(
-        "entropy of the source", (steps[-1], rows[0]["floor"]), (0, 3), textcoords="offset points", ha="right", fontsize=8
-    )
-    losses.set_ylabel("loss, mean of a hundredth of the steps, nats")
-    memory.set_ylabel("RSS over its first look, MiB")
-    for panel in (losses, memory):
+        "sparse": (OURS[2], "-", 1.5), "full": (OURS[1], "-", 4.0), "dense": ("black", "-", 1.2), "again": (THEIRS[2], ":", 1.2),
+    }  # fmt: skip
+    what = {"loss": "loss, mean of a hundredth of the steps, nats", "rss_mib": "RSS over its first look, MiB"}
+    for panel, column in panels(what, path):
+        for key in dict.fromkeys(str(row["run"]) for row in rows):
+            here = [row for row in rows if row["run"] == key]
+            color, style, width = styles[key]
+            start, most = (0, width) if column == "loss" else (here[0][column], 2)
+            steps, values = [row["step"] for row in here], [row[column] - start for row in here]
+            panel.plot(steps, values, style, color=color, linewidth=min(width, most), label=str(here[0]["label"]))
+        if column == "loss":
+            place = (steps[-1], rows[0]["floor"])
+            panel.axhline(rows[0]["floor"], color="grey", linestyle="--", linewidth=1)
+            panel.annotate("entropy of the source", place, (0, 3), textcoords="offset points", ha="right", fontsize=8)
+        panel.set_ylabel(what[column])
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    figure_saved(figure, path)

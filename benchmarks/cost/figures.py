@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cost.growth import TITLES
-from plots import OURS, THEIRS, figure_saved, figure_with
+from plots import OURS, THEIRS, panels
 from report import Row
 
 STYLES = {
@@ -18,10 +18,7 @@ STYLES = {
 def growth(rows: Sequence[Row], path: Path) -> None:
     """One panel per axis; the frozen model is the floor."""
     rows = [row for row in rows if row.get("seconds") is not None]
-    figure, panels = figure_with([axis for axis in TITLES if any(row["axis"] == axis for row in rows)], path)
-    if figure is None:
-        return
-    for panel, axis in panels:
+    for panel, axis in panels([axis for axis in TITLES if any(row["axis"] == axis for row in rows)], path):
         here = [row for row in rows if row["axis"] == axis]
         for name, (color, style) in STYLES.items():
             mine = [row for row in here if str(row["method"]).partition("@")[0] == name]
@@ -45,20 +42,16 @@ def growth(rows: Sequence[Row], path: Path) -> None:
         panel.set_ylabel("one training step, ms")
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=7)
-    figure_saved(figure, path)
 
 
 def life(rows: Sequence[Row], path: Path) -> None:
     """Bytes on disk, seconds to set up, seconds to merge: one bar per size and method."""
     rows = [row for row in rows if row.get("bytes") is not None]
     quantities = {"bytes": "bytes on disk", "set_up": "set-up, seconds", "merge": "merging in memory, seconds"}
-    figure, panels = figure_with(list(quantities) if rows else [], path)
-    if figure is None:
-        return
     labels = list(dict.fromkeys(str(row["label"]) for row in rows))
     units = list(dict.fromkeys(str(row["unit"]) for row in rows))
-    height = 0.8 / len(units)
-    for panel, quantity in panels:
+    height = 0.8 / max(1, len(units))
+    for panel, quantity in panels(list(quantities) if rows else [], path):
         for row in rows:
             if not row[quantity] or (quantity == "merge" and row["method"] == "full"):
                 continue
@@ -72,4 +65,3 @@ def life(rows: Sequence[Row], path: Path) -> None:
         panel.set_xlabel(quantities[quantity])
         panel.set_title(f"bars top to bottom: {'; '.join(units)}", fontsize=8)
         panel.grid(axis="x", alpha=0.3)
-    figure_saved(figure, path)

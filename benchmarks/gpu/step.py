@@ -7,7 +7,7 @@ import gc
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from blocks import Shape, batch, build
 
 from timing import Budget, Clock, default_out, microseconds, predictions  # isort: skip  (puts benchmarks/ on the path)
+from methods import PEER_DENSITY, Attach, adamw, attach_frozen, attach_full, attach_shira, attach_sprand
 from report import Progress, Row, command_line, end_as_by_ctrl_c, markdown, progress, write_csv, write_markdown
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANK = 16
-PEER_DENSITY = 0.01
 LAYOUTS = ("unstructured", "columns")
-LEARNING_RATE = 1e-3
 MIB = 2**20
 COLUMNS = (
     "method", "label", "layout", "density", "graph", "tokens", "layers", "trained", "us", "us_p20", "us_p80", "samples", "ratio",
@@ -35,8 +34,6 @@ TABLE = {
     "spread": ("p20 to p80", ""), "predicted_ratio": ("predicted for 8B", ".3f"), "above_floor_mib": ("MiB above floor", ",.1f"),
     "bytes_per_weight": ("B per trained weight", ".1f"), "note": ("note", ""),
 }  # fmt: skip
-
-Attach = Callable[[nn.Module], tuple[nn.Module, torch.optim.Optimizer | None]]
 
 
 @dataclass(frozen=True)
@@ -126,48 +123,13 @@ def urgency(method: Method) -> int:
     return 0 if method.density in (0.001, 0.01) and not method.graph else 2
 
 
-def attach_frozen(model: nn.Module) -> tuple[nn.Module, None]:
-    """Nothing trains: forward, and backward down to the input. The floor of any method."""
-    return model.requires_grad_(False), None
-
-
-def attach_sprand(model: nn.Module, density: float, layout: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """This project, with its own optimizer."""
-    import sprand
-
-    model = sprand.apply(model, density=density, layout=layout, seed=0)
-    return model, sprand.SparseAdamW(model, lr=LEARNING_RATE)
-
-
 def attach_lora(model: nn.Module, cast: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
     """PEFT LoRA on all linears, with PEFT's default of fp32 weights on a bf16 model, or, without `cast`, in the model's dtype."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=PROJECTIONS)
     model = get_peft_model(model, config, autocast_adapter_dtype=cast)
-    return model, adamw(model)
-
-
-def attach_shira(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """PEFT SHiRA with a random mask; it counts in LoRA ranks, so the rank is the one nearest to 1 % of all linears."""
-    from peft import ShiraConfig, get_peft_model
-
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    per_rank = sum(linear.in_features + linear.out_features for linear in linears)
-    rank = max(round(PEER_DENSITY * sum(linear.weight.numel() for linear in linears) / per_rank), 1)
-    config = ShiraConfig(r=rank, mask_type="random", random_seed=0, target_modules=PROJECTIONS)
-    model = get_peft_model(model, config)
-    return model, adamw(model)
-
-
-def attach_full(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """All weights, moments in bf16."""
-    return model, adamw(model)
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """The fastest AdamW of torch over whatever trains."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, fused=True)
+    return model, adamw(model.parameters())
 
 
 def allocated() -> int:

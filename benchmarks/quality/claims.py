@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plots import figure_saved, figure_with
+from plots import panels
 from quality import paired, results, tables
 from quality.grids import SUITE
 from report import RESULTS, command_line, markdown
@@ -168,10 +168,9 @@ def counted(lines: Sequence[Mapping[str, object]]) -> str:
 def draw(lines: Mapping[str, Sequence[Line]], path: Path) -> None:
     """A panel per metric: each difference and its interval, good to the left for perplexity, to the right for accuracy."""
     flat = [line for here in lines.values() for line in here]
-    figure, panels = figure_with([str(line["metric"]) for line in flat], path)
-    if figure is None:
-        return
-    for panel, metric in panels:
+    metrics = [str(line["metric"]) for line in flat]
+    height = max(3.0, 0.28 * max(map(metrics.count, metrics), default=0))
+    for panel, metric in panels(metrics, path):
         here = [line for line in flat if line["metric"] == metric]
         for y, line in enumerate(here):
             found = line["found"]
@@ -185,8 +184,7 @@ def draw(lines: Mapping[str, Sequence[Line]], path: Path) -> None:
         better = "right" if metric == "accuracy" else "left"
         panel.set(xlabel=f"difference of {metric}{' in points' if metric == 'accuracy' else ''}; better is to the {better}")
         panel.grid(axis="x", alpha=0.3)
-    figure.set_figheight(max(3.0, 0.28 * max(len([one for one in flat if one["metric"] == metric]) for _, metric in panels)))
-    figure_saved(figure, path)
+        panel.figure.set_figheight(height)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from plots import figure_saved, figure_with
+from plots import panels
 from quality.grids import Grid
 
 Row = Mapping[str, object]
@@ -30,11 +31,7 @@ def draw(rows: Sequence[Row], out: Path, name: str, grid: Grid) -> None:
 
 def by_method(rows: Sequence[Row], path: Path) -> None:
     """A panel per task: the test result of each seed, by method, a colour per budget; lines are the methods without one."""
-    figure, panels = figure_with(list(dict.fromkeys(str(row["task"]) for row in rows)), path)
-    if figure is None:
-        return
-    for panel, task in panels:
-        here = [row for row in rows if row["task"] == task]
+    for panel, here in _tasks(rows, path):
         names = list(dict.fromkeys(str(row["method"]) for row in here if row["budget"]))
         for budget, colour in zip(sorted({row["budget"] for row in here if row["budget"]}), ("#e08214", "#2166ac"), strict=False):
             for row in (row for row in here if row["budget"] == budget):
@@ -48,25 +45,18 @@ def by_method(rows: Sequence[Row], path: Path) -> None:
         if here[0]["metric"] != "accuracy":
             panel.set_xscale("log")
             _plain(panel.xaxis)
-        panel.set(title=task, xlabel=f"{here[0]['metric']} on test, a dot per seed")
+        panel.set_xlabel(f"{here[0]['metric']} on test, a dot per seed")
         panel.grid(axis="x", alpha=0.3)
         panel.legend(fontsize=8)
-    figure_saved(figure, path)
 
 
 def by_count(rows: Sequence[Row], path: Path) -> None:
     """A panel per task: the test mean against the trained count, bars of one standard deviation over seeds."""
-    figure, panels = figure_with(list(dict.fromkeys(str(row["task"]) for row in rows)), path)
-    if figure is None:
-        return
-    for panel, task in panels:
-        here = [row for row in rows if row["task"] == task]
-        for method, (colour, style) in STYLES.items():
-            line = sorted((row for row in here if row["method"] == method), key=lambda row: row["trained"])
-            if line:
-                x, y = ([row[key] for row in line] for key in ("trained", "test"))
-                error = [row["sd"] or 0 for row in line]
-                panel.errorbar(x, y, error, fmt=style, color=colour, markersize=4, linewidth=1.2, capsize=2, label=method)
+    for panel, here in _tasks(rows, path):
+        for method, colour, style, line in _lines(here):
+            x, y = ([row[key] for row in line] for key in ("trained", "test"))
+            error = [row["sd"] or 0 for row in line]
+            panel.errorbar(x, y, error, fmt=style, color=colour, markersize=4, linewidth=1.2, capsize=2, label=method)
         for row, style in _references(here):
             label = f"{row['method']}, {row['test']:.3g}"
             panel.axhline(row["test"], color="grey", linestyle=style, linewidth=1, label=label)
@@ -74,26 +64,17 @@ def by_count(rows: Sequence[Row], path: Path) -> None:
         if here[0]["metric"] != "accuracy":
             panel.set_yscale("log")
             _plain(panel.yaxis)
-        panel.set(
-            title=task, xlabel="trained weights (a new head apart)", ylabel=f"{here[0]['metric']} on test, mean and sd of seeds"
-        )
+        panel.set(xlabel="trained weights (a new head apart)", ylabel=f"{here[0]['metric']} on test, mean and sd of seeds")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7, ncols=2)
-    figure_saved(figure, path)
 
 
 def forgetting(rows: Sequence[Row], path: Path) -> None:
     """A panel per task: perplexity of the old text against that of the new, a line per method through its budgets."""
-    figure, panels = figure_with(list(dict.fromkeys(str(row["task"]) for row in rows)), path)
-    if figure is None:
-        return
-    for panel, task in panels:
-        here = [row for row in rows if row["task"] == task]
-        for method, (colour, style) in STYLES.items():
-            line = sorted((row for row in here if row["method"] == method), key=lambda row: row["trained"])
-            if line:
-                x, y = ([row[key] for row in line] for key in ("test", "old"))
-                panel.plot(x, y, style, color=colour, markersize=5, linewidth=1, label=method)
+    for panel, here in _tasks(rows, path):
+        for method, colour, style, line in _lines(here):
+            x, y = ([row[key] for row in line] for key in ("test", "old"))
+            panel.plot(x, y, style, color=colour, markersize=5, linewidth=1, label=method)
         for row in here:
             if not row["budget"]:
                 panel.plot(row["test"], row["old"], "kx")
@@ -101,10 +82,24 @@ def forgetting(rows: Sequence[Row], path: Path) -> None:
         panel.set_xscale("log")
         panel.set_yscale("log")
         _plain(panel.xaxis, panel.yaxis)
-        panel.set(title=task, xlabel="perplexity of the new text (test)", ylabel="perplexity of the old text")
+        panel.set(xlabel="perplexity of the new text (test)", ylabel="perplexity of the old text")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    figure_saved(figure, path)
+
+
+def _tasks(rows: Sequence[Row], path: Path) -> Iterator[tuple[Any, list[Row]]]:
+    """A panel for each task, and its rows."""
+    for panel, task in panels((str(row["task"]) for row in rows), path):
+        panel.set_title(task)
+        yield panel, [row for row in rows if row["task"] == task]
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, list[Row]]]:
+    """Each method that is drawn as a line, its colour and style, and its rows by the trained count."""
+    for method, (colour, style) in STYLES.items():
+        line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["trained"])
+        if line:
+            yield method, colour, style, line
 
 
 def _references(rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plots import figure_saved, figure_with
+from plots import panels
 from quality import results
 from report import RESULTS, command_line, markdown, write_markdown
 from sprand.training import rates
@@ -215,11 +215,8 @@ def summary_of(name: str, rows: Sequence[dict]) -> dict[str, object]:
 
 def draw(of: Sequence[Cell], path: Path) -> None:
     """A panel per size of weights: the best rates against density, arrows at edges, and the law for each group of strategies."""
-    figure, panels = figure_with([f"rms {rms}" for rms in sorted({RMS[cell.task] for cell in of})], path)
-    if figure is None:
-        return
     groups = {"gradient and fisher": ("#7570b3", True), "all others": ("#d95f02", False)}
-    for panel, title in panels:
+    for panel, title in panels([f"rms {rms}" for rms in sorted({RMS[cell.task] for cell in of})], path):
         rms = float(title.split()[1])
         width = next(WIDTHS[task] for task in WIDTHS if RMS[task] == rms)
         densities = [10 ** (-4 + i / 20) for i in range(81)]
@@ -235,7 +232,6 @@ def draw(of: Sequence[Cell], path: Path) -> None:
         panel.set(title=title, xlabel="density", ylabel="learning rate (x: best at an edge of those tried)")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    figure_saved(figure, path)
 
 
 if __name__ == "__main__":
