@@ -20,6 +20,7 @@ from gpu.blocks import Block, Shape
 from peak_memory import MIB, resident
 from report import RESULTS, Progress, Row, command_line, progress, write_csv, write_markdown
 from report import markdown as table
+from sprand.layers.sites import sites_of
 
 SYMBOLS, BATCH, LENGTH, LAYERS = 32, 4, 32, 1
 SHAPE = Shape(hidden=64, key_value=64, feed_forward=128, head=32)
@@ -159,7 +160,7 @@ class Run:
         """Every entry that was not chosen, every other parameter and buffer is what it was, to the bit; and all after unmerge."""
         sprand.write(model)
         before = dict(base.named_parameters()) | dict(base.named_buffers())
-        chosen = {f"{name}.weight": m.sprand_indices.long() for name, m in model.named_modules() if hasattr(m, "sprand_indices")}
+        chosen = {site.name: site.entries.indices.long() for site in sites_of(model)}
         held = {name: t for name, t in model.state_dict(keep_vars=True).items() if name in before}
         untouched = drifted = changed = 0
         for name, tensor in before.items():

@@ -8,6 +8,8 @@
 #include <optional>
 #include <vector>
 
+#include "places.h"
+
 namespace sprand {
 
 using torch::headeronly::ScalarType;
@@ -24,14 +26,26 @@ inline ScalarType sum_type(const Tensor& weight) {
   return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_entries(const char* op, const char* name, const Tensor& value, const Tensor& indices, ScalarType type) {
-  STD_TORCH_CHECK(value.scalar_type() == type && value.numel() == indices.numel() && value.is_contiguous(), op,
-                  ": expected contiguous ", name, " [nnz] of the accumulation or weight dtype");
+inline void check_entries(const char* op, const char* name, const Tensor& value, int64_t nnz, ScalarType type) {
+  STD_TORCH_CHECK(value.scalar_type() == type && value.numel() == nnz && value.is_contiguous(), op, ": expected contiguous ",
+                  name, " [nnz] of the accumulation or weight dtype");
 }
 
 inline void check_weight(const char* op, const Tensor& weight, const Tensor& indices) {
   STD_TORCH_CHECK(weight.is_contiguous(), op, ": expected a contiguous weight");
   STD_TORCH_CHECK(indices.numel() <= weight.numel(), op, ": more indices than the weight has entries");
+}
+
+// Where the nnz entries of a weight are: at flat indices, one for each; or, where there are fewer indices, in the columns
+// (dimension 1) that these number, all of each.
+inline Places places_in(const char* op, const Tensor& weight, const Tensor& indices, int64_t nnz) {
+  check_weight(op, weight, indices);
+  const int64_t numel = weight.numel();
+  if (nnz == indices.numel()) return {nnz, nnz, numel, 1};
+  STD_TORCH_CHECK(weight.dim() >= 2 && nnz * weight.size(1) == numel * indices.numel(), op,
+                  ": expected an index for each entry, or the numbers of columns that the entries are all of");
+  const int64_t rows = weight.size(0), run = numel / rows / weight.size(1);
+  return {nnz, indices.numel() * run, numel / rows, run};
 }
 
 inline void check_runs(const char* op, const Tensor& indices, int64_t rows, int64_t cols, int64_t run_rows, int64_t run_cols) {

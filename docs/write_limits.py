@@ -38,8 +38,9 @@ ABOUT = """# Limits
 - The CUDA kernels are compiled for sm_80, sm_90a and PTX without spilling a register, and run thread by thread on the CPU in the
   tests. On a GPU they were tested and measured on one H100 (`benchmarks/gpu_check.sh` does it on yours); nothing is known of
   other cards, nor of several GPUs.
-- sprand saves time over LoRA, not memory: a trained entry takes 24 bytes in float32 (delta, gradient, two moments, index, base)
-  where a LoRA weight takes 16. With few tokens LoRA is a little smaller, with many they are level ([memory](results.md#memory)).
+- Single entries save time over LoRA, not memory: each takes 24 bytes in float32 (delta, gradient, two moments, index, base; in
+  columns 20) where a LoRA weight takes 16. With few tokens LoRA is a little smaller, with many they are level
+  ([memory](results.md#memory)).
 - Layers other than linear ones and embeddings (convolutions, norms, recurrent layers, expert tensors) train through the dense
   gradient of that one tensor.
 - Weights whose memory is not contiguous (`channels_last`) are refused. Second derivatives are not supported.

@@ -115,14 +115,16 @@ class Reference:
     def check(self, model):
         for name, delta in self.delta.items():
             module = model.get_submodule(name.removesuffix(".weight"))
-            assert module.sprand_indices.tolist() == sorted(delta)
+            assert module.sparse_entries().indices.tolist() == sorted(delta)
             expected = torch.tensor([delta[p] for p in sorted(delta)], dtype=torch.float64)
             torch.testing.assert_close(module.sprand_delta.detach(), expected, rtol=1e-9, atol=1e-12)
 
 
 def pair(optimizer):
     model = sprand.apply(built(MLP).double(), density=0.1)
-    active = {f"{n}.weight": m.sprand_indices.tolist() for n, m in model.named_modules() if isinstance(m, sprand.SparseModule)}
+    active = {
+        f"{n}.weight": m.sparse_entries().indices.tolist() for n, m in model.named_modules() if isinstance(m, sprand.SparseModule)
+    }
     return model, OPTIMIZERS[optimizer](model), Reference(built(MLP).double(), active)
 
 

@@ -74,7 +74,9 @@ def test_a_plan_of_columns_says_how_many_each_weight_then_trains(tmp_path, capsy
         planned, count = need["columns"][site.name]
         assert count == site.shape[axis] and abs(planned - len(columns)) <= 1, site.name
         sizes[site.name] = site.numel // count
+        assert site.entries.pattern.chosen.nbytes == 4 * len(columns)
     assert need["columns"].keys() == sizes.keys()
+    assert need["indices"] == 4 * sum(count for count, _ in need["columns"].values())
     assert need["trained"] == sum(sizes[name] * count for name, (count, _) in need["columns"].items())
     assert need["trained"] == pytest.approx(sum(p.numel() for p in sprand.parameters(model)), abs=max(sizes.values()))
     assert run("plan", base, "--layout", "columns") == 0

@@ -16,7 +16,7 @@ from saved_tensors import columns_in, kept, masks, own
 from sprand.kernels import ops
 from sprand.layers import functional
 from sprand.layers.entries import Entries
-from sprand.layers.units import whole_in
+from sprand.layers.units import Pattern, Units
 
 OUT, IN = 12, 20
 FEATURES = torch.tensor([0, 3, 4, 11, 19])
@@ -32,7 +32,11 @@ def applied(dtype: torch.dtype = torch.float32, width: int = 24) -> nn.Module:
 def entries_of(weight: Tensor, features: Tensor, scale: float = 1.0, transposed: bool = False) -> Entries:
     indices = columns_in(weight.shape, features, transposed)
     delta = (0.1 * torch.randn(len(indices), dtype=ops.accumulation_dtype(weight.dtype))).requires_grad_(True)
-    return Entries(delta, indices, ops.gather(weight, indices), scale, whole=whole_in(weight.shape, indices))
+    return Entries(delta, pattern_in(weight.shape, indices, transposed), ops.gather(weight, indices), scale)
+
+
+def pattern_in(shape: tuple[int, ...], indices: Tensor, transposed: bool = False) -> Pattern:
+    return Pattern.of(indices, Units.of(shape, 0 if transposed else 1))
 
 
 def oracle(x: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, transposed: bool, grad: Tensor) -> list[Tensor]:
@@ -46,13 +50,15 @@ def oracle(x: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, tra
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_whole_columns_and_rows_are_known_from_the_indices(index_dtype):
+def test_whole_columns_are_known_from_the_indices_and_give_them_back(index_dtype):
     for features in (FEATURES, FEATURES[:1], torch.arange(IN)):
-        found = whole_in((OUT, IN), columns_in((OUT, IN), features).to(index_dtype))
-        assert torch.equal(found.columns, features) and torch.equal(found.inputs(False), features)
-        rows = whole_in((IN, OUT), columns_in((IN, OUT), features, transposed=True).to(index_dtype))
-        assert torch.equal(rows.rows, features) and torch.equal(rows.inputs(True), features)
-        assert (rows.columns is None) == (len(features) < IN)
+        for shape, transposed in (((OUT, IN), False), ((IN, OUT), True)):
+            indices = columns_in(shape, features, transposed).to(index_dtype)
+            found = pattern_in(shape, indices, transposed)
+            assert found.columns is not None and found.chosen.tolist() == features.tolist()
+            assert found.nnz == len(indices) and found.indices.tolist() == indices.tolist()
+            weight = torch.randn(shape)
+            assert torch.equal(found.gather(weight), weight.flatten()[indices.long()])
 
 
 def test_anything_else_is_no_column():
@@ -67,9 +73,10 @@ def test_anything_else_is_no_column():
         "a row and a half": torch.arange(IN * 3 // 2 // OUT * OUT).int(),
     }
     for name, indices in wrong.items():
-        assert whole_in((OUT, IN), indices).columns is None, name
-        assert whole_in((OUT, IN), indices).rows is None, name
-    assert whole_in((OUT, 4, 5), whole) == whole_in((OUT * IN,), whole) == whole_in((OUT, IN), whole.to("meta")) == (None, None)
+        found = pattern_in((OUT, IN), indices)
+        assert found.columns is None and found.chosen is found.indices is indices, name
+    assert pattern_in((OUT, IN), whole.to("meta")).columns is None
+    assert pattern_in((1, IN), FEATURES).columns is None  # of one entry each
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.25])
@@ -116,7 +123,7 @@ def test_autocast_keeps_the_features_in_its_dtype(cast, transposed):
         with torch.autocast("cpu", dtype=cast):
             return functional.linear(x, weight, bias, entries, transposed)
 
-    sizes = kept(run, weight, entries.delta, entries.indices, entries.base)
+    sizes = kept(run, weight, entries.delta, entries.pattern.chosen, entries.base)
     assert sizes == {(150, len(FEATURES)): 150 * len(FEATURES) * 2}
     grad = torch.randn(3, 50, OUT).to(cast)
     (got,) = torch.autograd.grad(run(), entries.delta, grad)
@@ -132,10 +139,11 @@ def test_of_the_input_only_the_features_are_kept(dtype):
     weight = torch.randn(OUT, IN).to(dtype)
     entries = entries_of(weight, FEATURES)
     x = torch.randn(2, 30, IN).to(dtype).requires_grad_(True)
-    tensors = weight, entries.delta, entries.indices, entries.base
+    tensors = weight, entries.delta, entries.pattern.chosen, entries.base
     size = weight.element_size()
     assert kept(lambda: functional.linear(x, weight, None, entries), *tensors) == {(2, 30, 5): 300 * size}
-    entries.whole = whole_in((OUT, IN), entries.indices[:-1])
+    entries.pattern = Pattern(entries.indices)  # as single entries
+    tensors = weight, entries.delta, entries.pattern.chosen, entries.base
     assert kept(lambda: functional.linear(x, weight, None, entries), *tensors) == {(2, 30, IN): 60 * IN * size}
 
 
@@ -145,8 +153,9 @@ def test_without_a_gradient_of_the_entries_nothing_of_the_input_is_kept():
     weight, x = torch.randn(OUT, IN), torch.randn(9, IN, requires_grad=True)
     for indices in (columns_in((OUT, IN), FEATURES), torch.tensor([1, 5, 44])):
         delta = torch.randn(len(indices))
-        entries = Entries(delta, indices, ops.gather(weight, indices), whole=whole_in(weight.shape, indices))
-        assert kept(lambda e=entries: functional.linear(x, weight, None, e), weight, delta, indices, entries.base) == {}
+        entries = Entries(delta, pattern_in(weight.shape, indices), ops.gather(weight, indices))
+        tensors = weight, delta, entries.pattern.chosen, entries.base
+        assert kept(lambda e=entries: functional.linear(x, weight, None, e), *tensors) == {}
         (got,) = torch.autograd.grad(functional.linear(x, weight, None, entries).sum(), x)
         torch.testing.assert_close(got, weight.sum(0).expand(9, -1))
 

@@ -78,7 +78,7 @@ def whole_columns_train_as_one_process(rank, folder):
         model = make()
         go(engine(model, adamw(model), stage), rank)
         assert_same_training(model, alone)
-        assert model.linear.sparse_entries().whole.columns is not None
+        assert model.linear.sparse_entries().pattern.columns is not None
 
 
 def columns_are_chosen_in_the_first_steps_as_by_one_process(rank, folder):

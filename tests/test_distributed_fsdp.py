@@ -62,7 +62,7 @@ def whole_columns_train_as_one_process(rank, folder):
     model = sharded(make())
     train(model, adamw(model), HALVES[rank : rank + 1])
     assert_same_training(model, trained_alone(make))
-    assert model.linear.sparse_entries().whole.columns is not None
+    assert model.linear.sparse_entries().pattern.columns is not None
 
 
 def a_cpu_without_instructions_trains_as_one_process(rank, folder):

@@ -144,12 +144,12 @@ def test_columns_of_other_layers_move_at_random_alone():
     with pytest.raises(ValueError, match="embed.weight trains whole columns, and gradients grow those of linear layers alone"):
         moving(EveryLayer, fields=fields)
     model, optimizer, mask = moving(EveryLayer, fields=fields, grow="random", every=1, steps=1)
-    before = columns_of((50, 32), 1, model.embed.sprand_indices)
+    before = columns_of((50, 32), 1, model.embed.sparse_entries().indices)
     x, y = tokens_and_labels()
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     assert mask.step()
-    after = columns_of((50, 32), 1, model.embed.sprand_indices)
+    after = columns_of((50, 32), 1, model.embed.sparse_entries().indices)
     assert len(after) == len(before) and len(set(before) - set(after)) == round(0.4 * len(before))
 
 

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from sprand.kernels import ops
 from sprand.layers import functional
 from sprand.layers.entries import Entries
+from sprand.layers.units import Pattern
 from sprand.selection import pattern
 
 
 def entries_for(weight, nnz, scale=1.0):
     indices = pattern.draw("random", "weight", weight.shape, nnz, 0)
     delta = (0.1 * torch.randn(nnz, dtype=weight.dtype)).requires_grad_(True)
-    return Entries(delta, indices, ops.gather(weight, indices), scale)
+    return Entries(delta, Pattern(indices), ops.gather(weight, indices), scale)
 
 
 def dense_weight(weight, entries):
@@ -32,7 +33,7 @@ def test_linear_gradcheck(shape, transposed):
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
 
     def run(x, delta, bias):
-        return functional.linear(x, weight, bias, Entries(delta, entries.indices, entries.base, 0.5), transposed)
+        return functional.linear(x, weight, bias, Entries(delta, entries.pattern, entries.base, 0.5), transposed)
 
     assert torch.autograd.gradcheck(run, (x, entries.delta, bias))
 
@@ -42,7 +43,7 @@ def test_embedding_gradcheck():
     entries = entries_for(weight, 13)
     tokens = torch.tensor([[0, 3, 3], [8, 0, 5]])
     assert torch.autograd.gradcheck(
-        lambda d: functional.embedding(tokens, weight, Entries(d, entries.indices, entries.base)), (entries.delta,)
+        lambda d: functional.embedding(tokens, weight, Entries(d, entries.pattern, entries.base)), (entries.delta,)
     )
 
 
@@ -99,7 +100,7 @@ def test_alias_gradcheck_through_a_convolution():
     entries = entries_for(weight, 7)
     x = torch.randn(2, 2, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x, d: F.conv1d(x, functional.alias(weight, Entries(d, entries.indices, entries.base))), (x, entries.delta)
+        lambda x, d: F.conv1d(x, functional.alias(weight, Entries(d, entries.pattern, entries.base))), (x, entries.delta)
     )
 
 
@@ -189,7 +190,7 @@ def test_a_weight_that_was_cast_holds_the_sum_rounded_once_and_the_bits_of_a_bas
     base = torch.tensor([-0.0, 0.0, -0.0, 1.0, 3.0], dtype=given)
     delta = torch.tensor([0.0, 0.0, -1e-30, 2**-9 + 2**-20, 0.0], dtype=given)
     weight = torch.full((8,), 7.0, dtype=used)
-    Entries(delta, torch.arange(1, 6, dtype=torch.int32), base).write(weight)
+    Entries(delta, Pattern(torch.arange(1, 6, dtype=torch.int32)), base).write(weight)
     wanted = torch.tensor([-0.0, 0.0, -1e-30, 1.0 + 2**-9 + 2**-20, 3.0], dtype=given).to(used)
     assert torch.equal(weight[1:6], wanted)
     assert torch.equal(weight[1:6].signbit(), wanted.signbit())

@@ -331,7 +331,7 @@ def test_adapters_set_aside_come_back_from_the_meta_device():
 def test_entries_that_nothing_knows_are_refused():
     layer = nn.Linear(4, 4, device="meta")
     with pytest.raises(ValueError, match="its indices are on the meta device, where they have no values"):
-        sprand.layers.attached.attach(layer, "weight", torch.arange(3, device="meta"))
+        sprand.layers.attached.attach(layer, "weight", sprand.layers.units.Pattern(torch.arange(3, device="meta")))
     assert type(layer) is nn.Linear and layer.weight.requires_grad
 
 

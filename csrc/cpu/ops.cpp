@@ -34,12 +34,12 @@ void with_index_type(const char* op, const Tensor& indices, F&& f) {
     f(indices.const_data_ptr<int32_t>());
 }
 
-// Sorted positions lie in a weight of `numel` entries if the first and the last one do.
-void check_range(const char* op, const Tensor& indices, int64_t numel) {
+// Sorted indices are below `limit` if the first and the last one are.
+void check_range(const char* op, const Tensor& indices, int64_t limit) {
   if (indices.numel() == 0) return;
   with_index_type(op, indices, [&](const auto* index) {
     const int64_t first = index[0], last = index[indices.numel() - 1];
-    STD_TORCH_CHECK(first >= 0 && last < numel, op, ": expected indices in [0, ", numel, "), got ", first, " to ", last,
+    STD_TORCH_CHECK(first >= 0 && last < limit, op, ": expected indices in [0, ", limit, "), got ", first, " to ", last,
                     "; they belong to another weight");
   });
 }
@@ -141,27 +141,37 @@ Tensor gather_op(const Tensor& weight, const Tensor& indices) {
   return out;
 }
 
-void check_patch(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& base, const Tensor* delta) {
-  check_weight(op, weight, indices);
-  check_range(op, indices, weight.numel());
-  check_entries(op, "base", base, indices, weight.scalar_type());
-  if (delta) check_entries(op, "delta", *delta, indices, sum_type(weight));
+Places checked_places(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& base) {
+  const Places places = places_in(op, weight, indices, base.numel());
+  check_range(op, indices, places.row_numel / places.run);
+  check_entries(op, "base", base, places.nnz, weight.scalar_type());
+  return places;
+}
+
+Places check_patch(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& base, const Tensor* delta) {
+  const Places places = checked_places(op, weight, indices, base);
+  if (delta) check_entries(op, "delta", *delta, places.nnz, sum_type(weight));
+  return places;
 }
 
 void check_scatter_add(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& addends) {
   check_weight(op, weight, indices);
   check_range(op, indices, weight.numel());
-  check_entries(op, "values", addends, indices, sum_type(weight));
+  check_entries(op, "values", addends, indices.numel(), sum_type(weight));
 }
 
 // Entries [begin, end) of one target, without delta the base; on the calling thread.
-void patch_range(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& base, const Tensor* delta,
-                 double scale, int64_t begin, int64_t end) {
+void patch_range(const char* op, const Tensor& weight, const Tensor& indices, const Places& places, const Tensor& base,
+                 const Tensor* delta, double scale, int64_t begin, int64_t end) {
   with_weight_type(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Sum<T>* change = delta ? values<Sum<T>>(*delta) + begin : nullptr;
+    T* const entries = written<T>(weight);
+    const T* const before = values<T>(base);
+    const Sum<T>* const change = delta ? values<Sum<T>>(*delta) : nullptr;
     with_index_type(op, indices, [&](const auto* index) {
-      patch(written<T>(weight), index + begin, values<T>(base) + begin, change, static_cast<Sum<T>>(scale), end - begin);
+      over_stretches(places, index, begin, end, [&](int64_t offset, auto position, int64_t p, int64_t n) {
+        patch(entries + offset, position, before + p, change ? change + p : nullptr, static_cast<Sum<T>>(scale), n);
+      });
     });
   });
 }
@@ -176,11 +186,12 @@ void scatter_add_range(const char* op, const Tensor& weight, const Tensor& indic
   });
 }
 
-// f(target, begin, end) for ranges that together are all entries of all targets, in one parallel region.
+// f(target, begin, end) for ranges that together are all entries of all targets, in one parallel region. Each target has one of
+// the `entries`.
 template <class F>
-void over_all_entries(const std::vector<Tensor>& indices, F&& f) {
+void over_all_entries(const std::vector<Tensor>& entries, F&& f) {
   std::vector<int64_t> first(1, 0);  // entries before each target
-  for (const Tensor& index : indices) first.push_back(first.back() + index.numel());
+  for (const Tensor& own : entries) first.push_back(first.back() + own.numel());
   run_parallel(0, first.back(), kGrain, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (; begin < end; ++i) {
@@ -197,9 +208,10 @@ void check_lists(const char* op, bool equal) {
 
 void patch_op(Tensor weight, const Tensor& indices, const Tensor& base, std::optional<Tensor> delta, double scale) {
   const Tensor* change = delta ? &*delta : nullptr;
-  check_patch("patch_", weight, indices, base, change);
-  run_parallel(0, indices.numel(), kGrain,
-               [&](int64_t begin, int64_t end) { patch_range("patch_", weight, indices, base, change, scale, begin, end); });
+  const Places places = check_patch("patch_", weight, indices, base, change);
+  run_parallel(0, places.nnz, kGrain, [&](int64_t begin, int64_t end) {
+    patch_range("patch_", weight, indices, places, base, change, scale, begin, end);
+  });
 }
 
 void patch_all_op(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<Tensor> bases,
@@ -209,9 +221,10 @@ void patch_all_op(std::vector<Tensor> weights, std::vector<Tensor> indices, std:
   check_lists(op, indices.size() == targets && bases.size() == targets && (!deltas || deltas->size() == targets) &&
                       scales.size() == targets);
   const auto delta = [&](size_t i) { return deltas ? &(*deltas)[i] : nullptr; };
-  for (size_t i = 0; i < targets; ++i) check_patch(op, weights[i], indices[i], bases[i], delta(i));
-  over_all_entries(indices, [&](size_t i, int64_t begin, int64_t end) {
-    patch_range(op, weights[i], indices[i], bases[i], delta(i), scales[i], begin, end);
+  std::vector<Places> places;
+  for (size_t i = 0; i < targets; ++i) places.push_back(check_patch(op, weights[i], indices[i], bases[i], delta(i)));
+  over_all_entries(bases, [&](size_t i, int64_t begin, int64_t end) {
+    patch_range(op, weights[i], indices[i], places[i], bases[i], delta(i), scales[i], begin, end);
   });
 }
 
@@ -221,7 +234,7 @@ void scatter_add_all_op(std::vector<Tensor> weights, std::vector<Tensor> indices
   const size_t targets = weights.size();
   check_lists(op, indices.size() == targets && addends.size() == targets && scales.size() == targets);
   for (size_t i = 0; i < targets; ++i) check_scatter_add(op, weights[i], indices[i], addends[i]);
-  over_all_entries(indices, [&](size_t i, int64_t begin, int64_t end) {
+  over_all_entries(addends, [&](size_t i, int64_t begin, int64_t end) {
     scatter_add_range(op, weights[i], indices[i], addends[i], scales[i], begin, end);
   });
 }
@@ -243,29 +256,25 @@ void sparse_adamw_op(std::vector<Tensor> weights, std::vector<Tensor> indices, s
   const double coef = (maximize ? -1.0 : 1.0) * (grad_coef ? number(*grad_coef) : 1.0);
   const size_t targets = weights.size();
   std::vector<std::pair<size_t, int64_t>> blocks;  // (target, first entry)
+  std::vector<Places> places;
   for (size_t i = 0; i < targets; ++i) {
-    check_weight("sparse_adamw_", weights[i], indices[i]);
-    check_range("sparse_adamw_", indices[i], weights[i].numel());
-    check_entries("sparse_adamw_", "base", bases[i], indices[i], weights[i].scalar_type());
+    places.push_back(checked_places("sparse_adamw_", weights[i], indices[i], bases[i]));
     for (const Tensor* t : {&deltas[i], &grads[i], &exp_avgs[i], &exp_avg_sqs[i]})
-      check_entries("sparse_adamw_", "delta, grad, exp_avg and exp_avg_sq", *t, indices[i], sum_type(weights[i]));
-    for (int64_t p = 0; p < indices[i].numel(); p += kAdamWEntries) blocks.emplace_back(i, p);
+      check_entries("sparse_adamw_", "delta, grad, exp_avg and exp_avg_sq", *t, places[i].nnz, sum_type(weights[i]));
+    for (int64_t p = 0; p < places[i].nnz; p += kAdamWEntries) blocks.emplace_back(i, p);
   }
   run_parallel(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const auto [i, first] = blocks[b];
-      const int64_t p = first, n = std::min(kAdamWEntries, indices[i].numel() - p);
+      const int64_t p = first, n = std::min(kAdamWEntries, places[i].nnz - p);
       const double step = number(steps[i]);
       with_weight_type(weights[i].scalar_type(), [&, i = i](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using S = Sum<T>;
+        using S = Sum<std::remove_pointer_t<decltype(type)>>;
         const AdamW<S> a = adamw_step<S>(lr, beta1, beta2, eps, weight_decay, step, coef);
         adamw(a, written<S>(deltas[i]) + p, values<S>(grads[i]) + p, written<S>(exp_avgs[i]) + p, written<S>(exp_avg_sqs[i]) + p,
               n);
-        with_index_type("sparse_adamw_", indices[i], [&](const auto* index) {
-          patch(written<T>(weights[i]), index + p, values<T>(bases[i]) + p, values<S>(deltas[i]) + p, S(scales[i]), n);
-        });
       });
+      patch_range("sparse_adamw_", weights[i], indices[i], places[i], bases[i], &deltas[i], scales[i], p, p + n);
     }
   });
 }

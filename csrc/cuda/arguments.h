@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "../checks.h"
+#include "segments.h"
 #include "types.h"
 
 namespace sprand::cuda {
@@ -40,18 +41,37 @@ inline Indices positions_in(const char* op, const Tensor& weight, const Tensor& 
   return positions_of(op, indices, weight);
 }
 
-inline const void* entries_of(const char* op, const char* name, const Tensor& t, const Tensor& indices, ScalarType type) {
-  check_entries(op, name, t, indices, type);
-  check_device(op, t, indices);
+// The chosen entries of a weight, and where they are if these are whole columns.
+struct Chosen {
+  Indices positions;
+  Columns columns;
+};
+
+inline Chosen chosen_in(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& base) {
+  const Places places = places_in(op, weight, indices, base.numel());
+  Chosen chosen{positions_of(op, indices, weight), {}};
+  if (places.nnz == indices.numel()) return chosen;
+  STD_TORCH_CHECK(places.nnz < int64_t{1} << 32, op, ": expected fewer than 2**32 entries in whole columns of one weight, got ",
+                  places.nnz);
+  chosen.positions.nnz = places.nnz;
+  chosen.columns = {static_cast<uint32_t>(places.per_row), static_cast<uint32_t>(places.run), 0, places.row_numel};
+  return chosen;
+}
+
+inline const void* entries_of(const char* op, const char* name, const Tensor& t, const Indices& positions, const Tensor& weight,
+                              ScalarType type) {
+  check_entries(op, name, t, positions.nnz, type);
+  check_device(op, t, weight);
   return t.const_data_ptr();
 }
 
-inline const float* floats_of(const char* op, const char* name, const Tensor& t, const Tensor& indices) {
-  return static_cast<const float*>(entries_of(op, name, t, indices, ScalarType::Float));
+inline const float* floats_of(const char* op, const char* name, const Tensor& t, const Indices& positions, const Tensor& weight) {
+  return static_cast<const float*>(entries_of(op, name, t, positions, weight, ScalarType::Float));
 }
 
-inline float* written_floats_of(const char* op, const char* name, const Tensor& t, const Tensor& indices) {
-  entries_of(op, name, t, indices, ScalarType::Float);
+inline float* written_floats_of(const char* op, const char* name, const Tensor& t, const Indices& positions,
+                                const Tensor& weight) {
+  entries_of(op, name, t, positions, weight, ScalarType::Float);
   return static_cast<float*>(t.mutable_data_ptr());
 }
 

@@ -40,6 +40,28 @@ __device__ __forceinline__ Four<V> load_four(const V* p, const Turn& turn) {
   return four;
 }
 
+// The positions of a thread's entries, as load_four: those at flat indices, or in the columns that indices number.
+template <class I, class Segment>
+__device__ __forceinline__ Four<int64_t> positions_of_four(const Segment& segment, const Turn& turn) {
+  const I* const indices = static_cast<const I*>(segment.indices);
+  const Columns& columns = segment.columns;
+  Four<int64_t> position;
+  if (columns.per_row == 0) {
+    const Four<I> flat = load_four(indices, turn);
+#pragma unroll
+    for (int k = 0; k < kFour; ++k) position.value[k] = flat.value[k];
+    return position;
+  }
+#pragma unroll
+  for (int k = 0; k < kFour; ++k) {
+    const int64_t ahead = k * kEntryThreads, own = turn.first + (ahead < turn.rest ? ahead : turn.rest - 1);
+    const uint32_t entry = columns.begin + static_cast<uint32_t>(own), row = entry / columns.per_row;
+    const uint32_t in_row = entry - row * columns.per_row, column = in_row / columns.run;
+    position.value[k] = row * columns.row_numel + int64_t{indices[column]} * columns.run + (in_row - column * columns.run);
+  }
+  return position;
+}
+
 template <class V>
 __device__ __forceinline__ void store_four(V* p, const Four<V>& four, const Turn& turn) {
 #pragma unroll

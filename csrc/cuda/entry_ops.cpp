@@ -16,11 +16,12 @@ using Tensors = std::vector<Tensor>;
 
 Target<PatchSegment> patch_target(const char* op, const Tensor& weight, const Tensor& indices, const Tensor& base,
                                   const Tensor* delta, double scale) {
-  const Indices positions = positions_in(op, weight, indices);
+  const auto [positions, columns] = chosen_in(op, weight, indices, base);
   return {{.weight = weight.mutable_data_ptr(),
            .indices = positions.data,
-           .base = entries_of(op, "base", base, indices, weight.scalar_type()),
-           .delta = delta != nullptr ? floats_of(op, "delta", *delta, indices) : nullptr,
+           .base = entries_of(op, "base", base, positions, weight, weight.scalar_type()),
+           .delta = delta != nullptr ? floats_of(op, "delta", *delta, positions, weight) : nullptr,
+           .columns = columns,
            .nnz = positions.nnz,
            .numel = weight.numel(),
            .scale = static_cast<float>(scale),
@@ -34,7 +35,7 @@ Target<ScatterAddSegment> scatter_add_target(const char* op, const Tensor& weigh
   const Indices positions = positions_in(op, weight, indices);
   return {{.weight = weight.mutable_data_ptr(),
            .indices = positions.data,
-           .values = floats_of(op, "values", values, indices),
+           .values = floats_of(op, "values", values, positions, weight),
            .nnz = positions.nnz,
            .numel = weight.numel(),
            .scale = static_cast<float>(scale),
@@ -102,21 +103,22 @@ void sparse_adamw_op(const Tensors& weights, const Tensors& indices, const Tenso
   std::vector<Target<AdamWSegment>> targets;
   targets.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor& index = indices[i];
-    const Indices positions = positions_in(op, weights[i], index);
-    targets.push_back({{.weight = weights[i].mutable_data_ptr(),
+    const Tensor& weight = weights[i];
+    const auto [positions, columns] = chosen_in(op, weight, indices[i], bases[i]);
+    targets.push_back({{.weight = weight.mutable_data_ptr(),
                         .indices = positions.data,
-                        .base = entries_of(op, "base", bases[i], index, weights[i].scalar_type()),
-                        .delta = written_floats_of(op, "delta", deltas[i], index),
-                        .grad = floats_of(op, "grad", grads[i], index),
-                        .exp_avg = written_floats_of(op, "exp_avg", exp_avgs[i], index),
-                        .exp_avg_sq = written_floats_of(op, "exp_avg_sq", exp_avg_sqs[i], index),
-                        .step = number_of(op, "step", steps[i], index),
+                        .base = entries_of(op, "base", bases[i], positions, weight, weight.scalar_type()),
+                        .delta = written_floats_of(op, "delta", deltas[i], positions, weight),
+                        .grad = floats_of(op, "grad", grads[i], positions, weight),
+                        .exp_avg = written_floats_of(op, "exp_avg", exp_avgs[i], positions, weight),
+                        .exp_avg_sq = written_floats_of(op, "exp_avg_sq", exp_avg_sqs[i], positions, weight),
+                        .step = number_of(op, "step", steps[i], weight),
+                        .columns = columns,
                         .nnz = positions.nnz,
-                        .numel = weights[i].numel(),
+                        .numel = weight.numel(),
                         .scale = static_cast<float>(scales[i]),
                         .first_block = 0},
-                       value_type(op, weights[i]),
+                       value_type(op, weight),
                        positions.type});
   }
   Launch launch(weights[0]);

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kEntryThreads) patch_kernel(SPRAND_GRID_CONSTA
 #pragma unroll 1  // a turn's stores may alias the next one's loads: nothing to gain from both at once
   for (int i = 0; i < kTurns; ++i) {
     const Turn turn = turn_of(s, i);
-    const Four<I> position = load_four(static_cast<const I*>(s.indices), turn);
+    const Four<int64_t> position = positions_of_four<I>(s, turn);
     Four<T> value = load_four(static_cast<const T*>(s.base), turn);
     if (s.delta != nullptr) {
       const Four<float> delta = load_four(s.delta, turn);

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kEntryThreads, 4)
       }
       __syncthreads();
     }
-    const Four<I> position = load_four(static_cast<const I*>(s.indices), turn);
+    const Four<int64_t> position = positions_of_four<I>(s, turn);
     Four<T> value = load_four(static_cast<const T*>(s.base), turn);
 #pragma unroll
     for (int k = 0; k < kFour; ++k) delta.value[k] = adamw_entry(shared, delta.value[k], grad.value[k], m.value[k], v.value[k]);

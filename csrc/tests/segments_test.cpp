@@ -30,6 +30,7 @@ Target<AdamWSegment> target(int64_t nnz, DType dtype = DType::bf16, IndexType in
            .exp_avg = address<float>(6 * at),
            .exp_avg_sq = address<float>(7 * at),
            .step = address<float>(8 * at),
+           .columns = {},
            .nnz = nnz,
            .numel = int64_t{1} << 40,
            .scale = 1.f,
@@ -60,7 +61,9 @@ void expect_covered(const std::string& name, const Targets& targets, size_t capa
       expect(piece.begin == next[piece.target] && piece.nnz > 0, name + ": pieces follow each other");
       expect(s.first_block == block && s.nnz == piece.nnz, name + ": blocks follow each other");
       expect(s.weight == whole.weight && s.step == whole.step, name + ": positions count from the weight's beginning");
-      expect(bytes_between(whole.indices, s.indices) == piece.begin * size_of(index_type), name + ": indices");
+      const bool in_columns = s.columns.per_row != 0;
+      expect(bytes_between(whole.indices, s.indices) == (in_columns ? 0 : piece.begin * size_of(index_type)), name + ": indices");
+      expect(s.columns.begin == (in_columns ? piece.begin : 0), name + ": a piece of columns knows its first entry");
       expect(bytes_between(whole.base, s.base) == piece.begin * size_of(dtype), name + ": base");
       expect(bytes_between<void>(whole.delta, s.delta) == piece.begin * 4, name + ": delta");
       expect(bytes_between<void>(whole.grad, s.grad) == piece.begin * 4, name + ": grad");
@@ -85,6 +88,8 @@ void test_cover() {
   for (int i = 0; i < 100; ++i)
     mixed.push_back(target(i % 7 * 700, static_cast<DType>(i % 3), static_cast<IndexType>(i / 3 % 2)));
   const Targets edges = {target(0), target(1), target(kChunk - 1), target(0), target(kChunk), target(kChunk + 1), target(0)};
+  Targets columns(3, target(5 * kChunk + 1));
+  columns[1].segment.columns = {.per_row = 7, .run = 1, .begin = 0, .row_numel = 50};
   const Targets huge = {target(k31 + 5), target(3), target(40 * k31 + 1, DType::bf16, IndexType::i64), target(k31 * kChunk + 9)};
   for (size_t capacity : {size_t{1}, size_t{3}, size_t{kLarge}}) {
     expect_covered("nothing", {}, capacity, kMostBlocks);
@@ -93,6 +98,7 @@ void test_cover() {
     expect_covered("edges, few blocks", edges, capacity, 1);
     expect_covered("mixed", mixed, capacity, kMostBlocks);
     expect_covered("mixed, few blocks", mixed, capacity, 3);
+    expect_covered("columns, few blocks", columns, capacity, 2);
     expect_covered("many", many, capacity, kMostBlocks);
     expect_covered("huge", huge, capacity, kMostBlocks);
   }
@@ -121,7 +127,7 @@ void test_sizes() {
 void test_pieces_of_patch_and_scatter_add() {
   const uintptr_t at = uintptr_t{1} << 44;
   const std::vector<Target<PatchSegment>> patches = {
-      {{address<void>(at), address<void>(2 * at), address<void>(3 * at), nullptr, 2 * kChunk, int64_t{1} << 40, 1.f, 0},
+      {{address<void>(at), address<void>(2 * at), address<void>(3 * at), nullptr, {}, 2 * kChunk, int64_t{1} << 40, 1.f, 0},
        DType::f32,
        IndexType::i64}};
   const std::vector<Target<ScatterAddSegment>> adds = {

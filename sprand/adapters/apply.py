@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import native
 from ..layers import sharding
+from ..layers.units import Pattern
 from ..selection import pattern
 from ..selection.calibration import Calibration
 from ..selection.choose import choose, waits
@@ -82,12 +83,12 @@ def apply(
         saved = {site.name: site.weight.data for site in targets.saved}
         if state is not None:  # whose adapters may train the same parameters
             saved = {key: value.clone() for key, value in saved.items()}
-    chosen = {key: indices for key, indices in mask.items() if indices.numel()}
+    chosen = {site.name: Pattern.of(mask[site.name], site.units) for site in targets.sites if mask[site.name].numel()}
     adapter = Adapter(config, chosen, saved=saved, selection=mask.selection)
     if mask.selection is not None and config.strategy in pattern.RANDOM_STRATEGIES:  # drawn among what others leave free
         adapter.config = dataclasses.replace(config, **AS_GIVEN)
     if waits(config, run):
-        adapter.waiting = {site.name: columns_at(site, chosen[site.name]) for site in targets.sites}
+        adapter.waiting = {site.name: columns_at(chosen[site.name]) for site in targets.sites}
     replaced.watch()
     add(model, name, adapter)
     if adapter.waiting:

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ops
 from ..layers import sharding, untargeted
 from ..layers.attached import AttachedModule, attach, detach, write_now
 from ..layers.first_backward import watch
 from ..layers.module import sparse_modules
 from ..layers.sites import Site, named_parameters, sites_of
+from ..layers.units import Pattern
 from ..layers.writable import check_writable
-from ..selection import pattern
 from ..selection.config import SparseConfig
+from ..selection.pattern import RANDOM_STRATEGIES, axis_of, draw
 from ..selection.targets import sites_named
 from . import first_step, plain_states
 from .in_full import buffers_of, copies, follow_rows, put_buffers
@@ -41,7 +41,7 @@ def add(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     Raises:
         ValueError: A weight cannot be written, or is in a layer of PEFT. The model is as it was then, as after any other error.
     """
-    sites = sites_named(model, adapter.indices)
+    sites = sites_named(model, adapter.patterns)
     _refuse_layers_of_peft(model, sites)
     check_writable({name: site.weight for name, site in sites.items()})
     is_first = known_state(model) is None
@@ -107,7 +107,7 @@ def activate(model: nn.Module, state: State, active: str | None, mixed: Adapter 
     _keep_base(model, state, () if adapter is None else adapter.saved)
     state.active, state.mixed = active, mixed
     if adapter is not None:
-        _attach(model, adapter, sites_named(model, _named(model, adapter.indices)))
+        _attach(model, adapter, sites_named(model, _named(model, adapter.patterns)))
 
 
 def _keep_base(model: nn.Module, state: State, names: Collection[str]) -> None:
@@ -130,22 +130,24 @@ def _attach(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> No
 
 def _attach_entries(adapter: Adapter, name: str, site: Site) -> None:
     """Let the adapter's entries of one weight train, in every module that holds it."""
-    redraw = _redraw_of(adapter.config, name, site, adapter.indices[name].numel())
-    _bring(adapter, name, site.device, redraw)
-    indices, first = adapter.indices[name], site.owners[0]
-    adapter.deltas[name] = attach(*first, indices, adapter.deltas.get(name), redraw=redraw).delta
+    redraw = _redraw_of(adapter.config, name, site, adapter.patterns[name].nnz)
+    _bring(adapter, site, redraw)
+    pattern, first = adapter.patterns[name], site.owners[0]
+    adapter.deltas[name] = attach(*first, pattern, adapter.deltas.get(name), redraw=redraw).delta
     for owner in site.owners[1:]:
-        attach(*owner, indices, redraw=redraw, leader=first)
+        attach(*owner, pattern, redraw=redraw, leader=first)
     for module, parameter in site.owners:
         target = module.sparse_target(parameter)
         target.name, target.frozen = name, name in adapter.frozen
 
 
-def _bring(adapter: Adapter, name: str, device: torch.device, redraw: Redraw | None) -> None:
+def _bring(adapter: Adapter, site: Site, redraw: Redraw | None) -> None:
     """Bring the adapter's tensors of one weight to its device; those on the meta device are made anew, deltas as zeros."""
-    indices, delta = adapter.indices[name], adapter.deltas.get(name)
+    name, device = site.name, site.device
+    pattern, delta = adapter.patterns[name], adapter.deltas.get(name)
     if device.type != "meta":
-        adapter.indices[name] = redraw(device) if indices.is_meta else indices.to(device)
+        pattern = Pattern(redraw(device)) if pattern.chosen.is_meta else pattern.to(device)
+        adapter.patterns[name] = Pattern.of(pattern.chosen, site.units) if pattern.columns is None else pattern
         if delta is not None and delta.is_meta:
             del adapter.deltas[name]
             return
@@ -155,10 +157,10 @@ def _bring(adapter: Adapter, name: str, device: torch.device, redraw: Redraw | N
 
 def _redraw_of(config: SparseConfig, name: str, site: Site, nnz: int) -> Redraw | None:
     """What draws the entries anew on another device, where they follow from the seed."""
-    if config.strategy not in pattern.RANDOM_STRATEGIES or config.preserve_zeros:
+    if config.strategy not in RANDOM_STRATEGIES or config.preserve_zeros:
         return None
-    axis = pattern.axis_of(config.layout, site)
-    return functools.partial(pattern.draw, config.strategy, name, site.shape, nnz, config.seed, axis=axis)
+    axis = axis_of(config.layout, site)
+    return functools.partial(draw, config.strategy, name, site.shape, nnz, config.seed, axis=axis)
 
 
 def take_off(model: nn.Module, state: State, keep: bool) -> None:
@@ -167,11 +169,11 @@ def take_off(model: nn.Module, state: State, keep: bool) -> None:
     if adapter is None:
         return
     for site in sites_of(model):
-        if site.name in adapter.indices:
+        if site.name in adapter.patterns:
             entries = site.entries
             adapter.deltas[site.name] = entries.delta
-            if not entries.indices.is_meta:
-                adapter.indices[site.name] = entries.indices
+            if not entries.base.is_meta:
+                adapter.patterns[site.name] = entries.pattern
     detach([module for _, module in sparse_modules(model)], keep)
     untargeted.follow(model)
     if keep:
@@ -260,7 +262,7 @@ def put_frozen(model: nn.Module, adapter: Adapter | None, trained: bool) -> None
             continue
         for module, parameter in site.owners:
             entries = module.sparse_entries(parameter)
-            entries.base.copy_(ops.gather(site.weight.data, entries.indices))
+            entries.base.copy_(entries.pattern.gather(site.weight.data))
 
 
 def _ignore_in_ddp(model: nn.Module) -> None:

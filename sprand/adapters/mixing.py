@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..layers.units import Pattern
 from .combining import SUM, Origin, Part, Rule, combined, content_checksum, record, shared_counts
 from .in_full import changed
 from .state import Adapter, State
@@ -50,7 +51,7 @@ def mix(
     wholes = combined(rule, len(adapters), targets)
     result = Adapter(adapters[0].config)
     for target, whole in wholes.items():
-        result.indices[target] = whole.indices
+        result.patterns[target] = Pattern(whole.indices)
         result.deltas[target] = nn.Parameter(whole.delta, requires_grad=False)
     if recorded:
         checksums = [content_checksum(adapter.indices, adapter.deltas) for adapter in adapters]

@@ -233,7 +233,7 @@ def combine(
     check_weights("combine", state, weights)
     collect_buffers(model, state)
     made = mix(state, weights, rule, drop_heads, recorded=True)
-    given = SparseConfig(target_modules=None, target_parameters=tuple(made.indices))
+    given = SparseConfig(target_modules=None, target_parameters=tuple(made.patterns))
     made.config = dataclasses.replace(given, **AS_GIVEN)
     for delta in made.deltas.values():
         delta.requires_grad_(True)

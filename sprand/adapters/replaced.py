@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..kernels import ops
 from ..layers import sharding
 from ..layers.sites import joined, named_parameters, plain_name, sites_of, weights_of
-from ..selection import pattern
+from ..layers.units import Pattern, index_dtype
 from ..selection.config import AS_GIVEN
 from .attaching import activate, take_off
 from .frozen import Frozen, nothing_frozen
@@ -137,7 +137,7 @@ class _Replacement:
     def _matters(self, name: str, kind: str) -> bool:
         """Whether an adapter is concerned: it trains the parameter, or a frozen one has got rows."""
         adapters = self.state.adapters.values()
-        known = name in self.state.base_saved or any(name in adapter.indices for adapter in adapters)
+        known = name in self.state.base_saved or any(name in adapter.patterns for adapter in adapters)
         if known or kind != COPIED:
             return known
         after, shape = self.after[name], self.state.shapes[name]
@@ -151,12 +151,10 @@ class _Replacement:
         for site in sites_of(self.model):
             if site.weight is not after:
                 continue
-            entries = site.entries
-            kept = int((entries.indices < after.numel()).sum())
+            entries, indices = site.entries, site.entries.indices
+            kept = int((indices < after.numel()).sum())
             for module, parameter in site.owners:
-                target = module.sparse_target(parameter)
-                setattr(module, target.indices, entries.indices[:kept].clone())
-                setattr(module, target.base, entries.base[:kept].clone())
+                module.put_entries(parameter, Pattern.of(indices[:kept].clone(), site.units), entries.base[:kept].clone())
             _resize(entries.delta, entries.delta.data[:kept].clone())
         for adapter in self.state.adapters.values():
             if name in adapter.frozen:
@@ -205,7 +203,7 @@ class _Replacement:
     def _forget(self, name: str) -> None:
         """Drop what trained in a weight that was replaced by another one."""
         state, weight = self.state, self.after[name]
-        trained = [adapter.indices.pop(name) for adapter in state.adapters.values() if name in adapter.indices]
+        trained = [adapter.patterns.pop(name) for adapter in state.adapters.values() if name in adapter.patterns]
         for adapter in state.adapters.values():
             for part in (adapter.deltas, adapter.frozen, adapter.added):
                 part.pop(name, None)
@@ -216,7 +214,7 @@ class _Replacement:
                     adapter.saved[name] = weight.data.clone()
         if trained:
             warnings.warn(
-                f"{name}, of which sprand trained {trained[0].numel():,} entries, was replaced by another weight, and they are "
+                f"{name}, of which sprand trained {trained[0].nnz:,} entries, was replaced by another weight, and they are "
                 "dropped; the new one trains in full if it requires a gradient. To train entries of it, replace it before "
                 "sprand.apply",
                 stacklevel=2,
@@ -270,14 +268,14 @@ def _below(frozen: Frozen, limit: int) -> Frozen:
 def _fit(adapter: Adapter, name: str, weight: Tensor, rows: int) -> None:
     """Let an adapter train, of a weight that has its base, its entries in the first rows, and all entries in further ones."""
     limit = rows * math.prod(weight.shape[1:])
-    indices = adapter.indices.get(name)
-    if indices is None and limit == weight.numel():
+    pattern = adapter.patterns.get(name)
+    if pattern is None and limit == weight.numel():
         return
-    dtype = pattern.index_dtype(weight.numel())
-    added = torch.arange(limit, weight.numel(), dtype=dtype, device=weight.device)
-    kept = added[:0] if indices is None else indices[indices < limit].to(added)
-    adapter.indices[name] = torch.cat([kept, added])
-    zeros = torch.zeros(adapter.indices[name].shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device)
+    added = torch.arange(limit, weight.numel(), dtype=index_dtype(weight.numel()), device=weight.device)
+    indices = added[:0] if pattern is None else pattern.indices
+    kept = indices[indices < limit].to(added)
+    adapter.patterns[name] = Pattern(torch.cat([kept, added]))
+    zeros = torch.zeros(adapter.patterns[name].chosen.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device)
     delta = adapter.deltas.setdefault(name, nn.Parameter(zeros[:0]))
     _resize(delta, with_rows(delta.data[: kept.numel()], zeros))
     adapter.config = dataclasses.replace(adapter.config, **AS_GIVEN)

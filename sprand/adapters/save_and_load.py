@@ -22,7 +22,7 @@ from ..kernels import ops
 from ..kernels.dtypes import dtype_name
 from ..layers import offload, sharding
 from ..layers.sites import Site, named_parameters, sites_of
-from ..layers.units import Units
+from ..layers.units import Pattern, Units
 from ..selection import pattern
 from ..selection.config import SparseConfig
 from . import replaced
@@ -104,7 +104,7 @@ def _trained(adapter: Adapter, site: Site) -> Trained:
 def _warn_of_missing(model: nn.Module, adapter: Adapter) -> None:
     """Say which weights that the adapter trains are not in the model now."""
     there = whole_tensors(model)
-    missing = [name for name in (*adapter.indices, *adapter.saved) if name not in there]
+    missing = [name for name in (*adapter.patterns, *adapter.saved) if name not in there]
     if missing:
         warnings.warn(
             f"save: {first_of(missing)} is not in the model any more, and left out of the adapter; put its module back first "
@@ -201,13 +201,13 @@ def prove(model: nn.Module, file: AdapterFile, base_of: Callable[[str, Tensor, T
             added = file.added_row(name, own)
             if added is not None:
                 adapter.added[name] = added
-        adapter.indices[name] = indices
+        adapter.patterns[name] = Pattern(indices)
         adapter.deltas[name] = nn.Parameter(delta.to(device=weight.device, dtype=ops.accumulation_dtype(weight.dtype)))
     for name, values in file.heads.items():
         whole = _matching(file.path, tensors, name, list(values.shape))
         place = adapter.saved if isinstance(whole, nn.Parameter) else adapter.buffers
         place[name] = values.to(device=whole.device, dtype=whole.dtype)
-    _refuse_aliases(file, tensors, (*adapter.indices, *adapter.saved))
+    _refuse_aliases(file, tensors, (*adapter.patterns, *adapter.saved))
     return adapter
 
 
@@ -257,8 +257,9 @@ def _matching(path: Path, tensors: Mapping[str, Tensor], name: str, shape: list[
 
 def _replace_values(model: nn.Module, state: State, name: str, adapter: Adapter) -> nn.Module:
     there, tensors = state.adapters[name], whole_tensors(model)
-    same = there.saved.keys() == adapter.saved.keys() and there.indices.keys() == adapter.indices.keys()
-    if not same or not all(torch.equal(there.indices[key].cpu(), adapter.indices[key].cpu()) for key in adapter.indices):
+    same = there.saved.keys() == adapter.saved.keys() and there.patterns.keys() == adapter.patterns.keys()
+    own = adapter.indices if same else {}
+    if not same or not all(torch.equal(there.patterns[key].indices.cpu(), indices.cpu()) for key, indices in own.items()):
         raise ValueError(f"adapter {name!r} is loaded already, with other entries; choose another name")
     if there.frozen or adapter.frozen:
         switch(model, None)

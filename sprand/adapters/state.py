@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layers.module import sparse_modules
 from ..layers.sites import Site, joined, named_modules, named_parameters, sites_of
+from ..layers.units import Pattern
 from ..selection.config import SparseConfig
 from ..selection.mask import Mask
 from .frozen import Frozen
@@ -27,7 +28,7 @@ class Adapter:
 
     Attributes:
         config: what it was made from.
-        indices: flat positions by parameter name.
+        patterns: which entries, by parameter name.
         deltas: trained changes by parameter name.
         saved: values of the parameters that train in full, by name: those of `modules_to_save`, and what was unfrozen by hand.
         buffers: values of the model's buffers as its training left them, by name.
@@ -38,7 +39,7 @@ class Adapter:
     """
 
     config: SparseConfig
-    indices: dict[str, Tensor] = field(default_factory=dict)
+    patterns: dict[str, Pattern] = field(default_factory=dict)
     deltas: dict[str, nn.Parameter] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
@@ -46,6 +47,11 @@ class Adapter:
     added: dict[str, int] = field(default_factory=dict)
     selection: dict[str, Any] | None = None
     waiting: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def indices(self) -> dict[str, Tensor]:
+        """The flat indices `[nnz]` by parameter name; those of whole columns are made anew at each call."""
+        return {name: pattern.indices for name, pattern in self.patterns.items()}
 
 
 @dataclass

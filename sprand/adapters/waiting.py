@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ops
 from ..kernels.topk import largest, order_keys
 from ..layers import sharding
 from ..layers.sites import Site, sites_of
+from ..layers.units import Pattern
 from ..selection.inputs import InputSums
 from ..selection.strategies import STRATEGIES
 from .state import Adapter, known_state
@@ -92,10 +92,9 @@ def settle(waiting: Sequence[Waiting], sums: InputSums, how: str) -> None:
     logger.info("%d columns of %d weights were chosen by %s", columns, len(waiting), how)
 
 
-def columns_at(site: Site, indices: Tensor) -> Tensor:
-    """The columns `[c]` of which these are the entries, on the CPU; none where they are no whole ones."""
-    columns = site.units.whole(indices.cpu())
-    return torch.empty(0, dtype=torch.int32) if columns is None else columns
+def columns_at(pattern: Pattern) -> Tensor:
+    """A copy of the columns `[c]` of a pattern, on the CPU; none where it has no whole ones."""
+    return torch.empty(0, dtype=torch.int32) if pattern.columns is None else pattern.chosen.to("cpu", copy=True)
 
 
 def refuse_waiting(waiting: bool, what: str) -> None:
@@ -118,7 +117,7 @@ def _of_apply(model: nn.Module) -> list[Waiting]:
     if adapter is None or not adapter.waiting:
         return []
     sites = [site for site in sites_of(model) if site.name in adapter.waiting]
-    if not all(torch.equal(columns_at(site, site.entries.indices), adapter.waiting[site.name]) for site in sites):
+    if not all(torch.equal(columns_at(site.entries.pattern), adapter.waiting[site.name]) for site in sites):
         adapter.waiting.clear()
         return []
     return [_waiting(state.active, adapter, site) for site in sites]
@@ -132,13 +131,10 @@ def _waiting(name: str, adapter: Adapter, site: Site) -> Waiting:
 
 def _put(adapter: Adapter, site: Site, indices: Tensor) -> None:
     """Give a weight of `sprand.apply` its chosen entries; its delta is zero."""
+    pattern = Pattern.of(indices, site.units)
     for module, parameter in site.owners:
-        entries, target = module.sparse_entries(parameter), module.sparse_target(parameter)
-        entries.indices.copy_(indices)
-        entries.base.copy_(ops.gather(sharding.whole(module._parameters[parameter]), indices))
-        target.written.forget()
-        module.make_schedule(parameter)
-    adapter.indices[site.name] = site.entries.indices
+        module.put_entries(parameter, pattern, pattern.gather(sharding.whole(module._parameters[parameter])))
+    adapter.patterns[site.name] = site.entries.pattern
     del adapter.waiting[site.name]
 
 

@@ -100,8 +100,8 @@ def plan(
     """What training needs, method by method.
 
     For each trained entry sprand keeps a delta, its gradient and two moments in float32, an index of 4 bytes (8 in weights from
-    2**31 entries), and the base value; LoRA four float32 values for each of its own; full fine-tuning a gradient in the weights'
-    dtype, two float32 moments, and for 16-bit weights a float32 copy.
+    2**31 entries; in columns one for each column), and the base value; LoRA four float32 values for each of its own; full
+    fine-tuning a gradient in the weights' dtype, two float32 moments, and for 16-bit weights a float32 copy.
 
     What backward reads is kept. Of the inputs of linear layers that is every distinct one for single entries and full
     fine-tuning, the trained features of it for columns, and for LoRA what `kept_inputs.kept_by_lora` says. All else is estimated,
@@ -194,7 +194,9 @@ def _sparse(targets: Sequence[Weight], density: float, held: int, work: Work, un
         counts = dict(zip(targets, shares, strict=True))
         columns = {weight.name: (count // units[weight.name].size, units[weight.name].count) for weight, count in counts.items()}
     total, inputs = sum(counts.values()), work.kept(kept_whole)
+    indices = [(count, weight.numel) for weight, count in counts.items()]
     if columns is not None:
+        indices = columns.values()
         trained = {name: count for name, (count, _) in columns.items()}
         inputs = work.kept(lambda layer: kept_by_columns(layer, trained))
     percent = f"{density:.4%}".rstrip("%").rstrip("0").rstrip(".")
@@ -203,7 +205,7 @@ def _sparse(targets: Sequence[Weight], density: float, held: int, work: Work, un
         columns=columns,
         weights=held,
         **_in_float32(total),
-        indices=sum(count * pattern.index_dtype(weight.numel).itemsize for weight, count in counts.items()),
+        indices=sum(count * pattern.index_dtype(of).itemsize for count, of in indices),
         base=sum(count * weight.itemsize for weight, count in counts.items()),
         activations=work.activations,
         inputs=inputs,

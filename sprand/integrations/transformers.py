@@ -31,10 +31,10 @@ from ..adapters.save_and_load import save
 from ..adapters.state import state_of, tensor_names
 from ..adapters.summary import visible_share
 from ..files import described, states
-from ..kernels import ops
 from ..layers.entries import Entries
 from ..layers.module import sparse_modules
 from ..layers.sites import Site, sites_of
+from ..layers.units import Pattern, index_dtype
 from ..selection import pattern
 from ..training.divergence import is_worth_a_look, rate_to_try, stays_above_start
 from ..training.dynamic import DynamicMask
@@ -299,7 +299,7 @@ def _restore(model: nn.Module, folders: list[Path]) -> None:
     for folder in folders:
         adapter, (_, tensors) = AdapterFile.read(folder), described.read(folder / ENTRIES_FILE, KEY, "checkpoint")
         stored = [_stored(site, adapter, tensors) for site in sites]
-        held = [ops.gather(site.weight.data, entries.indices) for site, entries in zip(sites, stored, strict=True)]
+        held = [entries.pattern.gather(site.weight.data) for site, entries in zip(sites, stored, strict=True)]
         if all(torch.equal(values, entries.values()) for values, entries in zip(held, stored, strict=True)):
             for site, entries in zip(sites, stored, strict=True):
                 _take(site, entries)
@@ -321,19 +321,19 @@ def _stored(site: Site, adapter: AdapterFile, tensors: dict[str, Tensor]) -> Ent
     values = (adapter.delta(name), tensors.get(f"indices.{name}"), tensors.get(f"base.{name}"))
     kinds = [None if value is None else (list(value.shape), value.dtype) for value in values]
     nnz = own.delta.numel()
-    if kinds != [([nnz], value.dtype) for value in (own.delta, own.indices, own.base)]:
+    if kinds != [([nnz], dtype) for dtype in (own.delta.dtype, index_dtype(site.numel), own.base.dtype)]:
         raise ValueError(
             f"SparseCheckpointCallback: expected {nnz} entries of {name} in {adapter.path}, got {kinds}; make the model by the "
             "same sprand.apply"
         )
     delta, indices, base = (value.to(site.weight.device) for value in values)
     pattern.check_indices(f"{adapter.path}: {name}", indices, site.numel)
-    return Entries(delta, indices, base, own.scale)
+    return Entries(delta, Pattern.of(indices, site.units), base, own.scale)
 
 
 def _take(site: Site, entries: Entries) -> None:
     """Let every module that holds a weight have these entries."""
     for module, parameter in site.owners:
         target = module.sparse_target(parameter)
-        tensors = {target.delta: entries.delta, target.indices: entries.indices, target.base: entries.base}
+        tensors = {target.delta: entries.delta, target.indices: entries.pattern.chosen, target.base: entries.base}
         module.load_state_dict(tensors, strict=False)

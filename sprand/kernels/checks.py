@@ -69,14 +69,22 @@ def check_weight(op: str, weight: Tensor, indices: Tensor) -> None:
         raise ValueError(f"{op}: expected at most {weight.numel()} indices for a weight of that size, got {indices.numel()}")
 
 
-def check_entries(op: str, name: str, value: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
-    """Prove one contiguous value of `dtype` for each index."""
-    fits = value.shape == indices.shape and value.dtype == dtype and value.device == indices.device
+def check_entries(op: str, name: str, value: Tensor, like: Tensor, dtype: torch.dtype) -> None:
+    """Prove one contiguous value of `dtype` for each element of `like`, beside it."""
+    fits = value.shape == like.shape and value.dtype == dtype and value.device == like.device
     if not fits or not value.is_contiguous():
         raise ValueError(
-            f"{op}: expected contiguous {name} {list(indices.shape)} of {dtype} on {indices.device}, "
+            f"{op}: expected contiguous {name} {list(like.shape)} of {dtype} on {like.device}, "
             f"got {list(value.shape)} of {value.dtype} on {value.device}"
         )
+
+
+def check_base(op: str, base: Tensor, weight: Tensor, indices: Tensor) -> None:
+    """Prove a base value for each index, or for each entry of the columns that indices number."""
+    in_columns = weight.dim() > 1 and base.numel() * weight.shape[1] == weight.numel() * indices.numel()
+    check_entries(op, "base", base, base if in_columns and base.dim() == 1 else indices, weight.dtype)
+    if base.device != weight.device:
+        raise ValueError(f"{op}: expected base on {weight.device}, got it on {base.device}")
 
 
 def check_draw(op: str, indices: Tensor, numel: int) -> None:

@@ -3,6 +3,9 @@
 Sizes used below: `T` tokens, `out` and `in` features, `nnz` chosen entries. `indices` are flat positions in the
 row-major weight, sorted, unique, int32 (int64 where the weight has 2**31 entries or more). They are proven once, when
 a pattern is built or loaded; the operators check only what costs O(1).
+
+What writes entries also takes whole columns of a weight `[rows, columns, ...]`: `indices` are the numbers `[c]` of columns then,
+and the `nnz` entries all those of `weight[:, indices]`, in the order of the weight.
 """
 
 from __future__ import annotations
@@ -13,7 +16,16 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_draw, check_embedding_grad, check_entries, check_lists, check_product, check_sddmm, check_weight
+from .checks import (
+    check_base,
+    check_draw,
+    check_embedding_grad,
+    check_entries,
+    check_lists,
+    check_product,
+    check_sddmm,
+    check_weight,
+)
 from .dtypes import accumulation_dtype
 from .products import may_lack_product
 from .schedule import Schedule
@@ -126,7 +138,7 @@ def linear_input_grad(
     Args:
         grad_output: `[T, out]`.
         weight: `[out, in]`, or `[in, out]` if transposed; contiguous. It is cast to the dtype of `grad_output`.
-        indices, base, delta, scale: as for `patch_`.
+        indices, base, delta, scale: as for `patch_`; columns are inputs, also where transposed.
         transposed: see weight.
 
     Returns:
@@ -139,9 +151,9 @@ def linear_input_grad(
     if grad_output.dim() != 2 or grad_output.shape[1] != features:
         raise ValueError(f"linear_input_grad: expected grad_output [T, {features}], got {list(grad_output.shape)}")
     check_weight("linear_input_grad", weight, indices)
-    check_entries("linear_input_grad", "base", base, indices, weight.dtype)
+    check_base("linear_input_grad", base, reference.inputs_as_columns(weight, transposed), indices)
     if delta is not None:
-        check_entries("linear_input_grad", "delta", delta, indices, accumulation_dtype(weight.dtype))
+        check_entries("linear_input_grad", "delta", delta, base, accumulation_dtype(weight.dtype))
     return torch.ops.sprand.linear_input_grad(grad_output, weight, indices, base, delta, scale, transposed)
 
 
@@ -190,7 +202,7 @@ def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, 
 
     Args:
         weight: contiguous, any shape; changed in place.
-        indices: `[nnz]`, flat positions, sorted.
+        indices: `[nnz]`, flat positions, sorted; or `[c]`, columns.
         base: `[nnz]`, the original entries, dtype of `weight`.
         delta: `[nnz]` float32 (float64 for a float64 weight), or None.
         scale: factor on `delta`.
@@ -199,9 +211,9 @@ def patch_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, 
         ValueError: A shape, dtype or device does not fit.
     """
     check_weight("patch_", weight, indices)
-    check_entries("patch_", "base", base, indices, weight.dtype)
+    check_base("patch_", base, weight, indices)
     if delta is not None:
-        check_entries("patch_", "delta", delta, indices, accumulation_dtype(weight.dtype))
+        check_entries("patch_", "delta", delta, base, accumulation_dtype(weight.dtype))
     torch.ops.sprand.patch_(weight, indices, base, delta, scale)
 
 
@@ -219,7 +231,7 @@ def patch_all_(
 
     Args:
         weights: contiguous, any shape and dtype; changed in place.
-        indices: `[nnz]` each, flat positions, sorted.
+        indices: `[nnz]` each, flat positions, sorted; or `[c]`, columns.
         bases: `[nnz]` each, the original entries, dtype of the weight.
         deltas: `[nnz]` each, float32 (float64 for float64 weights), or None: all bases are put back.
         scales: the factor on each delta.
@@ -230,9 +242,9 @@ def patch_all_(
     check_lists("patch_all_", weights, indices, bases, bases if deltas is None else deltas, scales)
     for weight, index, base in zip(weights, indices, bases, strict=True):
         check_weight("patch_all_", weight, index)
-        check_entries("patch_all_", "base", base, index, weight.dtype)
-    for weight, index, delta in zip(weights, indices, deltas or (), strict=False):
-        check_entries("patch_all_", "delta", delta, index, accumulation_dtype(weight.dtype))
+        check_base("patch_all_", base, weight, index)
+    for weight, base, delta in zip(weights, bases, deltas or (), strict=False):
+        check_entries("patch_all_", "delta", delta, base, accumulation_dtype(weight.dtype))
     torch.ops.sprand.patch_all_(weights, indices, bases, deltas, scales)
 
 
@@ -251,7 +263,8 @@ def patched(base: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
         ValueError: A shape, dtype or device does not fit.
     """
     result = base.clone()
-    patch_(result, torch.arange(base.numel(), dtype=torch.int32, device=base.device), base, delta, scale)
+    one_column = torch.zeros(min(1, base.numel()), dtype=torch.int32, device=base.device)
+    patch_(result.view(1, 1, -1), one_column, base, delta, scale)
     return result
 
 
@@ -309,7 +322,7 @@ def sparse_adamw_(
 
     Args:
         weights: contiguous, any shape; patched in place.
-        indices: `[nnz]` each.
+        indices: `[nnz]` each; or `[c]`, columns.
         bases: `[nnz]` each, dtype of the weight.
         deltas, grads, exp_avgs, exp_avg_sqs: `[nnz]` each, float32 (float64 for float64 weights).
         steps: one element each, float32, on the device of the delta.
@@ -326,9 +339,9 @@ def sparse_adamw_(
     check_lists("sparse_adamw_", weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, steps, scales)
     for weight, index, base, *entries in zip(weights, indices, bases, deltas, grads, exp_avgs, exp_avg_sqs, strict=True):
         check_weight("sparse_adamw_", weight, index)
-        check_entries("sparse_adamw_", "base", base, index, weight.dtype)
+        check_base("sparse_adamw_", base, weight, index)
         for name, value in zip(("delta", "grad", "exp_avg", "exp_avg_sq"), entries, strict=True):
-            check_entries("sparse_adamw_", name, value, index, accumulation_dtype(weight.dtype))
+            check_entries("sparse_adamw_", name, value, base, accumulation_dtype(weight.dtype))
     lr_tensor = lr if isinstance(lr, Tensor) else None
     for name, value in (
         *(("step", step) for step in steps),

@@ -60,9 +60,14 @@ def linear_grad(grad_output: Tensor, input: Tensor) -> Tensor:
 def linear_input_grad(
     grad_output: Tensor, weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor | None, scale: float, transposed: bool
 ) -> Tensor:
-    """`grad_output @ weight` after `patch_`, which is the one that serves the weight's device."""
-    torch.ops.sprand.patch_(weight, indices, base, delta, scale)
+    """`grad_output @ weight` after `patch_`, which is the one that serves the weight's device; inputs are columns to it."""
+    torch.ops.sprand.patch_(inputs_as_columns(weight, transposed), indices, base, delta, scale)
     return linear(grad_output, weight, None, not transposed)
+
+
+def inputs_as_columns(weight: Tensor, transposed: bool) -> Tensor:
+    """The weight of a linear layer as `patch_` takes it, whose columns are the layer's inputs."""
+    return weight[None] if transposed else weight
 
 
 @torch.no_grad()
@@ -167,7 +172,8 @@ def sparse_adamw_(
             new_exp_avg = torch.where(skip, exp_avg, new_exp_avg)
             new_exp_avg_sq = torch.where(skip, exp_avg_sq, new_exp_avg_sq)
             new_delta = torch.where(skip, delta, new_delta)
-            new_entries = torch.where(skip, gather(weight, index), new_entries)
+            now = _columns(weight, index, base).index_select(1, index).flatten()
+            new_entries = torch.where(skip, now, new_entries)
         exp_avg.copy_(new_exp_avg)
         exp_avg_sq.copy_(new_exp_avg_sq)
         delta.copy_(new_delta)
@@ -222,9 +228,17 @@ def _parts(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
+def _columns(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """A weight as `[rows, columns, run]`, of which indices number columns; a column has one entry where each has one value."""
+    if values.numel() == indices.numel():
+        return weight.view(1, -1, 1)
+    return weight.view(weight.shape[0], weight.shape[1], -1)
+
+
 def _set(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     # .data: the write leaves weight's autograd version alone, as a C++ kernel does
-    weight.data.view(-1).index_copy_(0, indices.long(), values)
+    columns = _columns(weight.data, indices, values)
+    columns.index_copy_(1, indices.long(), values.view(columns.shape[0], indices.numel(), columns.shape[2]))
 
 
 def _patched(base: Tensor, delta: Tensor, scale: float) -> Tensor:

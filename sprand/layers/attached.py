@@ -1,14 +1,13 @@
 """Entries kept on the module itself: attached to it and taken off, moved, saved and loaded with it.
 
 `attach` turns `layer` into a sparse module that also holds, for its parameter `weight`, the trained parameter
-`sprand_delta` and the buffers `sprand_indices` and `sprand_base` (for another parameter `name`: `sprand_delta_name`
-and so on). `detach` turns it back.
+`sprand_delta` and the buffers `sprand_indices` (flat, or the numbers of whole columns) and `sprand_base` (for another parameter
+`name`: `sprand_delta_name` and so on). `detach` turns it back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,68 +15,11 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from . import offload, sharding
-from .entries import Candidates, Entries, Schedules, Sealed, Written
+from .entries import Entries, Schedules, Sealed
 from .module import SparseModule, change_class, sparse_class, track, untrack, write_parameters
 from .sites import Owner, Site, joined, site_of
-from .units import NOTHING_WHOLE, Whole, whole_in
-
-DELTA, INDICES, BASE = "sprand_delta", "sprand_indices", "sprand_base"
-
-
-@dataclass
-class Target:
-    """One targeted parameter of one module.
-
-    Attributes:
-        parameter: its name in the module, for example `"weight"`.
-        scale: factor between delta and weight.
-        redraw: makes the indices on a device, for a module that leaves the meta device.
-        kept: the indices of a module on the meta device that nothing can redraw.
-        written: whether the weight holds its delta already.
-        sealed: tells whether the indices are what they were.
-        schedules: how a GPU samples the gradient of a linear layer.
-        candidates: sees the gradient of the whole weight while a mask looks for entries to grow.
-        whole: the columns or rows of a linear layer's weight that the entries are all of.
-        scores: as in `Entries`, while columns are chosen by gradients, or look for others to grow.
-        frozen: whether an earlier mask left trained values in the weight, which a new base would lose.
-        name: its name in the model, for messages.
-        leader: the first owner of a weight that several modules share, in whose state its entries are; None for that one itself.
-        delta, indices, base: names of the module's tensors for this parameter.
-    """
-
-    parameter: str
-    scale: float = 1.0
-    redraw: Callable[[torch.device], Tensor] | None = None
-    kept: Tensor | None = None
-    written: Written = field(default_factory=Written)
-    sealed: Sealed = field(default_factory=Sealed)
-    schedules: Schedules | None = None
-    candidates: Candidates | None = None
-    whole: Whole = NOTHING_WHOLE
-    scores: Tensor | None = None
-    frozen: bool = False
-    name: str = ""
-    leader: Owner | None = None
-
-    def __post_init__(self) -> None:
-        suffix = "" if self.parameter == "weight" else f"_{self.parameter}"
-        self.delta, self.indices, self.base = DELTA + suffix, INDICES + suffix, BASE + suffix
-
-    @property
-    def tensors(self) -> tuple[str, str, str]:
-        """The names of delta, indices and base."""
-        return self.delta, self.indices, self.base
-
-    def enter_meta(self, indices: Tensor) -> None:
-        """Keep the indices `[nnz]` of a module that goes to the meta device, unless they can be made anew."""
-        if self.redraw is None and not indices.is_meta:
-            self.kept = indices
-
-    def leave_meta(self, device: torch.device) -> Tensor:
-        """The indices `[nnz]` of a module that has left the meta device."""
-        indices = self.redraw(device) if self.kept is None else self.kept.to(device)
-        self.kept = None
-        return indices
+from .target import Target
+from .units import Pattern, Units
 
 
 class AttachedModule(SparseModule):
@@ -87,21 +29,21 @@ class AttachedModule(SparseModule):
 
     def sparse_entries(self, parameter: str = "weight") -> Entries:
         target = self._sprand_targets[parameter]
-        indices = self._buffers[target.indices]
-        if not torch.compiler.is_compiling() and not target.sealed.holds(indices):
-            self._draw_anew(target, indices)
+        chosen = self._buffers[target.indices]
+        if not torch.compiler.is_compiling() and not target.sealed.holds(chosen):
+            self._draw_anew(target, chosen)
         return self._entries(parameter)
 
-    def _draw_anew(self, target: Target, indices: Tensor) -> None:
-        """Put the indices right, which others have changed in place.
+    def _draw_anew(self, target: Target, chosen: Tensor) -> None:
+        """Put right what is chosen, which others have changed in place.
 
         Raises:
-            ValueError: No seed draws them.
+            ValueError: No seed draws it.
         """
         if target.redraw is not None:
-            drawn = target.redraw(indices.device)
+            drawn = Pattern.of(target.redraw(chosen.device), self._columns(target.parameter)).chosen
             if target.sealed.holds(drawn):
-                indices.copy_(drawn)
+                chosen.copy_(drawn)
                 return
         raise ValueError(
             f"{target.name or type(self).__name__}: the positions of its trained entries were changed in place, as by an average "
@@ -116,13 +58,12 @@ class AttachedModule(SparseModule):
             offload.refuse_gradient(delta)
         return Entries(
             delta,
-            buffers[target.indices],
+            Pattern(buffers[target.indices], target.columns),
             buffers[target.base],
             target.scale,
             target.written,
             target.schedules,
             target.candidates,
-            target.whole,
             target.scores,
         )
 
@@ -136,15 +77,33 @@ class AttachedModule(SparseModule):
     def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
         return ((self._parameters[target.delta], name) for name, target in self._sprand_targets.items())
 
+    def put_entries(self, parameter: str, pattern: Pattern, base: Tensor) -> None:
+        """Let other entries of a parameter train, with their base `[nnz]`; its delta, as many, is left to the caller.
+
+        Tensors of the same sizes are kept, and written: a graph may hold them.
+        """
+        target = self._sprand_targets[parameter]
+        target.columns = pattern.columns
+        for name, value in ((target.indices, pattern.chosen), (target.base, base)):
+            if self._buffers[name].shape == value.shape and not self._buffers[name].is_meta:
+                self._buffers[name].copy_(value)
+            else:
+                self._buffers[name] = value
+        target.written.forget()
+        self.make_schedule(parameter)
+
+    def _columns(self, parameter: str) -> Units:
+        """The columns of a parameter; of one that has none, its entries."""
+        return site_of("", self, parameter).units
+
     def make_schedule(self, parameter: str) -> None:
         """Settle how the gradient of this parameter is sampled; called when its indices or its device change."""
         weight = self._parameters[parameter]
         target = self._sprand_targets[parameter]
         target.sealed = Sealed(self._buffers[target.indices])
-        target.schedules, target.whole = None, NOTHING_WHOLE
+        target.schedules = None
         if self._is_sampled and parameter == "weight":
-            target.whole = whole_in(sharding.shape_of(weight), self._buffers[target.indices])
-            target.schedules = Schedules.on_gpu(weight, self._buffers[target.indices])
+            target.schedules = Schedules.on_gpu(weight, Pattern(self._buffers[target.indices], target.columns))
         if target.schedules is not None:
             target.schedules.of(weight.dtype)  # a graph that is compiled before any forward can make none
 
@@ -152,14 +111,14 @@ class AttachedModule(SparseModule):
         """Moves and casts like any module; deltas stay in their accumulation dtype, indices and base stay right."""
         places = {name: _place(self._parameters[name]) for name in self._sprand_targets}
         entries = {name: self._entries(name) for name in self._sprand_targets}
-        before = {name: (own.delta.data, own.indices) for name, own in entries.items()}
+        before = {name: (own.delta.data, own.pattern) for name, own in entries.items()}
         super()._apply(fn, recurse)
         for name in self._sprand_targets:
             self._follow(name, places[name], *before[name])
         return self
 
-    def _follow(self, parameter: str, place: tuple[torch.device, torch.dtype], delta: Tensor, indices: Tensor) -> None:
-        """Let the entries of a parameter, which were `delta` and `indices`, follow it from where it was."""
+    def _follow(self, parameter: str, place: tuple[torch.device, torch.dtype], delta: Tensor, pattern: Pattern) -> None:
+        """Let the entries of a parameter, which had this delta and pattern, follow it from where it was."""
         weight = self._parameters[parameter]
         target = self._sprand_targets[parameter]
         entries = self._entries(parameter)
@@ -167,11 +126,11 @@ class AttachedModule(SparseModule):
         dtype = ops.accumulation_dtype(weight.dtype)
         if entries.delta.dtype != dtype:
             entries.delta.data = delta.to(device=entries.delta.device, dtype=dtype)
-        if entries.indices.is_meta:
-            target.enter_meta(indices)
-        elif indices.is_meta:
+        if entries.base.is_meta:
+            target.enter_meta(pattern)
+        elif pattern.chosen.is_meta:
             entries.delta.data.zero_()
-            entries.indices.copy_(target.leave_meta(entries.indices.device))
+            self.put_entries(parameter, target.leave_meta(entries.base.device, self._columns(parameter)), entries.base)
         if place != _place(weight):
             self.make_schedule(parameter)
 
@@ -185,7 +144,7 @@ class AttachedModule(SparseModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint with the entries is taken as it is; one without them is a new base, if nothing is frozen in the old."""
-        on_meta = [name for name in self._sprand_targets if self._entries(name).indices.is_meta]
+        on_meta = [name for name in self._sprand_targets if self._entries(name).base.is_meta]
         if on_meta:
             args[-1].append(
                 f"{prefix}{on_meta[0]} is on the meta device, with entries that train; call model.to_empty(device=...) first, "
@@ -200,20 +159,33 @@ class AttachedModule(SparseModule):
                 "with sprand.save, and load it into a model of that base."
             )
             return
-        before = {name: self._entries(name).indices.clone() for name in self._sprand_targets}
+        for name, target in self._sprand_targets.items():
+            if prefix + target.indices in state_dict:
+                self._fit_buffer(name, state_dict, prefix + target.indices)
+        before = {name: self._entries(name).pattern.chosen.clone() for name in self._sprand_targets}
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, target in self._sprand_targets.items():
             if target.leader is not None:
                 self._follow_leader(name, prefix, args[2])
                 continue
-            indices = self._entries(name).indices
+            pattern = self._entries(name).pattern
             target.written.forget()
             # torch.distributed.checkpoint has filled our own tensors before it calls
-            if not torch.equal(indices, before[name]) or not target.sealed.holds(indices):
+            if not torch.equal(pattern.chosen, before[name]) or not target.sealed.holds(pattern.chosen):
                 target.redraw = None
                 self.make_schedule(name)
             if name in with_new_base:
-                setattr(self, target.base, ops.gather(sharding.whole(self._parameters[name]), indices))
+                setattr(self, target.base, pattern.gather(sharding.whole(self._parameters[name])))
+
+    def _fit_buffer(self, parameter: str, state_dict: dict[str, Any], key: str) -> None:
+        """Have a buffer for what a checkpoint says is chosen: flat indices or columns, and ours may be of the other kind."""
+        target = self._sprand_targets[parameter]
+        own, nnz = self._buffers[target.indices], self._buffers[target.base].numel()
+        pattern = Pattern.stored(state_dict[key], nnz, self._columns(parameter))
+        if pattern is not None:
+            state_dict[key], target.columns = pattern
+            if own.shape != pattern.chosen.shape:
+                self._buffers[target.indices] = torch.empty_like(pattern.chosen, device=own.device)
 
     def without_entries(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """The parameters that a checkpoint, which calls this module by `prefix`, has without their entries."""
@@ -234,14 +206,14 @@ class AttachedModule(SparseModule):
         its = leader.sparse_target(its_parameter)
         self._parameters[target.delta] = leader._parameters[its.delta]
         self._buffers[target.indices], self._buffers[target.base] = leader._buffers[its.indices], leader._buffers[its.base]
-        target.redraw = its.redraw
+        target.redraw, target.columns = its.redraw, its.columns
         target.written.forget()
         self.make_schedule(parameter)
         own = {prefix + name for name in target.tensors}
         missing[:] = [name for name in missing if name not in own]
 
     def extra_repr(self) -> str:
-        counts = [f"{self.sparse_entries(name).indices.numel():,} of {name}" for name in self._sprand_targets]
+        counts = [f"{self.sparse_entries(name).pattern.nnz:,} of {name}" for name in self._sprand_targets]
         inherited = super().extra_repr()
         return ", ".join([*([inherited] if inherited else []), f"trains {', '.join(counts)}"])
 
@@ -252,7 +224,7 @@ SparseLinear = sparse_class(AttachedModule, nn.Linear)
 def attach(
     module: nn.Module,
     parameter: str,
-    indices: Tensor,
+    pattern: Pattern,
     delta: nn.Parameter | None = None,
     scale: float = 1.0,
     redraw: Callable[[torch.device], Tensor] | None = None,
@@ -263,7 +235,7 @@ def attach(
     Args:
         module: changed in place; keeps its class as a subclass.
         parameter: name of the parameter in the module.
-        indices: `[nnz]`, flat, sorted, distinct, on the parameter's device; of one on the meta device they may be at hand.
+        pattern: the entries, on the parameter's device; of one on the meta device they may be at hand.
         delta: `[nnz]`, kept as it is; made of zeros if None.
         scale: factor between delta and weight.
         redraw: makes the indices anew when the module leaves the meta device.
@@ -277,11 +249,11 @@ def attach(
             on the meta device and nothing can redraw them.
     """
     weight = _checked_weight(module, parameter)
-    target = Target(parameter, scale, redraw, leader=leader)
+    target = Target(parameter, scale, pattern.columns, redraw, leader=leader)
     if weight.is_meta:
-        target.enter_meta(indices)
-        indices = indices.to(weight.device)
-    if indices.is_meta and redraw is None and target.kept is None:
+        target.enter_meta(pattern)
+        pattern = pattern.to(weight.device)
+    if pattern.chosen.is_meta and redraw is None and target.kept is None:
         raise ValueError(
             f"{parameter!r} of {type(module).__name__}: its indices are on the meta device, where they have no values; give them "
             "on another one"
@@ -291,9 +263,9 @@ def attach(
         entries = leader[0].sparse_entries(leader[1])
         delta, base, target.written = entries.delta, entries.base, entries.written
     else:
-        base = ops.gather(weight.data, indices)
+        base = pattern.gather(weight.data)
     if delta is None:
-        delta = nn.Parameter(torch.zeros(indices.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device))
+        delta = nn.Parameter(torch.zeros(base.shape, dtype=ops.accumulation_dtype(weight.dtype), device=weight.device))
     weight.requires_grad_(False)
     if cls is not None:
         change_class(module, cls)
@@ -301,7 +273,7 @@ def attach(
         track(module)
     module._sprand_targets[parameter] = target
     module.register_parameter(target.delta, delta)
-    module.register_buffer(target.indices, indices)
+    module.register_buffer(target.indices, pattern.chosen)
     module.register_buffer(target.base, base)
     module.make_schedule(parameter)
     return module.sparse_entries(parameter)

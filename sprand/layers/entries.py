@@ -14,7 +14,7 @@ from ..kernels import native, ops
 from ..kernels.schedule import Schedule
 from ..kernels.tuning import schedule_for
 from .sharding import is_dtensor
-from .units import NOTHING_WHOLE, Whole
+from .units import Pattern
 
 
 class Candidates(Protocol):
@@ -168,9 +168,9 @@ class Schedules:
             self.of(dtype)
 
     @classmethod
-    def on_gpu(cls, weight: Tensor, indices: Tensor) -> Schedules | None:
-        """The schedules of a pattern in a linear layer's weight; None where no GPU samples its gradient."""
-        return cls(indices, *weight.shape) if is_sampled_on_gpu(weight) else None
+    def on_gpu(cls, weight: Tensor, pattern: Pattern) -> Schedules | None:
+        """The schedules of single entries of a linear layer's weight; None where no GPU samples its gradient."""
+        return cls(pattern.chosen, *weight.shape) if pattern.columns is None and is_sampled_on_gpu(weight) else None
 
     def of(self, dtype: torch.dtype) -> Schedule | None:
         """The schedule for operands of a dtype, or None where the kernel for any pattern serves.
@@ -193,32 +193,34 @@ class Entries:
 
     Attributes:
         delta: `[nnz]`, float32 (float64 for a float64 weight), the trained change.
-        indices: `[nnz]`, flat positions, sorted.
+        pattern: which entries these are.
         base: `[nnz]`, the original entries, in the weight's dtype.
         scale: factor on delta.
         written: shared by all uses of the weight, or None to write every time.
-        schedules: how a GPU samples the gradient of a linear layer, or None.
+        schedules: how a GPU samples the gradient of single entries of a linear layer, or None.
         candidates: sees the gradient of the whole weight in backward, chunk by chunk, or None.
-        whole: the columns or rows that these are all entries of.
         scores: `[inputs]`, a leaf whose gradient backward adds the scores of a linear layer's inputs to, or None.
     """
 
     delta: Tensor
-    indices: Tensor
+    pattern: Pattern
     base: Tensor
     scale: float = 1.0
     written: Written | None = None
     schedules: Schedules | None = None
     candidates: Candidates | None = None
-    whole: Whole = NOTHING_WHOLE
     scores: Tensor | None = None
+
+    @property
+    def indices(self) -> Tensor:
+        """The flat indices `[nnz]`; of whole columns they are made anew at each call."""
+        return self.pattern.indices
 
     def on(self, device: torch.device) -> Entries:
         """The same entries on a device; their gradient comes back from there."""
         if self.delta.device == device:
             return self
-        whole = Whole(*(None if lines is None else lines.to(device) for lines in self.whole))
-        return Entries(self.delta.to(device), self.indices.to(device), self.base.to(device), self.scale, whole=whole)
+        return Entries(self.delta.to(device), self.pattern.to(device), self.base.to(device), self.scale)
 
     def values(self) -> Tensor:
         """What the weight holds at the chosen entries, `[nnz]` in its dtype: cast(base + scale * delta)."""
@@ -244,17 +246,17 @@ class Entries:
         A weight of another dtype than base is one that FSDP2 cast for its mixed precision: the sum is rounded once, to it.
         """
         self._end_mark(weight)
-        ops.patch_(weight.data, self.indices, *self._change_of(weight))
+        ops.patch_(self.pattern.view(weight.data), self.pattern.chosen, *self._change_of(weight))
 
     def input_grad(self, grad_output: Tensor, weight: Tensor, transposed: bool) -> Tensor:
         """What `ops.linear_input_grad` gives, `[T, in]`, of rows `[T, out]` and a whole weight."""
-        return ops.linear_input_grad(grad_output, weight.data, self.indices, *self._change_of(weight), transposed)
+        return ops.linear_input_grad(grad_output, weight.data, self.pattern.chosen, *self._change_of(weight), transposed)
 
     def restore(self, weight: Tensor) -> None:
         """Make the chosen entries of `weight` hold base, bit for bit."""
         if self.written is not None:
             self.written.forget()
-        ops.patch_(weight.data, self.indices, self.base.to(weight.dtype), None)
+        ops.patch_(self.pattern.view(weight.data), self.pattern.chosen, self.base.to(weight.dtype), None)
 
     def _change_of(self, weight: Tensor) -> tuple[Tensor, Tensor | None, float]:
         """Base, delta and scale as the operators take them for a weight, which may have another dtype than base."""
@@ -294,8 +296,8 @@ def write_all(weights: Sequence[Tensor], entries: Sequence[Entries], trained: bo
         elif e.written is not None:
             e.written.forget()
     ops.patch_all_(
-        [weight.data for weight in weights],
-        [e.indices for e in entries],
+        [e.pattern.view(weight.data) for weight, e in zip(weights, entries, strict=True)],
+        [e.pattern.chosen for e in entries],
         [e.base for e in entries],
         deltas,
         [e.scale for e in entries],

@@ -21,17 +21,20 @@ from ..kernels import ops
 from ..kernels.schedule import Schedule
 from .entries import Candidates, Entries, Written
 from .scores import scored
+from .units import Pattern, Units
 
 
 class Use(NamedTuple):
     """How a function uses the entries of a weight: all but their tensors, which autograd must see.
 
     Attributes:
+        columns: as in `Pattern`.
         scale: factor on delta.
         written: as in `Entries`; None in a graph that is compiled.
         candidates: as in `Entries`; None in a graph that is compiled.
     """
 
+    columns: Units | None
     scale: float
     written: Written | None
     candidates: Candidates | None
@@ -40,15 +43,19 @@ class Use(NamedTuple):
     def of(cls, entries: Entries) -> Use:
         """The use of these entries by a function that is called now."""
         if torch.compiler.is_compiling():
-            return cls(entries.scale, None, None)
+            return cls(entries.pattern.columns, entries.scale, None, None)
         if entries.written is not None and not torch.is_grad_enabled():
             entries.written.forget()
-        return cls(entries.scale, entries.written, entries.candidates)
+        return cls(entries.pattern.columns, entries.scale, entries.written, entries.candidates)
 
-    def write(self, weight: Tensor, delta: Tensor, indices: Tensor, base: Tensor) -> None:
+    def entries(self, delta: Tensor, chosen: Tensor, base: Tensor) -> Entries:
+        """The entries, of their tensors."""
+        return Entries(delta, Pattern(chosen, self.columns), base, self.scale, self.written)
+
+    def write(self, weight: Tensor, delta: Tensor, chosen: Tensor, base: Tensor) -> None:
         """Make the weight hold these entries, unless it is known to."""
         if self.written is None or not self.written.holds(weight, delta, self.scale):
-            Entries(delta, indices, base, self.scale, self.written).ensure(weight)
+            self.entries(delta, chosen, base).ensure(weight)
 
     def await_backward(self, ctx: Any) -> None:
         """Remember that a gradient of the entries is still to come, as long as its graph is there."""
@@ -145,9 +152,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries,
         leading, input = input.shape[:-1], input.flatten(0, -2)
     schedule = None if entries.schedules is None else entries.schedules.of(input.dtype)
     product = Product(cast, transposed, torch.is_grad_enabled(), schedule)
-    features = None if entries.candidates is not None else entries.whole.inputs(transposed)
-    operands = input, weight, bias, entries.delta, entries.indices, entries.base
-    output = _Linear.apply(*operands, Use.of(entries), product, features)
+    operands = input, weight, bias, entries.delta, entries.pattern.chosen, entries.base
+    output = _Linear.apply(*operands, Use.of(entries), product)
     output = output if leading is None else output.unflatten(0, leading)
     return output if entries.scores is None else scored(output, input, entries.scores)
 
@@ -189,7 +195,7 @@ def embedding(
     lookup = Lookup(padding_idx, max_norm, norm_type, scale_grad_by_freq)
     if _is_written_without_autograd(weight, entries):
         return lookup(input, weight)
-    return _Embedding.apply(input, weight, entries.delta, entries.indices, entries.base, Use.of(entries), lookup)
+    return _Embedding.apply(input, weight, entries.delta, entries.pattern.chosen, entries.base, Use.of(entries), lookup)
 
 
 def alias(weight: Tensor, entries: Entries, copy: bool = False) -> Tensor:
@@ -205,7 +211,7 @@ def alias(weight: Tensor, entries: Entries, copy: bool = False) -> Tensor:
     """
     if copy:
         weight = weight.clone()
-    return _Alias.apply(weight, entries.delta, entries.indices, entries.base, Use.of(entries))
+    return _Alias.apply(weight, entries.delta, entries.pattern.chosen, entries.base, Use.of(entries))
 
 
 def written_in_backward(output: Any, weight: Tensor, entries: Entries) -> None:
@@ -235,30 +241,31 @@ def _is_written_without_autograd(weight: Tensor, entries: Entries) -> bool:
 class _Linear(torch.autograd.Function):
     """Forward: y = x W^T + b.  Backward: dx = dy W, ddelta = scale * (dy^T x)[indices] (SDDMM), db = sum dy.
 
-    Of whole columns, those of the input features F: ddelta = scale * dy^T x[:, F], and of x nothing else is kept.
+    Of whole columns, the input features F: ddelta = scale * dy^T x[:, F], and of x nothing else is kept.
 
-    Shapes: x [..., in], W [out, in], dy [..., out], delta, indices, base [nnz], F [c].
+    Shapes: x [..., in], W [out, in], dy [..., out], delta, base [nnz], chosen: indices [nnz] or F [c].
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, delta, indices, base, use, product, features):
-        use.write(weight, delta, indices, base)
+    def forward(ctx, input, weight, bias, delta, chosen, base, use, product):
+        use.write(weight, delta, chosen, base)
         use.await_backward(ctx)
+        ctx.is_packed = use.columns is not None and use.candidates is None
         kept = None
         if ctx.needs_input_grad[3]:
-            kept = input if features is None else input.index_select(-1, features)
-        ctx.save_for_backward(kept, weight, delta, indices, base)
-        ctx.use, ctx.product, ctx.is_packed = use, product, features is not None
+            kept = input.index_select(-1, chosen) if ctx.is_packed else input
+        ctx.save_for_backward(kept, weight, delta, chosen, base)
+        ctx.use, ctx.product = use, product
         return product(input, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        kept, weight, delta, indices, base = ctx.saved_tensors
+        kept, weight, delta, chosen, base = ctx.saved_tensors
         use, product = ctx.use, ctx.product
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
-            use.write(weight, delta, indices, base)
+            use.write(weight, delta, chosen, base)
         use.begin_backward()
         grad_input = grad_bias = grad_delta = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
@@ -268,69 +275,80 @@ class _Linear(torch.autograd.Function):
             if ctx.is_packed:
                 sampled = ops.linear_grad(left, right).flatten()
             else:
-                sampled = ops.sddmm(left, right, indices, product.schedule)
+                sampled = ops.sddmm(left, right, Pattern(chosen, use.columns).indices, product.schedule)
             grad_delta = use.to_delta(sampled, delta)
             if use.candidates is not None:
                 use.candidates.add_linear(left, right)
         if ctx.needs_input_grad[0]:
             if is_compiling:  # a write of its own would be moved to forward, which would keep a copy of the weight for it
-                grad_rows = Entries(delta, indices, base, use.scale).input_grad(rows, weight, product.transposed)
+                grad_rows = use.entries(delta, chosen, base).input_grad(rows, weight, product.transposed)
             else:
                 grad_rows = product.input_grad(rows, weight)
             grad_input = grad_rows.view(*grad_output.shape[:-1], grad_rows.shape[-1])
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
-        return grad_input, None, grad_bias, grad_delta, None, None, None, None, None
+        return grad_input, None, grad_bias, grad_delta, None, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
     """Forward: y = W[tokens].  Backward: ddelta[p] = scale * sum of dy[t, column p] over the tokens t of row p.
 
-    Shapes: tokens any, W [vocabulary, features], dy [*tokens.shape, features], delta, indices, base [nnz].
+    Of whole columns, the features F, it is the gradient of an embedding that has no others.
+
+    Shapes: tokens any, W [vocabulary, features], dy [*tokens.shape, features], delta, base [nnz], chosen: indices [nnz] or F [c].
     """
 
     @staticmethod
-    def forward(ctx, tokens, weight, delta, indices, base, use, lookup):
-        use.write(weight, delta, indices, base)
+    def forward(ctx, tokens, weight, delta, chosen, base, use, lookup):
+        use.write(weight, delta, chosen, base)
         use.await_backward(ctx)
-        ctx.save_for_backward(tokens, delta, indices)
+        ctx.save_for_backward(tokens, delta, chosen)
         ctx.use, ctx.lookup, ctx.vocabulary = use, lookup, weight.shape[0]
         return lookup(tokens, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        tokens, delta, indices = ctx.saved_tensors
+        tokens, delta, chosen = ctx.saved_tensors
         use, lookup = ctx.use, ctx.lookup
         use.begin_backward()
         grad_delta = None
         if ctx.needs_input_grad[2]:
             tokens = tokens.flatten()
             rows = lookup.grad_of_rows(grad_output, tokens, ctx.vocabulary)
-            grad_delta = use.to_delta(ops.embedding_grad(rows, tokens, indices, lookup.padding_idx), delta)
+            if use.columns is None:
+                sampled = ops.embedding_grad(rows, tokens, chosen, lookup.padding_idx)
+            else:
+                packed = rows.index_select(-1, chosen).to(delta.dtype)
+                padding_idx = -1 if lookup.padding_idx is None else lookup.padding_idx
+                sampled = torch.ops.aten.embedding_dense_backward(packed, tokens, ctx.vocabulary, padding_idx, False).flatten()
+            grad_delta = use.to_delta(sampled, delta)
             if use.candidates is not None:
                 use.candidates.add_embedding(rows, tokens, ctx.vocabulary, lookup.padding_idx)
         return None, None, grad_delta, None, None, None, None
 
 
 class _Alias(torch.autograd.Function):
-    """Forward: W itself.  Backward: ddelta = scale * dW.flatten()[indices].  Shapes: W any, delta, indices, base [nnz]."""
+    """Forward: W itself.  Backward: ddelta = scale * dW.flatten()[indices].
+
+    Shapes: W any, delta, base [nnz], chosen: indices [nnz] or columns [c].
+    """
 
     @staticmethod
-    def forward(ctx, weight, delta, indices, base, use):
-        use.write(weight, delta, indices, base)
+    def forward(ctx, weight, delta, chosen, base, use):
+        use.write(weight, delta, chosen, base)
         use.await_backward(ctx)
-        ctx.save_for_backward(delta, indices)
+        ctx.save_for_backward(delta, chosen)
         ctx.use = use
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        delta, indices = ctx.saved_tensors
+        delta, chosen = ctx.saved_tensors
         use = ctx.use
         use.begin_backward()
         grad_output = grad_output.contiguous()
         if use.candidates is not None:
             use.candidates.add_dense(grad_output)
-        return None, use.to_delta(ops.gather(grad_output, indices), delta), None, None, None
+        return None, use.to_delta(Pattern(chosen, use.columns).gather(grad_output), delta), None, None, None

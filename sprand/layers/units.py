@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels import ops
+
 CHUNK = 1 << 22  # entries that are converted, and summed, at once
 
 
@@ -126,36 +128,62 @@ def whole_units(shape: Sequence[int], indices: Tensor) -> tuple[int, Tensor] | N
     return None
 
 
-class Whole(NamedTuple):
-    """The columns and the rows of a matrix that the chosen entries are all entries of.
-
-    Where whole columns of a linear layer's weight `[out, in]` train, or rows of Hugging Face's `Conv1D`, backward needs no other
-    input feature, so that the layer keeps only those. Nothing of it is in a state dict or a file.
+class Pattern(NamedTuple):
+    """Which entries of a weight are chosen: single ones, or all those of its columns.
 
     Attributes:
-        columns: int64, sorted; None where the entries are no whole columns.
-        rows: int64, sorted; None where they are no whole rows.
+        chosen: flat indices `[nnz]`, sorted, or the numbers `[c]` of columns, ascending; int32 (int64 from 2**31 on).
+        columns: the weight as its columns; None where `chosen` are flat indices.
     """
 
-    columns: Tensor | None = None
-    rows: Tensor | None = None
+    chosen: Tensor
+    columns: Units | None = None
 
-    def inputs(self, transposed: bool) -> Tensor | None:
-        """The input features of a linear layer whose weight is `[out, in]`, or `[in, out]` if transposed."""
-        return self.rows if transposed else self.columns
+    @classmethod
+    def of(cls, indices: Tensor, columns: Units) -> Pattern:
+        """The pattern of flat indices, by columns where it is made of whole ones.
 
+        Args:
+            indices: `[nnz]`; on the meta device nothing is known of them.
+            columns: of the weight, see `Site.units`.
+        """
+        is_known = columns.size > 1 and indices.numel() and not indices.is_meta
+        chosen = columns.whole(indices) if is_known else None
+        return cls(indices) if chosen is None else cls(chosen, columns)
 
-NOTHING_WHOLE = Whole()
+    @classmethod
+    def stored(cls, chosen: Tensor, nnz: int, columns: Units) -> Pattern | None:
+        """The pattern of `nnz` entries that a state holds as flat indices or as columns; None where it has not as many."""
+        if chosen.numel() == nnz:
+            return cls.of(chosen, columns)
+        return cls(chosen, columns) if chosen.numel() * columns.size == nnz else None
 
+    @property
+    def indices(self) -> Tensor:
+        """The flat indices `[nnz]`; of columns they are made anew at each call."""
+        return self.chosen if self.columns is None else self.columns.entries(self.chosen)
 
-def whole_in(shape: Sequence[int], indices: Tensor) -> Whole:
-    """What the entries of a weight make up.
+    @property
+    def nnz(self) -> int:
+        """How many entries are chosen."""
+        return self.chosen.numel() * (1 if self.columns is None else self.columns.size)
 
-    Args:
-        shape: of the whole weight; only a matrix has columns and rows.
-        indices: `[nnz]`, flat, sorted, on any device; on the meta device nothing is known.
-    """
-    if len(shape) != 2 or indices.is_meta or indices.numel() == 0:
-        return NOTHING_WHOLE
-    lines = (Units.of(shape, axis).whole(indices) for axis in (1, 0))
-    return Whole(*(None if line is None else line.long() for line in lines))
+    def view(self, weight: Tensor) -> Tensor:
+        """A weight in the shape in which the operators know `chosen` by: columns are its dimension 1."""
+        if self.columns is None or self.columns.outer > 1:
+            return weight
+        return weight.view(1, self.columns.count, self.columns.inner)
+
+    def gather(self, weight: Tensor) -> Tensor:
+        """The chosen entries `[nnz]` of a contiguous weight."""
+        if self.columns is None:
+            return ops.gather(weight, self.chosen)
+        return self.view(weight).index_select(1, self.chosen).flatten()
+
+    def to(self, device: torch.device) -> Pattern:
+        """The same pattern on a device."""
+        return Pattern(self.chosen.to(device), self.columns)
+
+    def is_same(self, other: Pattern) -> bool:
+        """Whether both are the same entries, on any devices."""
+        return self.columns == other.columns and torch.equal(self.chosen.cpu(), other.chosen.cpu())

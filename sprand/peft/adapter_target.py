@@ -15,7 +15,7 @@ from ..kernels import ops
 from ..kernels.host import merge_indices
 from ..layers import sharding
 from ..layers.entries import Entries, Schedules, Written
-from ..layers.units import NOTHING_WHOLE, Whole, whole_in
+from ..layers.units import Pattern, Units
 from .config import SprandConfig
 
 Names = tuple[str, ...]  # of adapters, in their order
@@ -60,22 +60,58 @@ class Deltas(Mapping[str, nn.Parameter]):
 
 
 class Positions(BufferDict):
-    """Flat indices by adapter; remembers which of them were replaced by others, as a checkpoint does."""
+    """Patterns by adapter: whole columns are kept as such, and given as flat indices like all others, also to a state.
+
+    Attributes:
+        replaced: the adapters whose entries were replaced by others, as a checkpoint does.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.replaced: set[str] = set()
+        self._columns: Units | None = None
+        self._by_columns: set[str] = set()
 
-    def put(self, name: str, indices: Tensor, persistent: bool) -> None:
-        """Keep the indices of an adapter; in `state_dict` if persistent."""
+    def put(self, name: str, indices: Tensor, columns: Units, persistent: bool) -> None:
+        """Keep the entries of an adapter.
+
+        Args:
+            name: of the adapter.
+            indices: `[nnz]`, flat, in any order.
+            columns: of the weight, see `Site.units`.
+            persistent: whether they are in `state_dict`.
+        """
+        self._columns = columns
         self._buffers.pop(name, None)
-        self.register_buffer(name, indices, persistent=persistent)
+        self.register_buffer(name, self._chosen(name, indices), persistent=persistent)
         self.replaced.add(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            self.replaced.add(name)
-        super().__setattr__(name, value)
+    def replace(self, name: str, indices: Tensor) -> None:
+        """Give an adapter as many other entries `[nnz]`; its tensor is kept where it can be: a graph may hold it."""
+        chosen, own = self._chosen(name, indices), self._buffers[name]
+        self._buffers[name] = own.copy_(chosen) if own.shape == chosen.shape else chosen
+        self.replaced.add(name)
+
+    def pattern(self, name: str) -> Pattern:
+        """The pattern of an adapter."""
+        return Pattern(self._buffers[name], self._columns if name in self._by_columns else None)
+
+    def made_of(self, indices: Tensor) -> Pattern:
+        """The pattern of flat indices `[nnz]`."""
+        return Pattern.of(indices, self._columns)
+
+    def move(self, name: str, device: torch.device) -> None:
+        """Have the pattern of an adapter on a device."""
+        self._buffers[name] = self._buffers[name].to(device)
+
+    def _chosen(self, name: str, indices: Tensor) -> Tensor:
+        pattern = self.made_of(indices)
+        (self._by_columns.discard if pattern.columns is None else self._by_columns.add)(name)
+        return pattern.chosen
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The flat indices of an adapter; of columns they are made anew at each call."""
+        return self.pattern(name).indices
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         """A replica is given copies of its buffers, which replace nothing."""
@@ -83,9 +119,21 @@ class Positions(BufferDict):
         replica.replaced = set()
         return replica
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._by_columns:
+            if prefix + name in destination:
+                destination[prefix + name] = self[name]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = {name for name in self if prefix + name in state_dict}
+        for name in given:
+            indices, own = state_dict[prefix + name], self._buffers[name]
+            if indices.numel() == self.pattern(name).nnz:
+                state_dict[prefix + name] = chosen = self._chosen(name, indices)
+                self._buffers[name] = own if own.shape == chosen.shape else torch.empty_like(chosen, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.replaced |= {name for name in self if prefix + name in state_dict}
+        self.replaced |= given
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for name, indices in self._buffers.items():
@@ -131,11 +179,10 @@ class AdapterTarget:
         self.waiting: dict[str, tuple[Tensor, SprandConfig]] = {}
         self.scores: Tensor | None = None
         self._ordered: dict[str, bool] = {}
-        self._whole: dict[Names, Whole] = {}
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_unions": {}, "_union_bases": {}, "_schedules": {}, "_whole": {}}
+        return self.__dict__ | {"_unions": {}, "_union_bases": {}, "_schedules": {}}
 
     def known(self, names: Iterable[str]) -> list[str]:
         """Those of the adapters that train entries of this parameter."""
@@ -144,14 +191,13 @@ class AdapterTarget:
     def forget(self) -> None:
         """Drop what was derived from indices, base or the weight's place."""
         self.written.forget()
-        self._unions: dict[Names, tuple[Tensor, list[Tensor]]] = {}
+        self._unions: dict[Names, tuple[Pattern, list[Tensor]]] = {}
         self._union_bases: dict[Names, Tensor] = {}
         self._schedules: dict[tuple[Names, torch.device], Schedules | None] = {}
 
     def forget_positions(self, name: str) -> None:
         """The indices of an adapter are others, or elsewhere."""
         self._ordered.pop(name, None)
-        self._whole = {names: whole for names, whole in self._whole.items() if name not in names}
         self.forget()
 
     def forget_base(self) -> None:
@@ -165,9 +211,8 @@ class AdapterTarget:
             for name in self.indices:
                 self._settle(weight, name)
             if self.in_effect and is_whole(weight):  # a graph that is compiled takes what is known
-                indices, _ = self._indices_and_base(self.in_effect)
-                self.whole_of(weight.shape, self.in_effect, indices)
-                self._schedules_of(weight, self.in_effect, indices)
+                pattern, _ = self._pattern_and_base(self.in_effect)
+                self._schedules_of(weight, self.in_effect, pattern)
 
     def cast_base(self, weight: Tensor) -> None:
         """Let each base have the dtype of the weight, which a module's own cast changes, and FSDP2's mixed precision does not."""
@@ -180,17 +225,10 @@ class AdapterTarget:
         names = self.in_effect if names is None else tuple(names)
         for name in names:
             self._settle(weight, name)
-        indices, base = self._indices_and_base(names)
+        pattern, base = self._pattern_and_base(names)
         delta, scale = self._delta_and_scale(names, base)
-        schedules = self._schedules_of(weight, names, indices)
-        whole = self.whole_of(weight.shape, names, indices)
-        return Entries(delta, indices, base, scale, self.written, schedules, whole=whole, scores=self.scores)
-
-    def whole_of(self, shape: Sequence[int], names: Names, indices: Tensor) -> Whole:
-        """The columns or rows that the union of adapters is all of; a graph that is compiled takes what is known."""
-        if names not in self._whole and not torch.compiler.is_compiling():
-            self._whole[names] = whole_in(shape, indices)
-        return self._whole.get(names, NOTHING_WHOLE)
+        schedules = self._schedules_of(weight, names, pattern)
+        return Entries(delta, pattern, base, scale, self.written, schedules, scores=self.scores)
 
     @property
     def in_effect(self) -> tuple[str, ...]:
@@ -200,19 +238,21 @@ class AdapterTarget:
     def in_order(self, name: str) -> bool:
         """Whether an adapter's indices ascend, so that its delta can be used as it is."""
         if name not in self._ordered:
-            self._ordered[name] = _ascends(self.indices[name])
+            pattern = self.indices.pattern(name)
+            self._ordered[name] = pattern.columns is not None or _ascends(pattern.chosen)
         return self._ordered[name]
 
-    def union(self, names: Names) -> tuple[Tensor, list[Tensor]]:
-        """The sorted union of adapters' indices, and where the entries of each adapter stand in it."""
+    def union(self, names: Names) -> tuple[Pattern, list[Tensor]]:
+        """The sorted union of adapters' entries, and where the entries of each adapter stand in it."""
         if names not in self._unions:
-            self._unions[names] = _union_of([self.indices[name] for name in names])
+            union, positions = _union_of([self.indices[name] for name in names])
+            self._unions[names] = self.indices.made_of(union), positions
         return self._unions[names]
 
     def summed(self, names: Names, dtype: torch.dtype) -> Tensor:
         """The sum of scale * delta over adapters, in a dtype, at the entries of their union."""
-        indices, positions = self.union(names)
-        delta = torch.zeros(indices.shape, dtype=dtype, device=indices.device)
+        pattern, positions = self.union(names)
+        delta = torch.zeros(pattern.nnz, dtype=dtype, device=pattern.chosen.device)
         for name, position in zip(names, positions, strict=True):
             change = self.deltas[name].to(delta) * self.scale(name)
             delta = delta.index_add(0, position, change)
@@ -269,8 +309,8 @@ class AdapterTarget:
         if self._is_settled(weight, name):
             return
         with _settling:  # a second thread must not read a base from what the first one has written
-            if self.indices[name].device != weight.device:
-                self.indices._buffers[name] = self.indices[name].to(weight.device)
+            if self.indices.pattern(name).chosen.device != weight.device:
+                self.indices.move(name, weight.device)
                 self.forget_positions(name)
             if self._is_base_known(weight, name):
                 self.bases._buffers[name] = self.bases[name].to(weight.device)
@@ -280,7 +320,7 @@ class AdapterTarget:
     def _is_settled(self, weight: Tensor, name: str) -> bool:
         if not self._is_base_known(weight, name):
             return False
-        return self.indices[name].device == self.bases[name].device == weight.device
+        return self.indices._buffers[name].device == self.bases[name].device == weight.device
 
     def _is_base_known(self, weight: Tensor, name: str) -> bool:
         base = self.bases._buffers.get(name)
@@ -292,29 +332,29 @@ class AdapterTarget:
         if others and is_whole(weight):
             self._restore(weight, others)
         self.forget_positions(name)
-        self.bases[name] = _gather(sharding.whole(weight), self.indices[name], self.in_order(name))
+        self.bases[name] = _gather(sharding.whole(weight), self.indices.pattern(name), self.in_order(name))
         self.indices.replaced.discard(name)
 
     def _restore(self, weight: Tensor, names: Sequence[str]) -> None:
         for name in names:
             self._settle(weight, name)
-        indices, base = self._indices_and_base(tuple(names))
-        ops.patch_(weight.data, indices, base.to(weight.dtype), None)
+        pattern, base = self._pattern_and_base(tuple(names))
+        ops.patch_(pattern.view(weight.data), pattern.chosen, base.to(weight.dtype), None)
 
     def _is_one(self, names: Names) -> bool:
         """Whether the entries are those of one adapter as it holds them; others are put together."""
         return len(names) == 1 and self.in_order(names[0])
 
-    def _indices_and_base(self, names: Names) -> tuple[Tensor, Tensor]:
+    def _pattern_and_base(self, names: Names) -> tuple[Pattern, Tensor]:
         if self._is_one(names):
-            return self.indices[names[0]], self.bases[names[0]]
-        indices, positions = self.union(names)
+            return self.indices.pattern(names[0]), self.bases[names[0]]
+        pattern, positions = self.union(names)
         if names not in self._union_bases:
-            base = torch.empty(indices.shape, dtype=self.bases[names[0]].dtype, device=indices.device)
+            base = torch.empty(pattern.nnz, dtype=self.bases[names[0]].dtype, device=pattern.chosen.device)
             for name, position in zip(names, positions, strict=True):
                 base[position] = self.bases[name]
             self._union_bases[names] = base
-        return indices, self._union_bases[names]
+        return pattern, self._union_bases[names]
 
     def _delta_and_scale(self, names: Names, base: Tensor) -> tuple[Tensor, float]:
         if self._is_one(names):
@@ -325,10 +365,10 @@ class AdapterTarget:
         """The factor on an adapter's delta."""
         return float(self.scales.get(name, 1.0))
 
-    def _schedules_of(self, weight: Tensor, names: Names, indices: Tensor) -> Schedules | None:
+    def _schedules_of(self, weight: Tensor, names: Names, pattern: Pattern) -> Schedules | None:
         key = names, weight.device
         if key not in self._schedules and not torch.compiler.is_compiling():
-            self._schedules[key] = Schedules.on_gpu(weight, indices)
+            self._schedules[key] = Schedules.on_gpu(weight, pattern)
         return self._schedules.get(key)
 
 
@@ -345,8 +385,8 @@ def _ascends(indices: Tensor) -> bool:
     return indices.is_meta or bool((indices[1:] > indices[:-1]).all())
 
 
-def _gather(weight: Tensor, indices: Tensor, in_order: bool) -> Tensor:
-    return ops.gather(weight.contiguous(), indices) if in_order else weight.flatten()[indices.long()]
+def _gather(weight: Tensor, pattern: Pattern, in_order: bool) -> Tensor:
+    return pattern.gather(weight.contiguous()) if in_order else weight.flatten()[pattern.chosen.long()]
 
 
 def is_whole(tensor: Tensor) -> bool:

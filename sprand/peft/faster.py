@@ -14,6 +14,7 @@ from peft.tuners.supertuning.layer import Linear as SupertuningLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..layers.units import Units
 from ..layers.writable import check_writable
 from ..selection import pattern
 from .adapter_target import AdapterTarget, Positions
@@ -93,7 +94,7 @@ class FastLayer:
         self._sprand_sources[name] = source
         target, weight = self._sprand_target, self.base_weight
         target.activate(weight, [active for active in target.active if active != name])
-        target.indices.put(name, self.flat(source).to(weight.device), persistent=False)
+        target.indices.put(name, self.flat(source).to(weight.device), Units.of(weight.shape, 1), persistent=False)
         target.forget()
 
     def _follow(self) -> None:

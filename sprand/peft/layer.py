@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..adapters.waiting import columns_at
 from ..kernels import ops
 from ..layers import sharding
-from ..layers.attached import BASE, DELTA, INDICES
 from ..layers.sites import Site, site_of
+from ..layers.target import BASE, DELTA, INDICES
 from .adapter_target import AdapterTarget, Delta, Deltas, Positions, is_whole
 from .config import SprandConfig
 from .hosted import host, unhost
-from .lora import LINEAR, TRANSPOSED, columns_of, kind_of
+from .lora import LINEAR, TRANSPOSED, kind_of
 
 # What a layer counts its input and output features by: (in, out).
 FEATURES = (("in_features", "out_features"), ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf"))
@@ -57,9 +57,9 @@ class SprandLayer(nn.Module, BaseTunerLayer):
         target = self.sprand_targets[site.parameter]
         delta = self._zeros(site, indices.numel())
         modules[adapter_name] = Delta(delta.to("meta") if low_cpu_mem_usage else delta)
-        positions.put(adapter_name, indices, persistent=not config.drawn)
+        positions.put(adapter_name, indices, site.units, persistent=not config.drawn)
         if config.waits:
-            target.waiting[adapter_name] = columns_at(site, indices), config
+            target.waiting[adapter_name] = columns_at(positions.pattern(adapter_name)), config
         self._read_base(site, target, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -70,9 +70,8 @@ class SprandLayer(nn.Module, BaseTunerLayer):
     def sprand_put(self, parameter: str, adapter_name: str, indices: Tensor) -> None:
         """Give an adapter whose delta is zero other entries `[nnz]` of a parameter, sorted and as many."""
         target = self.sprand_targets[parameter]
-        live, weight = target.indices[adapter_name], self.get_base_layer()._parameters.get(parameter)
-        live.copy_(indices)
-        target.indices.replaced.add(adapter_name)
+        weight = self.get_base_layer()._parameters.get(parameter)
+        target.indices.replace(adapter_name, indices)
         target.waiting.pop(adapter_name, None)
         target.forget_positions(adapter_name)
         if self.quantization_backend is None and weight is not None:
@@ -196,7 +195,7 @@ class SprandLayer(nn.Module, BaseTunerLayer):
             if adapter_name not in target.deltas:
                 continue
             site = self.sprand_site(parameter)
-            if kind_of(site) not in (LINEAR, TRANSPOSED) or columns_of(site).whole(target.indices[adapter_name]) is None:
+            if kind_of(site) not in (LINEAR, TRANSPOSED) or target.indices.pattern(adapter_name).columns is None:
                 return False
         return True
 

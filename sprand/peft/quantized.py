@@ -18,6 +18,7 @@ from ..layers.functional import Product
 from ..layers.module import track, untrack
 from ..layers.scores import scored
 from ..layers.sites import Site
+from ..layers.units import Pattern
 from .adapter_target import AdapterTarget
 from .cpu_packing import keep_stored_layout, set_may_pack
 from .layer import SprandLayer
@@ -55,11 +56,11 @@ class QuantizedLayer(SprandLayer):
 
     def sparse_entries(self, parameter: str = "weight") -> Entries:
         """The entries of the active adapters, on what the packed weight stands for; on zeros where nothing can read it."""
-        indices, delta = self._change(self.sprand_targets[parameter])
+        pattern, delta = self._change(self.sprand_targets[parameter])
         if not self.quantization_backend.supports_merge:
-            return Entries(delta, indices, torch.zeros_like(delta))
+            return Entries(delta, pattern, torch.zeros_like(delta))
         weight = self.quantization_backend.get_base_weight(self.get_base_layer()).contiguous()
-        return Entries(delta.to(ops.accumulation_dtype(weight.dtype)), indices, ops.gather(weight, indices))
+        return Entries(delta.to(ops.accumulation_dtype(weight.dtype)), pattern, pattern.gather(weight))
 
     def sparse_deltas(self) -> Iterator[tuple[nn.Parameter, str]]:
         """The deltas of the active adapters, for `SparseAdamW`, which updates them without writing a weight."""
@@ -75,14 +76,13 @@ class QuantizedLayer(SprandLayer):
 
     def _output(self, target: AdapterTarget, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What `forward` gives, with adapters in effect."""
-        indices, delta = self._change(target)
-        features = target.whole_of(self._shape, target.active, indices).columns
+        (chosen, columns), delta = self._change(target)
         base_layer, given = self.get_base_layer(), x.dtype
         if not self.quantization_backend.supports_merge:
-            if features is None:
-                change = _SparseProduct.apply(x, delta, indices, self._shape[0])
+            if columns is None:
+                change = _SparseProduct.apply(x, delta, chosen, self._shape[0])
             else:
-                change = F.linear(x.index_select(-1, features).float(), delta.view(-1, len(features)))
+                change = F.linear(x.index_select(-1, chosen).float(), delta.view(-1, len(chosen)))
             return self.base_layer(x, *args, **kwargs) + change.to(given)
         if torch.is_autocast_enabled(x.device.type):
             x, given = x.to(torch.get_autocast_dtype(x.device.type)), torch.get_autocast_dtype(x.device.type)
@@ -91,7 +91,7 @@ class QuantizedLayer(SprandLayer):
         bias = None if base_layer.bias is None else base_layer.bias.to(x.dtype)
         read = self.quantization_backend.get_base_weight
         product = Product(x.dtype, transposed=False, trains=torch.is_grad_enabled())
-        return _DequantizedLinear.apply(x, bias, delta, indices, read, base_layer, features, product).to(given)
+        return _DequantizedLinear.apply(x, bias, delta, chosen, columns, read, base_layer, product).to(given)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: what was trained would be quantized anew, and be another thing.
@@ -140,62 +140,63 @@ class QuantizedLayer(SprandLayer):
     def _zeros(self, site: Site, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.float32, device=site.device)
 
-    def _change(self, target: AdapterTarget) -> tuple[Tensor, Tensor]:
-        """Indices and summed delta of the active adapters, float32."""
+    def _change(self, target: AdapterTarget) -> tuple[Pattern, Tensor]:
+        """The entries of the active adapters, and their summed delta, float32."""
         names = target.active
         for name in names:
             _settle(target, name)
         if len(names) == 1:
-            return target.indices[names[0]], target.deltas[names[0]].float()
+            return target.indices.pattern(names[0]), target.deltas[names[0]].float()
         return target.union(names)[0], target.summed(names, torch.float32)
 
 
 def _settle(target: AdapterTarget, name: str) -> None:
     """Have the indices of an adapter where its delta is; what was derived from others is dropped."""
-    indices, device = target.indices[name], target.deltas[name].device
-    if indices.device != device or name in target.indices.replaced:
-        target.indices._buffers[name] = indices.to(device)
+    device = target.deltas[name].device
+    if target.indices.pattern(name).chosen.device != device or name in target.indices.replaced:
+        target.indices.move(name, device)
         target.indices.replaced.discard(name)
         target.forget_positions(name)
 
 
-def _patched(read: Callable[[nn.Module], Tensor], layer: nn.Module, indices: Tensor, delta: Tensor) -> Tensor:
+def _patched(read: Callable[[nn.Module], Tensor], layer: nn.Module, pattern: Pattern, delta: Tensor) -> Tensor:
     """A dense copy of a packed weight with the entries in it."""
     weight = read(layer).contiguous()
     if any(weight.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in layer.parameters()):
         weight = weight.clone()
-    Entries(delta.to(ops.accumulation_dtype(weight.dtype)), indices, ops.gather(weight, indices)).write(weight)
+    Entries(delta.to(ops.accumulation_dtype(weight.dtype)), pattern, pattern.gather(weight)).write(weight)
     return weight
 
 
 class _DequantizedLinear(torch.autograd.Function):
     """Forward: y = x W^T + b with W made from the packed weight.  Backward: W made again; dx = dy W, ddelta = (dy^T x)[indices].
 
-    Shapes: x [..., in], dy [..., out], delta, indices [nnz]. Kept for backward: x (of whole columns, those of the input features
-    F [c]: x[:, F]), delta, indices.
+    Shapes: x [..., in], dy [..., out], delta [nnz], chosen: indices [nnz] or input features F [c]. Kept for backward: x (of whole
+    columns x[:, F]), delta, chosen.
     """
 
     @staticmethod
-    def forward(ctx, input, bias, delta, indices, read, layer, features, product):
-        weight = _patched(read, layer, indices, delta)
+    def forward(ctx, input, bias, delta, chosen, columns, read, layer, product):
+        weight = _patched(read, layer, Pattern(chosen, columns), delta)
         kept = None
         if ctx.needs_input_grad[2]:
-            kept = input if features is None else input.index_select(-1, features)
-        ctx.save_for_backward(kept, delta, indices)
-        ctx.read, ctx.layer, ctx.is_packed, ctx.product = read, layer, features is not None, product
+            kept = input if columns is None else input.index_select(-1, chosen)
+        ctx.save_for_backward(kept, delta, chosen)
+        ctx.read, ctx.layer, ctx.columns, ctx.product = read, layer, columns, product
         return product(input, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        kept, delta, indices = ctx.saved_tensors
+        kept, delta, chosen = ctx.saved_tensors
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_delta = None
         if ctx.needs_input_grad[0]:
-            grad_input = ctx.product.input_grad(grad_output, _patched(ctx.read, ctx.layer, indices, delta))
+            grad_input = ctx.product.input_grad(grad_output, _patched(ctx.read, ctx.layer, Pattern(chosen, ctx.columns), delta))
         if ctx.needs_input_grad[2]:
             columns = kept.reshape(-1, kept.shape[-1])
-            sampled = ops.linear_grad(rows, columns).flatten() if ctx.is_packed else ops.sddmm(rows, columns, indices)
+            is_packed = ctx.columns is not None
+            sampled = ops.linear_grad(rows, columns).flatten() if is_packed else ops.sddmm(rows, columns, chosen)
             grad_delta = sampled.to(delta.dtype)
         return grad_input, None, grad_delta, None, None, None, None, None
 

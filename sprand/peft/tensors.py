@@ -13,8 +13,8 @@ from ..adapters.architecture import architecture_of
 from ..adapters.layout import DRAW, PREFIX, UNITS, said_of_draw, selection_of_runs, written_versions
 from ..adapters.waiting import refuse_waiting
 from ..layers import sharding
-from ..layers.attached import DELTA, INDICES
 from ..layers.sites import WRAPPED, Site, plain_name
+from ..layers.target import DELTA, INDICES
 from ..layers.units import whole_units
 from ..selection import pattern
 from ..selection.config import AS_GIVEN

@@ -24,7 +24,7 @@ def waits(layer: SprandLayer, parameter: str, adapter_name: str) -> bool:
     target = layer.sprand_targets[parameter]
     if adapter_name not in target.waiting:
         return False
-    if torch.equal(columns_at(layer.sprand_site(parameter), target.indices[adapter_name]), target.waiting[adapter_name][0]):
+    if torch.equal(columns_at(target.indices.pattern(adapter_name)), target.waiting[adapter_name][0]):
         return True
     del target.waiting[adapter_name]
     return False

@@ -103,7 +103,7 @@ class Library:
             adapter: from `prove`.
             base: what the base holds at its trained entries, `[nnz]` by parameter name.
         """
-        held = {key: _held(adapter, key, base[key]) for key in adapter.indices}
+        held = {key: _held(adapter, key, base[key]) for key in adapter.patterns}
         indices = {key: entries.indices for key, entries in held.items()}
         values = {key: entries.values for key, entries in held.items()}
         digest = described.digest(part for key, own in indices.items() for part in (key, own))
@@ -117,7 +117,7 @@ class Library:
 
 def _held(adapter: Adapter, name: str, base: Tensor) -> Frozen:
     """What a weight holds with an adapter: positions of trained and frozen entries, the values there, and the base's."""
-    indices, delta, frozen = adapter.indices[name], adapter.deltas[name].data, adapter.frozen.get(name)
+    indices, delta, frozen = adapter.patterns[name].indices, adapter.deltas[name].data, adapter.frozen.get(name)
     if frozen is None:
         return Frozen(indices, ops.patched(base, delta), base)
     start = Frozen(frozen.indices, frozen.values, frozen.values).pristine(indices, base)

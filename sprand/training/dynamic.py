@@ -91,7 +91,7 @@ class DynamicMask:
         self.model, self.optimizer = model, None
         self.count = self.changes = 0
         self._adapter = state_of(model).current
-        if self._adapter is None or not self._adapter.indices:
+        if self._adapter is None or not self._adapter.patterns:
             raise ValueError("DynamicMask: this model has no sparse entries that are active now")
         sharding.refuse(model, "DynamicMask", "train with DistributedDataParallel, ZeRO-1 or ZeRO-2 instead")
         refuse_waiting(bool(found(model)), "DynamicMask")
@@ -223,7 +223,7 @@ class DynamicMask:
     def _exchanged(self, site: Site, count: int) -> int:
         """How many units of a weight, entries or columns, are exchanged at a step."""
         units = self._units[site.name]
-        held = site.entries.indices.numel() // units.size
+        held = site.entries.pattern.nnz // units.size
         asked = round(self.options.fraction_at(count) * held)
         return min(asked, units.count - held)
 
@@ -238,11 +238,11 @@ class DynamicMask:
                 watch(site, self._candidates[site.name])
 
     def _candidates_of(self, site: Site, growing: int) -> Candidates:
-        indices, units = site.entries.indices, self._units[site.name]
+        chosen, units = site.entries.pattern.chosen, self._units[site.name]
         if units.size > 1:
-            return ColumnCandidates(units.whole(indices), units.count)
-        free = site.numel - indices.numel()
-        return Candidates(indices, min(free, WATCHED * growing), ops.accumulation_dtype(site.weight.dtype))
+            return ColumnCandidates(chosen, units.count)
+        free = site.numel - chosen.numel()
+        return Candidates(chosen, min(free, WATCHED * growing), ops.accumulation_dtype(site.weight.dtype))
 
     def _disarm(self) -> None:
         self._candidates = {}
@@ -258,7 +258,7 @@ class DynamicMask:
         else:
             self._regrow(sites)
         self._anchors = _deltas(sites)
-        self._adapter.indices = {site.name: site.entries.indices for site in sites}
+        self._adapter.patterns = {site.name: site.entries.pattern for site in sites}
         self._adapter.config = dataclasses.replace(self._adapter.config, **AS_GIVEN)
         self.changes += 1
 
@@ -279,12 +279,11 @@ class DynamicMask:
 
     def _grown(self, site: Site, count: int) -> Tensor:
         """The units that a weight grows now, sorted; at most `count`."""
-        indices, units = site.entries.indices, self._units[site.name]
+        held, units = site.entries.pattern.chosen, self._units[site.name]
         if self.options.grow == "gradient":
             candidates = self._candidates.get(site.name)
-            return indices.new_empty(0) if candidates is None else candidates.largest(count)
-        held = units.holding(indices).to(indices)
-        drawn = indices.new_empty(held.numel() + count)
+            return held.new_empty(0) if candidates is None else candidates.largest(count)
+        drawn = held.new_empty(held.numel() + count)
         key = pattern.draw_key(f"regrow {self.count}", site.name, site.shape, self.options.seed)
         ops.uniform_indices_(drawn, units.count, key)
         free = drawn[~torch.isin(drawn, held)]
@@ -325,8 +324,7 @@ def _deltas(sites: list[Site]) -> dict[str, Tensor]:
 
 def _units_of(site: Site) -> Units:
     """What is exchanged of a weight: its columns, where whole ones train, or its entries."""
-    whole = None if site.column_axis is None else site.units.whole(site.entries.indices)
-    return Units.of(site.shape, None) if whole is None else site.units
+    return site.entries.pattern.columns or Units.of(site.shape, None)
 
 
 def _refuse_unscored(units: Mapping[str, Units], sites: list[Site]) -> None:

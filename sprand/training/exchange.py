@@ -13,7 +13,7 @@ from ..kernels import ops
 from ..kernels.topk import largest, order_keys
 from ..layers.entries import Candidates
 from ..layers.sites import Site
-from ..layers.units import Units
+from ..layers.units import Pattern, Units
 
 NEW = -1  # where an entry stood before that did not train
 
@@ -28,14 +28,14 @@ def regrow(site: Site, units: Units, grown: Tensor, moved: Tensor, optimizer: to
         moved: `[nnz]`, how far each entry moved; a unit with one that is NaN is dropped last.
         optimizer: holds the moments of the entries.
     """
-    entries, weight = site.entries, site.weight.data
+    entries, indices, weight = site.entries, site.entries.indices, site.weight.data
     held = Units(units.outer, moved.numel() // units.size, units.inner)
     dropped = held.entries(_least(moved.abs().view(held.outer, held.count, held.inner).sum((0, 2)), grown.numel())).long()
-    grown = units.entries(grown).to(entries.indices)
-    ops.patch_(weight, entries.indices[dropped], entries.base[dropped], None)
-    stays = torch.ones_like(entries.indices, dtype=torch.bool).index_fill_(0, dropped, False)
+    grown = units.entries(grown).to(indices)
+    ops.patch_(weight, indices[dropped], entries.base[dropped], None)
+    stays = torch.ones_like(indices, dtype=torch.bool).index_fill_(0, dropped, False)
     kept = stays.nonzero().flatten()
-    indices, order = torch.cat([entries.indices[kept], grown]).sort()
+    indices, order = torch.cat([indices[kept], grown]).sort()
     source = torch.cat([kept, kept.new_full(grown.shape, NEW)])[order]
     base = torch.cat([entries.base[kept], ops.gather(weight, grown)])[order]
     delta = carried(entries.delta.detach(), source)
@@ -54,11 +54,11 @@ def redraw(site: Site, indices: Tensor, frozen: Frozen, optimizer: torch.optim.O
     Returns:
         The entries of the weight that are left behind.
     """
-    entries, weight = site.entries, site.weight.data
-    left = frozen.extended(entries.indices, ops.gather(weight, entries.indices), entries.base)
+    entries, before, weight = site.entries, site.entries.indices, site.weight.data
+    left = frozen.extended(before, ops.gather(weight, before), entries.base)
     mark_frozen(site)
-    nearest = torch.searchsorted(entries.indices, indices).clamp_(max=indices.numel() - 1)
-    source = torch.where(entries.indices[nearest] == indices, nearest, NEW)
+    nearest = torch.searchsorted(before, indices).clamp_(max=indices.numel() - 1)
+    source = torch.where(before[nearest] == indices, nearest, NEW)
     base = ops.gather(weight, indices)
     replace(site, indices, base, torch.zeros_like(entries.delta), source, optimizer)
     return left
@@ -114,14 +114,10 @@ def replace(site: Site, indices: Tensor, base: Tensor, delta: Tensor, source: Te
     for values in (*moments(site, optimizer), *gradient):
         values.copy_(carried(values, source))
     trained.data.copy_(delta)
-    owned = [(module, parameter, module.sparse_entries(parameter)) for module, parameter in site.owners]
-    for module, parameter, entries in owned:
-        target = module.sparse_target(parameter)
-        entries.indices.copy_(indices)
-        entries.base.copy_(base)
-        target.redraw = None
-        target.written.forget()
-        module.make_schedule(parameter)
+    pattern = Pattern.of(indices, site.units)
+    for module, parameter in site.owners:
+        module.sparse_target(parameter).redraw = None
+        module.put_entries(parameter, pattern, base)
 
 
 def carried(values: Tensor, source: Tensor) -> Tensor:

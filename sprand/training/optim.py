@@ -180,8 +180,8 @@ class SparseAdamW(torch.optim.AdamW):
         entries = [own for _, _, own in items]
         exp_avgs, exp_avg_sqs, steps = self._advanced(deltas, found_inf)
         ops.sparse_adamw_(
-            [weight.data for weight in weights],
-            [e.indices for e in entries],
+            [e.pattern.view(weight.data) for weight, e in zip(weights, entries, strict=True)],
+            [e.pattern.chosen for e in entries],
             [e.base for e in entries],
             [p.data for p in deltas],
             [p.grad for p in deltas],

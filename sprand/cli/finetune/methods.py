@@ -137,7 +137,7 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
 
 def tuned(model: nn.Module, settings: Settings, trained: dict[str, nn.Parameter], targets: Iterable[Sequence[int]]) -> Method:
     """A model whose entries are chosen, of targets of these shapes, with its rate and optimizer."""
-    density = sum(site.entries.indices.numel() for site in sites_of(model)) / sum(math.prod(shape) for shape in targets)
+    density = sum(site.entries.pattern.nnz for site in sites_of(model)) / sum(math.prod(shape) for shape in targets)
     lr = settings.lr or suggest_lr(model, density=density)
     optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay)
     return Method("sprand", model, trained, optimizer, lr, f"{density:.2%} of the targets")
