@@ -227,3 +227,16 @@ def test_switching_is_timed_beside_peft(tmp_path: Path, monkeypatch: pytest.Monk
         assert float(rows[ours]["changed"]) == 0
     assert float(rows["lora"]["changed"]) > 0  # bfloat16, added and subtracted
     assert rows["pool"]["trained"] == rows["switch"]["trained"] and rows["lora"]["trained"] == rows["shira"]["trained"]
+
+
+def test_a_pool_under_load_answers_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("transformers", "fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="the server of the example")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_serving
+
+    assert bench_serving.main(["--quick", "--out", str(tmp_path)]) == 0
+    http, disk = read(tmp_path / "serving.csv")
+    assert http["wrong"] == disk["wrong"] == "0" and http["adapters"] == "3" and disk["adapters"] == "30"
+    assert int(disk["reads"]) > 0 and float(disk["host_bytes"]) <= 1.1 * float(disk["host_limit"])
+    assert all(0 < float(row["p50_seconds"]) <= float(row["p99_seconds"]) for row in (http, disk))

@@ -76,6 +76,13 @@ def oracle_lift(rank=4):
     return [approximation(w.detach()) for w in double()[1]]
 
 
+def oracle_off_principal(rank=4):
+    scaled = (
+        [p / p.square().mean().sqrt() for p in parts] for parts in ([w.detach().abs() for w in double()[1]], oracle_lift(rank))
+    )
+    return [-torch.minimum(small, low) for small, low in zip(*scaled, strict=True)]
+
+
 ORACLES = {
     "magnitude": lambda: [w.abs() for w in double()[1]],
     "gradient": lambda: [g.abs() for g in mean_gradient()[1]],
@@ -86,12 +93,13 @@ ORACLES = {
     "grasp": oracle_grasp,
     "synflow": oracle_synflow,
     "lift": oracle_lift,
+    "off_principal": oracle_off_principal,
 }
-OPTIONS = {"lift": {"rank": 4}}
+OPTIONS = {name: {"rank": 4} for name in ("lift", "off_principal")}
 
 
 def fields_of(strategy):
-    needs_none = strategy in ("magnitude", "synflow", "lift")
+    needs_none = strategy in ("magnitude", "synflow", "lift", "off_principal")
     given = {} if needs_none else {"data": batches(), "loss_fn": loss_fn}
     return given | {
         "strategy": strategy,

@@ -38,12 +38,14 @@ class SparseConfig:
         target_parameters: further weights by parameter name or suffix: embeddings, biases, norms, 3-D experts.
         strategy: `"random"` (stratified), `"uniform"`; by the largest scores (w weight, g gradient of the loss over
             calibration data): `"magnitude"` |w|, `"gradient"` |g|, `"snip"` |wg|, `"force"` -wg, `"taylor_fo"` (wg)^2,
-            `"fisher"` mean over examples of g^2, `"grasp"` -(Hg)w, `"synflow"` and `"lift"` (no data); of columns alone, for
-            linear layers, with no gradient of a weight: `"activation"` the sum over tokens of the squared input (a forward pass
-            over the data), `"token_fisher"` the same times the token's squared gradient at the output; a callable
+            `"fisher"` mean over examples of g^2, `"grasp"` -(Hg)w, `"synflow"`, `"lift"` and `"off_principal"` (no data); of
+            columns alone, for linear layers, with no gradient of a weight: `"activation"` the sum over tokens of the squared
+            input (a forward pass over the data), `"token_fisher"` the same times the token's squared gradient at the output; a
+            callable
             `score(name, weight, stats)` (see `sprand.selection.strategies.Stats`); or
             `{parameter name: bool mask or flat indices}`.
-        strategy_options: options of the strategy: `{"temperature": 200.0}` for `"grasp"`, `{"rank": 128}` for `"lift"`.
+        strategy_options: options of the strategy: `{"temperature": 200.0}` for `"grasp"`, `{"rank": 128}` for `"lift"` and
+            `"off_principal"`.
         layout: what is chosen as a whole. `"unstructured"`: single entries. `"columns"`: of a linear weight `[out, in]` an input
             column, all `out` entries of it; of Hugging Face's `Conv1D` the row of an input; of a convolution an input channel
             (in a weight of groups as it is stored); of an embedding a feature; of any other tensor single entries. Every

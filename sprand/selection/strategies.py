@@ -179,6 +179,19 @@ def lift(weight: Tensor, stats: Stats, rank: int) -> Tensor:
     return (low if wide else low.T).abs().view(weight.shape)
 
 
+@strategy(rank=128)
+def off_principal(weight: Tensor, stats: Stats, rank: int) -> Tensor:
+    """-min(|w|, |entries of the best approximation of rank `rank`|), each over its root mean square; of a column the sum.
+
+    So entries come first that are small, or that the principal directions of the weight leave out. Training by rewards that can
+    be verified moves these, and follows the training of all weights by them alone; by principal ones it does worst (arXiv
+    2511.08567, which draws a mask of half of the entries and more).
+    """
+    parts = (weight.abs().double(), lift(weight, stats, rank).double())
+    scaled = [part / part.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny) for part in parts]
+    return torch.minimum(*scaled).neg_()
+
+
 @strategy(needs="activation", columns=True)
 def activation(weight: Tensor, stats: Stats) -> Tensor:
     """Sum over tokens of x^2, of the input x that a column reads; a forward pass alone, and every token counts, padding too."""

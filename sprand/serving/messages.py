@@ -3,10 +3,14 @@
 An index message is 16 bytes (a mark, the length of the text), a JSON text padded to 8 bytes, and the indices of all pieces. A
 values message is 32 bytes (a mark, the digest of the positions, the version) and the values of all pieces. Pieces are ordered by
 the size of their elements, the largest first, so that each begins where its dtype may.
+
+A message of changes is 48 bytes (a mark, the digest, the version, how many entries changed and the bytes of their gaps), the gaps
+between the positions of changed entries in the order of all values, padded to 8 bytes, and the new values of these entries.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -18,10 +22,11 @@ from torch import Tensor
 
 from ..files import described
 from ..selection import pattern
+from . import gaps
 
-INDICES, VALUES = b"sprandI1", b"sprandV1"
+INDICES, VALUES, CHANGES = b"sprandI1", b"sprandV1", b"sprandC1"
 ALIGNMENT = 8  # of a message and what is in it, in bytes: that of its widest dtypes
-INDEX_HEADER, VALUES_HEADER = struct.Struct("<8sq"), struct.Struct("<8s16sq")
+INDEX_HEADER, VALUES_HEADER, CHANGES_HEADER = struct.Struct("<8sq"), struct.Struct("<8s16sq"), struct.Struct("<8s16sqqq")
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,25 @@ class Layout:
         head = _of_bytes(VALUES_HEADER.pack(VALUES, digest, version))
         return torch.cat([head.to(device), *(_bytes_of(part.to(device)) for part in parts)])
 
+    def changes(
+        self, digest: bytes, version: int, parts: Sequence[Tensor], before: Sequence[Tensor | None]
+    ) -> tuple[Tensor, int]:
+        """The message of changed values, uint8 on the device of the first part, and how many there are.
+
+        Args:
+            digest, version: as for `values`.
+            parts: `[nnz]` each, in the order of the pieces.
+            before: what the receiver holds there; None where that is not known, and all are sent.
+        """
+        device = parts[0].device
+        changed = [_changed(part, old).to(device) for part, old in zip(parts, before, strict=True)]
+        positions = torch.cat(changed).nonzero().flatten()
+        coded = gaps.coded(positions)
+        coded = torch.cat([coded, coded.new_zeros(-coded.numel() % ALIGNMENT)])
+        head = _of_bytes(CHANGES_HEADER.pack(CHANGES, digest, version, positions.numel(), coded.numel()))
+        chosen = (_bytes_of(part.to(device)[own]) for part, own in zip(parts, changed, strict=True))
+        return torch.cat([head.to(device), coded, *chosen]), positions.numel()
+
     @property
     def values_nbytes(self) -> int:
         """Bytes of a values message."""
@@ -108,13 +132,13 @@ def as_bytes(message: Tensor | bytes | bytearray | memoryview) -> Tensor:
 
 
 def kind_of(message: Tensor) -> bytes:
-    """The mark of a message: `INDICES` or `VALUES`.
+    """The mark of a message: `INDICES`, `VALUES` or `CHANGES`.
 
     Raises:
         ValueError: The message is none of sprand's.
     """
     mark = bytes(_header(message, len(INDICES)))
-    if mark not in (INDICES, VALUES):
+    if mark not in (INDICES, VALUES, CHANGES):
         raise ValueError("receive: expected a message of sprand's DeltaSync, got other bytes")
     return mark
 
@@ -155,7 +179,7 @@ def _with_indices(pieces: tuple[Piece, ...], message: Tensor, begin: int) -> tup
 
 
 def version_of(message: Tensor) -> tuple[bytes, int]:
-    """The digest and the version of a values message.
+    """The digest and the version of a message of values or changes.
 
     Raises:
         ValueError: The message is truncated.
@@ -183,6 +207,46 @@ def values_of(message: Tensor, layout: Layout) -> dict[str, Tensor]:
         values[piece.name] = message[begin : begin + piece.nbytes].view(piece.torch_dtype)
         begin += piece.nbytes
     return values
+
+
+def changes_of(message: Tensor, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
+    """Which entries of each tensor changed `[n]`, in the order of its values, and their values `[n]`; by name.
+
+    Raises:
+        ValueError: The message is truncated or damaged.
+    """
+    damaged = ValueError(
+        "receive: the message of changes is truncated or damaged; call values(whole=True), and send what it gives"
+    )
+    if message.numel() < CHANGES_HEADER.size:
+        raise damaged
+    *_, count, length = CHANGES_HEADER.unpack(_header(message, CHANGES_HEADER.size))
+    begin = CHANGES_HEADER.size + length
+    if min(length, count) < 0 or length % ALIGNMENT or begin > message.numel():
+        raise damaged
+    positions = gaps.positions_of(message[CHANGES_HEADER.size : begin])[:count]
+    ends = torch.tensor(list(itertools.accumulate(piece.nnz for piece in layout.pieces)), device=positions.device)
+    if positions.numel() != count or (count and positions[-1] >= ends[-1]):
+        raise damaged
+    limits = [0, *torch.searchsorted(positions, ends).tolist()]
+    counts = [high - low for low, high in itertools.pairwise(limits)]
+    nbytes = [own * piece.torch_dtype.itemsize for own, piece in zip(counts, layout.pieces, strict=True)]
+    if begin + sum(nbytes) != message.numel():
+        raise damaged
+    found = {}
+    for piece, low, own, size, end in zip(layout.pieces, limits, counts, nbytes, ends.tolist(), strict=False):
+        values = message[begin : begin + size].view(piece.torch_dtype)
+        found[piece.name] = positions[low : low + own] - (end - piece.nnz), values
+        begin += size
+    return found
+
+
+def _changed(values: Tensor, before: Tensor | None) -> Tensor:
+    """Which of the values `[nnz]` are other bits than before."""
+    if before is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+    return values.contiguous().view(integer) != before.to(values.device).contiguous().view(integer)
 
 
 def _header(message: Tensor, count: int) -> memoryview:

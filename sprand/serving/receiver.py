@@ -16,7 +16,7 @@ from ..kernels import ops
 from ..layers import sharding
 from .gate import ANY, Gate
 from .guard import guard, unguard
-from .messages import INDICES, Layout, Piece, as_bytes, decoded, kind_of, values_of, version_of
+from .messages import CHANGES, INDICES, Layout, Piece, as_bytes, changes_of, decoded, kind_of, values_of, version_of
 from .writes import check_writable, set_entries
 
 
@@ -33,11 +33,12 @@ class _Known:
 
 @dataclass(eq=False)
 class _Update:
-    """What the weights are to hold: other positions (at their base), or values at the known ones."""
+    """What the weights are to hold: other positions (at their base), or values at the known ones, or at `only` some of them."""
 
     known: _Known
     version: int = 0
     values: dict[str, Tensor] = field(default_factory=dict)
+    only: dict[str, Tensor] | None = None
 
 
 class DeltaReceiver:
@@ -144,9 +145,22 @@ class DeltaReceiver:
             raise ValueError("receive: these values are for other positions; send DeltaSync.indices() again, then its values")
         if version <= self._version:
             raise ValueError(f"receive: got values of version {version} after those of version {self._version}")
+        if kind_of(message) == CHANGES:
+            return self._changes(message, version)
         received = values_of(message, self._known.layout)
         values = {name: value.to(self._parameters[name].device) for name, value in received.items()}
         return _Update(self._known, version, values)
+
+    def _changes(self, message: Tensor, version: int) -> _Update:
+        if version != self._version + 1:
+            raise ValueError(
+                f"receive: got the changes of version {version} after version {self._version}, and those between are missing; "
+                "call values(whole=True) of the DeltaSync, and send what it gives"
+            )
+        changed = changes_of(message, self._known.layout)
+        devices = {name: self._parameters[name].device for name in changed}
+        only = {name: own.to(devices[name]) for name, (own, _) in changed.items()}
+        return _Update(self._known, version, {name: values.to(devices[name]) for name, (_, values) in changed.items()}, only)
 
     def _change(self, update: _Update | None) -> None:
         """Write; after an error in the middle the weights hold the base."""
@@ -154,11 +168,7 @@ class DeltaReceiver:
             if update is None or update.known is not self._known:
                 self._restore()
             if update is not None and update.values:
-                known = update.known
-                set_entries(self._parameters, known.indices, {name: update.values[name] for name in known.indices})
-                for name in known.whole:
-                    p = self._parameters[name]
-                    p.data.copy_(update.values[name].view(p.shape))
+                self._write(update)
         except BaseException:
             self._restore()
             self._version, self._gate.state = 0, None
@@ -166,6 +176,17 @@ class DeltaReceiver:
         if update is not None:
             self._known = update.known
         self._version, self._gate.state = (0, None) if update is None else (update.version, update)
+
+    def _write(self, update: _Update) -> None:
+        known, only = update.known, update.only
+        indices = known.indices if only is None else {name: own[only[name]] for name, own in known.indices.items()}
+        set_entries(self._parameters, indices, {name: update.values[name] for name in indices})
+        for name in known.whole:
+            flat = self._parameters[name].data.view(-1)
+            if only is None:
+                flat.copy_(update.values[name])
+            else:
+                flat[only[name]] = update.values[name]
 
     def _restore(self) -> None:
         if self._known is not None:

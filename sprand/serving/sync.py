@@ -60,23 +60,38 @@ class DeltaSync:
             train(model, batch)
             send(sync.values())  # absolute, in the weights' dtypes: a message may be left out
 
+    A step of RL changes few of the weights that it trains by as much as bfloat16 can tell. With `visible_only` a message holds
+    the entries whose weight changed since the last one, each with its gap to the one before in a byte: about 3 bytes for each,
+    and the receiver writes no others. Such messages have to come all, and in their order; after one was lost, send
+    `values(whole=True)`.
+
     Of an FSDP2 or ZeRO-3 model every rank calls `indices` and `values`: the deltas are gathered.
 
     Args:
         model: of `sprand.apply` or `sprand.load`, or a PEFT model with one `SprandConfig` adapter active.
         checkpoint: folder of the checkpoint whose tensor names are sent instead of the model's; fused experts are sent as the
             checkpoint's single ones.
+        visible_only: send what changed since the last message alone; it is kept for that, in the weights' dtypes.
 
     Attributes:
         version: of the last values; 0 after `indices`.
+        sent_bytes: of the last values message.
+        sent_entries: how many entries were in it.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
         ValueError: The model trains nothing, or a PEFT model trains whole modules as well, or a quantized base.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: str | os.PathLike[str] | None = None) -> None:
-        self.model, self.version = model, 0
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: str | os.PathLike[str] | None = None,
+        visible_only: bool = False,
+    ) -> None:
+        self.model, self.version, self.visible_only = model, 0, visible_only
+        self.sent_bytes = self.sent_entries = 0
+        self._last: list[Tensor | None] = []
         self._checkpoint = None if checkpoint is None else open_checkpoint(checkpoint)
         self._layout: Layout | None = None
         self._cuts: list[_Cut] = []
@@ -101,15 +116,23 @@ class DeltaSync:
         self._cuts, self._layout = cuts, Layout(tuple(cut.piece for cut in cuts), known)
         self._known = {target.name: None if target.indices is None else target.indices.clone() for target in targets}
         self._digest, self.version = self._layout.digest(), 0
+        if (
+            self.visible_only
+        ):  # a receiver holds the base at positions that were proven, and anything in tensors that are sent whole
+            bases = (base for _, base in self._parts())
+            self._last = [base.clone() if cut.indices is not None else None for cut, base in zip(cuts, bases, strict=True)]
         message = self._layout.encoded()
         self._index_bytes = message.numel()
         return message
 
-    def values(self) -> Tensor:
+    def values(self, whole: bool = False) -> Tensor:
         """The next values message: what the weights hold at the sent positions.
 
+        Args:
+            whole: with `visible_only`, send all of them nevertheless: to a receiver that missed a message, or reverted.
+
         Returns:
-            `[values_bytes]`, uint8, on the model's device.
+            `[sent_bytes]`, uint8, on the model's device; `values_bytes` are those of all.
 
         Raises:
             RuntimeError: `indices` was not called, or the model trains other entries since (a redrawn mask, another adapter).
@@ -119,7 +142,15 @@ class DeltaSync:
         if not bool(torch.stack([torch.isfinite(part).all().to(parts[0].device) for part in parts]).all()):
             raise ValueError("values: trained values are not finite; load the last good checkpoint")
         self.version += 1
-        return self._layout.values(self._digest, self.version, parts)
+        if not self.visible_only or whole:
+            message = self._layout.values(self._digest, self.version, parts)
+            self.sent_entries = sum(part.numel() for part in parts)
+        else:
+            message, self.sent_entries = self._layout.changes(self._digest, self.version, parts, self._last)
+        if self.visible_only:
+            self._last = [part.clone() for part in parts]
+        self.sent_bytes = message.numel()
+        return message
 
     def patches(self) -> Iterator[TensorPatch]:
         """The same as sparse patches of tensors, for `sprand.integrations.vllm.sparse_patches` and the like.
