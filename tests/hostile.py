@@ -11,7 +11,7 @@ import sprand
 from checkpoints import plain, redrawn
 from models import MLP, assert_same_bits, built
 from sprand.checkpoint.merge import merge
-from sprand.files import states
+from sprand.files import described, states
 
 REFUSED = (ValueError, OSError)
 
@@ -67,6 +67,14 @@ def same(one, two) -> bool:
     if isinstance(one, (list, tuple)):
         return type(one) is type(two) and len(one) == len(two) and all(map(same, one, two))
     return one == two
+
+
+def edited(file, change, key="sprand"):
+    """Write a file of sprand again with changed tensors or description; its checksum is made right."""
+    metadata, tensors = described.contents(file, "file")
+    description = json.loads(metadata[key])
+    change(tensors, description)
+    described.write(file, key, description, tensors)
 
 
 def header_of(entries, data=b"", length=None) -> bytes:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import sprand
+from hostile import edited
 from models import EVERY_TARGET, MLP, EveryLayer, built, points_and_labels, tokens_and_labels
 from sprand.adapters.file import CONFIG_FILE, WEIGHTS_FILE
 from sprand.adapters.fingerprint import DTYPES, described_target, in_full, line_of
@@ -124,15 +125,6 @@ def test_the_base_may_be_loaded_in_another_dtype(tmp_path, trained, used):
         sprand.load(built(MLP, seed=1).to(used), tmp_path)
 
 
-def edited(path, change):
-    """Write the adapter again with changed tensors or description; the checksum is made right."""
-    with safe_open(path / WEIGHTS_FILE, framework="pt") as content:
-        description = json.loads(content.metadata()["sprand"])
-        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    change(tensors, description)
-    described.write(path / WEIGHTS_FILE, "sprand", description, tensors)
-
-
 def with_indices(indices):
     def change(tensors, description):
         description |= {"strategy": "given", "indices_saved": True, "density": None}
@@ -185,7 +177,7 @@ EDITS = {
 @pytest.mark.parametrize(("change", "message"), EDITS.values(), ids=EDITS.keys())
 def test_bad_adapters_are_refused_and_change_nothing(saved, change, message):
     _, path = saved
-    edited(path, change)
+    edited(path / WEIGHTS_FILE, change)
     model = built(MLP)
     with pytest.raises(ValueError, match=message):
         sprand.load(model, path)
@@ -233,7 +225,7 @@ def test_a_failed_load_leaves_a_trained_model_trained(saved):
     model, path = saved
     x, _ = points_and_labels()
     out = model(x)
-    edited(path, not_finite)
+    edited(path / WEIGHTS_FILE, not_finite)
     with pytest.raises(ValueError, match="not finite"):
         sprand.load(model, path, name="second")
     assert torch.equal(model(x), out)

@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 import ranks
 import sprand
 from dynamic_masks import LR, MODES, Drawn, train
+from hostile import edited
 from models import MLP, assert_same_bits, bits, built, points_and_labels
 from sprand.adapters.file import CONFIG_FILE, WEIGHTS_FILE
 from sprand.adapters.layout import key
-from sprand.files import described
 
 
 class WithLoss(nn.Module):
@@ -120,14 +120,6 @@ def test_an_adapter_says_where_it_keeps_entries_as_values(tmp_path, mode, frozen
     assert ("frozen" in description["targets"]["second.weight"]) == frozen
 
 
-def edited(path, change):
-    with safe_open(path / WEIGHTS_FILE, framework="pt") as content:
-        description = json.loads(content.metadata()["sprand"])
-        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    change(tensors, description)
-    described.write(path / WEIGHTS_FILE, "sprand", description, tensors)
-
-
 EDITS = {
     "no values": (lambda t, d: t.pop(key("frozen_values", "second.weight")), "integer indices and values of frozen entries"),
     "count": (lambda t, d: d["targets"]["second.weight"]["frozen"].update(nnz=3), "expected 3 integer indices"),
@@ -144,7 +136,7 @@ def test_bad_frozen_entries_are_refused_and_change_nothing(tmp_path, change, mes
     if message.startswith("another base"):
         with safe_open(tmp_path / WEIGHTS_FILE, framework="pt") as content:
             assert content.get_tensor(key("frozen_indices", "second.weight"))[0] > 0
-    edited(tmp_path, change)
+    edited(tmp_path / WEIGHTS_FILE, change)
     model = built(MLP)
     with pytest.raises(ValueError, match=message):
         sprand.load(model, tmp_path)

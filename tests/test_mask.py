@@ -7,15 +7,15 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import sprand
+from hostile import edited
 from models import MLP, assert_same_bits, bits, built, points_and_labels
 from sprand.adapters import plots
 from sprand.adapters.file import CONFIG_FILE
 from sprand.adapters.state import mask_of
-from sprand.files import described
 from sprand.selection.mask import chosen_by
 
 FIELDS = {"strategy": "magnitude", "scope": "global", "density": 0.1, "target_modules": ["first", "second"]}
@@ -63,14 +63,6 @@ def test_a_model_trains_exactly_what_a_mask_chose():
         mask_of(model)
 
 
-def edited(path, change):
-    tensors = load_file(path)
-    with described.safe_open(path, framework="pt") as content:
-        description = json.loads(content.metadata()["sprand_mask"])
-    change(tensors, description)
-    described.write(path, "sprand_mask", description, tensors)
-
-
 BAD = {
     "newer": (lambda t, d: d.update(format_version=9), "mask format 9"),
     "twice": (lambda t, d: t["second.weight"][:2].fill_(3), "index 3 .*appears twice"),
@@ -83,7 +75,7 @@ BAD = {
 @pytest.mark.parametrize("change, message", BAD.values(), ids=BAD)
 def test_a_bad_mask_is_refused(tmp_path, change, message):
     path = chosen().save(tmp_path / "mask.safetensors")
-    edited(path, change)
+    edited(path, change, "sprand_mask")
     with pytest.raises(ValueError, match=message):
         sprand.Mask.load(path)
 

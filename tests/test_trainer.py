@@ -75,19 +75,17 @@ def test_a_checkpoint_is_a_clean_merged_model_and_resumes_to_the_bit(tmp_path, d
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same_bits(reloaded.state_dict(), bits(model))
-    resumed, other = trained(
-        tmp_path, sparse(**fields), optimizer, resume=str(tmp_path / "checkpoint-3"), save_strategy="no"
-    )  # fmt: skip
+    resumed, other = trained(tmp_path, sparse(**fields), optimizer, resume=str(tmp_path / "checkpoint-3"), save_strategy="no")
     assert other.state.global_step == 6
     assert_same_bits(everything(resumed, other), everything(model, trainer))
     assert_same_bits(bits(sprand.unmerge(resumed)), bits(llama(dtype)))
 
 
-def test_tied_weights_are_saved_once_and_resume_to_the_bit(tmp_path):
-    def tied():
-        model = llama(tie_word_embeddings=True)
-        return sprand.apply(model, density=0.05, target_modules=["embed_tokens", "q_proj"])
+def tied():
+    return sprand.apply(llama(tie_word_embeddings=True), density=0.05, target_modules=["embed_tokens", "q_proj"])
 
+
+def test_tied_weights_are_saved_once_and_resume_to_the_bit(tmp_path):
     model, trainer = trained(tmp_path, tied(), save_strategy="steps", save_steps=3)
     assert model.lm_head.sprand_delta is model.model.embed_tokens.sprand_delta
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
@@ -99,11 +97,6 @@ def test_tied_weights_are_saved_once_and_resume_to_the_bit(tmp_path):
 
 def test_tied_weights_resume_to_the_bit_without_the_callback(tmp_path):
     """What several layers share is in a checkpoint once; one that has it twice, as sprand wrote them before, loads too."""
-
-    def tied():
-        model = llama(tie_word_embeddings=True)
-        return sprand.apply(model, density=0.05, target_modules=["embed_tokens", "q_proj"])
-
     options = {"save_strategy": "steps", "save_steps": 3}
     models = [tied(), tied()]
     trainers = [trainer_of(model, tmp_path, optimizer=sparse_adamw, **options) for model in models]
