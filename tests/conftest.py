@@ -89,6 +89,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_rows(tmp_path_factory.mktemp("rows") / "rows.tsv")
 
 
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quality benchmarks can be imported."""
+    pytest.importorskip("transformers", reason="the models come from transformers")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
+
+
 @pytest.fixture(scope="session")
 def simt():
     """The CUDA kernels built for the CPU, and the order in which their threads run."""

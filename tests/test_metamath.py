@@ -10,14 +10,6 @@ import pytest
 
 from tiny_models import WORDS, save_llama
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture
-def quality(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers", reason="the models come from transformers")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-
 
 @pytest.mark.parametrize(
     ("text", "answer"),

@@ -22,12 +22,6 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def quality(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers", reason="the models come from transformers")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-
-
-@pytest.fixture
 def suite(quality: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The script with one tiny task in both grids, and its runs in this process."""
     import concurrent.futures

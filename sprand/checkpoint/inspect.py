@@ -173,8 +173,7 @@ def plot(report: Report, path: str | os.PathLike[str]) -> Path:
     from ..adapters.plots import averaged, draw
 
     sizes = {line.name: math.prod(line.shape) for line in report.lines}
-    density = {line.name: line.density for line in report.lines}
-    rms = {line.name: line.rms for line in report.lines}
+    density, rms = ({line.name: getattr(line, number) for line in report.lines} for number in ("density", "rms"))
     panels = [
         (averaged(density, sizes), f"density: {report.nnz:,} entries, {report.chosen}", "density", ".2%"),
         (averaged(rms, sizes), "root mean square of the deltas", "rms", ".2g"),

@@ -167,11 +167,8 @@ class _Job:
             return index
         index["weight_map"] |= {name: self.last for name in added}
         metadata = index.get("metadata") or {}
-        totals = {
-            "total_size": sum(values.nbytes for values in added.values()),
-            "total_parameters": sum(values.numel() for values in added.values()),
-        }
-        for key, total in totals.items():
+        size, count = sum(values.nbytes for values in added.values()), sum(values.numel() for values in added.values())
+        for key, total in (("total_size", size), ("total_parameters", count)):
             if isinstance(metadata.get(key), int):
                 metadata[key] += total
         return index

@@ -174,12 +174,7 @@ def _read_index(given: Path, folder: Path) -> dict[str, Any]:
         others = sorted(other.name for other in folder.glob("*.safetensors")) if folder.is_dir() else []
         hint = f"; give one of its files by name ({', '.join(others[:3])})" if others else ""
         raise FileNotFoundError(f"no checkpoint at {given}: expected {SINGLE} or {INDEX} there{hint}")
-    index = read_json(file)
-    try:
-        _INDEX("the index", index)
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    return index
+    return read_json(file, _INDEX)
 
 
 def _shard(folder: Path, name: str) -> Shard:

@@ -69,8 +69,8 @@ def _in_lines(content: Any, depth: int = 0) -> str:
     return "\n".join(["{", ",\n".join(lines), f"{outer}}}"])
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object of a JSON file.
+def read_json(file: Path, form: Form = OBJECT) -> dict[str, Any]:
+    """The object of a JSON file, of a form.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -78,7 +78,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = parse(file.read_text(encoding="utf-8"))
-        OBJECT("its content", content)
+        form("its content", content)
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     return content

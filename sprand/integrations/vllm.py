@@ -183,19 +183,12 @@ def read_patches(folder: str | os.PathLike[str]) -> tuple[dict[str, TensorPatch]
         raise ValueError(f"{folder} has the format {written_as!r}, expected {PATCH_FORMAT!r}; export the adapter again")
     if checksum != described.checksum(tensors):
         raise ValueError(f"{folder} is damaged: its values do not match their checksum; export the adapter again")
-    return {entry["name"]: _patch(entry, tensors) for entry in about["patches"]}, checksum
-
-
-def _patch(entry: dict[str, Any], tensors: dict[str, Tensor]) -> TensorPatch:
-    name = entry["name"]
-    return TensorPatch(
-        name=name,
-        shape=tuple(entry["shape"]),
-        dtype=getattr(torch, entry["dtype"]),
-        indices=tensors[f"indices.{name}"],
-        values=tensors[f"values.{name}"],
-        base=tensors[f"base.{name}"],
-    )
+    found = {}
+    for entry in about["patches"]:
+        name, dtype = entry["name"], getattr(torch, entry["dtype"])
+        parts = {part: tensors[f"{part}.{name}"] for part in ("indices", "values", "base")}
+        found[name] = TensorPatch(name, tuple(entry["shape"]), dtype, **parts)
+    return found, checksum
 
 
 def exchange(old: dict[str, TensorPatch], new: dict[str, TensorPatch]) -> Iterator[CheckpointWeightPatch]:
