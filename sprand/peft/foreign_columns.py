@@ -1,4 +1,7 @@
-"""Adapters of others whose entries are whole columns of weights: a LoRA with a one-hot factor, and PaCA."""
+"""Adapters of others whose entries are whole columns of weights: a LoRA with a one-hot factor, and PaCA.
+
+A reader is given the adapter's folder, its configuration, the tensors of its file, and the weights of its base by name.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,6 @@ CHANGED_OTHERWISE = ("use_dora", "lora_bias", "target_parameters", "trainable_to
 def of_lora(folder: Path, settings: Settings, tensors: Tensors, sites: Sites) -> list[Change]:
     """The changes that a LoRA makes whose `lora_A` chooses single inputs.
 
-    Args:
-        folder: where the adapter is.
-        settings: its configuration.
-        tensors: of its file.
-        sites: the weights of its base by name.
-
     Raises:
         ValueError: A row of `lora_A` has several entries, the adapter changes more than its factors say, or it is damaged or for
             another base.
@@ -43,12 +40,6 @@ def of_lora(folder: Path, settings: Settings, tensors: Tensors, sites: Sites) ->
 
 def of_paca(folder: Path, settings: Settings, tensors: Tensors, sites: Sites) -> list[Change]:
     """The changes of a PaCA adapter (arXiv 2503.01905), as PEFT saves it: `paca_delta` `[out, r]` and `paca_indices` `[r]`.
-
-    Args:
-        folder: where the adapter is.
-        settings: its configuration.
-        tensors: of its file.
-        sites: the weights of its base by name.
 
     Raises:
         ValueError: The adapter is damaged, or for another base.
