@@ -53,8 +53,11 @@ def content_of(folder: Path, sites: Sites) -> Content:
         return Content(_peft_sparta(folder, sites))
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no adapter at {folder}; expected {WEIGHTS}, or {SPARTA_FILE} of peft-sparta")
-    settings, (header, tensors) = settings_of(folder), contents(folder / WEIGHTS, "adapter")
-    if settings.get("peft_type") == PEFT_TYPE or KEY in header:  # another's configuration may lie beside weights of sprand
+    settings = settings_of(folder)
+    if settings.get("peft_type") == PEFT_TYPE:
+        return content_of_own(AdapterFile.read(folder), sites)
+    header, tensors = contents(folder / WEIGHTS, "adapter")
+    if KEY in header:  # another's configuration may lie beside weights of sprand
         return content_of_own(AdapterFile.read(folder), sites)
     kind = str(settings.get("peft_type")).lower()
     if kind not in READERS:
