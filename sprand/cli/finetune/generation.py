@@ -115,8 +115,11 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]],
 
 def greedy(model: nn.Module, tokenizer: Any, most: int) -> dict[str, Any]:
     """What `generate` of transformers is told, so that it takes the likeliest token until an end or `most` tokens."""
-    pad = tokenizer.pad_token_id or 0
-    return {"max_new_tokens": most, "do_sample": False, "pad_token_id": pad, "eos_token_id": ends_of(model, tokenizer) or None}
+    pad, ends = tokenizer.pad_token_id or 0, ends_of(model, tokenizer) or None
+    options = {"max_new_tokens": most, "do_sample": False, "pad_token_id": pad, "eos_token_id": ends}
+    if getattr(model.config.get_text_config(), "output_router_logits", False):  # as TRL sets it, for a loss of the routers
+        options["output_router_logits"] = False
+    return options
 
 
 def ends_of(model: nn.Module, tokenizer: Any) -> list[int]:
