@@ -27,13 +27,15 @@ from ...selection.strategies import STRATEGIES
 from ...training.rates import suggest_lr
 from .. import CliError
 from ..files import failing_in_words
-from .models import head_names
+from .models import beside_text, head_names
 from .rows import limited
 from .settings import Settings, peer_rate
 from .tasks import Task
 
 # What a draw of both doors depends on.
-DRAWN_BY = ("density", "budget", "target_modules", "target_parameters", "strategy", "layout", "seed")
+DRAWN_BY = (
+    "density", "budget", "target_modules", "exclude_modules", "target_parameters", "modules_to_save", "strategy", "layout", "seed",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -84,7 +86,7 @@ def chosen(model: nn.Module, settings: Settings, task: Task, kept: Path | None =
             return None
         if kept is None:
             return selected(model, settings, task)
-        mask, config = sprand.Mask.load(kept), sparse_config(settings, head_names(model) or None)
+        mask, config = sprand.Mask.load(kept), sparse_config(settings, model)
         asked = selection_without(config, taken_by(model, settings.disjoint or None))
     _prove_same(mask, asked, kept)
     return mask
@@ -102,7 +104,7 @@ def selected(model: nn.Module, settings: Settings, task: Task | None) -> sprand.
         ValueError: The options fit no weight of this model.
         FileNotFoundError: There is no adapter of those to keep apart from.
     """
-    config = sparse_config(settings, head_names(model) or None)
+    config = sparse_config(settings, model)
     scored = settings.strategy in STRATEGIES and task is not None
     rows = calibration(settings, task) if scored else {}
     return sprand.select(model, config, disjoint=settings.disjoint or None, **rows)
@@ -128,8 +130,8 @@ def sparse(model: nn.Module, settings: Settings, mask: sprand.Mask | None) -> Me
             config = SprandConfig(mask=mask, modules_to_save=heads, seed=settings.seed)
             model = get_peft_model(model, config)
         else:
-            asked = sparse_config(settings, heads)
-            config = SprandConfig(**{name: getattr(asked, name) for name in DRAWN_BY}, modules_to_save=heads)
+            asked = sparse_config(settings, model)
+            config = SprandConfig(**{name: getattr(asked, name) for name in DRAWN_BY})
             model = get_peft_model(model, config)
     targets = mask.shapes.values() if mask is not None else [site.shape for site in sites_of(model)]
     return tuned(model, settings, {name: p for name, p in model.named_parameters() if p.requires_grad}, targets)
@@ -151,13 +153,15 @@ def _prove_same(mask: sprand.Mask, selection: dict[str, Any] | None, file: Path)
         )
 
 
-def sparse_config(settings: Settings, heads: list[str] | None) -> sprand.SparseConfig:
-    """What the options ask to train.
+def sparse_config(settings: Settings, model: nn.Module) -> sprand.SparseConfig:
+    """What the options ask to train of a model: of one that sees pictures as well, what text goes through.
 
     Raises:
         ValueError: An option is out of range.
     """
-    fields = settings.sparse_fields() | {"modules_to_save": heads}
+    fields = settings.sparse_fields() | {"modules_to_save": head_names(model) or None}
+    if not settings.target_modules:
+        fields["exclude_modules"] = beside_text(model)
     if not settings.sparta:
         return sprand.SparseConfig(**fields)
     density = fields.pop("density", DEFAULT_DENSITY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -213,21 +214,37 @@ def head_names(model: nn.Module) -> list[str]:
     return heads + [name for name in new_layers(view_of(model)) if name.partition(".")[0] not in heads]
 
 
+def beside_text(model: nn.Module) -> str | None:
+    """A pattern of the modules that no text goes through, a tower for pictures or sounds; None where all are of text."""
+    config = getattr(model, "config", None)
+    if not hasattr(model, "get_decoder") or config.get_text_config() is config:
+        return None
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return rf"(?!{re.escape(name)}\.).*" if name else None
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """What `--target-parameters` may name of the experts of a model that holds those of a layer in one tensor."""
+    names = [name.split(".")[-2:] for name, p in model.named_parameters() if p.dim() == 3]
+    return sorted({".".join(name) for name in names if name[0] == "experts"})
+
+
 def _prove_causal(transformers: Any, name: str) -> None:
-    """Refuse an encoder: it sees the words that it is asked to predict.
+    """Refuse an encoder, which sees the words that it is asked to predict, and one with a decoder, whose text is another.
 
     Raises:
         CliError: The model is one.
     """
     config = transformers.AutoConfig.from_pretrained(name)
-    masked = transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    is_generator = (
-        config.model_type not in masked
-        or config.is_encoder_decoder
-        or getattr(config, "is_decoder", False)
-        or getattr(config, "causal", False)
-    )
-    if not is_generator:
+    auto = transformers.models.auto.modeling_auto
+    if config.is_encoder_decoder and config.model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise CliError(
+            f"--model {name}: this model ({config.model_type}) has an encoder and a decoder; expected one that goes on with a text, "
+            "such as Llama or Qwen."
+        )
+    is_masked = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
+    if is_masked and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
         raise CliError(
             f"--model {name}: this is an encoder ({config.model_type}), which sees the words that it would learn to predict. "
             "Take a model that generates text, or data with labels (--task classification)."
@@ -249,7 +266,9 @@ def _config(name: str) -> Any:
 
 
 def _generates(config: Any) -> bool:
-    return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or ())
+    known = require("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    made = {*(config.architectures or ())}
+    return known.get(config.model_type) in made or any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in made)
 
 
 def _is_merged(config: Any) -> bool:

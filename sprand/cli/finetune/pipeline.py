@@ -16,6 +16,7 @@ import sprand
 
 from ...adapters.file import FOLDER_OF_RUN
 from ...files import described
+from ...layers.sites import sites_of
 from .. import CliError, Stopped, WorkFailed, ranks, require
 from ..files import prepare_folder, reason_of
 from . import data, gguf, measures, methods, models, report, tasks, verify
@@ -75,12 +76,13 @@ class Run:
         self.settings = settings = dataclasses.replace(settings, dtype=models.dtype_of(model))
         self.task = tasks.make(self.dataset, tokenizer, settings)
         self.log = Log(self.out / "metrics.jsonl", self.task.metric, to_stderr)
+        experts = models.fused_experts(model)
         self.method: methods.Method | None = methods.sparse(model, settings, self._mask(model))
         self.targets, self.count = methods.target_names(model), self.method.count
         course = identity(self.method, settings, self.task.train)
         self.checkpoints = TrainingCheckpoints(settings.out / "checkpoints", course, settings.keep)
         self.training = Training(self.method, self.task, settings, self.device, self.checkpoints)
-        self._announce()
+        self._announce(experts)
         self.results: list[report.Result] = []
         self.histories: list[list[dict[str, Any]]] = []
         self.checks: list[str] = []
@@ -161,7 +163,7 @@ class Run:
             mask.save(self.out / kept.name)
         return mask
 
-    def _announce(self) -> None:
+    def _announce(self, experts: list[str]) -> None:
         settings, task, method = self.settings, self.task, self.method
         parameters = method.model.named_parameters()
         weights = sum(p.numel() for name, p in parameters if "sprand_delta" not in name)
@@ -170,6 +172,10 @@ class Run:
         for sentence in task.said:
             self.log.say(sentence)
         trained = f"{self.count:,} of {weights:,} weights ({self.count / weights:.2%})"
+        trains = {".".join(site.name.split(".")[-2:]) for site in sites_of(method.model)}
+        left = [name for name in experts if name not in trains]
+        if left:
+            self.log.say(f"not trained: its experts; --target-parameters {','.join(left)} adds them")
         self.log.say(f"training {trained}, {self.training.steps} steps, lr {method.lr:g}")
 
     def _resumed(self) -> Resumed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
-from .. import CliError
+from .. import CliError, require
 
 TABLES = (".tsv", ".csv", ".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -155,10 +156,10 @@ def lines_of(path: Path, newline: str | None = "") -> Iterator[str]:
 
 
 def _file(path: Path, mode: str, **options: Any) -> Any:
-    compression = infer_compression(path.name)
-    if compression is None and path.suffix.lower() == ".zst":
-        raise CliError(f"{path}: to read it, install the package zstandard: pip install zstandard")
-    return LocalFileSystem().open(str(path), mode, compression=compression, **options)
+    if path.suffix.lower() == ".zst":  # by Arrow, which says where such a file breaks off; zstandard reads what is there
+        stream = require("pyarrow").input_stream(str(path), compression="zstd")
+        return io.TextIOWrapper(stream, **options) if "t" in mode else stream
+    return LocalFileSystem().open(str(path), mode, compression=infer_compression(path.name), **options)
 
 
 def _undecodable(path: Path) -> str:
