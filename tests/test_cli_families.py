@@ -11,14 +11,17 @@ import torch
 
 from tiny_models import WORDS, save_tokenizer
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("trl")
+
+import transformers
 
 from sprand.adapters.file import AdapterFile
 from sprand.cli import main
 
 TEMPLATE = (
-    "{% for m in messages %}{{ {'system': 'w30', 'user': 'w31', 'assistant': 'w32'}[m['role']] + ' ' + m['content'] + ' [SEP] ' }}"
+    "{% for m in messages %}{{ {'system': 'w30', 'user': 'w31', 'assistant': 'w32'}[m['role']] + ' ' }}"
+    "{{ m['content'] + ' [SEP] ' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'w32 ' }}{% endif %}"
 )
 SIZES = {
@@ -39,7 +42,8 @@ FAMILIES = {
     "gpt_oss": ("GptOss", WIDE | MIXED | {"sliding_window": 16}),
 }
 TOWER = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
 }  # fmt: skip
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 

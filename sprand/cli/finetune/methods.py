@@ -34,7 +34,8 @@ from .tasks import Task
 
 # What a draw of both doors depends on.
 DRAWN_BY = (
-    "density", "budget", "target_modules", "exclude_modules", "target_parameters", "modules_to_save", "strategy", "layout", "seed",
+    "density", "budget", "target_modules", "exclude_modules", "target_parameters", "modules_to_save", "strategy", "layout",
+    "seed",
 )  # fmt: skip
 
 

@@ -240,8 +240,8 @@ def _prove_causal(transformers: Any, name: str) -> None:
     auto = transformers.models.auto.modeling_auto
     if config.is_encoder_decoder and config.model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise CliError(
-            f"--model {name}: this model ({config.model_type}) has an encoder and a decoder; expected one that goes on with a text, "
-            "such as Llama or Qwen."
+            f"--model {name}: this model ({config.model_type}) has an encoder and a decoder; expected one that goes on with a "
+            "text, such as Llama or Qwen."
         )
     is_masked = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
     if is_masked and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
