@@ -17,7 +17,7 @@ import sprand
 from ..adapters.file import FOLDER_OF_RUN
 from . import CliError
 from .files import failing_in_words
-from .finetune import asking, data, generation, measures, models, tasks
+from .finetune import asking, data, generation, measures, methods, models, tasks
 from .finetune.settings import DEFAULT_LENGTH, Settings
 
 TASK_FILE = "task.json"
@@ -54,7 +54,9 @@ class Tuned:
 
     def base(self) -> AbstractContextManager[Any]:
         """The model without the adapter, inside of a `with` block."""
-        return sprand.disabled(self.model) if self.has_base else nullcontext()
+        if not self.has_base:
+            return nullcontext()
+        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else sprand.disabled(self.model)
 
     def probabilities(self, texts: Sequence[str | data.Example], batch_size: int = 32) -> Tensor:
         """Of each text, or `Example` of a pair, the probability of each class, float32 `[texts, classes]`, on the CPU.
@@ -98,24 +100,27 @@ def load_run(folder: Path | str, device: str = "auto") -> Tuned:
     if place.resolve().name == FOLDER_OF_RUN and not (place / TASK_FILE).is_file():
         place = place.resolve().parent
     with failing_in_words():
-        tuned = _of_run(place) if (place / TASK_FILE).is_file() else _of_model(str(folder))
-    tuned.model.to(models.pick_device(device)).eval()
+        where = models.pick_device(device)
+        tuned = _of_run(place, where) if (place / TASK_FILE).is_file() else _of_model(str(folder), where)
+    tuned.model.eval()
     return tuned
 
 
-def _of_run(folder: Path) -> Tuned:
+def _of_run(folder: Path, device: torch.device) -> Tuned:
     made = json.loads((folder / TASK_FILE).read_text())
     labels = tuple(made["labels"])
-    model, tokenizer = models.load(made["model"], made["task"], len(labels), made["dtype"], made["pooling"], made["seed"])
-    models.say_labels(model, labels, made["task"])
-    sprand.load(model, folder / FOLDER_OF_RUN)
     said = {name: made[name] for name in ("model", "dtype", "pooling", "seed", "max_length")}
     settings = Settings.from_json(said | made.get("settings", {}) | {"out": str(folder)})
+    model, tokenizer = models.load(
+        made["model"], made["task"], len(labels), made["dtype"], made["pooling"], made["seed"], settings.bits, device
+    )
+    models.say_labels(model, labels, made["task"])
+    model = methods.attached(model, folder / FOLDER_OF_RUN)
     kind = made.get("kind", "texts" if labels else "prompts")
     return Tuned(model, tokenizer, made["task"], kind, labels, made["max_length"], settings, has_base=True)
 
 
-def _of_model(name: str) -> Tuned:
+def _of_model(name: str, device: torch.device) -> Tuned:
     is_on_hub = name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()
     if not is_on_hub and not (Path(name) / "config.json").is_file():
         raise CliError(
@@ -124,7 +129,7 @@ def _of_model(name: str) -> Tuned:
         )
     settings = Settings(model=name, train=None, out=Path(name))
     task, labels = models.use_of(name)
-    model, tokenizer = models.load(name, task, len(labels), settings.dtype, settings.pooling, settings.seed)
+    model, tokenizer = models.load(name, task, len(labels), settings.dtype, settings.pooling, settings.seed, device=device)
     length = min(tokenizer.model_max_length, DEFAULT_LENGTH)
     kind = "prompts" if task == "causal-lm" else "texts"
     return Tuned(model, tokenizer, task, kind, labels, length, settings, has_base=False)

@@ -103,6 +103,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add("--class-weights", choices=CLASS_WEIGHTS, help="balanced: in the loss, each class counts as much as the others")
     add("--max-grad-norm", type=float, metavar="X", help=f"default {Settings.max_grad_norm:g}")
     shared.add_start(group, seeded="positions, data order, new head and dropout")
+    shared.add_packing(group)
     add("--eval-every", type=int, metavar="N", help="steps (default: three times in all)")
     add("--checkpoint-every", type=int, metavar="N", help="steps (default: every epoch)")
     add("--keep", type=int, metavar="N", help=f"checkpoints that are kept, the newest (default {Settings.keep})")

@@ -54,7 +54,9 @@ class MeanPoolClassifier(nn.Module):
         return logits.float()
 
 
-def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: int) -> tuple[nn.Module, Any]:
+def load(
+    name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: int, bits: int | None = None, device: Any = None
+) -> tuple[nn.Module, Any]:
     """The model, a new head of seeded random weights included, and its tokenizer, whose `model_max_length` is that of the model.
 
     Args:
@@ -65,9 +67,11 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
             unless the loss is scaled, as float32. A new head is float32 always.
         pooling: "mean", "model" (what the architecture does itself), or "auto": mean where the model says it was trained so.
         seed: of the new head.
+        bits: 4 packs the weights of linear layers to NF4 by bitsandbytes, 8 to int8; the dtype is that of what they are computed in.
+        device: where the model goes; by default it stays where it was loaded.
 
     Raises:
-        CliError: There is no such model, or it lacks what the task needs.
+        CliError: There is no such model, it lacks what the task needs, or bitsandbytes is missing.
     """
     transformers = require("transformers")
     transformers.utils.logging.set_verbosity_error()
@@ -77,6 +81,8 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
         raise CliError(f"--model: no directory {name}; expected one in the Hugging Face layout, or a name on the Hub.")
     torch.manual_seed(seed)
     options = {"dtype": getattr(torch, (stored_dtype(name) if dtype == "auto" else dtype) or "", "auto")}
+    if bits:
+        options |= _packed(bits, options["dtype"], device)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if task == "causal-lm":
@@ -95,11 +101,25 @@ def load(name: str, task: str, num_labels: int, dtype: str, pooling: str, seed: 
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = positions_of(model)
-    if dtype == "auto" and dtype_of(model) == "float16":
+    if dtype == "auto" and dtype_of(model) == "float16" and not is_packed(model):
         model.float()
     if task != "causal-lm":
         _widen_heads(model, _stored(name))
-    return model, tokenizer
+    return model if device is None or is_packed(model) else model.to(device), tokenizer
+
+
+def _packed(bits: int, dtype: Any, device: Any) -> dict[str, Any]:
+    """What transformers is told to pack weights by bitsandbytes; heads that start anew stay as they are."""
+    require("bitsandbytes")
+    dtype = torch.bfloat16 if dtype in ("auto", torch.float16) else dtype
+    kinds = {4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}, 8: {"load_in_8bit": True}}
+    config = require("transformers").BitsAndBytesConfig(**kinds[bits], llm_int8_skip_modules=["lm_head", *HEADS])
+    return {"dtype": dtype, "quantization_config": config, "device_map": {"": device or "cpu"}}
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether a model, or the one in its wrapper, has weights that are stored packed."""
+    return any(getattr(module, "is_quantized", False) for module in (model, getattr(model, "encoder", None)))
 
 
 def dtype_of(model: nn.Module) -> str:

@@ -43,6 +43,13 @@ def add_start(group: argparse._ArgumentGroup, seeded: str) -> None:
     add("--device", metavar="NAME", help="default: a GPU if there is one")
 
 
+def add_packing(group: argparse._ArgumentGroup) -> None:
+    """Add how the frozen weights are packed."""
+    by = "by bitsandbytes; the adapter merges into the checkpoint as it is stored"
+    group.add_argument("--load-in-4bit", action="store_true", default=None, help=f"pack the base's linear weights to NF4, {by}")
+    group.add_argument("--load-in-8bit", action="store_true", default=None, help="the same to int8")
+
+
 def add_amount(group: argparse._ArgumentGroup) -> None:
     """Add how many entries train, and in which shape and modules."""
     add = group.add_argument

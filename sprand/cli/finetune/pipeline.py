@@ -21,6 +21,7 @@ from .. import CliError, Stopped, WorkFailed, ranks, require
 from ..files import prepare_folder, reason_of
 from . import data, gguf, measures, methods, models, report, tasks, verify
 from .progress import Log
+from .recorder import measured_line
 from .rows import temporary_folder
 from .settings import Resume, Settings
 from .training import Outcome, Training
@@ -87,14 +88,15 @@ class Run:
         self.histories: list[list[dict[str, Any]]] = []
         self.checks: list[str] = []
 
-    def load_model(self, name: str | None = None) -> tuple[nn.Module, Any]:
-        """The model that every method starts from, or another of its kind, and its tokenizer."""
+    def load_model(self, name: str | None = None, is_plain: bool = False) -> tuple[nn.Module, Any]:
+        """The model that every method starts from, or another of its kind, as it is stored where asked, and its tokenizer."""
         settings, dataset = self.settings, self.dataset
         model, tokenizer = models.load(
-            name or settings.model, dataset.task, len(dataset.labels), settings.dtype, settings.pooling, settings.seed
-        )
+            name or settings.model, dataset.task, len(dataset.labels), settings.dtype, settings.pooling, settings.seed,
+            None if is_plain else settings.bits, self.device,
+        )  # fmt: skip
         models.say_labels(model, dataset.labels, dataset.task)
-        return model.to(self.device), tokenizer
+        return model, tokenizer
 
     def train_entries(self) -> None:
         """Train the model's chosen entries, from a checkpoint if one is asked for, and save and prove the adapter."""
@@ -213,8 +215,10 @@ class Run:
         return measures.measure(method.model, self.task, self.settings, self.device)
 
     def _keep(self, method: methods.Method, outcome: Outcome) -> None:
-        size = methods.adapter_bytes(method, self.out / FOLDER_OF_RUN)
-        self.results.append(report.Result.of(method, outcome, size, self.before, self._measured(method)))
+        size, after = methods.adapter_bytes(method, self.out / FOLDER_OF_RUN), self._measured(method)
+        if not any(line["step"] == outcome.steps and f"eval_{self.task.metric}" in line for line in outcome.history):
+            self.log.write(outcome.history, **measured_line(method.name, outcome.steps, after.numbers))
+        self.results.append(report.Result.of(method, outcome, size, self.before, after))
         self.histories.append(outcome.history)
 
     def _description(self) -> dict[str, Any]:

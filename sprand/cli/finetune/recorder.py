@@ -61,7 +61,8 @@ class Recorder(TrainerCallback):
         self._seconds.append(time.perf_counter() - self._started)
         self.asked = self._agreed(self.stopped())
         last = state.global_step >= state.max_steps
-        control.should_evaluate |= last
+        if last:  # what it ends with the run measures itself, but for the best checkpoint this one is one of those to choose from
+            control.should_evaluate = args.load_best_model_at_end
         control.should_save |= self.checkpoints is not None and (last or bool(self.asked))
         control.should_training_stop |= bool(self.asked)
         control.should_log |= control.should_save or last
@@ -111,6 +112,11 @@ class Recorder(TrainerCallback):
         highest = torch.tensor([int(asked or 0)], device=self.trainer.args.device)
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         return signal.Signals(int(highest)) if int(highest) else None
+
+
+def measured_line(method: str, step: int, numbers: dict[str, float]) -> dict[str, Any]:
+    """The line of metrics.jsonl for what a run has measured on the held-out rows."""
+    return {"method": method, "step": step, **{f"eval_{name}": value for name, value in numbers.items()}}
 
 
 def line_of(entry: dict[str, Any], method: str) -> dict[str, Any]:

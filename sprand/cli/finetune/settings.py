@@ -90,6 +90,8 @@ class Settings:
     max_grad_norm: float = 1.0
     seed: int = 0
     dtype: str = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
     device: str = "auto"
     eval_every: int | None = None
     checkpoint_every: int | None = None
@@ -124,6 +126,15 @@ class Settings:
         unknown = [name for name in asked if name not in COMPARABLE]
         if unknown:
             raise CliError(f"--compare: expected some of {', '.join(COMPARABLE)}, got {unknown[0]!r}.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise CliError("--load-in-4bit and --load-in-8bit: expected one of them, got both.")
+        if self.bits and "full" in self.compare:
+            raise CliError(f"--compare full: weights of {self.bits} bits cannot all train; compare with lora or head.")
+
+    @property
+    def bits(self) -> int | None:
+        """How many bits the base's weights are packed to; None where they stay as they are."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     def _check_numbers(self) -> None:
         given = {option_of(name): getattr(self, name) for name in POSITIVE if getattr(self, name) is not None}

@@ -24,7 +24,7 @@ from ..files import reason_of
 from .methods import Method
 from .peak_memory import PeakMemory
 from .progress import Log
-from .recorder import Recorder, lines_of
+from .recorder import Recorder, lines_of, measured_line
 from .settings import Settings
 from .tasks import Task
 from .trainer import Exact, arguments_class, trainer_for
@@ -39,15 +39,12 @@ class Outcome:
     """What training one method came to.
 
     Attributes:
-        before, after: loss and metric on the evaluation rows.
         steps: optimizer steps in all.
         seconds_per_step: mean over the steps of this process but the first two, evaluation left out.
         peak_bytes: highest memory while training, above that before; None where it cannot be read.
         history: the lines of the metrics file.
     """
 
-    before: dict[str, float]
-    after: dict[str, float]
     steps: int
     seconds_per_step: float
     peak_bytes: int | None
@@ -93,7 +90,7 @@ class Training:
             Stopped: A signal asked to stop; the checkpoint of the last step is written.
         """
         method, trainer = self.method, self.trainer
-        first = [] if before is None else [{"method": method.name, "step": 0} | {f"eval_{k}": v for k, v in before.items()}]
+        first = [] if before is None else [measured_line(method.name, 0, before)]
         history = log.restart(method.name, first + lines_of(resumed.history, method.name))
         trainer.args.eval_on_start = not history
         with stop_signals() as stopped, self.memory, log.progress(method, self.steps, resumed.done) as bar:
@@ -104,9 +101,7 @@ class Training:
         if recorder.asked and step < self.steps:
             name = "Ctrl-C" if recorder.asked == signal.SIGINT else recorder.asked.name
             raise Stopped(f"Stopped by {name} after step {step} of {self.steps} ({method.name}).", 128 + recorder.asked)
-        evaluations = [line for line in history if f"eval_{self.task.metric}" in line]
-        after = next((line for line in evaluations if line["step"] == self._kept_step()), evaluations[-1])
-        return Outcome(_measured(evaluations[0]), _measured(after), step, recorder.pace(), self.memory.peak, history)
+        return Outcome(step, recorder.pace(), self.memory.peak, history)
 
     def save(self, folder: Path) -> None:
         """Save the adapter, with a card where its base is of the Hub; what an engine has sharded all processes gather first."""
@@ -194,11 +189,6 @@ class Training:
             args.save_steps = args.eval_steps
         return args.max_steps
 
-    def _kept_step(self) -> int | None:
-        """The step whose values the model has at the end, where that is not the last one."""
-        trainer = self.trainer
-        return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
-
 
 def total_steps(settings: Settings, batches: int) -> int:
     """How many optimizer steps the options ask for, where an epoch has so many batches."""
@@ -261,8 +251,3 @@ def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _measured(line: dict[str, Any]) -> dict[str, float]:
-    """The evaluation that a line of the history tells of."""
-    return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}

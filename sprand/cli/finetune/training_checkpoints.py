@@ -150,6 +150,8 @@ def identity(method: Method, settings: Settings, rows: Iterable[Any]) -> dict[st
         "weight decay": settings.weight_decay,
         "gradient clipping": settings.max_grad_norm,
         "dtype": settings.dtype,
+        "bits": settings.bits,
+        "class weights": settings.class_weights,
         "seed": settings.seed,
     }
 
