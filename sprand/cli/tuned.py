@@ -56,7 +56,7 @@ class Tuned:
         """The model without the adapter, inside of a `with` block."""
         if not self.has_base:
             return nullcontext()
-        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else sprand.disabled(self.model)
+        return self.model.disable_adapter() if models.is_packed(self.model) else sprand.disabled(self.model)
 
     def probabilities(self, texts: Sequence[str | data.Example], batch_size: int = 32) -> Tensor:
         """Of each text, or `Example` of a pair, the probability of each class, float32 `[texts, classes]`, on the CPU.

@@ -67,7 +67,7 @@ def load(
             unless the loss is scaled, as float32. A new head is float32 always.
         pooling: "mean", "model" (what the architecture does itself), or "auto": mean where the model says it was trained so.
         seed: of the new head.
-        bits: 4 packs the weights of linear layers to NF4 by bitsandbytes, 8 to int8; the dtype is that of what they are computed in.
+        bits: 4 packs the weights of linear layers to NF4 by bitsandbytes, 8 to int8; they are computed in the dtype.
         device: where the model goes; by default it stays where it was loaded.
 
     Raises:

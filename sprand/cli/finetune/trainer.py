@@ -39,10 +39,13 @@ class Exact(Trainer):
         **more: Any,
     ) -> None:  # fmt: skip
         self.method, self.task, self.checkpoints, self.memory = method, task, checkpoints, memory
+        dtypes = {name: p.dtype for name, p in method.trained.items()}
         super().__init__(
             method.model, args, train_dataset=rows_of(task.train), eval_dataset=rows_of(task.eval),
             processing_class=task.tokenizer, compute_metrics=self._means, **more,
         )  # fmt: skip
+        for name, p in method.trained.items():  # TRL makes those of a packed base bfloat16
+            p.data = p.data.to(dtypes[name])
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The method's own optimizer."""

@@ -78,8 +78,8 @@ def _merged_on_disk(
     if is_packed:
         apart = (outputs - expected).abs().max().item()
         return (
-            f"sprand merge writes the entries into the checkpoint as it is stored ({stored}), whose other weights are not packed: "
-            f"the outputs differ by {apart:.2g}"
+            f"sprand merge writes the entries into the checkpoint as it is stored ({stored}), whose other weights are not "
+            f"packed: the outputs differ by {apart:.2g}"
         )
     if used == stored:
         return _held("loaded from the checkpoint that sprand merge writes, the outputs are equal", torch.equal(outputs, expected))
