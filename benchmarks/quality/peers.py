@@ -53,7 +53,7 @@ def attach(name: str, model: nn.Module, lr: float | None, budget: float | None, 
     """
     if name not in ADAPTERS:
         return methods.peer(name, model, settings, [], 0)
-    config = methods.sparse_config(dataclasses.replace(settings, density=budget), head_names(model) or None)
+    config = methods.sparse_config(dataclasses.replace(settings, density=budget), model)
     target = sprand.select(model, config).nnz
     if name == "peft-sparta":
         return _sparta(model, target, lr, settings)

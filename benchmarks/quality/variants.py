@@ -25,11 +25,10 @@ VARIANTS = (*LAYERS, *MOVING, "relative")
 
 def applied(model: nn.Module, settings: Settings, mask: sprand.Mask | None = None) -> methods.Method:
     """Entries of a model that stays what it is, with no wrapper of PEFT: drawn as the options say, or given."""
-    heads = head_names(model) or None
     if mask is not None:
-        config = sprand.SparseConfig(strategy=mask, modules_to_save=heads, seed=settings.seed)
+        config = sprand.SparseConfig(strategy=mask, modules_to_save=head_names(model) or None, seed=settings.seed)
     else:
-        config = methods.sparse_config(settings, heads)
+        config = methods.sparse_config(settings, model)
     sprand.apply(model, config, disjoint=settings.disjoint or None)
     targets = [site.shape for site in sites_of(model)]
     return methods.tuned(model, settings, dict(sprand.named_parameters(model)), targets)
@@ -52,10 +51,9 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
         task: its training rows are what a gradient mask is chosen by.
         steps: how many the run takes.
     """
-    heads = head_names(model) or None
     own = dataclasses.replace(settings, strategy="gradient" if name == "recompute" else "random", density=budget)
     if name in LAYERS:
-        count = sprand.select(model, methods.sparse_config(own, heads)).nnz
+        count = sprand.select(model, methods.sparse_config(own, model)).nnz
         layers = peers.of_kinds([n for n, m in model.named_modules() if isinstance(m, nn.Linear)], LAYERS[name])
         return applied(model, dataclasses.replace(own, density=None, budget=str(count), target_modules=tuple(layers)))
     if name == "relative":
@@ -69,7 +67,7 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
     if name == "regrow":
         mask = sprand.DynamicMask(model, method.optimizer, **moving)
     else:
-        config = methods.sparse_config(own, heads)
+        config = methods.sparse_config(own, plain)
 
         def again(trained: nn.Module) -> dict[str, Tensor]:
             return chosen_again(plain, trained, config, own, task)

@@ -134,6 +134,7 @@ def _library_lines() -> Iterator[None]:
     """Show what the library logs, the time and memory of a calibration say, and what it warns of, as lines on standard error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated")  # DeepSpeed calls it at every step
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it tells of a package that it could use
     logger, handler = logging.getLogger("sprand"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -76,6 +76,7 @@ def load(
     transformers = require("transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    require("transformers.integrations.deepspeed").unset_hf_deepspeed_config()  # ZeRO-3 shards what trains, not each model loaded
     is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise CliError(f"--model: no directory {name}; expected one in the Hugging Face layout, or a name on the Hub.")

@@ -104,14 +104,10 @@ class Training:
         return Outcome(step, recorder.pace(), self.memory.peak, history)
 
     def save(self, folder: Path) -> None:
-        """Save the adapter, with a card where its base is of the Hub; what an engine has sharded all processes gather first."""
-        trainer, gathered = self.trainer, {}
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            gathered = {"state_dict": trainer.accelerator.get_state_dict(trainer.model_wrapped)}
-        if ranks.is_first() or not gathered:
-            self.method.model.save_pretrained(folder, **gathered)
-            if Path(self.method.model.base_model.model.config.name_or_path).is_dir():
-                (folder / "README.md").unlink()  # PEFT's card would tell a folder of this machine
+        """Save the adapter, with a card where its base is of the Hub; what is sharded all processes gather, the first one writes."""
+        self.method.model.save_pretrained(folder, is_main_process=ranks.is_first())
+        if ranks.is_first() and Path(self.method.model.base_model.model.config.name_or_path).is_dir():
+            (folder / "README.md").unlink()  # PEFT's card would tell a folder of this machine
 
     def _trainer(self, settings: Settings, device: torch.device) -> Exact:
         own = self._arguments(settings, device)
@@ -122,6 +118,8 @@ class Training:
             trainer = trainer_for(self.method, self.task)(self.method, self.task, self.checkpoints, self.memory, args)
         except (ValueError, TypeError, ImportError) as error:
             raise CliError(f"The trainer does not take these options: {reason_of(error)}.") from error
+        if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+            raise CliError("FSDP: expected its version 2, got 1; accelerate launch --use_fsdp --fsdp_version 2 ...")
         trainer.remove_callback(PrinterCallback)
         if settings.patience is not None and self.checkpoints is not None:
             trainer.add_callback(EarlyStoppingCallback(settings.patience))
