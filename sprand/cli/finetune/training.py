@@ -104,7 +104,7 @@ class Training:
         return Outcome(step, recorder.pace(), self.memory.peak, history)
 
     def save(self, folder: Path) -> None:
-        """Save the adapter, with a card where its base is of the Hub; what is sharded all processes gather, the first one writes."""
+        """Save the adapter, with a card where its base is of the Hub; what is sharded all processes gather, and one writes."""
         self.method.model.save_pretrained(folder, is_main_process=ranks.is_first())
         if ranks.is_first() and Path(self.method.model.base_model.model.config.name_or_path).is_dir():
             (folder / "README.md").unlink()  # PEFT's card would tell a folder of this machine
