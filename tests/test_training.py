@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sprand
-from models import EVERY_TARGET, MLP, EveryLayer, Tied, built, points_and_labels, tokens_and_labels
+from models import EVERY_TARGET, MLP, EveryLayer, Tied, assert_same_bits, built, points_and_labels, tokens_and_labels
 from watch import WatchSizes
 
 
@@ -52,7 +52,7 @@ def masks_of(model):
     for name, module in model.named_modules():
         if isinstance(module, sprand.SparseModule):
             mask = torch.zeros(module.weight.numel(), dtype=module.weight.dtype)
-            mask[module.sprand_indices.long()] = 1
+            mask[module.sparse_entries().indices.long()] = 1
             masks[f"{name}.weight"] = mask.view_as(module.weight)
     return masks
 
@@ -110,7 +110,7 @@ class IndexPut(nn.Module):
         weights = {}
         for name, module in self.chosen.items():
             base = self.model.get_submodule(name).weight
-            rows = module.sprand_indices.long()
+            rows = module.sparse_entries().indices.long()
             value = module.sprand_base + self.deltas[name.replace(".", "_")]
             weights[f"{name}.weight"] = base.flatten().index_put((rows,), value).view_as(base)
         return torch.func.functional_call(self.model, weights, (x,))
@@ -141,6 +141,33 @@ def test_eight_bit_adamw_trains():
     model = sprand.apply(built(MLP, width=512), density=0.2)
     losses = sparse_losses(model, 15, torch.float32, bnb.optim.AdamW8bit(sprand.parameters(model), lr=1e-2))
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("layout", ["unstructured", "columns"])
+def test_eight_bit_moments_take_a_quarter_and_resume_exactly(layout):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = sprand.apply(built(MLP, width=512), density=0.2, layout=layout)
+        return model, bnb.optim.AdamW8bit(sprand.parameters(model), lr=1e-2)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for seed in steps:
+            x, y = points_and_labels(seed)
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    one, other = made(), made()
+    train(*one, range(4))
+    for part, state in zip(other, copy.deepcopy([part.state_dict() for part in one]), strict=True):
+        part.load_state_dict(state)
+    for parts in (one, other):
+        train(*parts, range(4, 7))
+    assert_same_bits(one[0].state_dict(), other[0].state_dict())
+    large = max(sprand.parameters(one[0]), key=torch.numel)
+    held = sum(value.nbytes for value in one[1].state[large].values() if isinstance(value, torch.Tensor))
+    assert held < 2.5 * large.numel()
 
 
 def test_only_the_chosen_entries_change():
@@ -297,7 +324,7 @@ def test_low_precision_models_train(dtype):
     moved = model.second.sprand_delta
     assert moved.abs().min() > 0
     expected = (model.second.sprand_base.float() + moved.detach()).to(dtype)
-    assert torch.equal(model.second.weight.flatten()[model.second.sprand_indices.long()], expected)
+    assert torch.equal(model.second.weight.flatten()[model.second.sparse_entries().indices.long()], expected)
 
 
 def test_autocast_equals_a_dense_layer_under_autocast():
@@ -339,7 +366,7 @@ def test_hugging_face_conv1d_has_a_sampled_gradient():
         model(x).square().sum().backward()
     assert not watch.seen
     dense(x).square().sum().backward()
-    expected = dense[0].weight.grad.flatten()[model[0].sprand_indices.long()]
+    expected = dense[0].weight.grad.flatten()[model[0].sparse_entries().indices.long()]
     torch.testing.assert_close(model[0].sprand_delta.grad, expected, rtol=1e-12, atol=1e-12)
 
 
