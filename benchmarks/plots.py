@@ -71,6 +71,7 @@ def speedups(rows: Sequence[Row], path: Path) -> None:
             panel.plot(x, y, "o", color=_shade(OURS, index, len(densities)), markersize=5, label=f"{100 * density:g} %")
         _finish(panel, labels, dtype)
         panel.set_xscale("log")
+        plain_ticks(panel.xaxis)
         panel.axvline(1, color="black", linewidth=1)
         panel.set_xlabel("times faster than the fastest plain PyTorch, one dot per shape")
         panel.legend(title="density", fontsize=8)
@@ -138,6 +139,17 @@ def _finish(panel, labels: Sequence[str], title: str) -> None:
         panel.spines[side].set_visible(False)
 
 
+def plain_ticks(*axes: Any) -> None:
+    """Logarithmic axes on which all is drawn get their numbers written out: at each decade, of a few also at 2 and 5."""
+    from matplotlib import ticker
+
+    for axis in axes:
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+        axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}")
+        axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def selection(rows: Sequence[Row], path: Path) -> None:
     """Time and memory of each way to choose entries, over the model's own forward and backward."""
     rows = [row for row in rows if row.get("ratio") is not None]
@@ -166,6 +178,7 @@ def switching(rows: Sequence[Row], path: Path) -> None:
             panel.annotate(f"{1e3 * row['seconds']:.2f}", (1e3 * row["seconds"], y), (4, 0), **place)
         _finish(panel, [row["label"] for row in here], f"{name}, {here[0]['device']}")
         panel.set_xscale("log")
+        plain_ticks(panel.xaxis)
         panel.set_xlabel("one switch, ms")
 
 

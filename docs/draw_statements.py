@@ -16,18 +16,18 @@ from sprand.selection import pattern
 INK, FROZEN, CHOSEN, SECOND = "#1f2933", "#dfe5ec", "#d9480f", "#1971c2"
 IMAGES = Path(__file__).parent / "images"
 SHAPE = (24, 48)
-DRAWS = (("random", "unstructured"), ("uniform", "unstructured"), ("random", "columns"))
+DRAWS = {'strategy="random"': ("random", None), 'strategy="uniform"': ("uniform", None), 'layout="columns"': ("random", 1)}
 
 
 def positions() -> Path:
     """One draw of each kind, a twelfth of a small weight."""
     figure, axes = plt.subplots(1, len(DRAWS), figsize=(10.1, 2.3))
     colours = matplotlib.colors.ListedColormap([FROZEN, CHOSEN])
-    for axis, (strategy, layout) in zip(axes, DRAWS, strict=True):
+    for axis, (title, (strategy, units)) in zip(axes, DRAWS.items(), strict=True):
         chosen = torch.zeros(SHAPE).flatten()
-        chosen[pattern.draw(strategy, "weight", SHAPE, 96, seed=0, layout=layout, axis=1).long()] = 1
+        chosen[pattern.draw(strategy, "weight", SHAPE, 96, seed=0, axis=units).long()] = 1
         axis.pcolormesh(chosen.view(SHAPE).flip(0), cmap=colours, edgecolors="white", linewidth=0.4)
-        axis.set_title(f'strategy="{strategy}"' if layout == "unstructured" else f'layout="{layout}"', fontsize=10, color=INK)
+        axis.set_title(title, fontsize=10, color=INK)
         axis.set_aspect("equal")
         axis.axis("off")
     return save(figure, "positions.png")
@@ -52,6 +52,7 @@ def set_not_add() -> Path:
     axis.plot(cycles, lost, "o-", color=CHOSEN, label="w += delta, w -= delta")
     axis.plot(cycles, [0] * len(cycles), "o-", color=SECOND, label="w = cast(base + delta), w = base")
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("cycles of merging and unmerging, bfloat16")
     axis.set_ylabel("weights that are not the base's, %")
     axis.set_ylim(-4, 104)

@@ -106,6 +106,22 @@ def png(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_of_a_draw_says_that_its_densities_are_alike(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="the picture is drawn by matplotlib")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    titles, fields = [], []
+    for scale in (1, 3):
+        cells = {("0", "up"): 0.01 * scale, ("0", "down"): 0.01, ("1", "up"): 0.0101, ("1", "down"): 0.0101}
+        plots.draw([(cells, "density", "", ".2%")], tmp_path / "picture.png")
+        panel = pyplot.gcf().axes[0]
+        titles.append(panel.get_title())
+        fields.append([text.get_text() for text in panel.texts])
+    assert titles == ["density\nabout the same everywhere", "density"]
+    assert fields[1] == ["3.00%", "1.00%", "1.01%", "1.01%"]
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
 def test_the_picture_of_a_model_and_of_two_masks(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture is drawn by matplotlib")
     model = sprand.apply(built(MLP), density=0.1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cost.growth import TITLES
-from plots import OURS, THEIRS, panels
+from plots import OURS, THEIRS, panels, plain_ticks
 from report import Row
 
 STYLES = {
@@ -38,6 +38,7 @@ def growth(rows: Sequence[Row], path: Path) -> None:
             )
         panel.set_xscale("log")
         panel.set_yscale("log")
+        plain_ticks(panel.xaxis, panel.yaxis)
         panel.set_xlabel(TITLES[axis])
         panel.set_ylabel("one training step, ms")
         panel.grid(alpha=0.3, which="both")
@@ -47,7 +48,7 @@ def growth(rows: Sequence[Row], path: Path) -> None:
 def life(rows: Sequence[Row], path: Path) -> None:
     """Bytes on disk, seconds to set up, seconds to merge: one bar per size and method."""
     rows = [row for row in rows if row.get("bytes") is not None]
-    quantities = {"bytes": "bytes on disk", "set_up": "set-up, seconds", "merge": "merging in memory, seconds"}
+    quantities = {"bytes": "MB on disk", "set_up": "set-up, seconds", "merge": "merging in memory, seconds"}
     labels = list(dict.fromkeys(str(row["label"]) for row in rows))
     units = list(dict.fromkeys(str(row["unit"]) for row in rows))
     height = 0.8 / max(1, len(units))
@@ -58,10 +59,12 @@ def life(rows: Sequence[Row], path: Path) -> None:
             shade = units.index(str(row["unit"]))
             family = OURS if str(row["method"]).startswith("sprand") else THEIRS
             y = labels.index(str(row["label"])) + (shade - (len(units) - 1) / 2) * height
-            panel.barh(y, row[quantity], height, color=family[shade % 3])
+            length = row[quantity] / 1e6 if quantity == "bytes" else row[quantity]
+            panel.barh(y, length, height, color=family[shade % 3])
         panel.set_yticks(range(len(labels)), labels)
         panel.invert_yaxis()
         panel.set_xscale("log")
+        plain_ticks(panel.xaxis)
         panel.set_xlabel(quantities[quantity])
         panel.set_title(f"bars top to bottom: {'; '.join(units)}", fontsize=8)
         panel.grid(axis="x", alpha=0.3)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +23,9 @@ TABLE = {
     "task": ("task", ""), "amount": ("trained", ""), "name": ("method", ""), "test": ("test", ""), "reference": ("against", ""),
     "its": ("its test", ""), "difference": ("difference", ""), "says": ("", ""),
 }  # fmt: skip
+
+
+COLOURS = {"better": "#1b7837", "worse": "#b2182b", "": "#888888"}  # by what a line says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +137,7 @@ def compared(known: Mapping[tuple, Summary], task: str, budget: float, method: s
     return {
         "task": task, "amount": f"{100 * budget:g} %", "name": method, "test": spread(ours), "reference": reference,
         "its": spread(theirs), "difference": str(found), "says": verdict(found, metric),
-        "metric": metric, "found": found,
+        "metric": metric, "found": found, "its mean": theirs["test"],
     }  # fmt: skip
 
 
@@ -166,25 +170,60 @@ def counted(lines: Sequence[Mapping[str, object]]) -> str:
 
 
 def draw(lines: Mapping[str, Sequence[Line]], path: Path) -> None:
-    """A panel per metric: each difference and its interval, good to the left for perplexity, to the right for accuracy."""
-    flat = [line for here in lines.values() for line in here]
-    metrics = [str(line["metric"]) for line in flat]
-    height = max(3.0, 0.28 * max(map(metrics.count, metrics), default=0))
-    for panel, metric in panels(metrics, path):
-        here = [line for line in flat if line["metric"] == metric]
-        for y, line in enumerate(here):
-            found = line["found"]
-            colour = {"better": "#1b7837", "worse": "#b2182b", "": "#666666"}[str(line["says"])]
-            panel.plot([found.low, found.high], [y, y], "-", color=colour, linewidth=2)
-            panel.plot([found.mean], [y], "o", color=colour, markersize=5)
-        panel.axvline(0, color="black", linewidth=1)
-        names = [f"{line['name']} - {line['reference']}, {line['task']} {line['amount']}" for line in here]
-        panel.set_yticks(range(len(here)), names, fontsize=8)
-        panel.invert_yaxis()
-        better = "right" if metric == "accuracy" else "left"
-        panel.set(xlabel=f"difference of {metric}{' in points' if metric == 'accuracy' else ''}; better is to the {better}")
-        panel.grid(axis="x", alpha=0.3)
-        panel.figure.set_figheight(height)
+    """A row of panels per claim: perplexity, then accuracy; each pair of methods by rising budget, better to the right."""
+    metrics = [metric for metric in ("perplexity", "accuracy") if any(line["metric"] == metric for line in _flat(lines))]
+    claims = [title for title, here in lines.items() if here]
+    names = [f"{title}|{metric}" for title in claims for metric in metrics]
+    heights = [max(len([line for line in lines[title] if line["metric"] == metric]) for metric in metrics) for title in claims]
+    for panel, name in panels(names, path, across=len(metrics) or 1):
+        title, _, metric = name.partition("|")
+        here = sorted((line for line in lines[title] if line["metric"] == metric), key=_order(lines[title]))
+        _forest(panel, here, title if metric == metrics[0] else "", metric)
+        if name == names[-1]:
+            panel.figure.set_size_inches(6.5 * len(metrics), 0.17 * sum(heights) + 0.8 * len(claims) + 0.4)
+            panel.get_gridspec().set_height_ratios([height + 3 for height in heights])
+            for says, colour in COLOURS.items():
+                panel.plot([], [], "o-", color=colour, label=says or "not told apart")
+            panel.figure.legend(loc="outside lower left", ncols=len(COLOURS), frameon=False, fontsize=9)
+
+
+def _forest(panel, here: Sequence[Line], title: str, metric: str) -> None:
+    panel.set_title(title, loc="left", fontsize=10, weight="bold")
+    if not here:
+        panel.axis("off")
+        return
+    for y, line in enumerate(here):
+        # Of perplexities the share of the other's with its sign turned: better is to the right, and small budgets dwarf no other.
+        scale = 1 if metric == "accuracy" else -100 / line["its mean"]
+        found = line["found"]
+        colour = COLOURS[str(line["says"])]
+        panel.plot([scale * found.low, scale * found.high], [y, y], "-", color=colour, linewidth=2)
+        panel.plot(scale * found.mean, y, "o", color=colour, markersize=4)
+    panel.axvline(0, color="black", linewidth=1)
+    for y, (one, two) in enumerate(itertools.pairwise(here)):
+        if (one["name"], one["reference"]) != (two["name"], two["reference"]):
+            panel.axhline(y + 0.5, color="#cccccc", linewidth=0.6)
+    names = [f"{line['name']} - {line['reference']}, {line['task']} {line['amount']}" for line in here]
+    panel.set_yticks(range(len(here)), names)
+    panel.tick_params(axis="y", labelsize=7)
+    panel.set_ylim(len(here) - 0.4, -0.6)
+    panel.set_xlabel("points of accuracy" if metric == "accuracy" else "perplexity lower by, %", fontsize=8)
+    panel.grid(axis="x", alpha=0.3)
+
+
+def _order(lines: Sequence[Line]) -> Callable[[Line], tuple]:
+    """By pair as the claim names them, then by task, then by budget."""
+    pairs = list(dict.fromkeys((line["name"], line["reference"]) for line in lines))
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+
+    def place(line: Line) -> tuple:
+        return pairs.index((line["name"], line["reference"])), tasks.index(line["task"]), float(str(line["amount"]).rstrip(" %"))
+
+    return place
+
+
+def _flat(lines: Mapping[str, Sequence[Line]]) -> list[Line]:
+    return [line for here in lines.values() for line in here]
 
 
 if __name__ == "__main__":

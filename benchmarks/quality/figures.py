@@ -1,28 +1,31 @@
-"""The figures of a grid: results by method, results against the trained count, and old text forgotten against new learned."""
+"""The figures of a grid: results by method, results in each cell, and old text forgotten against new learned."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plots import panels
+from plots import panels, plain_ticks
 from quality.grids import Grid
 
 Row = Mapping[str, object]
-STYLES = {
-    "random": ("#d95f02", "o-"), "uniform": ("#d95f02", "s:"), "run2": ("#e6ab02", "o-"), "run4": ("#e6ab02", "s--"),
-    "run8": ("#e6ab02", "^:"), "gradient": ("#7570b3", "o-"), "snip": ("#7570b3", "s--"), "lora": ("#1b9e77", "o-"),
-    "shira": ("#66a61e", "s--"), "peft-sparta": ("#666666", "^:"),
+PEERS = ("shira", "peft-sparta", "supertuning", "paca", "dora")
+ACROSS = 4
+FAMILIES = {
+    "#d95f02": "sprand, drawn at random", "#5e4fa2": "sprand, chosen or moved by gradients",
+    "#000000": "LoRA (dotted line)", "#8a8a8a": "other packages",
 }  # fmt: skip
+MARKS = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:")
 
 
 def draw(rows: Sequence[Row], out: Path, name: str, grid: Grid) -> None:
     """Draw what the grid asks for: NAME.png, and NAME_forgetting.png where old text was measured."""
     rows = [row for row in rows if math.isfinite(row["test"])]
     if grid.many_budgets:
-        by_count(rows, out / f"{name}.png")
+        by_cell(rows, out / f"{name}.png")
     else:
         by_method(rows, out / f"{name}.png")
     if any(row["old"] and row["budget"] for row in rows):
@@ -30,7 +33,7 @@ def draw(rows: Sequence[Row], out: Path, name: str, grid: Grid) -> None:
 
 
 def by_method(rows: Sequence[Row], path: Path) -> None:
-    """A panel per task: the test result of each seed, by method, a colour per budget; lines are the methods without one."""
+    """A panel per task: the test result of each seed, by method, a colour per budget; those without one in the title."""
     for panel, here in _tasks(rows, path):
         names = list(dict.fromkeys(str(row["method"]) for row in here if row["budget"]))
         for budget, colour in zip(sorted({row["budget"] for row in here if row["budget"]}), ("#e08214", "#2166ac"), strict=False):
@@ -38,50 +41,79 @@ def by_method(rows: Sequence[Row], path: Path) -> None:
                 x, y = row["tests"], [names.index(str(row["method"]))] * len(row["tests"])
                 label = f"{100 * budget:g} %" if str(row["method"]) == names[0] else None
                 panel.plot(x, y, "o-", color=colour, markersize=5, linewidth=1, label=label)
-        for row, style in _references(here):
-            panel.axvline(row["test"], color="grey", linestyle=style, label=str(row["method"]))
         panel.set_yticks(range(len(names)), names)
         panel.invert_yaxis()
         if here[0]["metric"] != "accuracy":
             panel.set_xscale("log")
-            _plain(panel.xaxis)
-        panel.set_xlabel(f"{here[0]['metric']} on test, a dot per seed")
+            plain_ticks(panel.xaxis)
+        panel.set(title=f"{here[0]['task']}: {references(here)}", xlabel=f"{here[0]['metric']} on test, a dot per seed")
         panel.grid(axis="x", alpha=0.3)
         panel.legend(fontsize=8)
 
 
-def by_count(rows: Sequence[Row], path: Path) -> None:
-    """A panel per task: the test mean against the trained count, bars of one standard deviation over seeds."""
-    for panel, here in _tasks(rows, path):
-        for method, colour, style, line in _lines(here):
-            x, y = ([row[key] for row in line] for key in ("trained", "test"))
-            error = [row["sd"] or 0 for row in line]
-            panel.errorbar(x, y, error, fmt=style, color=colour, markersize=4, linewidth=1.2, capsize=2, label=method)
-        for row, style in _references(here):
-            label = f"{row['method']}, {row['test']:.3g}"
-            panel.axhline(row["test"], color="grey", linestyle=style, linewidth=1, label=label)
-        panel.set_xscale("log")
-        if here[0]["metric"] != "accuracy":
-            panel.set_yscale("log")
-            _plain(panel.yaxis)
-        panel.set(xlabel="trained weights (a new head apart)", ylabel=f"{here[0]['metric']} on test, mean and sd of seeds")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7, ncols=2)
+def by_cell(rows: Sequence[Row], path: Path) -> None:
+    """A panel per task and budget: the methods from best to worst, each with one standard deviation over seeds."""
+    tasks = list(dict.fromkeys(str(row["task"]) for row in rows))
+    cells = sorted({(tasks.index(str(row["task"])), row["budget"]) for row in rows if row["budget"]})
+    names = {f"{tasks[task]}, {100 * budget:g} %": (tasks[task], budget) for task, budget in cells}
+    counts = [sum((row["task"], row["budget"]) == cell for row in rows) for cell in names.values()]
+    most = [max(counts[first : first + ACROSS]) for first in range(0, len(counts), ACROSS)]  # in each row of panels
+    for number, (panel, name) in enumerate(panels(names, path, across=ACROSS)):
+        here = [row for row in rows if (row["task"], row["budget"]) == names[name]]
+        accuracy = here[0]["metric"] == "accuracy"
+        here.sort(key=lambda row: row["test"], reverse=accuracy)
+        for y, row in enumerate(here):
+            colour = family(str(row["method"]))
+            panel.errorbar(row["test"], y, xerr=row["sd"] or 0, fmt="o", color=colour, markersize=6, capsize=2)
+            if row["method"] == "lora":
+                panel.axvline(row["test"], color=colour, linestyle=":", linewidth=1, zorder=0)
+        panel.set_yticks(range(len(here)), [str(row["method"]) for row in here])
+        for label, row in zip(panel.get_yticklabels(), here, strict=True):
+            label.set_color(family(str(row["method"])))
+        panel.set_ylim(most[number // ACROSS] - 0.5, -0.5)
+        if not accuracy and max(row["test"] for row in here) > 2 * min(row["test"] for row in here):
+            panel.set_xscale("log")
+            plain_ticks(panel.xaxis)
+        panel.set_title(f"{name}\n{references([row for row in rows if row['task'] == names[name][0]])}", fontsize=9)
+        panel.set_xlabel(f"{here[0]['metric']}, {'more' if accuracy else 'less'} is better", fontsize=9)
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        if number == len(names) - 1:
+            panel.figure.set_size_inches(3.9 * min(ACROSS, len(names)), sum(0.21 * count + 1 for count in most) + 0.4)
+            panel.get_gridspec().set_height_ratios([0.21 * count + 1 for count in most])
+            for colour, label in FAMILIES.items():
+                panel.plot([], [], "o", color=colour, label=label)
+            panel.figure.legend(loc="outside lower left", ncols=len(FAMILIES), frameon=False, fontsize=10)
+
+
+def family(method: str) -> str:
+    """Its colour, a key of FAMILIES."""
+    drawn, chosen, lora, other = FAMILIES
+    if method.startswith(("random", "uniform", "run", "columns random")):
+        return drawn
+    return lora if method.startswith("lora") else other if method in PEERS else chosen
+
+
+def references(rows: Sequence[Row]) -> str:
+    """What has no budget, in words: on the axis it would take the place of what is compared."""
+    return ", ".join(f"{row['method']} {row['test']:.3g}" for row in rows if not row["budget"])
 
 
 def forgetting(rows: Sequence[Row], path: Path) -> None:
     """A panel per task: perplexity of the old text against that of the new, a line per method through its budgets."""
     for panel, here in _tasks(rows, path):
-        for method, colour, style, line in _lines(here):
-            x, y = ([row[key] for row in line] for key in ("test", "old"))
-            panel.plot(x, y, style, color=colour, markersize=5, linewidth=1, label=method)
+        for colour, methods in by_family(here).items():
+            for method, mark in zip(methods, itertools.cycle(MARKS), strict=False):
+                line = sorted((row for row in here if row["method"] == method), key=lambda row: row["trained"])
+                x, y = ([row[key] for row in line] for key in ("test", "old"))
+                panel.plot(x, y, mark, color=colour, markersize=5, linewidth=1, label=method)
         for row in here:
             if not row["budget"]:
                 panel.plot(row["test"], row["old"], "kx")
                 panel.annotate(str(row["method"]), (row["test"], row["old"]), (5, 3), textcoords="offset points", fontsize=8)
         panel.set_xscale("log")
         panel.set_yscale("log")
-        _plain(panel.xaxis, panel.yaxis)
+        plain_ticks(panel.xaxis, panel.yaxis)
         panel.set(xlabel="perplexity of the new text (test)", ylabel="perplexity of the old text")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
@@ -94,22 +126,9 @@ def _tasks(rows: Sequence[Row], path: Path) -> Iterator[tuple[Any, list[Row]]]:
         yield panel, [row for row in rows if row["task"] == task]
 
 
-def _lines(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, list[Row]]]:
-    """Each method that is drawn as a line, its colour and style, and its rows by the trained count."""
-    for method, (colour, style) in STYLES.items():
-        line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["trained"])
-        if line:
-            yield method, colour, style, line
-
-
-def _references(rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
-    """What has no budget, each with a line style; a perplexity without any training would only stretch the axis."""
-    for row, style in zip((row for row in rows if not row["budget"]), (":", "--", "-."), strict=False):
-        if row["method"] != "untrained" or row["metric"] == "accuracy":
-            yield row, style
-
-
-def _plain(*axes: object) -> None:
-    for axis in axes:
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(lambda value, _: f"{value:g}")
+def by_family(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The methods of each colour."""
+    families: dict[str, list[str]] = {}
+    for method in dict.fromkeys(str(row["method"]) for row in rows if row["budget"]):
+        families.setdefault(family(method), []).append(method)
+    return families

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plots import panels
+from plots import panels, plain_ticks
 from quality import results
 from report import RESULTS, command_line, markdown, write_markdown
 from sprand.training import rates
@@ -229,6 +229,7 @@ def draw(of: Sequence[Cell], path: Path) -> None:
                 panel.plot([c.density for c in dots], [10**c.best for c in dots], mark, color=colour, alpha=0.7, markersize=5)
         panel.set_xscale("log")
         panel.set_yscale("log")
+        plain_ticks(panel.xaxis, panel.yaxis)
         panel.set(title=title, xlabel="density", ylabel="learning rate (x: best at an edge of those tried)")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)

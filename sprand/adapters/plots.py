@@ -16,6 +16,8 @@ from ..selection.mask import Mask, chosen_by
 from .state import mask_of
 
 Cells = dict[tuple[str, str], float]
+ALIKE = 0.1  # values that differ by no more than this share are about the same
+MOST_WRITTEN = 16  # columns whose values are written into their fields
 
 
 def plot_selection(
@@ -52,6 +54,9 @@ def plot_selection(
 def draw(panels: Sequence[tuple[Cells, str, str, str]], path: str | os.PathLike[str]) -> Path:
     """Draw values of layers and kinds of module side by side, with the rows and columns of the first.
 
+    Each value is written into its field, up to `MOST_WRITTEN` columns. Where all are alike, as the densities of a random draw,
+    the title says so, and the colour is the middle one.
+
     Args:
         panels: values, title, unit and number format of each panel.
         path: of the PNG (or SVG, PDF, by its suffix).
@@ -70,11 +75,18 @@ def draw(panels: Sequence[tuple[Cells, str, str, str]], path: str | os.PathLike[
     figure, axes = pyplot.subplots(1, len(panels), figsize=(width, height), squeeze=False, layout="constrained")
     for axis, (cells, title, unit, spec) in zip(axes.flat, panels, strict=True):
         grid = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
-        image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
+        highest = max(cells.values(), default=0)
+        alike = len(cells) > 1 and min(cells.values()) > (1 - ALIKE) * highest
+        image = axis.imshow(grid, aspect="auto", cmap="Oranges", vmin=0, vmax=2 * highest if alike else highest)
+        for y, line in enumerate(grid if len(columns) <= MOST_WRITTEN else ()):
+            for x, value in enumerate(line):
+                if not math.isnan(value):
+                    colour = "white" if not alike and value > 0.6 * highest else "black"
+                    axis.text(x, y, format(value, spec), ha="center", va="center", fontsize=6, color=colour)
         axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
         axis.set_ylabel("layer")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title + ("\nabout the same everywhere" if alike else ""), fontsize=10)
         figure.colorbar(image, ax=axis, label=unit, format=lambda value, _, spec=spec: format(value, spec))
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
