@@ -57,7 +57,7 @@ site: $(VENV)/.made-docs $(VENV)/.made-native ## build the documentation into bu
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html; to read it with its search: $(BIN)/python -m http.server --directory build/site"
 
-dist: $(VENV)/.made-test ## build the source distribution and from it the wheel for a CPU, and test the wheel
+dist: $(VENV)/.made-test ## build the source distribution and from it two wheels, for this CPU and for any machine, and test them
 	.ci/packages dist
 
 clean: ## remove what was built (.venv and runs stay)

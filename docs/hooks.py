@@ -6,6 +6,7 @@ import argparse
 import ast
 import os
 import re
+import subprocess
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -18,6 +19,16 @@ OUTSIDE = re.compile(rf"\]\((?:\.\./)((?:\.\./)*(?:benchmarks/|examples/|(?:{'|'
 EXAMPLE = re.compile(r"[.]py$")
 HIDDEN = re.compile(r"^<!--- .*?-->\n", re.MULTILINE | re.DOTALL)
 HELP = "<!-- sprand --help -->"
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Link the repository that this clone is of, where it knows that; a user's name in its address is left out."""
+    asked = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+    address = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip().removesuffix(".git")
+    address = re.sub(r"^(?:ssh://)?git@([^:/]+)[:/]", r"https://\1/", address)
+    if address.startswith("https://"):
+        config.repo_url, config.repo_name = re.sub(r"//[^/@]*@", "//", address), "Repository"
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
