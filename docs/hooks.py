@@ -23,7 +23,7 @@ HELP = "<!-- sprand --help -->"
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Link the repository that this clone is of, where it knows that; a user's name in its address is left out."""
-    asked = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+    asked = ["git", "-C", str(ROOT), "config", "--get", "remote.origin.url"]
     address = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip().removesuffix(".git")
     address = re.sub(r"^(?:ssh://)?git@([^:/]+)[:/]", r"https://\1/", address)
     if address.startswith("https://"):
