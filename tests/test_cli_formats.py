@@ -6,6 +6,9 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,10 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 @pytest.fixture(autouse=True)
 def no_bars():
     datasets.disable_progress_bars()
+
+
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, "zstd", asbytes=True)
 
 
 def load(train, held_out=None, **fields):
@@ -73,6 +80,7 @@ FORMATS = {
     "a.csv.gz": lambda path: path.write_bytes(gzip.compress(CSV.encode())),
     "a.jsonl.BZ2": lambda path: path.write_bytes(bz2.compress(LINES.encode())),
     "a.tsv.xz": lambda path: path.write_bytes(lzma.compress(TSV.encode())),
+    "a.jsonl.zst": lambda path: path.write_bytes(zstd(LINES.encode())),
     "a.parquet": lambda path: datasets.Dataset.from_list(ROWS).to_parquet(str(path)),
     "a.arrow": arrow,
     "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(str(path)),
@@ -168,6 +176,30 @@ def test_bad_content(tmp_path, name, content, said):
     path = tmp_path / name
     path.write_text(content)
     assert said in (message := refused(path)) and str(path) in message
+
+
+@pytest.mark.parametrize("name, pack", [("a.jsonl.zst", zstd), ("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress)])
+def test_a_compressed_file_that_breaks_off_is_refused(name, pack, tmp_path):
+    packed = pack(LINES.encode())
+    (tmp_path / name).write_bytes(packed + packed[:-9])
+    assert f"{name}: cannot be read" in refused(tmp_path / name)
+
+
+def test_folders_of_processes_that_were_killed_go(tmp_path):
+    """A process that still runs keeps its own."""
+    code = (
+        "import os, signal\nfrom sprand.cli.finetune.rows import temporary_folder\nprint(temporary_folder(), flush=True)\n"
+        "input()\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": os.environ | {"TMPDIR": str(tmp_path)}}
+    first, second = (subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2))
+    folders = [Path(process.stdout.readline().strip()) for process in (first, second)]
+    assert all(folder.is_dir() for folder in folders)
+    first.communicate("\n")
+    assert folders[0].is_dir()
+    third = subprocess.run([sys.executable, "-c", code.partition("input")[0]], **options | {"stdin": None}, check=True)
+    assert not folders[0].exists() and folders[1].is_dir() and not Path(third.stdout.strip()).exists()
+    second.communicate("\n")
 
 
 def test_bytes_that_are_no_text_are_named_by_their_place_in_a_compressed_file_too(tmp_path):

