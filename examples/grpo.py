@@ -6,6 +6,7 @@ for a few steps. Needs `pip install 'sprand[examples]'`.
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from statistics import mean
@@ -74,7 +75,7 @@ def main(name: str | None, folder: str) -> None:
 
     def reward(completions, number, **_) -> list[float]:
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-        return [float(text.strip().rstrip(".") == entries[i]["answer"]) for text, i in zip(texts, number, strict=True)]
+        return [float(re.findall(r"-?\d+", text)[-1:] == [entries[i]["answer"]]) for text, i in zip(texts, number, strict=True)]
 
     args = GRPOConfig(
         folder, max_steps=40 if name is None else 4, per_device_train_batch_size=64 if name is None else 8, num_generations=8,
