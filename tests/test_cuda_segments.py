@@ -109,7 +109,7 @@ def test_more_targets_than_one_table_holds(name, simt, emulated):
     before = simt.launches()
     CALLS[name](emulated, together)
     taken = simt.launches() - before
-    assert 1 < taken <= 3
+    assert 1 < taken <= 4  # a table holds 285 targets of AdamW
     for begin in range(0, len(alone.problems), 150):  # 150 fit into a table of any operator
         batch = {f.name: getattr(alone, f.name)[begin : begin + 150] for f in fields(alone)[2:-1]}
         CALLS[name](emulated, AdamWProblem(alone.problems, 0, **batch, grads=[alone.grads[0][begin : begin + 150]]))
