@@ -41,7 +41,8 @@ def test_it_rises_as_density_falls_and_in_proportion_to_the_weights(strategy):
     found = [rates.rate(0.1, density, strategy) for density in densities]
     if strategy in (None, "random", "snip"):  # the shift of the others fades
         assert found == sorted(found, reverse=True) and len(set(found)) == len(found)
-    assert [rates.rate(0.4, density, strategy) for density in densities] == [4 * rate for rate in found]
+    small = [rates.rate(0.025, density, strategy) for density in densities]
+    assert small == pytest.approx([rate / 4 for rate in found], rel=1e-12)
     assert rates.rate(0.1, 1e-9, strategy) == found[0]
 
 
@@ -58,6 +59,13 @@ def test_gradient_masks_get_a_lower_rate_until_all_entries_train():
         for strategy in ("gradient", "fisher"):
             assert rates.rate(0.1, density, strategy) < plain / 2
             assert rates.rate(0.1, 1.0, strategy) == rates.rate(0.1, 1.0)
+
+
+def test_gradient_masks_of_large_weights_get_no_more_until_all_entries_train():
+    for strategy in ("gradient", "fisher"):
+        assert rates.rate(0.4, 0.01, strategy) == pytest.approx(rates.rate(0.1, 0.01, strategy), rel=1e-12)
+        assert rates.rate(0.4, 1.0, strategy) == rates.rate(0.4, 1.0)
+    assert rates.rate(0.4, 0.01) == pytest.approx(4 * rates.rate(0.1, 0.01), rel=1e-12)
 
 
 def test_a_model_gives_density_size_of_weights_and_strategy():

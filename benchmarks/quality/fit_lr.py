@@ -8,8 +8,9 @@ edge. The law
 
 (rms is the root mean square of the linear weights, the shift is for gradient and fisher masks) starts from the least squares fit
 to these, full fine-tuning counting as density 1, and is then moved to the least mean of loss^2 + distance^2. The loss is what a
-cell would give away at the law's rate, read off between the rates tried, in points of accuracy or percent of perplexity; beyond
-them it is that of the last. The distance to the best rate, in decades, keeps the law from the edges of flat curves.
+cell would give away at the law's rate, in points of accuracy or percent of perplexity: read off that parabola, and farther away
+between the rates tried; beyond them it is that of the last. The distance to the best rate, in decades, keeps the law from the
+edges of flat curves.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from sprand.training import rates
 
 RMS = {"shakespeare": 0.137, "sst2": 0.0614, "subj": 0.0614, "qnli": 0.0614}  # of the linear weights
 WIDTHS = {"shakespeare": 64, "sst2": 384, "subj": 384, "qnli": 384}
-METHODS = ("random", "uniform", "run2", "run4", "run8", "snip", "force", "grasp", *rates.SHIFTS, "full")
+METHODS = ("random", "uniform", *rates.SHIFTS, "full")
 AXES = 4  # coefficients
 POINT = {"accuracy": 0.01, "perplexity": math.log(1.01)}  # one point of accuracy; one percent of perplexity
 
@@ -58,16 +59,19 @@ class Cell:
     edge: bool
 
     def at(self, rate: float) -> float:
-        """Goodness at log10 of a rate, between the rates tried; beyond them that of the last."""
+        """Goodness at log10 of a rate: on the parabola beside the best, on lines elsewhere, beyond the last as there."""
         points = self.tried
+        place = max(range(len(points)), key=lambda i: points[i][1])
+        if 0 < place < len(points) - 1 and points[place - 1][0] <= rate <= points[place + 1][0]:
+            return through(points[place - 1 : place + 2], rate)
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
             if x0 <= rate <= x1:
                 return y0 + (y1 - y0) * (rate - x0) / (x1 - x0)
         return points[0][1] if rate < points[0][0] else points[-1][1]
 
     def loss_at(self, rate: float) -> float:
-        """How much worse than the best tried a rate is, in points of accuracy or percent of perplexity."""
-        return (max(y for _, y in self.tried) - self.at(rate)) / POINT[self.metric]
+        """How much worse than the best a rate is, in points of accuracy or percent of perplexity."""
+        return (self.at(self.best) - self.at(rate)) / POINT[self.metric]
 
 
 def cells(done: results.Results) -> list[Cell]:
@@ -102,12 +106,22 @@ def best_of(tried: Sequence[tuple[float, float]]) -> tuple[float, bool]:
 def features(cell: Cell) -> list[float]:
     """What A, B, C and the shift are multiplied by."""
     narrow = max(0.0, math.log10(rates.NARROW / WIDTHS[cell.task]))
-    return [1.0, math.log10(cell.density), narrow, rates.fade(cell.density) * (cell.method in rates.SHIFTS)]
+    return [1.0, math.log10(cell.density), narrow, rates.fade(cell.density) * (cell.method in rates.LARGE)]
 
 
 def predicted(cell: Cell, coefficients: Sequence[float]) -> float:
-    """log10 of the law's rate for a cell."""
-    return math.log10(RMS[cell.task]) + sum(f * c for f, c in zip(features(cell), coefficients, strict=True))
+    """log10 of the law's rate for a cell, with the shifts of sprand but for gradient and fisher masks."""
+    rms = RMS[cell.task]
+    own = rates.beyond(rms, cell.method) if cell.method in rates.LARGE else rates.SHIFTS.get(cell.method, 0.0)
+    fitted = sum(f * c for f, c in zip(features(cell), coefficients, strict=True))
+    return math.log10(rms) + own * rates.fade(cell.density) + fitted
+
+
+def through(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The parabola through three points, at `x`."""
+    (x0, y0), (x1, y1), (x2, y2) = points
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    return y0 + (x - x0) * (left + (x - x1) * (right - left) / (x2 - x0))
 
 
 def fit(of: Sequence[Cell]) -> list[float]:
@@ -223,7 +237,7 @@ def draw(of: Sequence[Cell], path: Path) -> None:
         for name, (colour, shifted) in groups.items():
             line = [rates.rate(rms, d, "gradient" if shifted else "random", width) for d in densities]
             panel.plot(densities, line, color=colour, label=f"law, {name}")
-            mine = [cell for cell in of if RMS[cell.task] == rms and (cell.method in rates.SHIFTS) == shifted]
+            mine = [cell for cell in of if RMS[cell.task] == rms and (cell.method in rates.LARGE) == shifted]
             for edge, mark in ((False, "o"), (True, "x")):
                 dots = [cell for cell in mine if cell.edge == edge]
                 panel.plot([c.density for c in dots], [10**c.best for c in dots], mark, color=colour, alpha=0.7, markersize=5)

@@ -17,7 +17,8 @@ FACTOR, EXPONENT = 0.0043, 0.6
 LEAST_DENSITY = 3e-4
 NARROW, STEEPNESS = 384, 1.17  # below that width the rate rises by this power of it
 LEAST_WIDTH = 64
-SHIFTS = {"gradient": -0.5, "fisher": -0.5}  # decades
+SHIFTS = {"gradient": -0.5, "fisher": -0.5, "snip": -0.15, "force": -0.15, "grasp": -0.15}  # decades
+LARGE = {"gradient": 0.1, "fisher": 0.1}  # beyond that root mean square their rate rises no further
 
 
 def suggest_lr(
@@ -32,8 +33,8 @@ def suggest_lr(
 
     It is what `sprand finetune` takes by default: a share of the root mean square of the weights that train, since Adam moves
     each entry by about the rate. Fewer entries have to move farther, so it rises as the density falls; entries with the largest
-    gradients ("gradient", "fisher") need a third; and models narrower than 384 want more. docs/learning_rate.md shows what it
-    was fitted to and what it costs against tuned rates.
+    gradients ("gradient", "fisher") need a third or less; and models narrower than 384 want more. docs/learning_rate.md shows
+    what it was fitted to and what it costs against tuned rates.
 
     The weights are read without what their entries have learned, so that the rate is the same at any time of a training.
     Linear weights count, and embeddings, biases and norms where nothing else is targeted. Of a quantized weight a dense copy is
@@ -85,13 +86,18 @@ def rate(rms: float, density: float, strategy: str | None = None, width: int | N
         strategy: how the entries were chosen; any without a name above counts as "random", and None does.
         width: the hidden size; None counts as `NARROW`.
     """
-    shift = SHIFTS.get(strategy, 0.0) * fade(density)
+    shift = (SHIFTS.get(strategy, 0.0) + beyond(rms, strategy)) * fade(density)
     return FACTOR * rms / max(density, LEAST_DENSITY) ** EXPONENT * of_narrow(width or NARROW) * 10**shift
 
 
 def of_narrow(width: int) -> float:
     """How many times the rate of a model of `NARROW` a narrower one wants."""
     return (NARROW / min(max(width, LEAST_WIDTH), NARROW)) ** STEEPNESS
+
+
+def beyond(rms: float, strategy: str | None) -> float:
+    """The shift that undoes, for some strategies, what weights above `LARGE` would add; decades."""
+    return min(0.0, math.log10(LARGE[strategy] / rms)) if strategy in LARGE else 0.0
 
 
 def fade(density: float) -> float:
