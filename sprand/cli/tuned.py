@@ -17,7 +17,7 @@ import sprand
 from ..adapters.file import FOLDER_OF_RUN
 from . import CliError
 from .files import failing_in_words
-from .finetune import asking, data, generation, measures, methods, models, tasks
+from .finetune import asking, data, generation, measures, models, tasks
 from .finetune.settings import DEFAULT_LENGTH, Settings
 
 TASK_FILE = "task.json"
@@ -115,7 +115,7 @@ def _of_run(folder: Path, device: torch.device) -> Tuned:
         made["model"], made["task"], len(labels), made["dtype"], made["pooling"], made["seed"], settings.bits, device
     )
     models.say_labels(model, labels, made["task"])
-    model = methods.attached(model, folder / FOLDER_OF_RUN)
+    model = models.attached(model, folder / FOLDER_OF_RUN)
     kind = made.get("kind", "texts" if labels else "prompts")
     return Tuned(model, tokenizer, made["task"], kind, labels, made["max_length"], settings, has_base=True)
 

@@ -21,8 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="fine-tune a Hugging Face model on a file",
         description="Fine-tune a Hugging Face model by training a share of its weights, drawn at random or by score. Without "
         "--model and --train it runs a demo: a small language model learns to write calls.",
-        epilog="The learning rate, where not given, is that of sprand.suggest_lr, by density, strategy and the size of the "
-        "weights. Ctrl-C writes a checkpoint and says how to go on.",
+        epilog="Without --lr, sprand.suggest_lr gives the rate. Ctrl-C writes a checkpoint and says how to go on.",
         examples="""
             sprand finetune --out runs/demo
             sprand finetune --model gpt2 --train notes.txt --out runs/notes

@@ -27,7 +27,7 @@ from ...selection.strategies import STRATEGIES
 from ...training.rates import suggest_lr
 from .. import CliError
 from ..files import failing_in_words
-from .models import beside_text, head_names, is_packed
+from .models import beside_text, head_names
 from .rows import limited
 from .settings import Settings, peer_rate
 from .tasks import Task
@@ -144,19 +144,6 @@ def tuned(model: nn.Module, settings: Settings, trained: dict[str, nn.Parameter]
     lr = settings.lr or suggest_lr(model, density=density)
     optimizer = sprand.SparseAdamW(model, lr=lr, weight_decay=settings.weight_decay)
     return Method("sprand", model, trained, optimizer, lr, f"{density:.2%} of the targets")
-
-
-def attached(model: nn.Module, adapter: Path) -> nn.Module:
-    """A model with an adapter: the model itself, or where its weights are packed a PEFT model around it.
-
-    Raises:
-        ValueError: The adapter is of another model.
-        FileNotFoundError: There is none.
-    """
-    if is_packed(model):
-        return PeftModel.from_pretrained(model, adapter)
-    sprand.load(model, adapter)
-    return model
 
 
 def _prove_same(mask: sprand.Mask, selection: dict[str, Any] | None, file: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import sprand
+
 from ...checkpoint.shards import Checkpoint, open_checkpoint
 from ...kernels.dtypes import dtype_name
 from ...selection.targets import new_layers, view_of
@@ -121,6 +123,20 @@ def _packed(bits: int, dtype: Any, device: Any) -> dict[str, Any]:
 def is_packed(model: nn.Module) -> bool:
     """Whether a model, or the one in its wrapper, has weights that are stored packed."""
     return any(getattr(module, "is_quantized", False) for module in (model, getattr(model, "encoder", None)))
+
+
+def attached(model: nn.Module, adapter: Path) -> nn.Module:
+    """A model with an adapter: the model itself, or where its weights are packed a PEFT model around it.
+
+    Raises:
+        ValueError: The adapter is of another model.
+        FileNotFoundError: There is none.
+    """
+    if is_packed(model):
+        require("sprand.peft")  # knows the form
+        return require("peft").PeftModel.from_pretrained(model, adapter)
+    sprand.load(model, adapter)
+    return model
 
 
 def dtype_of(model: nn.Module) -> str:

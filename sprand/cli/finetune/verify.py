@@ -18,7 +18,6 @@ from .. import CliError, TrainingFailed, ranks
 from ..files import folder_of, reason_of
 from . import models
 from .measures import logits_of
-from .methods import attached
 from .tasks import Task
 
 Load = Callable[..., tuple[nn.Module, Any]]
@@ -47,7 +46,7 @@ def check(trained: nn.Module, adapter: Path, base: str, load: Load, task: Task, 
         return []
     fresh = load(base)[0]
     weights = {name: value.clone() for name, value in fresh.state_dict().items()}
-    fresh, is_packed = attached(fresh, adapter), models.is_packed(trained)
+    fresh, is_packed = models.attached(fresh, adapter), models.is_packed(trained)
     said = [_held("loaded into a fresh model, the adapter gives equal outputs", torch.equal(_outputs(fresh, batch), expected))]
     if is_packed:
         return [*said, _merged_on_disk(adapter, base, load, batch, expected, is_packed)]
