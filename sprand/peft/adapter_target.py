@@ -109,6 +109,13 @@ class Positions(BufferDict):
         (self._by_columns.discard if pattern.columns is None else self._by_columns.add)(name)
         return pattern.chosen
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Flat indices that a loader assigns, as that of transformers does, replace those of an adapter."""
+        if isinstance(value, Tensor) and name in self._buffers:
+            self.replaced.add(name)
+            value = self._chosen(name, value)
+        super().__setattr__(name, value)
+
     def __getitem__(self, name: str) -> Tensor:
         """The flat indices of an adapter; of columns they are made anew at each call."""
         return self.pattern(name).indices
