@@ -245,8 +245,9 @@ class AdapterTarget:
     def in_order(self, name: str) -> bool:
         """Whether an adapter's indices ascend, so that its delta can be used as it is."""
         if name not in self._ordered:
-            pattern = self.indices.pattern(name)
-            self._ordered[name] = pattern.columns is not None or _ascends(pattern.chosen)
+            chosen, columns = self.indices.pattern(name)
+            ascends = columns is not None or chosen.is_meta or bool((chosen[1:] > chosen[:-1]).all())
+            self._ordered[name] = ascends
         return self._ordered[name]
 
     def union(self, names: Names) -> tuple[Pattern, list[Tensor]]:
@@ -386,10 +387,6 @@ def _union_of(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return union, [
         torch.empty_like(position).index_copy_(0, order, position) for position, order in zip(positions, orders, strict=True)
     ]
-
-
-def _ascends(indices: Tensor) -> bool:
-    return indices.is_meta or bool((indices[1:] > indices[:-1]).all())
 
 
 def _gather(weight: Tensor, pattern: Pattern, in_order: bool) -> Tensor:
