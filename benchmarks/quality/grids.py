@@ -77,11 +77,15 @@ def lattice(step: int) -> float:
     return float(f"{10 ** (step / 2):.1e}")
 
 
+BY_GRADIENTS = ("recompute", "gradient", "snip", "force", "taylor_fo", "fisher", "token_fisher", "grasp")
+COLUMNS = tuple(f"columns {strategy}" for strategy in ("random", "gradient", "token_fisher"))
+
+
 def family(method: str) -> str:
     """What decides the rates to try: the peers by name, masks chosen with gradients, and all other entries."""
     if method in ("lora", *BUDGETLESS):
         return method
-    return "gradients" if method in ("recompute", "gradient", "snip", "force", "taylor_fo", "fisher", "grasp") else "entries"
+    return "gradients" if method.split()[-1] in BY_GRADIENTS else "entries"
 
 
 FIRST_LOOK_RATES = {  # the middle of three
@@ -152,6 +156,9 @@ FIRST_LOOK = Grid(
     },
 )  # fmt: skip
 
+NARROW = (  # a Llama 64 wide has no whole column of each weight at 1 % and below
+    *("random", "lora", "gradient", "uniform", "snip", "shira", "peft-sparta"), *VARIANTS, "full", "head",
+)  # fmt: skip
 CONFIRMING = ("random", "lora", "gradient", "shira", "peft-sparta", "full", "head")
 SUITE = Grid(
     title="Quality at equal trained counts",
@@ -163,16 +170,14 @@ SUITE = Grid(
         "subj": rows_of("subj", limit_train=1000, epochs=1.0, max_length=48),
         "qnli": rows_of("qnli_small", limit_train=2500, epochs=2.0, batch_size=32, max_length=64),
     },
-    methods=(
-        *("random", "lora", "gradient", "uniform", "snip", "shira", "peft-sparta"),
-        *(*VARIANTS, "full", "head"),
-    ),
+    methods=(*NARROW, *COLUMNS),
     blocks=(
         ("shakespeare", 0.01), ("shakespeare", 0.001), ("shakespeare", 0.05), ("sst2", 0.01), ("subj", 0.01), ("qnli", 0.01),
         ("shakespeare", 0.0003), ("sst2", 0.001), ("subj", 0.001),
     ),
     confirms={
         **dict.fromkeys(("sst2", "subj"), CONFIRMING), "qnli": ("random", "lora"),
+        **dict.fromkeys((("shakespeare", budget) for budget in (0.01, 0.001, 0.0003)), NARROW),
         **dict.fromkeys((("sst2", 0.001), ("subj", 0.001)), ("random", "lora", "gradient")),
     },
     rates=suite_rates,
@@ -225,8 +230,8 @@ def chat(model: Path, data: Path, folder: Path) -> Grid:
             "gsm8k": rows(data / "gsm8k", 160),
             "spell_backward": rows(folder / "spell_backward", 64),
         },
-        methods=("random", "columns", "gradient", "lora", "relative"),
-        blocks=tuple((task, budget) for budget in (0.01, 0.001, 0.05) for task in ("spell_backward", "gsm8k")),
+        methods=("random", "gradient", *COLUMNS, "lora", "diagonal blocks", "relative"),
+        blocks=tuple((task, budget) for budget in (0.01, 0.001, 0.05, 2.875e-3) for task in ("spell_backward", "gsm8k")),
         rates=rates,
         extend=True,
         seeds=(0,),

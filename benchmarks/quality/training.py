@@ -19,7 +19,7 @@ from sprand.cli import TrainingFailed
 from sprand.cli.finetune import data, methods, models, tasks, training
 from sprand.cli.finetune.progress import Log
 from sprand.cli.finetune.settings import Settings
-from sprand.selection.pattern import LAYOUTS, RANDOM_STRATEGIES
+from sprand.selection.pattern import RANDOM_STRATEGIES
 
 Outcome = dict[str, Any]
 
@@ -122,10 +122,9 @@ def settings_of(run: Run, plan: TaskPlan, shared: Path, out: Path) -> Settings:
         own = {}
     elif run.method in peers.PEERS:
         own = {"compare_lr": ((run.method, run.lr),)} if run.method in ("lora", "full", "head") and run.lr else {}
-    elif run.method in LAYOUTS:
-        own = {"layout": run.method, "density": run.budget}
     else:
-        own = {"strategy": run.method, "density": run.budget}
+        *layout, strategy = run.method.split()
+        own = {"strategy": strategy, "density": run.budget} | ({"layout": layout[0]} if layout else {})
     places = {"train": shared / "data" / plan.train, "eval": shared / "data" / plan.dev, "out": out}
     model = sentence_model() if plan.model is None else str(shared / "models" / plan.model)
     if plan.model is not None and not Path(model).is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from sprand.layers.sites import sites_of
 LAYERS = {"random-vo": ("v", "o"), "random-qv": ("q", "v")}
 CHANGES = 8  # of a moving mask, over a run
 MOVING = ("regrow", "recompute")
-VARIANTS = (*LAYERS, *MOVING, "relative")
+VARIANTS = (*LAYERS, *MOVING, "diagonal blocks", "relative")
 
 
 def applied(model: nn.Module, settings: Settings, mask: sprand.Mask | None = None) -> methods.Method:
@@ -40,8 +41,8 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
     `random-vo` and `random-qv` spend the budget of all linear layers on the value and output, or query and value projections.
     `regrow` begins with random entries and exchanges a fifth of them for those with the largest gradients; `recompute` begins
     with a gradient mask and chooses it anew on the weights as they are (SPEFT's dynamic masking). Both change the mask eight
-    times, for the last time after two thirds of the steps. `relative` gives each tensor of random entries the rate times the root
-    mean square of its weights over that of all.
+    times, for the last time after two thirds of the steps. `diagonal blocks` are those of DiaBlo. `relative` gives each tensor of
+    random entries the rate times the root mean square of its weights over that of all.
 
     Args:
         name: which.
@@ -56,6 +57,8 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
         count = sprand.select(model, methods.sparse_config(own, model)).nnz
         layers = peers.of_kinds([n for n, m in model.named_modules() if isinstance(m, nn.Linear)], LAYERS[name])
         return applied(model, dataclasses.replace(own, density=None, budget=str(count), target_modules=tuple(layers)))
+    if name == "diagonal blocks":
+        return applied(model, own, diagonal_blocks(sprand.select(model, methods.sparse_config(own, model)).shapes, budget))
     if name == "relative":
         method = applied(model, own)
         scale_rates(method.optimizer, relative_rms(model))
@@ -75,6 +78,22 @@ def attach(name: str, model: nn.Module, budget: float, settings: Settings, task:
         mask = sprand.DynamicMask(model, method.optimizer, mode="recompute", strategy=again, **moving)
     method.optimizer.register_step_post_hook(lambda *_: mask.step())
     return method
+
+
+def diagonal_blocks(shapes: Mapping[str, Sequence[int]], density: float) -> sprand.Mask:
+    """All entries of the blocks on the diagonal of each weight.
+
+    Args:
+        shapes: of the weights, by name.
+        density: the share of the entries to take; the number of blocks is the divisor of all sizes that comes nearest.
+    """
+    common = math.gcd(*(size for shape in shapes.values() for size in shape))
+    blocks = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: abs(math.log(n * density)))
+    indices = {}
+    for name, (rows, columns) in shapes.items():
+        row, column = torch.arange(rows)[:, None] * blocks // rows, torch.arange(columns) * blocks // columns
+        indices[name] = (row == column).flatten().nonzero()[:, 0].int()
+    return sprand.Mask(indices, shapes)
 
 
 def relative_rms(model: nn.Module) -> dict[int, float]:

@@ -102,19 +102,20 @@ void test_entries(int64_t size, int64_t nnz, const std::string& name) {
     const auto step = sprand::adamw_step<Sum<T>>(0.1, 0.9, 0.999, 1e-8, 0.1, 1, 1);
     on_threads(threads, nnz, 7, [&](int64_t begin, int64_t end) {
       const Index* at = indices.data() + begin;
+      const auto position = [at](int64_t p) { return at[p]; };
       const int64_t n = end - begin;
       gather(weight.data(), at, kept.data() + begin, n);
-      patch(weight.data(), at, base.data() + begin, static_cast<const Sum<T>*>(nullptr), Sum<T>(1), n);
+      patch(weight.data(), position, base.data() + begin, static_cast<const Sum<T>*>(nullptr), Sum<T>(1), n);
       adamw(step, d.data() + begin, grad.data() + begin, avg.data() + begin, square.data() + begin, n);
-      patch(weight.data(), at, base.data() + begin, d.data() + begin, Sum<T>(1), n);
+      patch(weight.data(), position, base.data() + begin, d.data() + begin, Sum<T>(1), n);
       scatter_add(weight.data(), at, delta.data() + begin, Sum<T>(0.5), n);
       gather(weight.data(), at, read.data() + begin, n);
     });
     if (threads == 1) first = read, first_delta = d;
     expect(same(read, first) && same(d, first_delta), name + ": other bits on " + std::to_string(threads) + " threads");
     on_threads(threads, nnz, 7, [&](int64_t begin, int64_t end) {
-      patch(weight.data(), indices.data() + begin, kept.data() + begin, static_cast<const Sum<T>*>(nullptr), Sum<T>(1),
-            end - begin);
+      const auto position = [at = indices.data() + begin](int64_t p) { return at[p]; };
+      patch(weight.data(), position, kept.data() + begin, static_cast<const Sum<T>*>(nullptr), Sum<T>(1), end - begin);
     });
     expect(same(weight, before), name + ": the base did not come back");
   }
