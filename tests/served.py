@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sprand
-from models import EVERY_TARGET, EveryLayer, bits, built
+from models import EVERY_TARGET, MLP, EveryLayer, bits, built, points_and_labels
 
 
 def trained(model: nn.Module, path: Path, seed: int = 0, draw: int = 0, **fields) -> Path:
@@ -27,6 +27,14 @@ def trained(model: nn.Module, path: Path, seed: int = 0, draw: int = 0, **fields
 def merged(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
     """The weights of an untouched model with an adapter, by loading and merging."""
     return bits(sprand.merge(sprand.load(model, path)))
+
+
+def outputs_of(paths: dict[str, Path]) -> dict[str | None, torch.Tensor]:
+    """What each adapter of an `MLP`, and the base, makes of one batch."""
+    x, _ = points_and_labels()
+    models = {name: sprand.merge(sprand.load(built(MLP), path)) for name, path in paths.items()} | {None: built(MLP)}
+    with torch.no_grad():
+        return {name: model(x) for name, model in models.items()}
 
 
 def four_adapters(folder: Path) -> dict[str, Path]:

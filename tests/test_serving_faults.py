@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import sprand
 from models import MLP, assert_same_bits, bits, built, points_and_labels
-from served import in_threads, merged, trained, until
+from served import in_threads, merged, outputs_of, trained, until
 from sprand.serving import AdapterPool
 
 ADAPTERS, THREADS = 24, 64
@@ -30,10 +29,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def outputs(paths: dict[str, Path]) -> dict[str | None, torch.Tensor]:
-    x, _ = points_and_labels()
-    models = {name: sprand.merge(sprand.load(built(MLP), path)) for name, path in paths.items()} | {None: built(MLP)}
-    with torch.no_grad():
-        return {name: model(x) for name, model in models.items()}
+    return outputs_of(paths)
 
 
 def forward(pool: AdapterPool) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 import sprand
 from models import MLP, assert_same_bits, bits, built, points_and_labels
-from served import in_threads, later, merged, trained, until
+from served import in_threads, later, merged, outputs_of, trained, until
 from sprand.serving import AdapterPool
 
 
@@ -27,11 +27,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def outputs(paths: dict[str, Path]) -> dict[str | None, torch.Tensor]:
-    """What each adapter, and the base, makes of one batch."""
-    x, _ = points_and_labels()
-    models = {name: sprand.merge(sprand.load(built(MLP), path)) for name, path in paths.items()} | {None: built(MLP)}
-    with torch.no_grad():
-        return {name: model(x) for name, model in models.items()}
+    return outputs_of(paths)
 
 
 @pytest.fixture

@@ -85,12 +85,8 @@ class Gate:
             except BaseException:
                 self._withdraw(request)
                 raise
-        before = self._entered(request)
-        try:
+        with self._block_of(request):
             yield request
-        finally:
-            current.set(before)
-            self._leave(request)
 
     @asynccontextmanager
     async def hold_async(self, wish: Hashable, timeout: float | None = None, rows: Any = None) -> AsyncIterator[Request]:
@@ -112,9 +108,15 @@ class Gate:
             except BaseException:
                 self._withdraw(request)
                 raise
+        with self._block_of(request):
+            yield request
+
+    @contextmanager
+    def _block_of(self, request: Request) -> Iterator[None]:
+        """The block belongs to a request, which leaves at its end."""
         before = self._entered(request)
         try:
-            yield request
+            yield
         finally:
             current.set(before)
             self._leave(request)
