@@ -63,7 +63,6 @@ class Shelf:
         limit: bytes in host memory, None for no limit. One adapter and what is in use stay, also above it.
 
     Attributes:
-        nbytes: of what is in host memory; what adapters share counts once.
         reads: how often an adapter was read again.
         evictions: how often one made room.
     """
@@ -74,7 +73,7 @@ class Shelf:
         dropped: Callable[[Packed], None],
         limit: int | None = None,
     ) -> None:
-        self.nbytes, self.reads, self.evictions = 0, 0, 0
+        self._nbytes, self.reads, self.evictions = 0, 0, 0
         self._read, self._dropped, self._limit = read, dropped, limit
         self._lock = threading.RLock()
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
@@ -118,6 +117,12 @@ class Shelf:
     def at_hand(self, name: str) -> Resident | None:
         """An adapter that is in memory; None where it has to be read."""
         return self._remembered(self.entry(name))
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of what is there; what adapters share counts once, and what comes counts once room was made for it."""
+        with self._lock:
+            return self._nbytes
 
     def get(self, name: str, timeout: float | None = None) -> Resident:
         """An adapter in memory, read again where it is not.
@@ -190,7 +195,7 @@ class Shelf:
         """Count one more user of what an adapter takes memory for."""
         with self._lock:
             for part in resident.parts if resident is not None else ():
-                self.nbytes += part.nbytes * (not self._users[part])
+                self._nbytes += part.nbytes * (not self._users[part])
                 self._users[part] += 1
 
     def release(self, resident: Resident | None) -> None:
@@ -200,7 +205,7 @@ class Shelf:
                 self._users[part] -= 1
                 if not self._users[part]:
                     del self._users[part]
-                    self.nbytes -= part.nbytes
+                    self._nbytes -= part.nbytes
                     self._dropped(part)
 
     def _remembered(self, entry: Entry) -> Resident | None:
@@ -215,7 +220,7 @@ class Shelf:
 
     def _make_room(self, but: Entry) -> None:
         for entry in list(self._entries.values()) if self._limit is not None else ():
-            if self.nbytes <= self._limit:
+            if self._nbytes <= self._limit:
                 return
             if entry is not but and entry.resident is not None and self._users[entry.resident.values] == 1:
                 self.release(entry.resident)
